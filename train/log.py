@@ -176,7 +176,7 @@ DOMAIN_NAMES = {"id": "in domain", "harder": "harder", "ood": "out of domain"}
 
 
 def pooled_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Keep the pooled families: one row a (method, round, domain, coefficient), of the test split if it is there.
+    """Keep the pooled families: a row a (method, round, domain, coefficient), test split if there is one.
 
     Ordered as rows first appear by method, then by round, then id, harder, out of domain.
     """
@@ -231,7 +231,7 @@ def print_table(summary: Mapping[str, Any]) -> None:
         (
             method_label(row),
             str(row["round"]),
-            DOMAIN_NAMES.get(row["domain"], row["domain"])
+            str(DOMAIN_NAMES.get(row["domain"], row["domain"]))
             + ("" if row.get("split", "test") == "test" else f" ({row['split']})"),
             format_percent(row.get("accuracy")),
             format_interval(row),
@@ -247,22 +247,19 @@ def print_table(summary: Mapping[str, Any]) -> None:
     title = f"{summary.get('name', 'run')}" + ("" if summary.get("finished", True) else " (unfinished)")
     if _rich_wanted():
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=title)
+        table = Table(title=escape(title))
         for i, name in enumerate(header):
             table.add_column(name, justify="left" if i in left else "right", no_wrap=True)
         for i, row in enumerate(body):
             ends = i + 1 == len(body) or body[i + 1][:2] != row[:2]
-            table.add_row(*row, end_section=ends)
+            table.add_row(*(escape(cell) for cell in row), end_section=ends)
         Console().print(table)
         return
     widths = [max(len(header[i]), *(len(row[i]) for row in body)) for i in range(len(header))]
-    rule = "  ".join("-" * width for width in widths)
-    for row in (header, None, *body):
-        if row is None:
-            say(rule)
-            continue
+    for row in (header, tuple("-" * width for width in widths), *body):
         cells = (
             c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
         )
@@ -284,8 +281,8 @@ def append_jsonl(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
         torn = file.tell() > 0 and _last_byte(path) != b"\n"
         if torn:
             raise UserError(
-                f"{os.fspath(path)}: the last line is torn (no newline at its end); expected whole lines"
-                " before appending. Call read_jsonl_tolerant(path, truncate=True) first, as resuming a run does"
+                f"{os.fspath(path)}: the last line is torn (no newline at its end); expected whole lines before"
+                " appending: call read_jsonl_tolerant(path, truncate=True) first, as a resumed run does"
             )
         data = line.encode()
         if file.write(data) != len(data):
