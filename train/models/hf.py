@@ -1,0 +1,310 @@
+"""Hugging Face folders: config.json and safetensors to (ModelConfig, Params) and back, bit for bit.
+
+Unknown, missing and mis-shaped tensors are refused by name. Tensors go from the file
+to their sharding one at a time: host memory holds one tensor, never the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..log import UserError
+from .config import ModelConfig
+from .decoder import Params, shapes
+from .hf_config import config_from_hf, config_to_hf
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+# Buffers that Llama 1 and 2 conversions stored; they follow from the config.
+COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Read a JSON object, or raise a UserError that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a Hugging Face model folder holds one") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def load_hf(
+    folder: str | os.PathLike[str], *, sharding=None, dtype=jnp.float32, check_finite: bool = True
+) -> tuple[ModelConfig, Params]:
+    """Load a Hugging Face folder: config.json and safetensors, single or sharded with an index.
+
+    Args:
+      folder: holds config.json; generation_config.json, where present, has the last word on the EOS ids.
+      sharding: where each tensor goes: None (the default device), one Sharding, a nested dict of them shaped
+        like the parameters, or a function from a path (`model/norm/weight`) to one.
+      dtype: of the parameters; a stored bfloat16 is exact in float32.
+      check_finite: refuse NaN and infinity, by name.
+
+    Returns:
+      The config, and parameters under their Hugging Face names, `[out, in]`.
+    """
+    folder = pathlib.Path(folder)
+    attributes = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    if generation.exists() and (eos := read_json(generation).get("eos_token_id")) is not None:
+        attributes["eos_token_id"] = eos
+    config = config_from_hf(attributes, source=folder / "config.json")
+    with contextlib.ExitStack() as stack:
+        tensors = _open_tensors(folder, stack)
+        found = {name: tuple(f.get_slice(name).get_shape()) for name, f in tensors.items()}
+        for name, file in tensors.items():
+            stored = file.get_slice(name).get_dtype()
+            if stored not in FLOATS:
+                raise UserError(f"{folder}: {name} is stored as {stored}; known: {', '.join(sorted(FLOATS))}")
+        if config.tie_word_embeddings and "lm_head.weight" in found:
+            _check_tied(folder, tensors)
+            del found["lm_head.weight"]
+        params = place(
+            config,
+            found,
+            lambda name: tensors[name].get_tensor(name),
+            source=folder,
+            sharding=sharding,
+            dtype=dtype,
+            check_finite=check_finite,
+        )
+    return config, params
+
+
+class _TensorFile(Protocol):
+    def get_tensor(self, name: str) -> np.ndarray: ...
+    def get_slice(self, name: str) -> Any: ...
+
+
+def _open_tensors(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, _TensorFile]:
+    """Tensor name → the open file that holds it; nothing but headers is read."""
+    import safetensors
+
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    where: dict[str, str] | None = None
+    if single.exists():
+        files = [single.name]
+    elif index.exists():
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not where:
+            raise UserError(f"{index}: no weight_map; expected a map from tensor names to files")
+        files = sorted(set(where.values()))
+    else:
+        others = sorted(p.name for p in folder.glob("*.bin")) or "neither"
+        raise UserError(f"{folder}: no {single.name} and no {index.name}, found {others}; save it as safetensors")
+    tensors: dict[str, _TensorFile] = {}
+    for file in files:
+        path = folder / file
+        try:
+            opened = stack.enter_context(safetensors.safe_open(path, framework="numpy"))  # pyright: ignore[reportArgumentType]  # the stub lists "np" alone
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file, but {index.name} names it") from None
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
+        tensors.update(dict.fromkeys(opened.keys(), opened))
+    if where is not None and where.keys() != tensors.keys():
+        differ = sorted(where.keys() ^ tensors.keys())
+        raise UserError(f"{index}: differs from what the files hold: {_some(differ)}")
+    return {name: file for name, file in tensors.items() if not COMPUTED.fullmatch(name)}
+
+
+def _check_tied(folder, tensors) -> None:
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if embedding in tensors and not np.array_equal(
+        tensors[head].get_tensor(head), tensors[embedding].get_tensor(embedding)
+    ):
+        raise UserError(
+            f"{folder}: config.json says tie_word_embeddings, but {head} differs from {embedding};"
+            " set tie_word_embeddings to false to use both, or remove the head"
+        )
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def place(
+    config: ModelConfig,
+    found: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], np.ndarray],
+    *,
+    source,
+    sharding=None,
+    dtype=jnp.float32,
+    check_finite: bool = True,
+) -> Params:
+    """Read the tensors a config asks for one by one, each straight to its sharding.
+
+    Args:
+      found: Hugging Face name → shape of every tensor there is; checked before any is read.
+      read: Hugging Face name → the tensor in host memory.
+    """
+    wanted = dict(named(shapes(config)))
+    complaints = {
+        "missing": [name for name in wanted if name not in found],
+        "unknown": [name for name in found if name not in wanted],
+        "mis-shaped": [
+            f"{name} {list(found[name])} (the config says {list(leaf.shape)})"
+            for name, leaf in wanted.items()
+            if name in found and tuple(found[name]) != tuple(leaf.shape)
+        ],
+    }
+    if any(complaints.values()):
+        listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in complaints.items() if names)
+        raise UserError(f"{source}: the tensors do not fit the config; {listed}")
+
+    params: Params = {}
+    finite: dict[str, jax.Array] = {}
+    for name in wanted:
+        host = np.asarray(read(name)).astype(dtype, copy=False)
+        leaf = jax.device_put(host, _sharding_of(sharding, name))
+        del host
+        *branches, last = name.split(".")
+        functools.reduce(lambda tree, key: tree.setdefault(key, {}), branches, params)[last] = leaf
+        if check_finite:
+            finite[name] = _all_finite(leaf)
+    bad = [name for name, good in jax.device_get(finite).items() if not good]
+    if bad:
+        raise UserError(f"{source}: NaN or infinity in {_some(bad)}; damaged, or the training diverged")
+    return params
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
+
+
+def named(params: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested parameters with their dotted Hugging Face names, in numeric order of layers."""
+    for key in sorted(params, key=lambda key: (not key.isdigit(), int(key) if key.isdigit() else 0, key)):
+        if isinstance(params[key], Mapping):
+            yield from named(params[key], f"{prefix}{key}.")
+        else:
+            yield prefix + key, params[key]
+
+
+def _sharding_of(sharding, name: str):
+    if callable(sharding):
+        return sharding(name.replace(".", "/"))
+    if isinstance(sharding, Mapping):
+        return functools.reduce(lambda tree, key: tree[key], name.split("."), sharding)
+    return sharding
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+class SavesTokenizer(Protocol):
+    def save(self, folder: str | os.PathLike[str]) -> None: ...
+
+
+def save_hf(
+    folder: str | os.PathLike[str],
+    config: ModelConfig,
+    params: Params,
+    *,
+    dtype=jnp.float32,
+    tokenizer_from: SavesTokenizer | None = None,
+    max_shard_bytes: int = 4 * 2**30,
+) -> None:
+    """Write a Hugging Face folder that transformers loads, whole or not at all.
+
+    Args:
+      folder: must not exist, or be empty. Everything is written beside it, synced, then renamed into place.
+      dtype: the weights are stored in; float32 masters cast once.
+      tokenizer_from: a `Tokenizer`; its files go into the folder.
+      max_shard_bytes: of one safetensors file, and of host memory; more becomes shards with an index.
+    """
+    folder = pathlib.Path(folder)
+    have, want = ({n: tuple(leaf.shape) for n, leaf in named(tree)} for tree in (params, shapes(config)))
+    if have != want:
+        differ = [name for name in {**want, **have} if have.get(name) != want.get(name)]
+        raise UserError(f"{folder}: the parameters do not fit the config: {_some(differ)}")
+    with new_folder(folder) as temporary:
+        stored = np.dtype(dtype).name
+        attributes = {**config_to_hf(config), "dtype": stored, "torch_dtype": stored}
+        tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+        _write_json(temporary / "config.json", attributes)
+        _write_json(temporary / "generation_config.json", {name: attributes[name] for name in tokens})
+        _write_tensors(temporary, params, dtype, max_shard_bytes)
+        if tokenizer_from is not None:
+            tokenizer_from.save(temporary)
+
+
+def _write_tensors(folder: pathlib.Path, params: Params, dtype, max_shard_bytes: int) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    size = {name: math.prod(leaf.shape) * np.dtype(dtype).itemsize for name, leaf in named(params)}
+    shards: list[list[str]] = [[]]
+    for name in size:
+        if shards[-1] and sum(size[n] for n in shards[-1]) + size[name] > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    leaves, where = dict(named(params)), {}
+    for i, names in enumerate(shards, start=1):
+        many = len(shards) > 1
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors"
+        shard = {name: np.asarray(leaves[name].astype(dtype)) for name in names}
+        try:
+            save_file(shard, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise UserError(f"{folder.parent}: {file} could not be written ({error})") from error
+        # The library makes files only their owner can read.
+        (folder / file).chmod((folder / "config.json").stat().st_mode)
+        where.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": where}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Give a temporary folder that becomes `folder` when the block ends well, and vanishes otherwise."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: already there and not empty; remove it or name another folder")
+    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        os.rename(temporary, folder)
+        _sync(folder.parent)
+    except OSError as error:
+        why = "no space left" if error.errno == errno.ENOSPC else error.strerror or error
+        raise UserError(f"{folder}: could not be written ({why}); nothing was left behind") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

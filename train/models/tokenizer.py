@@ -1,0 +1,265 @@
+"""Text to token ids and back, and chats to text: the `tokenizers` library without transformers.
+
+Importing transformers costs seconds; what a language model needs of it is a tokenizer.json, a few special
+tokens and a Jinja template, rendered in the same sandbox.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..log import UserError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# GGUF names a pre-tokenizer; each is rebuilt from parts here, or refused.
+GGUF_MODELS = ("gpt2",)
+GGUF_PRE_TOKENIZERS = ("smollm",)
+CONTROL, USER_DEFINED = 3, 4  # token types of GGUF that are never split
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer with its special tokens and chat template.
+
+    Attributes:
+      backend: of the `tokenizers` library.
+      special: the named special tokens there are, such as {"eos_token": "<|im_end|>"}.
+      chat_template: Jinja source, or None for a base model.
+      eos_ids: any of these ends a text; the model's own list where it has one, else the `eos_token`.
+      attributes: what tokenizer_config.json said beyond that, written back by `save`.
+
+    Example:
+      >>> tokenizer = Tokenizer.from_folder("smollm2/")  # doctest: +SKIP
+      >>> tokenizer.decode(tokenizer.encode("1 + 1 ="))  # doctest: +SKIP
+      '1 + 1 ='
+    """
+
+    backend: tokenizers.Tokenizer
+    special: Mapping[str, str]
+    chat_template: str | None = None
+    eos_ids: tuple[int, ...] = ()
+    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        unknown = [f"{name} {token!r}" for name, token in self.special.items() if self._id(token) is None]
+        if unknown:
+            raise UserError(f"tokenizer: {', '.join(unknown)} not in its vocabulary of {self.vocab_size} tokens")
+        if not self.eos_ids and "eos_token" in self.special:
+            object.__setattr__(self, "eos_ids", (self._id(self.special["eos_token"]),))
+
+    # --- making one ---
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
+        """Read tokenizer.json and, where present, its config, special tokens and chat template."""
+        import tokenizers
+
+        folder = pathlib.Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise UserError(
+                f"{path}: no such file; where there is only a tokenizer.model or a vocab.json, make it with"
+                " transformers' AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path}: not a tokenizer ({error})") from error
+        backend.no_truncation()  # a length some trainer left in the file would cut texts in silence
+        backend.no_padding()
+        attributes = _read_object(folder / "tokenizer_config.json")
+        named = {**_read_object(folder / "special_tokens_map.json"), **attributes}
+        special = {name: _content(named[name]) for name in SPECIAL if named.get(name)}
+        template = attributes.pop("chat_template", None)
+        if (folder / "chat_template.jinja").exists():
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return cls(backend, special, _one_template(template, folder), attributes=attributes)
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], *, source) -> Tokenizer:
+        """Rebuild a byte-level BPE from the metadata of a GGUF file."""
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
+        given = {k.removeprefix("tokenizer."): v for k, v in metadata.items() if k.startswith("tokenizer.")}
+        for key, known in (("ggml.model", GGUF_MODELS), ("ggml.pre", GGUF_PRE_TOKENIZERS)):
+            if given.get(key) not in known:
+                raise UserError(
+                    f"{source}: tokenizer.{key} {given.get(key)!r} is not known; known: {', '.join(known)}."
+                    " Use the model's Hugging Face folder instead"
+                )
+        tokens, kinds = given["ggml.tokens"], given["ggml.token_type"]
+        merges = [tuple(pair.split(" ")) for pair in given["ggml.merges"]]
+        backend = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+        backend.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=bool(given.get("ggml.add_space_prefix", False))),
+        ])  # fmt: skip
+        backend.decoder = decoders.ByteLevel()
+        for kind, add in ((CONTROL, backend.add_special_tokens), (USER_DEFINED, backend.add_tokens)):
+            whole = [token for token, k in zip(tokens, kinds, strict=True) if k == kind]
+            add([tokenizers.AddedToken(t, special=kind == CONTROL, normalized=False) for t in whole])
+        ids = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+        special = {
+            f"{short}_token": tokens[given[f"ggml.{long}_token_id"]]
+            for short, long in ids.items()
+            if f"ggml.{long}_token_id" in given
+        }
+        return cls(backend, special, given.get("chat_template"))
+
+    # --- text and ids ---
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of a text. Special tokens written in the text count as such.
+
+        Args:
+          special: also add what the tokenizer puts around a text by itself, such as a BOS.
+        """
+        return self.backend.encode(text, add_special_tokens=special).ids
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of token ids; special tokens are left out unless `special`."""
+        return self.backend.decode(list(ids), skip_special_tokens=not special)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id: the rows an embedding needs."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def pad_id(self) -> int | None:
+        return self._id(self.special["pad_token"]) if "pad_token" in self.special else None
+
+    def _id(self, token: str) -> int | None:
+        return self.backend.token_to_id(token)
+
+    # --- chats ---
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self.chat_template is not None
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables) -> str:
+        """Render messages [{"role": …, "content": …}, …] with the chat template, as transformers does.
+
+        Args:
+          add_generation_prompt: end with the opening of an answer.
+          variables: further names the template reads.
+        """
+        if self.chat_template is None:
+            raise UserError("this tokenizer has no chat template; give a few-shot prompt instead of a chat")
+        import jinja2
+
+        given = {"messages": [dict(m) for m in messages], "tools": None, "documents": None, **self.special}
+        try:
+            return _compile(self.chat_template).render(
+                add_generation_prompt=add_generation_prompt, **{**given, **variables}
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template refuses these messages: {error}") from error
+
+    # --- fitting a model, and writing ---
+
+    def fitted(
+        self, *, vocab_size: int, eos_ids: Sequence[int] = (), source: str | os.PathLike[str] = "tokenizer"
+    ) -> Tokenizer:
+        """Check against a model and take over its EOS ids; raises a UserError naming both sizes.
+
+        Args:
+          vocab_size: rows of the model's embedding; it may have more than the tokenizer has tokens.
+          eos_ids: the model's own, which win over the tokenizer's `eos_token`; () where it names none.
+        """
+        largest = max((self.vocab_size - 1, *eos_ids))
+        if largest >= vocab_size:
+            raise UserError(
+                f"{source}: the tokenizer has {self.vocab_size} tokens (largest id {largest}), the model's"
+                f" vocab_size is {vocab_size}; they do not belong together"
+            )
+        fitting = dataclasses.replace(self, eos_ids=tuple(eos_ids) or self.eos_ids)
+        if not fitting.eos_ids:
+            raise UserError(
+                f"{source}: neither the model (vocab_size {vocab_size}) nor the tokenizer ({self.vocab_size}"
+                " tokens) names an end-of-sequence token; set eos_token in tokenizer_config.json"
+            )
+        return fitting
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
+
+        transformers' AutoTokenizer reads them and gives the same ids; `folder` must exist.
+        """
+        folder = pathlib.Path(folder)
+        self.backend.save(str(folder / "tokenizer.json"))
+        # The one class name that transformers 4 and 5 both read as: do what tokenizer.json says.
+        plain = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config = {**plain, **self.attributes, **self.special}
+        for name, value in (("tokenizer_config", config), ("special_tokens_map", dict(self.special))):
+            text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+            (folder / f"{name}.json").write_text(text, encoding="utf-8")
+        if self.chat_template is not None:
+            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
+
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    from .hf import read_json
+
+    return read_json(path)
+
+
+def _content(token: str | Mapping[str, Any]) -> str:
+    """A special token stands as a string, or as an object with its settings."""
+    return token if isinstance(token, str) else token["content"]
+
+
+def _one_template(template, folder) -> str | None:
+    """Older tokenizers hold a list of named templates; the one called default is meant."""
+    if not isinstance(template, list):
+        return template
+    named = {entry["name"]: entry["template"] for entry in template}
+    if "default" not in named:
+        raise UserError(f"{folder}: chat templates {sorted(named)}, none called 'default'")
+    return named["default"]
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(template: str):
+    """The environment of transformers: sandboxed, blocks trimmed, loop controls, and its few names."""
+    import jinja2
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}…{% endgeneration %}` marks what the assistant wrote; its text stands as it is."""
+
+        tags = {"generation"}  # noqa: RUF012  # read by jinja2 as a class attribute
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body).set_lineno(line)
+
+    def raise_exception(message: str):
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"the chat template is not valid Jinja: {error}") from error
