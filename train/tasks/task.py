@@ -1,0 +1,157 @@
+"""What a task is: questions with gold answers, a prompt, a verifier and a reward."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+Domain = Literal["id", "harder", "ood"]
+Split = Literal["train", "validation", "test"]
+Style = Literal["instruct", "compact"]
+Prompt = str | list[dict[str, str]]  # text as it stands, or chat messages for the tokenizer's template
+
+DOMAINS: tuple[Domain, ...] = ("id", "harder", "ood")
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+STYLES: tuple[Style, ...] = ("instruct", "compact")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question with its gold answer.
+
+    Attributes:
+      id: `family-` and twelve hex digits of the SHA-256 of the normalised text; the same in every run.
+      family: name of the generator.
+      domain: in domain, harder of the same family, or out of domain.
+      split: where the question may be used.
+      text: the question as it is put to the model, before any instruction.
+      answer: the gold answer.
+      solution: a worked solution that ends in the answer, where the family has one.
+      entry: what the generator gave, metadata and all; its scorer reads it.
+    """
+
+    id: str
+    family: str
+    domain: Domain
+    split: Split
+    text: str
+    answer: str
+    solution: str | None
+    entry: Mapping[str, Any] = dataclasses.field(repr=False, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class FamilySpec:
+    """How many questions of one family to draw, and from which ranges.
+
+    Attributes:
+      family: name of a generator.
+      domain: where its accuracy is reported.
+      args: the generator's own settings, such as `{"min_value": 1, "max_value": 130}`.
+      train, validation, test: questions of each split; only the in-domain family needs `train`.
+    """
+
+    family: str
+    domain: Domain
+    args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    train: int = 0
+    validation: int = 0
+    test: int = 0
+
+    def __post_init__(self):
+        from ..log import UserError
+
+        if self.domain not in DOMAINS:
+            raise UserError(f"tasks: family {self.family}: domain is {self.domain!r}; choose one of {DOMAINS}")
+        for split in SPLITS:
+            count = self.count(split)
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise UserError(
+                    f"tasks: family {self.family}: {split} is {count!r}; give a number of questions, 0 or more"
+                )
+        if not self.train + self.validation + self.test:
+            raise UserError(
+                f"tasks: family {self.family} ({self.domain}) asks for no questions at all;"
+                " give at least one of train, validation, test"
+            )
+        reserved = sorted({"seed", "size"} & set(self.args))
+        if reserved:
+            raise UserError(
+                f"tasks: family {self.family}: args sets {', '.join(reserved)}; the suite chooses these so that"
+                " splits stay apart. Set the run's seed and the counts train, validation, test instead"
+            )
+
+    def count(self, split: Split) -> int:
+        """Questions asked for in `split`."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[split]
+
+
+class Task(Protocol):
+    """One family in one style: where questions come from, how they are asked, and who is right.
+
+    Attributes:
+      name: name of the family.
+      unjudged: how often each exception class kept an answer from being judged.
+    """
+
+    name: str
+    unjudged: Counter[str]
+
+    def draw(self, args: Mapping[str, Any], seed: int, size: int) -> Iterator[tuple[str, str, str | None, dict]]:
+        """Yield up to `size` of (text, answer, solution, entry), the same for the same seed."""
+        ...
+
+    def prompt(self, question: Question) -> Prompt:
+        """Build what the model is given."""
+        ...
+
+    def verify(self, question: Question, text: str) -> float | None:
+        """Judge a completion: 1.0 right, 0.0 wrong, None if it could not be judged. Never raises."""
+        ...
+
+
+def reward(score: float | None) -> float:
+    """Turn a verdict into a reward: 1 for right, 0 for wrong, 0 too for what could not be judged.
+
+    An unjudged sample earns nothing, but callers count it apart and never train on it.
+    """
+    return 0.0 if score is None else float(score)
+
+
+def normalise(text: str) -> str:
+    """Reduce a question to what makes it that question: Unicode form, case and runs of space do not.
+
+    Example:
+      >>> normalise("  What is  2 + 2? ")
+      'what is 2 + 2?'
+    """
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def question_id(family: str, text: str) -> str:
+    """Name a question by its family and a digest of its normalised text.
+
+    Example:
+      >>> question_id("chain_sum", "1+1?") == question_id("chain_sum", " 1+1? ")
+      True
+    """
+    return f"{family}-{hashlib.sha256(normalise(text).encode()).hexdigest()[:12]}"
+
+
+def majority_answer(questions: Sequence[Question]) -> tuple[str, float]:
+    """Find the most common gold answer and the share of questions it gets right.
+
+    Ties go to the answer that comes first in alphabetical order.
+
+    Returns:
+      (answer, share of `questions` with that answer); ("", 0.0) without questions.
+    """
+    if not questions:
+        return "", 0.0
+    counts = Counter(q.answer for q in questions)
+    answer, n = min(counts.items(), key=lambda item: (-item[1], item[0]))
+    return answer, n / len(questions)

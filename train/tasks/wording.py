@@ -1,0 +1,95 @@
+"""The exact words put to a model, and how its answer is found in what it writes. All wording lives here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from .task import Question
+
+# Chosen by measuring SmolLM2-135M-Instruct; `docs/log.md` has the accuracies of the wordings tried.
+INSTRUCTION = 'End with "Answer: " and the result.'
+
+SHOT = "Question: {text}\nSolution: {solution}\nAnswer: {answer}\n\n"
+SHOT_OPEN = "Question: {text}\nSolution:"
+STOP_STRINGS = ("\nQuestion:",)  # where a base model that was given shots goes on to the next question
+
+
+def instruct(text: str) -> list[dict[str, str]]:
+    """Build the chat messages for one question: the question, then how to end."""
+    return [{"role": "user", "content": f"{text.strip()}\n{INSTRUCTION}"}]
+
+
+def shots(question: Question, examples: Sequence[Question]) -> str:
+    """Build the few-shot text for a base model: solved examples, then the question left open."""
+    solved = "".join(
+        SHOT.format(text=e.text.strip(), solution=(e.solution or "").strip(), answer=e.answer) for e in examples
+    )
+    return solved + SHOT_OPEN.format(text=question.text.strip())
+
+
+_MARK = re.compile(r"answer\s*(?:is)?\s*(?:\*\*|__)?\s*[:=]\s*(?:\*\*|__)?[ \t]*([^\n]+)", re.IGNORECASE)
+_MARK_LINES = re.compile(r"answer\s*:[ \t]*\n?", re.IGNORECASE)
+_TAG = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.IGNORECASE | re.DOTALL)
+_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_LIST = re.compile(r"\[[^\[\]]*\]")
+# A sign counts only where no number or bracket stands before it: in `10-5` the 5 is positive.
+_NUMBER = re.compile(r"(?:(?<![\w.)\]])[-+])?(?<![\w.])(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:(?<=\d)\.\d+|\.?\d+)")
+_PLAIN_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+
+
+def is_number(answer: str) -> bool:
+    """Whether a gold answer is one plain number."""
+    return _PLAIN_NUMBER.fullmatch(answer.strip()) is not None
+
+
+def last_number(text: str) -> str | None:
+    """Find the last number of `text`, without thousands commas; None if there is none.
+
+    Example:
+      >>> last_number("35 - 40 = -5."), last_number("in all 1,400 apples"), last_number("10-5")
+      ('-5', '1400', '5')
+    """
+    found = [m.group(0) for m in _NUMBER.finditer(text.replace("−", "-"))]
+    return found[-1].replace(",", "").lstrip("+") if found else None
+
+
+def extract_answer(text: str, gold: str) -> str | None:
+    r"""Find the answer in a completion, in the form the gold answer has.
+
+    Looked for in this order, the last occurrence each: `Answer: …` to the end of its line; `\boxed{…}`;
+    `<answer>…</answer>`; then, as a fall-back, the last number of the whole text where `gold` is a number, or
+    its last `[…]` where `gold` is a list. Where `gold` has several lines, all that follows the last `Answer:`
+    counts; where it is a number, the last number of what was found.
+
+    Returns:
+      The answer as the scorer wants it, or None if the text holds none.
+
+    Example:
+      >>> extract_answer("12 + 7 = 19\nAnswer: 19.", "19"), extract_answer("It is 19", "19")
+      ('19', '19')
+    """
+    gold = gold.strip()
+    if "\n" in gold:
+        marks = list(_MARK_LINES.finditer(text))
+        if marks:
+            return text[marks[-1].end() :].strip()
+    for pattern in (_MARK, _BOXED, _TAG):
+        found = pattern.findall(text)
+        if found:
+            return _shape(found[-1], gold)
+    if is_number(gold) or gold.startswith("["):
+        return _shape(text, gold)
+    return None
+
+
+def _shape(found: str, gold: str) -> str | None:
+    if is_number(gold):
+        return last_number(found)
+    if gold.startswith("["):
+        lists = _LIST.findall(found)
+        if lists and not gold.startswith("[["):
+            return lists[-1]
+    found = found.strip().strip("*`$ ").strip()
+    # A full stop that ends the sentence is no part of the answer, unless the gold answer ends in one.
+    return found if gold.endswith(".") else found.removesuffix(".").strip()
