@@ -49,13 +49,13 @@ def _estimate(row: Row) -> tuple[float, float, float]:
 
 def spots(pooled: Sequence[Row]) -> list[Spot]:
     """Pair the in-domain and out-of-domain rows of each model; a model that lacks one is left out."""
-    cells: dict[tuple, dict[str, Row]] = {}
+    cells: dict[tuple[str, int, float | None], dict[str, Row]] = {}
     for row in pooled:
         key = (row["method"], row["round"], row.get("coefficient"))
         if row.get("accuracy") is not None:
             cells.setdefault(key, {})[row["domain"]] = row
     return [
-        Spot(*key, _estimate(domains["id"]), _estimate(domains["ood"]))
+        Spot(key[0], key[1], key[2], _estimate(domains["id"]), _estimate(domains["ood"]))
         for key, domains in cells.items()
         if "id" in domains and "ood" in domains
     ]
@@ -69,7 +69,7 @@ def frontier(
 ) -> str:
     """Draw accuracy in domain (x) against out of domain (y).
 
-    Each method is a line from the base through its rounds, numbered; the crosses are 95 % intervals; rows with
+    Each method is a line from the base through its rounds, numbered; crosses are 95 % intervals; rows with
     a coefficient λ, or of a method named `line`, form the dashed curve base + λ·change. The tinted quarter is
     better than the base in both. Returns "" where no model has both accuracies.
     """

@@ -1,8 +1,8 @@
 """Scalable pictures drawn by hand: scales, axes, markers, labels that keep out of each other's way.
 
 A picture is text. Colours are classes, so that a page restyles the same picture for light, dark and
-paper; a picture that leaves the page (`standalone`) carries the light rules inside. Every picture has a title and
-a description for those who cannot see it.
+paper; a picture that leaves the page (`standalone`) carries the light rules inside. Every picture has a
+title and a description for those who cannot see it.
 """
 
 from __future__ import annotations

@@ -281,8 +281,8 @@ def append_jsonl(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
         torn = file.tell() > 0 and _last_byte(path) != b"\n"
         if torn:
             raise UserError(
-                f"{os.fspath(path)}: the last line is torn (no newline at its end); expected whole lines before"
-                " appending: call read_jsonl_tolerant(path, truncate=True) first, as a resumed run does"
+                f"{os.fspath(path)}: the last line is torn (no newline at its end); expected whole lines"
+                " before appending: call read_jsonl_tolerant(path, truncate=True) first, as a resumed run does"
             )
         data = line.encode()
         if file.write(data) != len(data):

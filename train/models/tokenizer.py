@@ -238,6 +238,7 @@ def _compile(template: str):
     """The environment of transformers: sandboxed, blocks trimmed, loop controls, and its few names."""
     import jinja2
     import jinja2.ext
+    import jinja2.nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):

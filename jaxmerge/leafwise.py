@@ -1,0 +1,274 @@
+r"""Run one formula on every leaf: the one engine under every rule.
+
+A rule is a module-level *leaf function* in float32 and a call of `leafwise`:
+
+    def _interpolate(x, *, t):
+        a, b = x.models
+        return a + t * (b - a)
+
+The leaf function sees one unstacked leaf: `x.models` N arrays, `x.base` an array or None, `x.keys` [N] PRNG
+keys or None; shared coefficients as scalars (), coefficients per model as vectors [N], options as they are.
+The engine checks the trees, widens to float32, resolves coefficients by path, maps over the layers of stacked
+leaves, derives the keys, casts back once, and keeps the first model's dtype, shape and sharding. Coefficients
+and keys are traced arguments of one jitted function per (leaf function, shape, options): no value of theirs
+compiles anything anew.
+
+Keys of the random rules: `fold_in(fold_in(key, crc32(leaf path)), crc32(model name))`. crc32, because
+Python's own hash of a string is salted per process. So the draw for a leaf of a model depends on the seed,
+the leaf's path and the model's name, and on nothing else: not on the order of the models, the sharding, the
+device count, or other leaves.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge import tree, where
+from jaxmerge.tree import Array, PyTree
+
+
+class Operands(NamedTuple):
+    """What a leaf function sees of one leaf, widened to float32."""
+
+    models: tuple[Array, ...]
+    base: Array | None = None
+    keys: Array | None = None
+
+    @property
+    def deltas(self) -> tuple[Array, ...]:
+        r""":math:`\tau_i = \theta_i - \theta_b` of each model."""
+        assert self.base is not None
+        return tuple(model - self.base for model in self.models)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a rule needs: how many models (`most` None: no limit), a base, a key; and what it promises."""
+
+    least: int = 1
+    most: int | None = None
+    base: str = "none"  # "none", "optional" or "required"
+    key: str = "none"  # "none", "optional" (only for some coefficients) or "required"
+    symmetric: bool = False  # swapping models together with their weights and names changes nothing
+
+    def __str__(self) -> str:
+        count = f"{self.least}" if self.most == self.least else f"≥{self.least}"
+        if self.most not in (None, self.least):
+            count = f"{self.least}–{self.most}"
+        words = [f"{count} model{'s' if count != '1' else ''}"]
+        words += [f"base{' (optional)' if self.base == 'optional' else ''}"] * (self.base != "none")
+        words += [f"key{' (optional)' if self.key == 'optional' else ''}"] * (self.key != "none")
+        return ", ".join(words)
+
+
+class Rule(Protocol):
+    """The one signature: pytrees in, one pytree out."""
+
+    needs: Needs
+    __name__: str
+
+    def __call__(
+        self,
+        models: Sequence[PyTree],
+        *,
+        base: PyTree | None = None,
+        key: Array | None = None,
+        names: Sequence[str] | None = None,
+        stacked: Sequence[str] = (),
+        **coefficients: Any,
+    ) -> PyTree: ...
+
+
+def requires(**needs: Any) -> Callable[[Callable[..., PyTree]], Rule]:
+    """Mark a function as a rule with these `Needs`: it carries them, and its inputs are checked first."""
+
+    def mark(function: Callable[..., PyTree]) -> Rule:
+        @functools.wraps(function)
+        def checked(models, *, base=None, key=None, names=None, stacked=(), **coefficients):
+            check_inputs(function.__name__, checked.needs, models, base, key, names)  # type: ignore[attr-defined]
+            return function(models, base=base, key=key, names=names, stacked=stacked, **coefficients)
+
+        checked.needs = Needs(**needs)  # type: ignore[attr-defined]
+        return checked  # type: ignore[return-value]
+
+    return mark
+
+
+def check_inputs(name: str, needs: Needs, models: Any, base: Any, key: Any, names: Any) -> None:
+    """Raise if the inputs of rule `name` are not what it needs."""
+    if isinstance(models, Mapping) or not isinstance(models, Sequence):
+        raise TypeError(
+            f"{name}: models must be a sequence of pytrees, found {type(models).__name__}; "
+            "pass a list, also for one model: rule([tuned], base=base)"
+        )
+    count = len(models)
+    if count < needs.least or (needs.most is not None and count > needs.most):
+        raise ValueError(f"{name} needs {needs}; found {count} models")
+    if needs.base == "required" and base is None:
+        raise ValueError(f"{name} needs {needs}; found base=None, pass base=")
+    if needs.base == "none" and base is not None:
+        raise ValueError(f"{name} takes no base ({needs}); pass it among the models, or leave it out")
+    if needs.key == "required" and key is None:
+        raise ValueError(f"{name} draws random masks; found key=None, pass key=jax.random.key(seed)")
+    if names is not None and (isinstance(names, str) or len(names) != count):
+        raise ValueError(f"{name}: names={names!r}, wanted a list of {count}: one a model")
+    if names is not None and len(set(names)) != count:
+        raise ValueError(f"{name}: names={list(names)!r} are not distinct, so two models would share masks")
+
+
+def leafwise(
+    leaf: Callable[..., Array],
+    models: Sequence[PyTree],
+    *,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    shared: Mapping[str, Any] | None = None,
+    each: Mapping[str, Any] | None = None,
+    options: Mapping[str, Hashable] | None = None,
+) -> PyTree:
+    """Apply `leaf` to every floating leaf of `models`; see the module's docstring.
+
+    Args:
+      leaf: module-level function `(Operands, **coefficients, **options) -> array`, of one unstacked leaf.
+      models: N pytrees alike in paths and shapes.
+      base: one more such pytree, or None.
+      key: threefry key for random rules, or None.
+      names: N names of the models, for the keys; by default "0", "1", …: then masks go by position.
+      stacked: patterns of containers whose leaves have a leading layer axis.
+      shared: coefficients resolved to a scalar a leaf.
+      each: coefficients resolved to [N] a leaf.
+      options: static, hashable arguments of `leaf`.
+
+    Returns:
+      A pytree with structure, shapes, dtypes and shardings of models[0].
+    """
+    trees = tree.align(models, base)
+    count = len(models)
+    key = None if key is None else as_key(key)
+    name_salts = np.asarray([zlib.crc32(str(n).encode()) for n in names or range(count)], np.uint32)
+    layers = {
+        path: where.layer_paths(path, first.shape, stacked) or [path]
+        for path, first in zip(trees.paths, trees.models[0], strict=True)
+        if tree.is_array(first)
+    }
+    depth = where.depths([p for path in trees.paths for p in layers.get(path, [path])])
+    frozen = tuple(sorted((options or {}).items()))
+    out = []
+    for i, path in enumerate(trees.paths):
+        first = trees.models[0][i]
+        base_leaf = None if trees.base is None else trees.base[i]
+        if not tree.is_merged(first):
+            out.append(first if base_leaf is None else base_leaf)
+            continue
+        is_stacked = layers[path] != [path]
+        coefficients = {
+            name: [where.resolve(value, p, depth[p], name=name) for p in layers[path]]
+            for name, value in (shared or {}).items()
+        } | {
+            name: [where.resolve_each(value, p, depth[p], count, name=name) for p in layers[path]]
+            for name, value in (each or {}).items()
+        }
+        salts = np.asarray([zlib.crc32(p.encode()) for p in layers[path]], np.uint32)
+        merged = _run(
+            tuple(_on_device(model[i]) for model in trees.models),
+            None if base_leaf is None else _on_device(base_leaf),
+            key,
+            salts if is_stacked else salts[0],
+            name_salts,
+            {name: _array(values if is_stacked else values[0]) for name, values in coefficients.items()},
+            leaf=leaf,
+            options=frozen,
+            is_stacked=is_stacked,
+        )
+        out.append(_keep_sharding(merged, first))
+    return jax.tree.unflatten(trees.treedef, out)
+
+
+@functools.partial(jax.jit, static_argnames=("leaf", "options", "is_stacked"))
+def _run(models, base, key, path_salt, name_salts, coefficients, *, leaf, options, is_stacked):
+    dtype = tree.wide(models[0].dtype)
+
+    def one(models, base, path_salt, coefficients):
+        keys = None
+        if key is not None:
+            keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, path_salt)))(
+                name_salts
+            )
+        operands = Operands(
+            tuple(model.astype(dtype) for model in models), None if base is None else base.astype(dtype), keys
+        )
+        cast = {
+            name: value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value
+            for name, value in coefficients.items()
+        }
+        return leaf(operands, **cast, **dict(options))
+
+    run = jax.vmap(one) if is_stacked else one
+    return run(models, base, path_salt, coefficients).astype(models[0].dtype)
+
+
+def as_key(key: Any) -> Array:
+    """Return a typed threefry key, or say how to make one."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key, impl="threefry2x32")
+    if str(jax.random.key_impl(key)) != "threefry2x32":
+        raise ValueError(
+            f"key has the implementation {jax.random.key_impl(key)}, wanted threefry2x32: others draw other "
+            "masks on another mesh; pass jax.random.key(seed, impl='threefry2x32')"
+        )
+    if key.shape != ():
+        raise ValueError(f"key has shape {key.shape}, wanted one key of shape ()")
+    return key
+
+
+def is_concrete(*values: Any) -> bool:
+    """True if no value (or entry of a list or dict of values) is traced, so that it may be checked."""
+    return not any(isinstance(value, jax.core.Tracer) for value in jax.tree.leaves(values))
+
+
+def _array(values: Any) -> Any:
+    """Numbers and traced scalars, nested in lists, as one array: on the host if they all are numbers."""
+    dtype = np.float64 if jax.config.jax_enable_x64 else np.float32  # type: ignore[attr-defined]
+    if not isinstance(values, list):
+        return jnp.asarray(values, dtype) if isinstance(values, jax.Array) else np.asarray(values, dtype)
+    arrays = [_array(value) for value in values]
+    return jnp.stack(arrays) if any(isinstance(a, jax.Array) for a in arrays) else np.stack(arrays)
+
+
+def _on_device(leaf: Any) -> Any:
+    """Bring a leaf offloaded to host memory onto its device: one leaf at a time, so one leaf is the peak."""
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return leaf
+    default = next(iter(leaf.sharding.device_set)).default_memory().kind
+    if leaf.sharding.memory_kind in (None, default):
+        return leaf
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind(default))
+
+
+def settle(leaf: Any, first: Any) -> Any:
+    """Give a leaf taken over as it is the dtype, memory and sharding of the first model's."""
+    if not tree.is_merged(first) or leaf is first:
+        return leaf
+    return _keep_sharding(jnp.asarray(_on_device(leaf)).astype(first.dtype), first)
+
+
+def _keep_sharding(merged: Array, first: Any) -> Array:
+    if isinstance(merged, jax.core.Tracer) or not isinstance(first, jax.Array):
+        return merged
+    wanted = first.sharding
+    default = next(iter(wanted.device_set)).default_memory().kind
+    if wanted.memory_kind not in (None, default):
+        wanted = wanted.with_memory_kind(default)
+    if merged.sharding.is_equivalent_to(wanted, merged.ndim):
+        return merged
+    return jax.device_put(merged, wanted)

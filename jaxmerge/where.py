@@ -1,0 +1,213 @@
+r"""Where a rule acts: path patterns, stacked layers, coefficients per leaf and per layer.
+
+One grammar for every pattern. A pattern is a run of whole path components, found anywhere in the path;
+inside a component `*` and `?` are the shell's; `**` stands for any number of components; a leading `/` ties
+the run to the start of the path.
+
+  `mlp`               every leaf with a component `mlp`
+  `layers/1`          layer 1, and not layer 10
+  `self_attn/?_proj`  q_proj, k_proj, v_proj, o_proj of every layer
+  `/lm_head`          the head at the top, not `model/vision/lm_head`
+  `**`                everything
+
+Stacked layers. `stacked=("model/layers",)` says that every leaf under `model/layers` has a leading [L] axis.
+Layer l of the leaf `model/layers/mlp/weight` is then treated, and named, as the leaf
+`model/layers/l/mlp/weight` of an unstacked tree: the same filters, coefficients and random masks.
+
+Coefficients. A shared coefficient (t, alpha, scale) is
+  a number or traced scalar        the same for every leaf
+  a list, or an array of shape [m] a gradient: piecewise linear over depth x = layer / (layers − 1); leaves
+                                   outside the layers (embeddings, final norm, head) take x = 0
+  a dict pattern → one of these    the first pattern that matches the leaf's path wins
+A coefficient per model (weights, alphas, density) is one of these for all, or a sequence of them, one a model.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmerge.tree import leaf_paths
+
+Where = str | Sequence[str] | Callable[[str], bool]
+Coefficient = Any
+
+
+@functools.cache
+def _regex(pattern: str) -> re.Pattern[str]:
+    if not pattern.strip("/"):
+        raise ValueError(f"pattern {pattern!r} is empty; wanted path components, as in 'mlp' or '**' for all")
+    body = ""
+    for component in pattern.strip("/").split("/"):
+        if component == "**":
+            body += "(?:[^/]+/)*"
+        else:
+            glob = re.escape(component).replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
+            body += f"{glob}/"
+    start = "^" if pattern.startswith("/") else "(?:^|/)"
+    return re.compile(f"{start}(?P<run>{body})")
+
+
+def matches(where: Where, path: str) -> bool:
+    """Say whether `where` (a pattern, several of which one must match, or a predicate) selects `path`.
+
+    Example:
+      >>> matches("layers/1", "model/layers/1/mlp/weight"), matches("layers/1", "model/layers/10/mlp/weight")
+      (True, False)
+    """
+    if callable(where):
+        return bool(where(path))
+    if isinstance(where, str):
+        return _regex(where).search(path + "/") is not None
+    return any(matches(pattern, path) for pattern in where)
+
+
+def select(tree: Any, where: Where) -> list[str]:
+    """Return the paths of `tree`'s leaves that `where` selects; a pattern that selects none is an error."""
+    paths = leaf_paths(tree)
+    chosen = [path for path in paths if matches(where, path)]
+    if not chosen:
+        raise ValueError(f"{where!r} selects none of the {len(paths)} leaves; the first is {paths[:1]}")
+    return chosen
+
+
+def layer_index(path: str) -> int | None:
+    """Return the layer a path belongs to: its first integer component, or None.
+
+    Example:
+      >>> layer_index("model/layers/3/mlp/experts/7/weight"), layer_index("lm_head/weight")
+      (3, None)
+    """
+    return next((int(part) for part in path.split("/") if part.isdecimal()), None)
+
+
+def layer_group(path: str) -> str:
+    """Name the layer of a path: up to the first integer component, else the parent path.
+
+    Example:
+      >>> layer_group("model/layers/3/mlp/weight"), layer_group("lm_head/weight"), layer_group("w")
+      ('model/layers/3', 'lm_head', 'w')
+    """
+    parts = path.split("/")
+    for i, part in enumerate(parts):
+        if part.isdecimal():
+            return "/".join(parts[: i + 1])
+    return "/".join(parts[:-1]) or path
+
+
+def _container(path: str) -> str:
+    group = layer_group(path)
+    return group.rpartition("/")[0]
+
+
+def layer_paths(path: str, shape: Sequence[int], stacked: Sequence[str]) -> list[str] | None:
+    """Return the L paths of a stacked leaf's layers, or None if `path` is under no stacked container.
+
+    Example:
+      >>> layer_paths("model/layers/w", (2, 5), ("layers",))
+      ['model/layers/0/w', 'model/layers/1/w']
+    """
+    patterns = [stacked] if isinstance(stacked, str) else stacked
+    for pattern in patterns:
+        found = _regex(pattern).search(path + "/")
+        if found is None:
+            continue
+        if not shape:
+            raise ValueError(
+                f"leaf {path!r} has shape (), but stacked={pattern!r} wants a leading layer axis; "
+                "name a container whose leaves are all stacked"
+            )
+        head, tail = path[: found.end("run") - 1], path[found.end("run") :]
+        return [f"{head}/{l}/{tail}" if tail else f"{head}/{l}" for l in range(shape[0])]
+    return None
+
+
+def depths(paths: Sequence[str]) -> dict[str, float]:
+    """Return depth x = layer / (layers − 1) in [0, 1] of each path, 0 outside the layers.
+
+    Layers are counted within their container, so an encoder and a decoder each run from 0 to 1.
+
+    Example:
+      >>> depths(["h/0/w", "h/1/w", "h/2/w", "head/w"])
+      {'h/0/w': 0.0, 'h/1/w': 0.5, 'h/2/w': 1.0, 'head/w': 0.0}
+    """
+    last: dict[str, int] = {}
+    for path in paths:
+        layer = layer_index(path)
+        if layer is not None:
+            container = _container(path)
+            last[container] = max(last.get(container, 0), layer)
+    return {
+        path: 0.0 if (layer := layer_index(path)) is None else layer / max(last[_container(path)], 1)
+        for path in paths
+    }
+
+
+def resolve(value: Coefficient, path: str, depth: float, *, name: str) -> Any:
+    """Resolve a shared coefficient for one leaf to a Python number or a traced scalar.
+
+    Example:
+      >>> resolve({"mlp": [0.0, 1.0], "**": 0.3}, "layers/1/mlp/w", 0.25, name="t")
+      0.25
+    """
+    if isinstance(value, Mapping):
+        return resolve(_first_match(value, path, name), path, depth, name=name)
+    if isinstance(value, str | bytes) or value is None:
+        raise TypeError(f"{name}={value!r} is not a number, a list over depth, or a dict of path patterns")
+    if isinstance(value, Sequence) or np.ndim(value) == 1:
+        return _gradient(value, depth, name)
+    if np.ndim(value) != 0:
+        raise ValueError(f"{name} has shape {np.shape(value)}, wanted a scalar or a list over depth")
+    return value
+
+
+def resolve_each(value: Coefficient, path: str, depth: float, count: int, *, name: str) -> list[Any]:
+    """Resolve a coefficient per model for one leaf to `count` numbers or traced scalars.
+
+    Example:
+      >>> resolve_each([0.5, {"mlp": 1.0, "**": [0.0, 0.2]}], "head/w", 0.0, 2, name="weights")
+      [0.5, 0.0]
+    """
+    if isinstance(value, Mapping):
+        return resolve_each(_first_match(value, path, name), path, depth, count, name=name)
+    if (isinstance(value, Sequence) and not isinstance(value, str | bytes)) or np.ndim(value) >= 1:
+        if len(value) != count:
+            raise ValueError(
+                f"{name} has {len(value)} entries, wanted {count}: one a model, or one number for all"
+            )
+        return [resolve(value[i], path, depth, name=f"{name}[{i}]") for i in range(count)]
+    return [resolve(value, path, depth, name=name)] * count
+
+
+def _first_match(value: Mapping[str, Any], path: str, name: str) -> Any:
+    hits = [pattern for pattern in value if matches(pattern, path)]
+    if not hits:
+        raise ValueError(
+            f"no pattern of {name} matches leaf {path!r} (patterns: {list(value)}); add '**' for all the rest"
+        )
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+    keeps_order = isinstance(value, OrderedDict) or list(value) != sorted(value)
+    if len(hits) > 1 and traced and not keeps_order:
+        raise ValueError(
+            f"{name} is a traced dict and patterns {hits[:2]} both match leaf {path!r}: jit sorts the keys "
+            "of a dict, so which comes first is lost; pass a collections.OrderedDict"
+        )
+    return value[hits[0]]
+
+
+def _gradient(points: Any, depth: float, name: str) -> Any:
+    count = len(points)
+    if count == 0:
+        raise ValueError(f"{name} is an empty list, wanted at least one point over depth")
+    at = depth * (count - 1)
+    low = min(int(at), count - 1)
+    part = at - low
+    if part == 0.0:
+        return points[low]
+    return points[low] * (1.0 - part) + points[low + 1] * part

@@ -1,0 +1,340 @@
+"""The contract every rule keeps (style.md 14): table-driven over RULES, on one device and on meshes of eight."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxmerge
+from jaxmerge import RULES
+
+# Coefficients to call a rule with, and others of the same kind: the second call must not compile again.
+COEFFICIENTS = {
+    "interpolate": ({"t": 0.3}, {"t": 0.6}),
+    "average": ({"weights": [0.2, 0.5, 0.4]}, {"weights": [0.3, 0.1, 0.4]}),
+    "task_arithmetic": (
+        {"weights": [0.2, 0.5, 0.4], "scale": 0.9},
+        {"weights": [0.3, 0.1, 0.4], "scale": 0.5},
+    ),
+    "extrapolate": ({"alpha": 0.4}, {"alpha": 0.7}),
+    "extrapolation_merge": (
+        {"alphas": [0.4, 0.1, 0.2], "weights": [0.5, 0.3, 0.2]},
+        {"alphas": [0.3, 0.2, 0.2], "weights": [0.4, 0.3, 0.2]},
+    ),
+    "dare": (
+        {"density": [0.6, 0.5, 0.7], "weights": [0.2, 0.5, 0.4], "scale": 0.9},
+        {"density": [0.3, 0.5, 0.7], "weights": [0.2, 0.3, 0.4], "scale": 0.8},
+    ),
+    "imm": ({"alpha": 0.5, "drop": 0.2}, {"alpha": 0.3, "drop": 0.4}),
+}
+EACH = {"weights", "density", "alphas"}
+SHAPES = {
+    "model": {
+        "embed_tokens": {"weight": (13, 6)},
+        "layers": {str(l): {"mlp": {"weight": (16, 8)}, "norm": {"weight": (8,)}} for l in range(3)},
+        "column": {"weight": (5, 1)},
+        "scalar": (),
+    },
+    "lm_head": {"weight": (16, 8)},
+}
+TINY = {"model": {"layers": {str(l): {"mlp": {"weight": (4, 3)}} for l in range(3)}}, "lm_head": {"weight": (4, 3)}}
+
+
+def is_shape(x):
+    return isinstance(x, tuple)
+
+
+def params(seed, dtype=jnp.float32, shapes=SHAPES):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s), dtype), shapes, is_leaf=is_shape)
+
+
+def count_of(name):
+    needs = RULES[name].needs
+    return needs.most if needs.most is not None else max(needs.least, 3)
+
+
+def call(name, models, base, coefficients=None, **more):
+    needs = RULES[name].needs
+    keywords = dict(COEFFICIENTS[name][0] if coefficients is None else coefficients)
+    keywords |= {"base": base} if needs.base != "none" else {}
+    keywords |= {"key": jax.random.key(7), "names": names(len(models))} if needs.key != "none" else {}
+    return RULES[name](models, **{**keywords, **more})
+
+
+def names(count):
+    return [f"org/model-{i}" for i in range(count)]
+
+
+def inputs(name, **kw):
+    return [params(i + 1, **kw) for i in range(count_of(name))], params(0, **kw)
+
+
+def equal(a, b):
+    return all(
+        np.array_equal(np.asarray(x, np.float64), np.asarray(y, np.float64))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def close(a, b, ulps=4):
+    for (path, x), y in zip(jax.tree_util.tree_flatten_with_path(a)[0], jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        size = max(np.abs(y).max(initial=0), 1.0)
+        assert np.abs(x - y).max(initial=0) <= ulps * size * 2.0**-23, path
+
+
+def test_every_rule_is_under_contract():
+    assert set(COEFFICIENTS) == set(RULES)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
+@pytest.mark.parametrize("name", RULES)
+def test_structure_dtype_and_shape_are_kept(name, dtype):
+    models, base = inputs(name, dtype=jnp.dtype(dtype), shapes=TINY)
+    merged = call(name, models, base)
+    assert jax.tree.structure(merged) == jax.tree.structure(models[0])
+    for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(models[0]), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_other_leaves_pass_through(name):
+    models, base = inputs(name, shapes=TINY)
+    extra = {"step": jnp.int32(3), "key": jax.random.key(3), "act": jax.nn.relu, "flag": True, "none": None}
+    merged = call(name, [m | extra for m in models], base | extra | {"step": jnp.int32(9)})
+    assert int(merged["step"]) == (9 if RULES[name].needs.base != "none" else 3)
+    assert merged["act"] is jax.nn.relu
+    assert merged["key"].dtype == jax.random.key(0).dtype
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_merging_x_with_x_is_x(name):
+    models, _ = inputs(name)
+    x = models[0]
+    # Weights that sum to one; no delta at all where there is a base.
+    close(call(name, [x] * len(models), x), x)
+
+
+@pytest.mark.parametrize("name", [n for n in RULES if RULES[n].needs.symmetric])
+def test_order_of_models_does_not_matter(name):
+    models, base = inputs(name, shapes=TINY)
+    coefficients = COEFFICIENTS[name][0]
+    turned = {k: v[::-1] if k in EACH else v for k, v in coefficients.items()}
+    more = {"names": names(len(models))[::-1]} if RULES[name].needs.key != "none" else {}
+    close(call(name, models[::-1], base, turned, **more), call(name, models, base, coefficients))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_jit_equals_eager_and_compiles_once(name):
+    models, base = inputs(name, shapes=TINY)
+    traces = []
+
+    @jax.jit
+    def run(models, base, coefficients):
+        traces.append(1)
+        return call(name, models, base, coefficients)
+
+    one, two = COEFFICIENTS[name]
+    close(run(models, base, one), call(name, models, base, one), ulps=1)
+    close(run(models, base, two), call(name, models, base, two), ulps=1)
+    assert len(traces) == 1
+    before = jaxmerge.leafwise.__globals__["_run"]._cache_size()
+    call(name, models, base, two)
+    assert jaxmerge.leafwise.__globals__["_run"]._cache_size() == before  # eager calls share compilations too
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_no_nan_at_zero_delta(name):
+    models, _ = inputs(name)
+    zero = jax.tree.map(jnp.zeros_like, models[0])
+    for base in (models[0], zero):
+        merged = call(name, [base] * len(models), base)
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(merged))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_eval_shape_vmap_and_grad(name):
+    models, base = inputs(name, shapes=TINY)
+    shapes = jax.eval_shape(lambda m, b: call(name, m, b), models, base)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(lambda a: (a.shape, a.dtype), models[0])
+
+    grid = jax.tree.map(lambda *v: jnp.asarray(v, jnp.float32), *COEFFICIENTS[name])
+    merged = jax.vmap(lambda c: call(name, models, base, c))(grid)
+    for i, coefficients in enumerate(COEFFICIENTS[name]):
+        close(jax.tree.map(lambda leaf, i=i: leaf[i], merged), call(name, models, base, coefficients))
+
+    @jax.jit
+    def loss(coefficients):
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(call(name, models, base, coefficients)))
+
+    start = jax.tree.map(jnp.float32, COEFFICIENTS[name][0])
+    step = 1e-2
+    for path, slope in jax.tree_util.tree_flatten_with_path(jax.grad(loss)(start))[0]:
+        if path[0].key in ("density", "drop"):  # a probability moves the mask: not differentiable in it
+            continue
+
+        def shift(by, path=path):
+            return jax.tree_util.tree_map_with_path(lambda p, v: v + jnp.float32(by if p == path else 0), start)
+
+        difference = (loss(shift(step)) - loss(shift(-step))) / (2 * step)
+        assert float(slope) == pytest.approx(float(difference), rel=2e-2, abs=2e-2), path
+
+
+MESHES = {
+    "8": ((8,), ("x",), AxisType.Auto),
+    "4x2": ((4, 2), ("x", "y"), AxisType.Auto),
+    "4x2-explicit": ((4, 2), ("x", "y"), AxisType.Explicit),
+}
+
+
+def shard(tree, mesh):
+    """Shard every axis that divides, biggest mesh axes first; the others (13, 5, 3 …) stay whole."""
+
+    def place(leaf):
+        axes = [(n, mesh.shape[n]) for n in mesh.axis_names]
+        spec = []
+        for size in leaf.shape:
+            fit = next((i for i, (_, width) in enumerate(axes) if size % width == 0), None)
+            spec.append(None if fit is None else axes.pop(fit)[0])
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree.map(place, tree)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", RULES)
+def test_sharded_equals_unsharded_and_keeps_sharding(name, mesh):
+    sizes, axes, kind = MESHES[mesh]
+    mesh = jax.make_mesh(sizes, axes, axis_types=(kind,) * len(axes))
+    models, base = inputs(name)
+    placed = [shard(m, mesh) for m in models]
+    placed_base = shard(base, mesh)
+    wanted = call(name, models, base)
+    eager = call(name, placed, placed_base)
+    jitted = jax.jit(lambda m, b: call(name, m, b))(placed, placed_base)
+    close(eager, wanted, ulps=1)
+    close(jitted, wanted)  # XLA contracts a·b + c differently in other loops
+    for merged in (eager, jitted):
+        for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(placed[0]), strict=True):
+            assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_uneven_shards_inside_jit(name):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    models, base = inputs(name)
+
+    @jax.jit
+    def run(models, base):
+        # 13 rows over 8 devices: a constraint pads them, where an array at rest must divide.
+        def rows(leaf):
+            sharding = NamedSharding(mesh, PartitionSpec("x"))
+            return jax.lax.with_sharding_constraint(leaf, sharding) if leaf.ndim else leaf
+
+        return call(name, jax.tree.map(rows, models), jax.tree.map(rows, base))
+
+    close(run(models, base), call(name, models, base), ulps=1)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_stacked_equals_unstacked(name):
+    models, base = inputs(name)
+    coefficients = dict(COEFFICIENTS[name][0])
+    for key, value in coefficients.items():  # a gradient over depth, and a pattern of one layer
+        if key in EACH:
+            coefficients[key] = [{"layers/1": 0.25, "**": [v, v + 0.2]} for v in value]
+        else:
+            coefficients[key] = {"layers/1": 0.25, "**": [value, value + 0.2]}
+
+    def stack(tree):
+        layers = [tree["model"]["layers"][str(l)] for l in range(3)]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        return {**tree, "model": {**tree["model"], "layers": stacked}}
+
+    one = call(name, models, base, coefficients)
+    two = call(name, [stack(m) for m in models], stack(base), coefficients, stacked=("model/layers",))
+    close(two, stack(one), ulps=1)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_errors_name_the_leaf(name):
+    models, base = inputs(name, shapes=TINY)
+    needs = RULES[name].needs
+
+    def broken(change):
+        wrong = jax.tree.map(lambda x: x, models[-1])
+        change(wrong)
+        if len(models) > 1:
+            return [*models[:-1], wrong], base
+        return models, wrong
+
+    def drop(tree):
+        del tree["model"]["layers"]["1"]["mlp"]["weight"]
+
+    def reshape(tree):
+        tree["model"]["layers"]["1"]["mlp"]["weight"] = jnp.zeros((4, 9))
+
+    def integers(tree):
+        tree["model"]["layers"]["1"]["mlp"]["weight"] = jnp.zeros((4, 3), jnp.int32)
+
+    def add(tree):
+        tree["model"]["layers"]["1"]["mlp"]["bias"] = jnp.zeros((6,))
+
+    for change, words in [
+        (drop, "has no leaf 'model/layers/1/mlp/weight'"),
+        (reshape, r"leaf 'model/layers/1/mlp/weight' of .* has shape \(4, 9\), wanted \(4, 3\)"),
+        (integers, r"leaf 'model/layers/1/mlp/weight' of .* is int32\[4,3\], wanted float32\[4,3\]"),
+        (add, "has a leaf 'model/layers/1/mlp/bias' that models"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            call(name, *broken(change))
+    with pytest.raises(TypeError, match="must be a sequence of pytrees, found dict"):
+        call(name, models[0], base, names=None)
+    with pytest.raises(ValueError, match=f"{name} needs .*; found 0 models"):
+        call(name, [], base)
+    if needs.base == "required":
+        with pytest.raises(ValueError, match="pass base="):
+            call(name, models, None)
+    if needs.key != "none":
+        with pytest.raises(ValueError, match=r"pass key=jax.random.key"):
+            call(name, models, base, key=None)
+        with pytest.raises(ValueError, match="names="):
+            call(name, models, base, names=["a"] * 5)
+    with pytest.raises(TypeError, match="no_such_coefficient"):
+        call(name, models, base, no_such_coefficient=1)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_mask_leaves_the_rest_alone(name):
+    models, base = inputs(name, shapes=TINY)
+    otherwise = "base" if RULES[name].needs.base == "required" else "first"
+    run = jaxmerge.masked(RULES[name], "layers/1", otherwise=otherwise)
+    keywords = dict(COEFFICIENTS[name][0])
+    keywords |= {"base": base} if RULES[name].needs.base != "none" else {}
+    keywords |= {"key": jax.random.key(7), "names": names(len(models))} if RULES[name].needs.key != "none" else {}
+    merged = jaxmerge.tree.named_leaves(run(models, **keywords))
+    full = jaxmerge.tree.named_leaves(call(name, models, base))
+    other = jaxmerge.tree.named_leaves(base if otherwise == "base" else models[0])
+    for path, leaf in merged.items():
+        assert equal(leaf, full[path] if "layers/1/" in path else other[path]), path
+
+
+def test_lookup_lists_the_rules():
+    with pytest.raises(KeyError, match=r"no rule 'tie'; there are interpolate, average"):
+        jaxmerge.rule("tie")
+    assert jaxmerge.rule("imm") is jaxmerge.imm
+
+
+def test_importing_the_library_imports_jax_alone():
+    code = (
+        "import sys, jaxmerge\n"
+        "bad = {'flax', 'orbax', 'transformers', 'safetensors', 'yaml', 'optax', 'torch', 'jaxmerge.files'}\n"
+        "print(sorted(bad & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

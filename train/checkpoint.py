@@ -1,0 +1,93 @@
+"""Orbax behind two nouns: the weights of a phase, and the resumable state of a fine-tuning run."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from .learn.sft import Checkpoints, State
+from .log import UserError
+from .models.decoder import Params
+
+
+def save_weights(path: Path, params: Params) -> None:
+    """Write parameters to `path`; the folder appears under its name only when whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), params, force=True)
+
+
+def load_weights(path: Path, like: Any) -> Params:
+    """Read parameters straight to the shapes, dtypes and shardings of `like` (ShapeDtypeStructs)."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no checkpoint there")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path.absolute(), like)
+    except Exception as error:  # Orbax raises many kinds for a damaged checkpoint; all mean the same here
+        first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: the checkpoint is damaged or of another model: {first}") from error
+
+
+def abstract(params: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs of `params` with the given shardings: what `load_weights` restores to."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
+
+
+def digest(params: Params) -> str:
+    """sha256 over paths, dtypes, shapes and bits, in path order: equal digests are equal weights."""
+    total = hashlib.sha256()
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
+        value = np.ascontiguousarray(leaf)
+        total.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
+        total.update(value.data if value.ndim and value.dtype.kind == "f" else value.tobytes())
+    return total.hexdigest()
+
+
+class SftCheckpoints(Checkpoints):
+    """Keeps the newest state of a fine-tuning run, and its snapshots, below `folder`."""
+
+    def __init__(self, folder: Path, snapshots: Path | None = None):
+        self.folder, self.snapshots = folder.absolute(), snapshots
+        self._manager: ocp.CheckpointManager | None = None
+
+    @property
+    def manager(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        return self._manager
+
+    def restore(self, like: State):
+        if not self.folder.is_dir() or (step := self.manager.latest_step()) is None:
+            return None, 0, []
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        found = self.manager.restore(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes), log=ocp.args.JsonRestore()),
+        )
+        return State(*found.state), step, list(found.log)
+
+    def save(self, state: State, step: int, metrics: list[dict[str, float]]) -> None:
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), log=ocp.args.JsonSave(metrics)),
+        )
+        self.manager.wait_until_finished()
+
+    def snapshot(self, params: Params, index: int) -> None:
+        if self.snapshots is not None:
+            save_weights(self.snapshots / str(index), params)
+
+    def remove(self) -> None:
+        """Delete the resumable state: the phase is committed, its optimiser is not needed again."""
+        if self._manager is not None:
+            self._manager.close()
+        shutil.rmtree(self.folder, ignore_errors=True)

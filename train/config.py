@@ -1,0 +1,269 @@
+"""What a run is configured by: frozen dataclasses, each default and each invariant in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from .log import UserError
+from .resolve import at_least, build, check_known, to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the base model comes from, and the precision it computes in."""
+
+    path: str = ""
+    """Hugging Face folder, GGUF file, `package:NAME/FILE.gguf`, checkpoint of a run, or hub name."""
+    sha256: str | None = None
+    """Refuse the file at `path` unless its digest is this one (single files only)."""
+    random: dict[str, Any] | None = None
+    """Instead of `path`: sizes of a model with random weights (fields of ModelConfig)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Operands of every matmul; sums, masters and merges are float32 whatever this says."""
+
+    def __post_init__(self):
+        if bool(self.path) == (self.random is not None):
+            raise UserError("model: give either model.path or model.random, not both and not neither")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Questions of one generator in one domain, split without a question in common."""
+
+    family: str
+    domain: Literal["id", "harder", "ood"]
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    train: int = 0
+    validation: int = 0
+    test: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """Which problems: the in-domain family trained on, the others only evaluated."""
+
+    families: tuple[Family, ...] = ()
+    style: Literal["instruct", "compact"] = "instruct"
+    """instruct: questions in English for a pretrained model; compact: `prompt?work#answer` for the miniature."""
+    seed: int = 0
+    """Of the questions; apart from the run's seed so that runs can share their questions."""
+    few_shot: int = 0
+    """Worked examples put before each question (for base models that follow no instruction)."""
+
+    def __post_init__(self):
+        if not any(f.domain == "id" and f.train for f in self.families):
+            raise UserError("tasks.families: at least one family with domain: id and train: N is needed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How solutions are sampled from the model for its own training."""
+
+    samples: int = 4
+    """Solutions a question (IMM's S; the paper takes 3)."""
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    slots: int = 64
+    """Sequences decoded side by side."""
+    batch: int = 64
+    """Questions committed to disk at once: what a kill can lose."""
+
+    def __post_init__(self):
+        if self.samples > 1 and self.temperature == 0:
+            raise UserError(
+                f"sampling.samples is {self.samples} at temperature 0: they would all be the same; "
+                "set sampling.temperature above 0 or sampling.samples=1"
+            )
+        at_least(self, "sampling", samples=1, max_new_tokens=1, slots=1, batch=1, temperature=0, top_k=0)
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"sampling.top_p is {self.top_p}; it must be above 0 and at most 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which verified solutions become training examples."""
+
+    per_question: int | None = None
+    """At most this many solutions a question, by sample index; null keeps all."""
+    data: Literal["round", "accumulated"] = "round"
+    """Train on this round's examples or on those of all rounds so far."""
+    real_ratio: float = 0.0
+    """Share of the training examples that are the generator's own worked solutions, 0 to 1."""
+
+    def __post_init__(self):
+        if not 0 <= self.real_ratio <= 1:
+            raise UserError(f"selection.real_ratio is {self.real_ratio}; it must lie in [0, 1]")
+        if self.per_question is not None:
+            at_least(self, "selection", per_question=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sft:
+    """Supervised fine-tuning: AdamW, warm-up then cosine, loss on the completion only."""
+
+    learning_rate: float = 2e-5
+    epochs: int = 3
+    batch: int = 64
+    micro_batch: int | None = None
+    """Rows a forward pass; the batch is accumulated from them. null: the batch at once."""
+    warmup: float = 0.03
+    """Share of the steps over which the rate rises from 0."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Largest global gradient norm."""
+    max_length: int = 512
+    """Longer examples are dropped and counted."""
+    loss: Literal["completion", "all"] = "completion"
+    start: Literal["merged", "original"] = "merged"
+    """What a round is fine-tuned from: the last merged model or the original one."""
+    snapshots: int = 1
+    """Checkpoints kept a round, equally spaced, the last at the end; exme picks its two among them."""
+    checkpoint_every: int = 200
+    """Steps between resumable checkpoints: what a kill can lose."""
+
+    def __post_init__(self):
+        at_least(self, "sft", epochs=1, batch=1, clip=0, max_length=2, snapshots=1, checkpoint_every=1)
+        if self.learning_rate < 0 or not 0 <= self.warmup <= 1:
+            raise UserError(
+                f"sft: learning_rate is {self.learning_rate} (≥ 0), warmup is {self.warmup} (a share, 0 to 1)"
+            )
+        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
+            raise UserError(f"sft.micro_batch is {self.micro_batch}; it must divide sft.batch={self.batch}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """What happens to the weights at the end of a round."""
+
+    rule: Literal["none", "imm"] = "none"
+    alpha: Any = 0.5
+    """Weight of the tuned model. A number; `{schedule: [α₁, α₂, …]}` or `{schedule: linear|cosine, start:, end:}`
+    over the rounds; `{layers: [α, …]}` a gradient over depth; `{paths: {pattern: α}}`; `{search: [α, …]}`
+    takes the best on validation."""
+    anchor: Literal["original", "previous"] = "original"
+    """Merge with the original model or with the previous round's merged one."""
+    reference: str = "anchor"
+    """Where deltas are measured from: `anchor`, or the path of a pretrained base."""
+    drop: float = 0.0
+    """DARE: share of each delta's elements dropped, the rest rescaled by 1/(1 − drop). 0 switches it off."""
+    where: tuple[str, ...] = ()
+    """Merge only parameters whose path matches one of these; the others keep the tuned value. () merges all."""
+    offload: bool = False
+    """Keep the original model in host memory between merges (accelerators only)."""
+
+    def __post_init__(self):
+        if not 0 <= self.drop < 1:
+            raise UserError(f"merge.drop is {self.drop}; it must lie in [0, 1)")
+        if not isinstance(self.alpha, (int, float)):
+            known = ("schedule", "layers", "paths", "search")
+            if not isinstance(self.alpha, Mapping) or sum(k in self.alpha for k in known) != 1:
+                raise UserError(f"merge.alpha is {self.alpha!r}; give a number or a map with one of {', '.join(known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A model made from a round's checkpoints without training, evaluated and not fed back."""
+
+    of: str
+    """The method whose checkpoints are used."""
+    kind: Literal["expo", "exme", "line"] = "expo"
+    """expo: θ_t + α(θ_t − θ_b). exme: the best two snapshots on validation, each extrapolated, then merged.
+    line: base + λ·change for each λ in `coefficients`."""
+    alphas: tuple[float, ...] = (0.3,)
+    weights: tuple[float, ...] = (0.5, 0.5)
+    coefficients: tuple[float, ...] = ()
+    rounds: tuple[int, ...] = ()
+    """Rounds to probe; () is the last one."""
+
+    def __post_init__(self):
+        if self.kind == "line" and not self.coefficients:
+            raise UserError("a probe of kind line needs coefficients: [λ, …]")
+        if self.kind == "exme" and (len(self.alphas) != 2 or len(self.weights) != 2):
+            raise UserError(f"an exme probe needs two alphas and two weights, found {self.alphas}, {self.weights}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One arm of the comparison: overrides of the run's blocks, or a probe."""
+
+    sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
+    selection: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sft: dict[str, Any] = dataclasses.field(default_factory=dict)
+    merge: dict[str, Any] = dataclasses.field(default_factory=dict)
+    probe: Probe | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Greedy decoding on held-out questions, the same for every method."""
+
+    splits: tuple[Literal["validation", "test"], ...] = ("test",)
+    max_new_tokens: int = 64
+    slots: int = 64
+    batch: int = 256
+    """Questions committed to disk at once."""
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        at_least(self, "evaluation", max_new_tokens=1, slots=1, batch=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Device mesh: batch over data and fsdp, parameters over fsdp and tensor."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    cpu_devices: int | None = None
+    """Split the CPU into this many virtual devices (tests, laptops)."""
+
+    def __post_init__(self):
+        at_least(self, "mesh", data=1, fsdp=1, tensor=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Improve:
+    """`jaxmerge improve`: rounds of sample → verify → select → sft → merge → evaluate."""
+
+    model: Source
+    tasks: Tasks
+    methods: dict[str, Method]
+    rounds: int = 1
+    seed: int = 0
+    sampling: Sampling = Sampling()
+    selection: Selection = Selection()
+    sft: Sft = Sft()
+    merge: Merge = Merge()
+    evaluation: Evaluation = Evaluation()
+    mesh: Mesh = Mesh()
+    keep: int | None = None
+    """Rounds whose weights stay on disk; null keeps all. Metrics and samples always stay."""
+
+    def __post_init__(self):
+        at_least(self, "config", rounds=1)
+        if self.keep is not None:
+            at_least(self, "config", keep=1)
+        for name, method in self.methods.items():
+            if name == "base" or not name.replace("_", "").replace("-", "").isalnum():
+                raise UserError(f"methods.{name}: a method's name is letters, digits, - and _, and not `base`")
+            if method.probe and (method.probe.of not in self.methods or self.methods[method.probe.of].probe):
+                trained = [n for n, m in self.methods.items() if m.probe is None]
+                raise UserError(
+                    f"methods.{name}.probe.of is {method.probe.of!r}; it must be a trained method: {', '.join(trained)}"
+                )
+            for block in ("sampling", "selection", "sft", "merge"):
+                self.block(name, block)
+
+    def block(self, method: str, name: str):
+        """The run's block `name` with the overrides of `method`."""
+        ours = getattr(self, name)
+        override = getattr(self.methods[method], name)
+        where = f"methods.{method}.{name}"
+        return build(type(ours), {**to_dict(ours), **check_known(type(ours), override, where)}, where)

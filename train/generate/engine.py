@@ -1,0 +1,266 @@
+"""Slots that decode side by side and are refilled as sequences end.
+
+A prompt is prefilled once and copied into a slot for each of its samples. A slot's first decode step runs
+the last prompt token again, so prefill needs no logits and every token is chosen in one place. Prompts are
+padded on the right: a cache index is a position, and a sequence does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..models.config import ModelConfig
+from ..models.decoder import KV, Params, bind, visible
+from .sample import choose
+
+CHUNK = 8
+"""Decode steps between two looks at which sequences ended."""
+PREFILL = 8
+"""Prompts prefilled at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One sequence to generate: `key` draws it, whatever else is in the batch."""
+
+    id: int
+    prompt: tuple[int, ...]
+    key: np.ndarray
+    """uint32 [2], threefry key data."""
+    max_new_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What came of a request; `tokens` ends with the stop token when `reason` is "eos"."""
+
+    id: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    reason: str
+    """eos, stop (a stop string appeared) or length."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """What is compiled into the decode step; the temperature is traced."""
+
+    greedy: bool
+    top_k: int = 0
+    top_p: float = 1.0
+    dtype: str = "float32"
+
+
+def bucket(n: int, step: int = 32) -> int:
+    """Round a length up to a multiple of `step`: few shapes, few compilations."""
+    return -(-n // step) * step
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def prefill(config: ModelConfig, params: Params, tokens: jax.Array, *, dtype: str):
+    """Caches of right-padded prompts [P, T]: one KV of [P, K, T, H] a layer."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    _, caches = bind(config, params)(tokens, positions, visible(positions), dtype=jnp.dtype(dtype))
+    return caches
+
+
+@functools.partial(jax.jit, donate_argnames=("caches",))
+def fill(caches: tuple[KV, ...], prompts: tuple[KV, ...], slots: jax.Array, rows: jax.Array):
+    """Copy prefilled row rows[i] into slot slots[i]; a slot out of range is skipped."""
+
+    def copy(cache, prompt):
+        return cache.at[slots, :, : prompt.shape[2]].set(prompt[rows], mode="drop")
+
+    return jax.tree.map(copy, caches, prompts)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "how"), donate_argnames=("caches",))
+def decode(config: ModelConfig, params: Params, caches, last, at, steps, keys, temperature, *, how: Decoding):
+    """CHUNK steps for every slot.
+
+    Args:
+      caches: one KV of [N, K, S, H] a layer, donated.
+      last: [N] the newest token of each slot; at: [N] its position; steps: [N] tokens generated so far.
+      keys: [N, 2] uint32.
+
+    Returns:
+      (caches, tokens [CHUNK, N], log-probabilities [CHUNK, N]).
+    """
+    N, S = last.shape[0], caches[0].k.shape[2]
+    decoder = bind(config, params)
+    wrapped = jax.random.wrap_key_data(keys)
+    dtype = jnp.dtype(how.dtype)
+
+    def step(i, carry):
+        caches, last, tokens, logprobs = carry
+        position = at + i
+        mask = (jnp.arange(S) <= position[:, None])[:, None]
+        hidden, caches = decoder(last[:, None], position[:, None], mask, caches, position, dtype=dtype)
+        logits = decoder.head(hidden[:, 0], dtype)
+        last, logprob = choose(
+            logits, wrapped, steps + i, temperature, greedy=how.greedy, top_k=how.top_k, top_p=how.top_p
+        )
+        return caches, last, tokens.at[i].set(last), logprobs.at[i].set(logprob)
+
+    empty = (jnp.zeros((CHUNK, N), jnp.int32), jnp.zeros((CHUNK, N), jnp.float32))
+    caches, _, tokens, logprobs = lax.fori_loop(0, CHUNK, step, (caches, last, *empty))
+    return caches, tokens, logprobs
+
+
+@dataclasses.dataclass
+class Slot:
+    request: Request
+    tokens: list[int]
+    logprobs: list[float]
+
+
+class Engine:
+    """Generates completions for requests with a fixed set of shapes.
+
+    Args:
+      config, params: the model; params stay where they are (sharded or not).
+      slots: sequences decoded side by side, N.
+      how: greedy or sampled, cut-offs, operand dtype.
+      eos: tokens that end a sequence.
+      stop: called with the tokens so far; returns how many to keep once a stop string is complete, else None.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        *,
+        slots: int,
+        how: Decoding,
+        eos: Sequence[int],
+        temperature: float = 1.0,
+        stop: Callable[[Sequence[int]], int | None] | None = None,
+    ):
+        self.config, self.how, self.slots = config, how, slots
+        dtype = jnp.dtype(how.dtype)
+        # Cast once a round, not at every step; in float32 this is the same array.
+        self.params = params if dtype == jnp.float32 else jax.jit(cast, static_argnums=1)(params, dtype)
+        self.eos = frozenset(eos)
+        self.temperature = jnp.float32(temperature)
+        self.stop = stop
+        self.decoded = 0
+        """Slot-steps run, useful or not: occupancy = useful tokens / decoded."""
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Completions in the order in which they end.
+
+        Requests of one prompt should stand together: they then share one prefill.
+        """
+        queue = deque(requests)
+        if not queue:
+            return
+        longest = max(len(r.prompt) for r in queue)
+        length = bucket(max(len(r.prompt) + r.max_new_tokens for r in queue) + CHUNK)
+        width = min(bucket(longest, 16), length)
+        N = self.slots
+        caches = empty_caches(self.config, N, length, self.how.dtype)
+        active: list[Slot | None] = [None] * N
+        last, at, steps = (np.zeros(N, np.int32) for _ in range(3))
+        keys = np.zeros((N, 2), np.uint32)
+        ready: dict[tuple[int, ...], tuple[tuple[KV, ...], int]] = {}
+
+        while queue or any(active):
+            free = [n for n in range(N) if active[n] is None]
+            if free and queue:
+                waiting = [queue.popleft() for _ in range(min(len(free), len(queue)))]
+                ready = self.prefilled(waiting, queue, ready, width)
+                caches = self.place(caches, waiting, free, ready)
+                for n, request in zip(free, waiting, strict=False):
+                    active[n] = Slot(request, [], [])
+                    last[n], at[n] = request.prompt[-1], len(request.prompt) - 1
+                    steps[n], keys[n] = 0, request.key
+            caches, tokens, logprobs = decode(
+                self.config, self.params, caches, last, at, steps, keys, self.temperature, how=self.how
+            )
+            self.decoded += CHUNK * N
+            tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
+            last = tokens[-1].copy()
+            at, steps = at + CHUNK, steps + CHUNK
+            for n, slot in enumerate(active):
+                if slot is None:
+                    # An idle slot decodes rubbish into its own row; keep its writes in range.
+                    at[n] = steps[n] = 0
+                    continue
+                done = self.extend(slot, tokens[:, n], logprobs[:, n])
+                if done is not None:
+                    active[n] = None
+                    yield done
+
+    def extend(self, slot: Slot, tokens: np.ndarray, logprobs: np.ndarray) -> Completion | None:
+        """Append a chunk to a slot; a Completion once it ended."""
+        request = slot.request
+        for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True):
+            slot.tokens.append(token)
+            slot.logprobs.append(logprob)
+            reason = None
+            if token in self.eos:
+                reason = "eos"
+            elif self.stop is not None and (keep := self.stop(slot.tokens)) is not None:
+                del slot.tokens[keep:], slot.logprobs[keep:]
+                reason = "stop"
+            elif len(slot.tokens) >= request.max_new_tokens:
+                reason = "length"
+            if reason:
+                return Completion(request.id, tuple(slot.tokens), tuple(slot.logprobs), reason)
+        return None
+
+    def prefilled(self, waiting, queue, ready, width):
+        """Caches of the prompts about to be placed: {prompt: (caches of its batch, row)}.
+
+        Computed PREFILL at a time, the batch filled up with the next prompts of the queue; a prompt some of
+        whose samples still wait keeps its cache, the others are dropped.
+        """
+        wanted = list(dict.fromkeys(r.prompt for r in waiting))
+        missing = [p for p in wanted if p not in ready]
+        if not missing:
+            return ready
+        ready = {p: ready[p] for p in wanted if p in ready}
+        ahead = dict.fromkeys(r.prompt for r in list(queue)[: 4 * self.slots])
+        spare = [p for p in ahead if p not in ready and p not in missing]
+        count = bucket(len(missing), PREFILL)
+        missing += spare[: count - len(missing)]
+        for start in range(0, len(missing), PREFILL):
+            batch = missing[start : start + PREFILL]
+            tokens = np.zeros((PREFILL, width), np.int32)
+            for row, prompt in enumerate(batch):
+                tokens[row, : len(prompt)] = prompt
+            caches = prefill(self.config, self.params, tokens, dtype=self.how.dtype)
+            ready |= {prompt: (caches, row) for row, prompt in enumerate(batch)}
+        return ready
+
+    def place(self, caches, waiting, free, ready):
+        """Copy each waiting request's prompt cache into its slot, one call a prefill batch."""
+        batches: dict[int, tuple[tuple[KV, ...], list[int], list[int]]] = {}
+        for n, request in zip(free, waiting, strict=False):
+            prompts, row = ready[request.prompt]
+            _, slots, rows = batches.setdefault(id(prompts), (prompts, [], []))
+            slots.append(n)
+            rows.append(row)
+        for prompts, slots, rows in batches.values():
+            padding = self.slots - len(slots)
+            into = np.array(slots + [self.slots] * padding, np.int32)  # out of range: skipped
+            caches = fill(caches, prompts, into, np.array(rows + [0] * padding, np.int32))
+        return caches
+
+
+def cast(params: Params, dtype) -> Params:
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def empty_caches(c: ModelConfig, slots: int, length: int, dtype: str) -> tuple[KV, ...]:
+    shape = (slots, c.num_key_value_heads, length, c.head_dim)
+    make = jax.jit(lambda: tuple(KV(*(jnp.zeros(shape, dtype) for _ in "kv")) for _ in range(c.num_hidden_layers)))
+    return make()

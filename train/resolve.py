@@ -1,0 +1,172 @@
+"""From YAML and `key=value` overrides to dataclasses and back; unknown keys and wrong types are errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from .log import UserError
+
+T = TypeVar("T")
+
+
+def at_least(config: Any, where: str, **bounds: float) -> None:
+    for name, bound in bounds.items():
+        if getattr(config, name) < bound:
+            raise UserError(f"{where}.{name} is {getattr(config, name)}; it must be at least {bound}")
+
+
+def check_known(cls: type, values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            raise UserError(f"{where}.{key}: no such key{nearest(str(key), names)}")
+    return values
+
+
+def nearest(key: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(key, known, 1, 0.5)
+    return f"; did you mean {match[0]}?" if match else f"; known: {', '.join(known)}"
+
+
+def build(cls: type[T], values: Any, where: str = "") -> T:
+    """A dataclass from plain data; every error names the key, the value found and the type wanted."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where or 'config'} is {values!r}; a map of keys is wanted")
+    prefix = f"{where}." if where else ""
+    check_known(cls, values, where or "config")
+    hints = typing.get_type_hints(cls)
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)  # type: ignore[arg-type]  # T is a dataclass by construction
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in values
+    ]
+    if missing:
+        raise UserError(f"{prefix}{missing[0]} is missing; it has no default")
+    return cls(**{key: convert(hints[key], value, prefix + key) for key, value in values.items()})
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint` says, or a UserError; ints are good floats, nothing else is stretched."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{where} is {value!r}; it must be one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where} is {value!r}; a list is wanted")
+        return tuple(convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where} is {value!r}; a map is wanted")
+        return {str(k): convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value, where)
+    if hint is float and isinstance(value, str) and looks_like_float(value):
+        value = float(value)  # YAML 1.1 reads 2e-5 as a string
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{where} is {value!r}; {hint.__name__} is wanted")
+    return value
+
+
+def looks_like_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain data that `build` reads back: what config.yaml of a run holds."""
+
+    def plain(value):
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, Mapping):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return value
+
+    return plain(config)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such config{nearest(str(path), near) if near else ''}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a config is a map of keys, found {type(values).__name__}")
+    return values
+
+
+def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Apply `a.b.c=value` assignments (values in YAML); intermediate maps are made."""
+    import yaml
+
+    values = json.loads(json.dumps(values))
+    for assignment in assignments:
+        path, sign, text = assignment.partition("=")
+        if not sign or not path:
+            raise UserError(f"{assignment!r}: overrides are written key=value, e.g. rounds=3 merge.alpha=0.6")
+        *parents, last = path.split(".")
+        node = values
+        for parent in parents:
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+            if not isinstance(node, dict):
+                raise UserError(f"{assignment!r}: {parent} holds {node!r}, not a map of keys")
+        try:
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{assignment!r}: not YAML: {' '.join(str(error).split())}") from None
+    return values
+
+
+def load(cls: type[T], path: str | Path, assignments: Sequence[str] = ()) -> T:
+    """Read a config file with overrides into `cls`."""
+    return build(cls, override(read_yaml(Path(path)), assignments))
+
+
+def fingerprint(config: Any) -> str:
+    """8 hex digits of the resolved config: two runs of one name share a folder only if they are the same."""
+    text = json.dumps(to_dict(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: theirs → ours` for every leaf at which two resolved configs differ."""
+    lines = []
+    for key in sorted({*ours, *theirs}):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {b!r} → {a!r}")
+    return lines
