@@ -107,7 +107,9 @@ def _open_tensors(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str
         where = read_json(index).get("weight_map")
         if not isinstance(where, dict) or not where:
             raise UserError(f"{index}: no weight_map; expected a map from tensor names to files")
-        files = sorted(set(where.values()))
+        files = sorted(set(map(str, where.values())))
+        if outside := [file for file in files if pathlib.PurePath(file).name != file]:
+            raise UserError(f"{index}: {outside} are no plain file names")
     else:
         others = sorted(p.name for p in folder.glob("*.bin")) or "neither"
         raise UserError(f"{folder}: no {single.name} and no {index.name}, found {others}; save it as safetensors")

@@ -94,10 +94,7 @@ def config_from_hf(attributes: Mapping[str, Any], *, source: str | os.PathLike[s
         given["num_key_value_heads"] = given["num_attention_heads"]
     if given.get("head_dim") is None:
         given["head_dim"] = given["hidden_size"] // given["num_attention_heads"]
-    for name in SIZES:
-        if not isinstance(given[name], int) or isinstance(given[name], bool):
-            raise UserError(f"{source}: {name} is {given[name]!r}; expected a whole number")
-
+    _check_types(given, source)
     theta, scaling = _read_rope(given, source)
     try:
         return ModelConfig(
@@ -113,7 +110,7 @@ def config_from_hf(attributes: Mapping[str, Any], *, source: str | os.PathLike[s
             eos_token_id=token_ids(given["eos_token_id"]),
             pad_token_id=_token_id(given["pad_token_id"]),
         )
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{source}: {error}") from error
 
 
@@ -134,6 +131,28 @@ def _refuse_unknown(given: Mapping[str, Any], source) -> None:
         )
 
 
+def _check_types(given: Mapping[str, Any], source) -> None:
+    def is_number(x, *kinds):
+        return isinstance(x, kinds) and not isinstance(x, bool)
+
+    def is_ids(x):
+        return x is None or is_number(x, int) or (isinstance(x, list) and all(is_number(i, int) for i in x))
+
+    expected = {
+        "a whole number": (SIZES, lambda x: is_number(x, int)),
+        "a number": (("rms_norm_eps", "initializer_range"), lambda x: is_number(x, int, float)),
+        "true or false": (("tie_word_embeddings", "attention_bias", "mlp_bias"), lambda x: isinstance(x, bool)),
+        "a whole number or null": (("bos_token_id", "pad_token_id"), lambda x: x is None or is_number(x, int)),
+        "whole numbers or null": (("eos_token_id",), is_ids),
+        "an object or null": (("rope_scaling", "rope_parameters"), lambda x: x is None or isinstance(x, dict)),
+        "a number or null": (("rope_theta",), lambda x: x is None or is_number(x, int, float)),
+    }
+    for wanted, (names, fits) in expected.items():
+        for name in names:
+            if not fits(given.get(name)):
+                raise UserError(f"{source}: {name} is {given.get(name)!r}; expected {wanted}")
+
+
 def _read_rope(given: Mapping[str, Any], source) -> tuple[float, RopeScaling | None]:
     """θ and scaling, from either style; a config that gives both must say the same twice."""
     old = {**(given.get("rope_scaling") or {})}
@@ -147,8 +166,10 @@ def _read_rope(given: Mapping[str, Any], source) -> tuple[float, RopeScaling | N
         )
     rope = new if given.get("rope_parameters") else old
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
-    scaling = None if kind == "default" else RopeScaling(kind, **rope)
-    return theta, scaling
+    try:
+        return theta, None if kind == "default" else RopeScaling(kind, **rope)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
 
 
 def _normal_rope(rope: dict[str, Any], source) -> dict[str, Any]:
@@ -156,26 +177,31 @@ def _normal_rope(rope: dict[str, Any], source) -> dict[str, Any]:
     rope.pop("type", None)
     if rope.get("partial_rotary_factor") in (1, None):
         rope.pop("partial_rotary_factor", None)
-    theta = float(rope.pop("rope_theta", 10000.0))
+    theta = rope.pop("rope_theta", 10000.0)
+    if not isinstance(theta, int | float) or theta <= 0:
+        raise UserError(f"{source}: rope_theta is {theta!r}; expected a positive number")
     if kind not in ROPE_KEYS:
         raise UserError(f"{source}: rope scaling {kind!r} is not known; known: {', '.join(ROPE_KEYS)}")
     if rope.keys() != ROPE_KEYS[kind]:
         raise UserError(
             f"{source}: rope scaling {kind!r} takes {sorted(ROPE_KEYS[kind]) or 'nothing else'}, found {sorted(rope)}"
         )
+    bad = {name: value for name, value in rope.items() if not isinstance(value, int | float)}
+    if bad:
+        raise UserError(f"{source}: rope scaling {kind!r} takes numbers, found {bad}")
     whole = "original_max_position_embeddings"
     numbers = {name: int(value) if name == whole else float(value) for name, value in rope.items()}
-    return {"rope_theta": theta, "rope_type": kind, **numbers}
+    return {"rope_theta": float(theta), "rope_type": kind, **numbers}
 
 
 def _token_id(value: int | None) -> int | None:
     # Llama 1 conversions write -1 where there is no padding token.
-    return None if value is None or value < 0 else int(value)
+    return None if value is None or value < 0 else value
 
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     """One id, several or none, as Hugging Face writes them, to a tuple."""
-    return () if value is None else tuple(value) if isinstance(value, list) else (int(value),)
+    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
