@@ -80,7 +80,10 @@ class InstructTask:
         dataset = open_generator(self.name, args, seed=seed, size=size)
         sound = _SOUND.get(self.name)
         for i in range(size):
-            entry = dataset[i]
+            try:
+                entry = dataset[i]
+            except IndexError:
+                return  # word_ladder: no pair of words is left that its ranges allow
             if sound is None or sound(entry):
                 gold = "" if entry["answer"] is None else str(entry["answer"])
                 yield entry["question"], gold, _solution(entry), {**entry, "args": dict(args)}
@@ -197,9 +200,11 @@ def _is_expression(answer: str) -> bool:
                 return False
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
             # `9**9**9` would not come back within anyone's patience
-            exponents = [n.value for n in ast.walk(node.right) if isinstance(n, ast.Constant)]
-            towers = any(isinstance(n, ast.Pow) for n in ast.walk(node.right))
-            if towers or any(isinstance(e, complex | str | bytes) or abs(e) > 64 for e in exponents):
+            below = [*ast.walk(node.left), *ast.walk(node.right)]
+            sums = any(isinstance(n, ast.Add | ast.Mult) for n in ast.walk(node.right))
+            numbers = [n.value for n in ast.walk(node.right) if isinstance(n, ast.Constant)]
+            small = all(isinstance(n, int | float) and abs(n) <= 64 for n in numbers)
+            if sums or not small or any(isinstance(n, ast.Pow) for n in below):
                 return False
         elif isinstance(node, ast.Constant):
             if not isinstance(node.value, int | float) or abs(node.value) > 1e15:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..log import UserError
@@ -89,8 +89,9 @@ class Suite:
           Rows {domain, family, split, answer, accuracy, n}, in the order of the specs; an accuracy near its
           baseline shows no skill.
         """
-        rows = []
-        for domain, family in dict.fromkeys((s.domain, s.family) for s in self.specs):
+        rows: list[dict[str, Any]] = []
+        pairs: list[tuple[Domain, str]] = [(s.domain, s.family) for s in self.specs]
+        for domain, family in dict.fromkeys(pairs):
             for split in SPLITS:
                 pool = self.questions(split, domain=domain, family=family)
                 if pool:
@@ -160,12 +161,12 @@ def _draw(task: Task, spec: FamilySpec, split: Split, *, seed: int, taken: set[s
         return found
     ranges = sorted((k, repr(v)) for k, v in spec.args.items())
     start = draw_seed(seed, spec.family, spec.domain, split, ranges)
-    # Enough for a coupon collector to see a small family whole.
-    limit, useless = 200 * wanted + 20_000, 0
-    for text, answer, solution, entry in task.draw(spec.args, start, limit):
+    useless = 0
+    for text, answer, solution, entry in _blocks(task, spec, start, limit=200 * wanted + 20_000):
         key = normalise(text)
         if key in taken:
             useless += 1
+            # a coupon collector of n kinds waits n·(ln n + 3) draws for the last one, nearly surely
             if useless > 20 * (len(taken) + 50):
                 break
             continue
@@ -180,3 +181,11 @@ def _draw(task: Task, spec: FamilySpec, split: Split, *, seed: int, taken: set[s
         f" questions left for {split}, and {wanted} are asked for ({len(taken)} distinct ones seen over all its"
         " splits); widen its ranges or ask for fewer"
     )
+
+
+def _blocks(
+    task: Task, spec: FamilySpec, start: int, *, limit: int, block: int = 1000
+) -> Iterator[tuple[str, str, str | None, dict]]:
+    """Draw up to `limit` items in blocks: some generators refuse to be opened for many at once."""
+    for offset in range(0, limit, block):
+        yield from task.draw(spec.args, start + offset, block)

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from ..log import UserError
+
 Domain = Literal["id", "harder", "ood"]
 Split = Literal["train", "validation", "test"]
 Style = Literal["instruct", "compact"]
@@ -63,8 +65,6 @@ class FamilySpec:
     test: int = 0
 
     def __post_init__(self):
-        from ..log import UserError
-
         if self.domain not in DOMAINS:
             raise UserError(f"tasks: family {self.family}: domain is {self.domain!r}; choose one of {DOMAINS}")
         for split in SPLITS:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from .task import Question
 
-# Chosen by measuring SmolLM2-135M-Instruct; `docs/log.md` has the accuracies of the wordings tried.
-INSTRUCTION = 'End with "Answer: " and the result.'
+# One solved turn shows the form; asked for it in words, SmolLM2-135M-Instruct never gave it (0 of 48 answers)
+# and counted worse. `docs/log.md` has the accuracies of the wordings tried.
+DEMONSTRATIONS = (("What is 3 + 4?", "3 + 4 = 7\nAnswer: 7"),)
 
 SHOT = "Question: {text}\nSolution: {solution}\nAnswer: {answer}\n\n"
 SHOT_OPEN = "Question: {text}\nSolution:"
@@ -16,8 +17,11 @@ STOP_STRINGS = ("\nQuestion:",)  # where a base model that was given shots goes 
 
 
 def instruct(text: str) -> list[dict[str, str]]:
-    """Build the chat messages for one question: the question, then how to end."""
-    return [{"role": "user", "content": f"{text.strip()}\n{INSTRUCTION}"}]
+    """Build the chat messages for one question: the demonstrations as earlier turns, then the question."""
+    messages = []
+    for asked, answered in DEMONSTRATIONS:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return [*messages, {"role": "user", "content": text.strip()}]
 
 
 def shots(question: Question, examples: Sequence[Question]) -> str:
@@ -34,7 +38,7 @@ _TAG = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.IGNORECASE | re.DOTALL)
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _LIST = re.compile(r"\[[^\[\]]*\]")
 # A sign counts only where no number or bracket stands before it: in `10-5` the 5 is positive.
-_NUMBER = re.compile(r"(?:(?<![\w.)\]])[-+])?(?<![\w.])(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:(?<=\d)\.\d+|\.?\d+)")
+_NUMBER = re.compile(r"(?:(?<![\w.)\]])[-+])?(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 _PLAIN_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
 
