@@ -49,17 +49,12 @@ def masked(rule: Rule, where_: where.Where, otherwise: str = "base") -> Rule:
     def run(models: Sequence[PyTree], *, base=None, **rest: Any) -> PyTree:
         check_inputs(rule.__name__, rule.needs, models, base, rest.get("key", ...), rest.get("names"))
         if otherwise == "base" and base is None:
-            raise ValueError(
-                f"masked({rule.__name__}) keeps the base's other leaves; pass base=, or otherwise='first'"
-            )
+            raise ValueError(f"masked({rule.__name__}) keeps the base's other leaves; pass base=, or otherwise='first'")
         trees = tree.align(models, base)
         chosen = set(where.select(models[0], where_))
 
         def aside(leaves: Sequence[Any]) -> PyTree:
-            kept = [
-                leaf if path in chosen else _Aside(leaf)
-                for path, leaf in zip(trees.paths, leaves, strict=True)
-            ]
+            kept = [leaf if path in chosen else _Aside(leaf) for path, leaf in zip(trees.paths, leaves, strict=True)]
             return jax.tree.unflatten(trees.treedef, kept)
 
         merged = rule(

@@ -114,9 +114,7 @@ def alpha_schedule(round: int, rounds: int, spec: Any) -> Any:
         return _scheduled((round - 1) / max(rounds - 1, 1), spec) if "schedule" in spec else spec
     if isinstance(spec, Sequence) and not isinstance(spec, str):
         if len(spec) != rounds:
-            raise ValueError(
-                f"alpha has {len(spec)} entries for {rounds} rounds; give one a round, or a number"
-            )
+            raise ValueError(f"alpha has {len(spec)} entries for {rounds} rounds; give one a round, or a number")
         return spec[round - 1]
     raise ValueError(
         f"alpha={spec!r}; wanted a number, a list with one entry a round, "

@@ -201,9 +201,7 @@ def _run(models, base, key, path_salt, name_salts, coefficients, *, leaf, option
     def one(models, base, path_salt, coefficients):
         keys = None
         if key is not None:
-            keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, path_salt)))(
-                name_salts
-            )
+            keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, path_salt)))(name_salts)
         operands = Operands(
             tuple(model.astype(dtype) for model in models), None if base is None else base.astype(dtype), keys
         )

@@ -20,9 +20,7 @@ def _interpolate(x: Operands, *, t: Array) -> Array:
 
 
 @requires(least=2, most=2)
-def interpolate(
-    models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), t: Any = 0.5
-) -> PyTree:
+def interpolate(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), t: Any = 0.5) -> PyTree:
     r"""Move from the first model to the second: :math:`(1-t)\,\theta_a + t\,\theta_b`.
 
     Args:
@@ -90,8 +88,9 @@ def check_sum(weights: Any, count: int, name: str) -> None:
     """Raise if concrete numeric weights, one a model, sum to zero: normalising would divide by it."""
     if isinstance(weights, dict) or not is_concrete(weights):
         return
-    entries = list(weights) if np.ndim(weights) or isinstance(weights, Sequence) else [weights] * count
-    if any(isinstance(entry, dict | Sequence) or np.ndim(entry) for entry in entries):
+    several = isinstance(weights, Sequence) or np.ndim(weights) > 0
+    entries = list(weights) if several else [weights] * count
+    if any(isinstance(entry, dict | Sequence) or np.ndim(entry) > 0 for entry in entries):
         return
     total = sum(float(entry) for entry in entries)
     if total == 0.0:
@@ -161,9 +160,7 @@ def _extrapolate(x: Operands, *, alpha: Array) -> Array:
 
 
 @requires(most=1, base="required")
-def extrapolate(
-    models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), alpha: Any
-) -> PyTree:
+def extrapolate(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), alpha: Any) -> PyTree:
     r"""Move past the tuned model, away from the base (ExPO): :math:`\theta_t + \alpha(\theta_t - \theta_b)`.
 
     Args:
@@ -188,9 +185,7 @@ def extrapolate(
 
 
 def _extrapolation_merge(x: Operands, *, alphas: Array, weights: Array) -> Array:
-    far = tuple(
-        model + alphas[i] * delta for i, (model, delta) in enumerate(zip(x.models, x.deltas, strict=True))
-    )
+    far = tuple(model + alphas[i] * delta for i, (model, delta) in enumerate(zip(x.models, x.deltas, strict=True)))
     return _average(Operands(far), weights=weights, normalize=True)
 
 

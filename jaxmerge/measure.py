@@ -49,8 +49,7 @@ def change(tuned: PyTree, base: PyTree, *, stacked: Sequence[str] = ()) -> dict[
     moved = layer_squares(tree.task_vector(tuned, base), stacked=stacked)
     start = layer_squares(base, stacked=stacked)
     return {
-        group: jnp.where(moved[group] == 0, 0.0, jnp.sqrt(moved[group]) / jnp.sqrt(start[group]))
-        for group in moved
+        group: jnp.where(moved[group] == 0, 0.0, jnp.sqrt(moved[group]) / jnp.sqrt(start[group])) for group in moved
     }
 
 

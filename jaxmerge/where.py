@@ -144,8 +144,7 @@ def depths(paths: Sequence[str]) -> dict[str, float]:
             container = _container(path)
             last[container] = max(last.get(container, 0), layer)
     return {
-        path: 0.0 if (layer := layer_index(path)) is None else layer / max(last[_container(path)], 1)
-        for path in paths
+        path: 0.0 if (layer := layer_index(path)) is None else layer / max(last[_container(path)], 1) for path in paths
     }
 
 
@@ -178,9 +177,7 @@ def resolve_each(value: Coefficient, path: str, depth: float, count: int, *, nam
         return resolve_each(_first_match(value, path, name), path, depth, count, name=name)
     if (isinstance(value, Sequence) and not isinstance(value, str | bytes)) or np.ndim(value) >= 1:
         if len(value) != count:
-            raise ValueError(
-                f"{name} has {len(value)} entries, wanted {count}: one a model, or one number for all"
-            )
+            raise ValueError(f"{name} has {len(value)} entries, wanted {count}: one a model, or one number for all")
         return [resolve(value[i], path, depth, name=f"{name}[{i}]") for i in range(count)]
     return [resolve(value, path, depth, name=name)] * count
 

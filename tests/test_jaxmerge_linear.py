@@ -53,7 +53,7 @@ def test_average():
 def test_weights_that_sum_to_zero():
     with pytest.raises(ValueError, match=r"average: weights \[1.0, -1.0\] sum to zero.*normalize=False"):
         jaxmerge.average([a, b], weights=[1.0, -1.0])
-    with pytest.raises(ValueError, match="extrapolation_merge: weights .* sum to zero"):
+    with pytest.raises(ValueError, match=r"extrapolation_merge: weights .* sum to zero"):
         jaxmerge.extrapolation_merge([a, b], base=base, alphas=0.1, weights=np.array([1.0, -1.0]))
     check(jaxmerge.average([a, b], weights=[1.0, -1.0], normalize=False), lambda p: A[p] - B[p])
     traced = jax.jit(lambda w: jaxmerge.average([a, b], weights=w))(jnp.array([1.0, -1.0]))
