@@ -111,9 +111,7 @@ def write_run(folder: pathlib.Path, *, finished: bool = True) -> pathlib.Path:
             rows = rows + new
     for coefficient, percents in LINE.items():
         rows = rows + [r for r in _rows("line", 3, percents, coefficient=coefficient) if r["family"] == "all"]
-    (folder / "config.yaml").write_text(
-        "model: runs/miniature  # <the checkpoint>\nrounds: 3\nmerge:\n  alpha: 0.5\n"
-    )
+    (folder / "config.yaml").write_text("model: runs/miniature  # <the checkpoint>\nrounds: 3\nmerge:\n  alpha: 0.5\n")
     if not finished:
         phases = phases[:9]
     text = "".join(json.dumps(p) + "\n" for p in phases)

@@ -64,9 +64,7 @@ def spots(pooled: Sequence[Row]) -> list[Spot]:
 _PARTS = {0.25: "¼", 0.5: "½", 0.75: "¾", 1.25: "1¼", 1.5: "1½", 1.75: "1¾"}
 
 
-def frontier(
-    pooled: Sequence[Row], *, width: float, height: float, name: str, standalone: bool = False
-) -> str:
+def frontier(pooled: Sequence[Row], *, width: float, height: float, name: str, standalone: bool = False) -> str:
     """Draw accuracy in domain (x) against out of domain (y).
 
     Each method is a line from the base through its rounds, numbered; crosses are 95 % intervals; rows with
@@ -137,9 +135,7 @@ def frontier(
         canvas.marker(at(base), "circle", "fb", radius=radius)
         placer.avoid(at(base), radius + 1)
 
-    wanted: list[tuple[Point, str, str, float, float]] = (
-        [(at(base), "base", "fb strong", radius, 13)] if base else []
-    )
+    wanted: list[tuple[Point, str, str, float, float]] = [(at(base), "base", "fb strong", radius, 13)] if base else []
     wanted += [(at(r[-1]), method, f"{style[method].fill} strong", radius, 13) for method, r in lines.items()]
     for (method, _), sweep in sweeps.items():
         for i, p in enumerate(sweep):
@@ -165,9 +161,7 @@ def frontier(
     return canvas.svg(name=name, title=title, description=said, standalone=standalone)
 
 
-def family_dots(
-    rows: Sequence[Row], *, title: str, name: str, methods: Sequence[str], width: float = 330
-) -> str:
+def family_dots(rows: Sequence[Row], *, title: str, name: str, methods: Sequence[str], width: float = 330) -> str:
     """Draw one family: a dot and a 95 % interval for each method's last round; the base as a rule."""
     style = looks(methods)
     labels = [r["method"] if r["method"] == "base" else f"{r['method']} · {r['round']}" for r in rows]
@@ -186,9 +180,7 @@ def family_dots(
         canvas.text((width, 15), f"n = {n:,}", "soft small", anchor="end")
     for row in rows:
         if row["method"] == "base":
-            canvas.line(
-                (x(row["accuracy"]), top - 4), (x(row["accuracy"]), bottom), "rule", 'stroke-dasharray="2 3"'
-            )
+            canvas.line((x(row["accuracy"]), top - 4), (x(row["accuracy"]), bottom), "rule", 'stroke-dasharray="2 3"')
     for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
         middle, low, high = _estimate(row)
         look, y = style[row["method"]], top + step * i + step / 2
@@ -196,9 +188,7 @@ def family_dots(
         canvas.line((x(low), y), (x(high), y), look.stroke, 'stroke-width="2" stroke-opacity="0.5"')
         canvas.marker((x(middle), y), look.shape, look.fill, radius=5)
         canvas.text((width, y + 4), f"{100 * middle:.1f}", f"{look.fill}", anchor="end")
-    said = "; ".join(
-        f"{label}: {format_percent(r['accuracy'])}" for label, r in zip(labels, rows, strict=True)
-    )
+    said = "; ".join(f"{label}: {format_percent(r['accuracy'])}" for label, r in zip(labels, rows, strict=True))
     return canvas.svg(name=name, title=f"Accuracy on {title}", description=said)
 
 
@@ -243,16 +233,12 @@ def curves(
     for s in series:
         track = [(x(a), y(min(b, y.low + (y.high - y.low) * 1.02))) for a, b in s.points if math.isfinite(b)]
         age = (strong.index(s) + 1) / len(strong) if s in strong else 0.0
-        weight = (
-            f'stroke-width="{1.2 + age:.1f}" stroke-opacity="{0.45 + 0.55 * age:.2f}" stroke-linejoin="round"'
-        )
+        weight = f'stroke-width="{1.2 + age:.1f}" stroke-opacity="{0.45 + 0.55 * age:.2f}" stroke-linejoin="round"'
         canvas.path(track, css, weight + (' stroke-dasharray="3 3"' if s.faint else ""))
         if len(track) == 1:
             canvas.circle(track[0], 3, css.replace("k", "f"))
         for key, value in s.loose.items():
-            canvas.circle(
-                (places[key], y(value)), 2.2 + age, css.replace("k", "f") if not s.faint else f"{css}"
-            )
+            canvas.circle((places[key], y(value)), 2.2 + age, css.replace("k", "f") if not s.faint else f"{css}")
     named = [s for s in series if s.label]
     ends = [y(list(s.loose.values())[-1] if s.loose else s.points[-1][1]) for s in named]
     for s, place in zip(named, spread(ends, gap=14, low=y.end, high=y.start), strict=True):

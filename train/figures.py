@@ -36,7 +36,7 @@ SHAPES = (
 _POLYGONS = {  # corners, turn in steps between corners, radius that gives a circle's area
     "square": (4, 0.5, 1.25),
     "diamond": (4, 0.0, 1.3),
-    "triangle": (3, 0.0, 1.5),
+    "triangle": (3, 0.0, 1.65),
     "hexagon": (6, 0.0, 1.12),
 }
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
@@ -116,13 +116,10 @@ class Canvas:
         else:
             corners, turn, scale = _POLYGONS[shape]
             angles = [2 * math.pi * (i + turn) / corners - math.pi / 2 for i in range(corners)]
-            ring = [
-                (x + radius * scale * math.cos(angle), y + radius * scale * math.sin(angle))
-                for angle in angles
-            ]
+            ring = [(x + radius * scale * math.cos(angle), y + radius * scale * math.sin(angle)) for angle in angles]
             self.path(ring, f"{css} halo", closed=True)
         if text:
-            drop = 4.8 if shape == "triangle" else 3.6
+            drop = 4.4 if shape == "triangle" else 3.6
             self.text((x, y + drop), text, "on", anchor="middle")
 
     def svg(self, *, name: str, title: str, description: str, standalone: bool = False) -> str:
@@ -138,9 +135,7 @@ class Canvas:
         space = 'xmlns="http://www.w3.org/2000/svg" ' if standalone else ""  # HTML knows an <svg> without it
         size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
         head = f'<svg {space}{size} role="img" aria-labelledby="{name}-t {name}-d">'
-        words = (
-            f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(description)}</desc>'
-        )
+        words = f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(description)}</desc>'
         if standalone:
             words += f"<style>{stylesheet(LIGHT, prefix='')}</style>"
             words += f'<rect width="{width}" height="{height}" fill="#ffffff"/>'

@@ -260,9 +260,7 @@ def print_table(summary: Mapping[str, Any]) -> None:
         return
     widths = [max(len(header[i]), *(len(row[i]) for row in body)) for i in range(len(header))]
     for row in (header, tuple("-" * width for width in widths), *body):
-        cells = (
-            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
+        cells = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         say("  ".join(cells).rstrip())
 
 

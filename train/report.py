@@ -1,7 +1,7 @@
 """The report of a run: one HTML file that opens from disk, asks the network for nothing, and prints.
 
-Reads what the run has written so far (`config.yaml`, `metrics.jsonl`, `summary.json`) and writes `report.html` and
-`figures/*.svg` beside them; a run that is not finished gets a report of what is there.
+Reads what the run has written so far (`config.yaml`, `metrics.jsonl`, `summary.json`) and writes `report.html`
+and `figures/*.svg` beside them; a run that is not finished gets a report of what is there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from . import report_pictures as pictures
 from . import report_sections as sections
 from .charts import frontier
 from .figures import escape
@@ -48,9 +49,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> Run:
     """
     folder = pathlib.Path(run_dir)
     if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such run folder; expected the folder that `jaxmerge improve` printed last"
-        )
+        raise UserError(f"{folder}: no such run folder; expected the folder that `jaxmerge improve` printed last")
     if not any((folder / name).exists() for name in ("summary.json", "metrics.jsonl", "config.yaml")):
         raise UserError(
             f"{folder}: holds none of config.yaml, metrics.jsonl, summary.json; expected a run folder,"
@@ -66,9 +65,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> Run:
                 f"{folder / 'summary.json'}: expected JSON, found a damaged file ({error});"
                 " remove it to report from metrics.jsonl alone"
             ) from error
-    rows = summary.get("rows") or [
-        r for p in phases if p.get("kind") == "evaluate" for r in p.get("rows", ())
-    ]
+    rows = summary.get("rows") or [r for p in phases if p.get("kind") == "evaluate" for r in p.get("rows", ())]
     config = folder / "config.yaml"
     return Run(
         folder=folder,
@@ -85,21 +82,21 @@ def render(run: Run) -> str:
     """Write the page of a run as one string of HTML."""
     body = [
         ("result", "Result", sections.headline(run)),
-        ("picture", "What was gained, what was forgotten", sections.picture(run)),
+        ("picture", "What was gained, what was forgotten", pictures.picture(run)),
         ("table", "Accuracy", sections.accuracy_table(run)),
         ("paired", "Paired differences", sections.paired_table(run)),
-        ("families", "By family", sections.families(run)),
+        ("families", "By family", pictures.families(run)),
         ("samples", "Samples", sections.samples(run)),
         ("examples", "Solutions accepted and rejected", sections.examples(run)),
-        ("training", "Training loss", sections.training(run)),
-        ("layers", "Weight change per layer", sections.layers(run)),
+        ("training", "Training loss", pictures.training(run)),
+        ("layers", "Weight change per layer", pictures.layers(run)),
         ("time", "Time", sections.time(run)),
         ("again", "Doing it again", sections.again(run)),
     ]
     body = [part for part in body if part[2]]
     nav = " ".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in body)
     parts = [
-        f'<section id="{key}" aria-labelledby="{key}-h"><h2 id="{key}-h">{escape(title)}</h2>{content}</section>'
+        f'<section id="{key}" aria-labelledby="{key}-h">\n<h2 id="{key}-h">{escape(title)}</h2>\n{content}\n</section>'
         for key, title, content in body
     ]
     warning = ""
@@ -140,8 +137,8 @@ def render(run: Run) -> str:
 def write_report(run_dir: str | os.PathLike[str]) -> pathlib.Path:
     """Write `report.html` and `figures/frontier.svg` into a run folder; return the path of the page.
 
-    Each file is replaced as a whole: a reader, or a crash, meets the old one or the new one. The same folder gives
-    the same bytes.
+    Each file is replaced as a whole: a reader, or a crash, meets the old one or the new one. The same folder
+    gives the same bytes.
     """
     run = read_run(run_dir)
     drawn = frontier(pooled_rows(run.rows), width=640, height=460, name="frontier", standalone=True)
@@ -158,9 +155,7 @@ def _replace(path: pathlib.Path, text: str) -> None:
         path.parent.mkdir(exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot write here ({error.strerror}); expected a writable run folder"
-        ) from error
+        raise UserError(f"{path}: cannot write here ({error.strerror}); expected a writable run folder") from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(text.encode("utf-8", "replace"))
@@ -172,9 +167,7 @@ def _replace(path: pathlib.Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         pathlib.Path(temporary).unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: could not be written ({error.strerror}); free some space and try again"
-        ) from error
+        raise UserError(f"{path}: could not be written ({error.strerror}); free some space and try again") from error
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

@@ -1,13 +1,13 @@
-"""The parts of a report, each from what the run has written; a part with nothing to say is empty."""
+"""The words and tables of a report, from what the run has written; with nothing to say, a part is empty."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .charts import Series, curves, family_dots, frontier, interval_bar, layer_series, looks, stacked_bar
+from .charts import interval_bar, looks, stacked_bar
 from .figures import escape
 from .log import (
     DOMAIN_NAMES,
@@ -30,17 +30,23 @@ PHASES = {
 
 
 def table(
-    head: Sequence[str], body: Sequence[Sequence[str]], *, caption: str, left: int = 1, firsts=()
+    head: Sequence[str],
+    body: Sequence[Sequence[str]],
+    *,
+    caption: str,
+    left: Collection[int] = (0,),
+    groups: Collection[int] = (),
 ) -> str:
-    """Write a table whose cells are HTML already; `firsts` are the rows that open a group."""
-    align = [' class="l"' if i < left else "" for i in range(len(head))]
+    """Write a table whose cells are HTML already; `left` columns are words, `groups` the rows that open one."""
+    align = [' class="l"' if i in left else "" for i in range(len(head))]
     top = "".join(f'<th scope="col"{a}>{h}</th>' for h, a in zip(head, align, strict=True))
     lines = []
     for number, row in enumerate(body):
         cells = f'<th scope="row" class="l">{row[0]}</th>'
         cells += "".join(f"<td{a}>{cell}</td>" for cell, a in zip(row[1:], align[1:], strict=True))
-        lines.append(f"<tr{' class=first' if number in firsts else ''}>{cells}</tr>")
-    inside = f"<caption>{caption}</caption><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody>"
+        lines.append(f"<tr{' class=first' if number in groups else ''}>{cells}</tr>")
+    title = f"<caption><span>{caption}</span></caption>"
+    inside = f"{title}<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody>"
     return f'<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>{inside}</table></div>'
 
 
@@ -49,12 +55,13 @@ def details(summary: str, content: str) -> str:
     return f"<details><summary>{summary}</summary>{content}</details>"
 
 
-def _methods(run: Run) -> list[str]:
+def methods(run: Run) -> list[str]:
+    """List the methods that were evaluated, in the order in which they first appear."""
     return list(dict.fromkeys(row["method"] for row in run.rows))
 
 
 def _colour(run: Run, method: str) -> str:
-    fill = looks(_methods(run))[method].fill
+    fill = looks(methods(run))[method].fill
     return f"var(--s{fill[1:]})" if fill[1:].isdigit() else "var(--ink)" if fill == "fb" else "var(--soft)"
 
 
@@ -63,11 +70,7 @@ def _points(value: float) -> str:
 
 
 def _number(value: Any, form: str = ",") -> str:
-    return (
-        "–"
-        if value is None or (isinstance(value, float) and not math.isfinite(value))
-        else format(value, form)
-    )
+    return "–" if value is None or (isinstance(value, float) and not math.isfinite(value)) else format(value, form)
 
 
 def facts(run: Run) -> str:
@@ -76,16 +79,14 @@ def facts(run: Run) -> str:
     rounds = max((row["round"] for row in run.rows), default=0)
     parts = [
         f"{rounds} round{'' if rounds == 1 else 's'}" if rounds else "",
-        ", ".join(_methods(run)),
-        f"{format_seconds(seconds)} on {run.summary['device']}"
-        if "device" in run.summary
-        else format_seconds(seconds),
+        ", ".join(methods(run)),
+        format_seconds(seconds) + (f" on {run.summary['device']}" if "device" in run.summary else ""),
         f"commit {str(run.summary['commit'])[:12]}" if run.summary.get("commit") else "",
     ]
     return f'<p class="quiet">{escape(" · ".join(part for part in parts if part))}</p>'
 
 
-def _last_rounds(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+def last_rounds(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
     """Return method → domain → row of the method's last round, sweeps left out."""
     last: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -98,7 +99,7 @@ def _last_rounds(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
 
 def headline(run: Run) -> str:
     """Show each method's last round, in and out of domain, beside the base."""
-    last = _last_rounds(pooled_rows(run.rows))
+    last = last_rounds(pooled_rows(run.rows))
     if not last:
         return ""
     base = last.get("base", {})
@@ -110,50 +111,31 @@ def headline(run: Run) -> str:
             row = cells.get(domain)
             if row is None:
                 continue
-            small = f"95 % {format_interval(row)}"
+            small = format_interval(row)
             if method != "base" and domain in base:
                 pair = paired.get((method, "base", row["round"], domain))
-                difference = pair["difference"] if pair else row["accuracy"] - base[domain]["accuracy"]
-                small = f"{_points(difference)} points against the base"
+                small = f"{_points(row['accuracy'] - base[domain]['accuracy'])} points"
                 if pair:
-                    small += f"<br>95 % [{_points(pair['low'])}, {_points(pair['high'])}]"
-            lines.append(
-                f"<dt>{DOMAIN_NAMES[domain]}</dt><dd>{format_percent(row['accuracy'])}<small>{small}</small></dd>"
-            )
+                    small = f"{_points(pair['difference'])} [{_points(pair['low'])}, {_points(pair['high'])}]"
+            share = format_percent(row["accuracy"])
+            lines.append(f"<dt>{DOMAIN_NAMES[domain]}</dt><dd>{share}<small>{small}</small></dd>")
         rounds = max(row["round"] for row in cells.values())
         name = escape(method) + ("" if method == "base" else f" after round {rounds}")
-        cards.append(
-            f'<div class="card" style="--c:{_colour(run, method)}"><h3>{name}</h3><dl>{"".join(lines)}</dl></div>'
-        )
-    return f'<div class="cards">{"".join(cards)}</div>'
-
-
-def picture(run: Run) -> str:
-    """Show accuracy in domain against out of domain, in a wide and a narrow drawing."""
-    rows = pooled_rows(run.rows)
-    wide = frontier(rows, width=1040, height=580, name="wide")
-    if not wide:
-        return ""
-    narrow = frontier(rows, width=350, height=400, name="narrow")
-    swept = any(row.get("coefficient") is not None or row["method"] == "line" for row in rows)
-    curve = (
-        " The dashed curve is base + λ · (tuned − base): one fine-tuned model, scaled between the base (λ 0), itself"
-        " (λ 1) and beyond. A method above that curve does more than train less." if swept else ""
-    )  # fmt: skip
-    return (
-        f'<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div><figcaption>Each method starts'
-        " at the base and takes one numbered step a round; to the right it has learnt the trained family, downwards"
-        " it has forgotten others. The tinted quarter is better than the base in both. Thin crosses are 95 %"
-        f" intervals of each accuracy by itself.{curve} The same picture for a paper: <a"
-        ' href="figures/frontier.svg">figures/frontier.svg</a>.</figcaption></figure>'
+        title = f'<div class="card" style="--c:{_colour(run, method)}"><h3>{name}</h3>'
+        cards.append(f"{title}<dl>{''.join(lines)}</dl></div>")
+    note = (
+        "Share of questions answered right. Below it: for the base its 95 % interval, for the others the change"
+        " against the base in points, with the 95 % interval of the paired difference where it was measured."
     )
+    return f'<div class="cards">{"".join(cards)}</div><p class="quiet">{note}</p>'
 
 
-def _accuracy_cell(row: Row | None) -> str:
+def _accuracy_cell(row: Row | None, n: int | None) -> str:
     if row is None:
         return "–"
+    count = "" if row.get("n") == n else f" n {_number(row.get('n'))}"
     mark = "" if row.get("split", "test") == "test" else f" {escape(row['split'])}"
-    return f"{format_percent(row.get('accuracy'))}<small>{format_interval(row)} n {_number(row.get('n'))}{mark}</small>"
+    return f"{format_percent(row.get('accuracy'))}<small>{format_interval(row)}{count}{mark}</small>"
 
 
 def accuracy_table(run: Run) -> str:
@@ -163,7 +145,11 @@ def accuracy_table(run: Run) -> str:
         return "<p>Nothing has been evaluated yet.</p>"
     domains = [d for d in DOMAINS if any(row["domain"] == d for row in rows)]
     domains += sorted({row["domain"] for row in rows} - set(domains))
-    lines: dict[tuple, dict[str, Row]] = {}
+    common: dict[str, int | None] = {}  # n, said once in the head where a domain has the same everywhere
+    for domain in domains:
+        counts = {row.get("n") for row in rows if row["domain"] == domain}
+        common[domain] = counts.pop() if len(counts) == 1 else None
+    lines: dict[tuple[str, str, int], dict[str, Row]] = {}
     for row in rows:
         lines.setdefault((method_label(row), row["method"], row["round"]), {})[row["domain"]] = row
     body, firsts, before = [], [], None
@@ -173,21 +159,33 @@ def accuracy_table(run: Run) -> str:
         before = method
         seconds = sum(row.get("seconds") or 0.0 for row in cells.values())
         body.append(
-            [escape(label), str(round_), *(_accuracy_cell(cells.get(d)) for d in domains), f"{seconds:,.1f}"]
+            [
+                escape(label),
+                str(round_),
+                *(_accuracy_cell(cells.get(d), common[d]) for d in domains),
+                f"{seconds:,.1f}",
+            ]
         )
-    head = ["method", "round", *(escape(DOMAIN_NAMES.get(d, d)) for d in domains), "seconds"]
-    caption = "Share of questions answered right, families pooled, with 95 % intervals, n, and seconds of evaluation."
+    names = [escape(DOMAIN_NAMES.get(d, d)) + (f"<small>n {common[d]:,}</small>" if common[d] else "") for d in domains]
+    head = ["method", "round", *names, "seconds"]
+    caption = "Share of questions answered right, families pooled, with 95 % intervals; seconds of evaluation."
     every = [
         [
-            escape(method_label(row)), str(row["round"]), escape(DOMAIN_NAMES.get(row["domain"], row["domain"])),
-            escape(row.get("family", "all")), escape(row.get("split", "test")), format_percent(row.get("accuracy")),
-            format_interval(row), _number(row.get("n")), _number(row.get("seconds"), ",.1f"),
+            escape(method_label(row)),
+            str(row["round"]),
+            escape(DOMAIN_NAMES.get(row["domain"], row["domain"])),
+            escape(row.get("family", "all")),
+            escape(row.get("split", "test")),
+            format_percent(row.get("accuracy")),
+            format_interval(row),
+            _number(row.get("n")),
+            _number(row.get("seconds"), ",.1f"),
         ]
         for row in run.rows
-    ]  # fmt: skip
+    ]
     names = ["method", "round", "domain", "family", "split", "accuracy", "95 % interval", "n", "seconds"]
-    full = table(names, every, caption="Every row of the evaluation.")
-    return table(head, body, caption=caption, firsts=firsts) + details(f"All {len(every)} rows", full)
+    full = table(names, every, caption="Every row of the evaluation.", left=(0, 2, 3, 4))
+    return table(head, body, caption=caption, groups=firsts) + details(f"All {len(every)} rows", full)
 
 
 def paired_table(run: Run) -> str:
@@ -208,38 +206,15 @@ def paired_table(run: Run) -> str:
             ]
         )  # fmt: skip
     caption = (
-        f"Difference in percentage points on the same questions. The bars span ±{100 * reach:.0f} points around zero;"
-        " green lies above zero, orange below, black may be either."
+        f"Difference in percentage points on the same questions. The bars span ±{100 * reach:.0f} points around"
+        " zero; green lies above zero, orange below, black may be either."
     )
-    head = ["difference", "round", "domain", "points", "95 % interval", "", "n"]
-    head[5] = '<span aria-hidden="true">−  0  +</span>'
-    return table(head, body, caption=caption)
+    head = ["difference", "round", "domain", "points", "95 % interval", "around zero", "n"]
+    return table(head, body, caption=caption, left=(0, 2, 5))
 
 
-def families(run: Run) -> str:
-    """Show each family by itself: a dot a method, after its last round."""
-    single = [r for r in run.rows if r.get("family", "all") != "all" and r.get("accuracy") is not None]
-    tested = {(r["domain"], r["family"]) for r in single if r.get("split", "test") == "test"}
-    panels: dict[tuple[str, str], list[Row]] = {}
-    for row in single:
-        key = (row["domain"], row["family"])
-        if key not in tested or row.get("split", "test") == "test":
-            panels.setdefault(key, []).append(row)
-    drawn = []
-    order = {d: i for i, d in enumerate(DOMAINS)}
-    for domain, family in sorted(panels, key=lambda key: (order.get(key[0], 9), key[1])):
-        last = _last_rounds(panels[domain, family])
-        rows = [cells[domain] for cells in last.values()]
-        if rows:
-            title = f"{family} · {DOMAIN_NAMES.get(domain, domain)}"
-            drawn.append(family_dots(rows, title=title, name=f"family{len(drawn)}", methods=_methods(run)))
-    if not drawn:
-        return ""
-    note = "After each method's last round, with 95 % intervals; the dotted rule is the base. Numbers in percent."
-    return f'<p class="quiet">{note}</p><div class="panels">{"".join(drawn)}</div>'
-
-
-def _owners(phase: Row) -> list[str]:
+def owners(phase: Row) -> list[str]:
+    """List the methods that a phase was done for."""
     return [str(phase.get("method", "all")), *map(str, phase.get("shared_by") or ())]
 
 
@@ -256,7 +231,7 @@ def samples(run: Run) -> str:
         drawn = tokens.get((p.get("round"), p.get("method")), {})
         body.append(
             [
-                escape(", ".join(_owners(p))), _number(p.get("round")),
+                escape(", ".join(owners(p))), _number(p.get("round")),
                 stacked_bar(parts, total=sampled, name=f"share{i}", said=said), _number(sampled), _number(correct),
                 _number(p.get("duplicates")), _number(p.get("unjudged")), _number(kept),
                 _number(p.get("questions_solved")), _number(drawn.get("tokens_per_second"), ",.0f"),
@@ -264,7 +239,8 @@ def samples(run: Run) -> str:
         )  # fmt: skip
         shares += [
             [
-                escape(", ".join(_owners(p))), _number(p.get("round")), escape(family), _number(counts.get("sampled")),
+                escape(", ".join(owners(p))), _number(p.get("round")), escape(family),
+                _number(counts.get("sampled")),
                 _number(counts.get("correct")),
                 format_percent(counts["correct"] / counts["sampled"] if counts.get("sampled") else None),
             ]
@@ -273,14 +249,13 @@ def samples(run: Run) -> str:
     if not body:
         return ""
     keys = (("--s2", "kept"), ("--s0", "correct, not kept"), ("--s4", "not judged"), ("--faint", "wrong"))
-    key = "".join(f'<span class="key" style="background:var({c})"></span>{name}' for c, name in keys)
-    head = ["method", "round", "", "sampled", "correct", "duplicates", "not judged", "kept"]
-    head[2] = "share"
+    key = "".join(f'<span class="key" style="--c:var({c})">{name}</span>' for c, name in keys)
+    head = ["method", "round", "share", "sampled", "correct", "duplicates", "not judged", "kept"]
     head += ["questions solved", "tokens/s"]
-    result = table(head, body, caption=f"Samples drawn for training, and what became of them:{key}")
+    result = table(head, body, caption=f"Samples drawn for training, and what became of them:{key}", left=(0, 2))
     if shares:
         columns = ["method", "round", "family", "sampled", "correct", "share"]
-        result += details("By family", table(columns, shares, caption="Samples by family."))
+        result += details("By family", table(columns, shares, caption="Samples by family.", left=(0, 2)))
     return result
 
 
@@ -290,11 +265,7 @@ def examples(run: Run) -> str:
     for p in run.of_kind("select"):
         shown = []
         for e in p.get("examples") or ():
-            word = (
-                '<span class="yes">accepted</span>'
-                if e.get("accepted")
-                else '<span class="no">rejected</span>'
-            )
+            word = '<span class="yes">accepted</span>' if e.get("accepted") else '<span class="no">rejected</span>'
             score = "not judged" if e.get("score") is None else f"score {e['score']:g}"
             reason = f" · {escape(e['reason'])}" if e.get("reason") else ""
             question = str(e.get("question", ""))
@@ -303,78 +274,15 @@ def examples(run: Run) -> str:
                 details(
                     f"{word} · {escape(short)}",
                     f"<pre>{escape(question)}</pre><pre>{escape(e.get('text', ''))}</pre>"
-                    f'<p class="quiet">expected answer <code>{escape(e.get("answer", ""))}</code> · {score}{reason}</p>',
+                    f'<p class="quiet">expected answer <code>{escape(e.get("answer", ""))}</code>'
+                    f" · {score}{reason}</p>",
                 )
             )
         if shown:
-            parts.append(
-                f"<h3>Round {_number(p.get('round'))} · {escape(', '.join(_owners(p)))}</h3>{''.join(shown)}"
-            )
+            title = f"Round {_number(p.get('round'))} · {escape(', '.join(owners(p)))}"
+            inside = "".join(shown)
+            parts.append(details(title, inside) if parts else f"<h3>{title}</h3>{inside}")
     return "".join(parts)
-
-
-def _panels(
-    run: Run, grouped: Mapping[str, list[Series]], draw: Callable[[str, list[Series], str], str]
-) -> str:
-    style = looks([*_methods(run), *(m for m in grouped if m not in _methods(run))])
-    drawn = [draw(method, series, style[method].stroke) for method, series in grouped.items() if series]
-    return f'<div class="panels">{"".join(drawn)}</div>' if drawn else ""
-
-
-def training(run: Run) -> str:
-    """Show the loss of each fine-tuning, one panel a method, one line a round."""
-    grouped: dict[str, list[Series]] = {}
-    for p in run.of_kind("sft"):
-        points = [(float(a), float(b)) for a, b in p.get("loss") or () if b is not None and math.isfinite(b)]
-        if points:
-            for method in _owners(p):
-                grouped.setdefault(method, []).append(Series(f"round {p.get('round', '?')}", points))
-    everything = [point for series in grouped.values() for s in series for point in s.points]
-    if not everything:
-        return ""
-    x_high, y_high = max(a for a, _ in everything), 1.05 * max(b for _, b in everything)
-    return _panels(
-        run, grouped,
-        lambda method, series, css: curves(
-            series, title=method, name=f"loss-{_id(method)}", css=css, x_title="step →", y_title="loss",
-            x_high=x_high, y_high=y_high,
-        ),
-    )  # fmt: skip
-
-
-def _id(text: str) -> str:
-    return "".join(c if c.isalnum() and c.isascii() else "-" for c in text)
-
-
-def layers(run: Run) -> str:
-    """Show how far each layer has moved from the first model: after a merge whole, before it dotted."""
-    merged = {(m, p.get("round")) for p in run.of_kind("merge") for m in _owners(p) if p.get("change")}
-    grouped: dict[str, list[Series]] = {}
-    for p in run.phases:
-        if p.get("kind") in ("sft", "merge") and p.get("change"):
-            change = {k: float(v) for k, v in p["change"].items() if v is not None and math.isfinite(v)}
-            for method in _owners(p):
-                before = p["kind"] == "sft" and (method, p.get("round")) in merged
-                label = "" if before else f"round {p.get('round', '?')}"
-                series = layer_series(change, label, faint=before)
-                if series.points:
-                    grouped.setdefault(method, []).append(series)
-    everything = [s for series in grouped.values() for s in series]
-    if not everything:
-        return ""
-    x_high = max(a for s in everything for a, _ in s.points)
-    y_high = 1.05 * max(v for s in everything for v in (*(b for _, b in s.points), *s.loose.values()))
-    note = (
-        "‖θ − θ₀‖ / ‖θ₀‖ of each decoder layer after each round, θ₀ the weights the run began with; embedding, final"
-        " norm and head apart. Dotted: before the merge of that round."
-    )
-    return f'<p class="quiet">{note}</p>' + _panels(
-        run, grouped,
-        lambda method, series, css: curves(
-            series, title=method, name=f"layers-{_id(method)}", css=css, x_title="layer →", y_title="relative change",
-            x_high=x_high, y_high=y_high, percent=True,
-        ),
-    )  # fmt: skip
 
 
 def time(run: Run) -> str:
@@ -389,22 +297,20 @@ def time(run: Run) -> str:
     body = []
     for i, (kind, seconds) in enumerate(sorted(spent.items(), key=lambda item: -item[1])):
         share = format_percent(seconds / total)
-        bar = stacked_bar(
-            [("f0", seconds), ("fx", total - seconds)], total=total, name=f"time{i}", said=share
-        )
+        bar = stacked_bar([("f0", seconds), ("fx", total - seconds)], total=total, name=f"time{i}", said=share)
         body.append([escape(PHASES.get(kind, kind)), bar, share, format_seconds(seconds)])
     phases = [
         [
             escape(p.get("phase", "?")), escape(p.get("kind", "?")), _number(p.get("round")),
-            escape(", ".join(_owners(p))), _number(p.get("seconds"), ",.1f"),
+            escape(", ".join(owners(p))), _number(p.get("seconds"), ",.1f"),
         ]
         for p in run.phases
     ]  # fmt: skip
     caption = f"Wall-clock time by kind of phase; {format_seconds(total)} in all."
-    result = table(["phase", "", "share", "time"], body, caption=caption)
+    result = table(["phase", "", "share", "time"], body, caption=caption, left=(0, 1))
     if phases:
         head = ["phase", "kind", "round", "for", "seconds"]
-        result += details(f"All {len(phases)} phases", table(head, phases, caption="Phases in order."))
+        result += details(f"All {len(phases)} phases", table(head, phases, caption="Phases in order.", left=(0, 1, 3)))
     return result
 
 
@@ -416,7 +322,7 @@ def again(run: Run) -> str:
     versions = run.summary.get("versions") or {}
     if versions:
         body = [[escape(name), escape(version)] for name, version in versions.items()]
-        parts.append(table(["package", "version"], body, caption="Versions."))
+        parts.append(table(["package", "version"], body, caption="Versions.", left=(0, 1)))
     if run.config:
         text = run.config
         parts.append(details("The resolved config", f"<pre>{escape(text)}</pre>"))

@@ -21,7 +21,8 @@ header{padding-top:36px}
 h1{font-size:30px;line-height:1.2;margin:0 0 4px;letter-spacing:-.01em;overflow-wrap:anywhere}
 h2{font-size:21px;line-height:1.3;margin:52px 0 6px;letter-spacing:-.005em}
 h3{font-size:16px;margin:22px 0 4px}
-p{margin:6px 0 12px;max-width:46em}
+p{margin:6px 0 12px;max-width:50em}
+header p{max-width:none}
 .quiet,figcaption,caption{color:var(--soft);font-size:14.5px}
 figcaption{max-width:54em;margin-top:6px}
 .warning{border-left:4px solid var(--s1);padding:8px 14px;margin:16px 0}
@@ -31,25 +32,30 @@ a{color:var(--s0)}
 figure{margin:14px 0}
 svg{display:block;max-width:100%;height:auto;overflow:visible}
 .narrow{display:none}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(220px,1fr));gap:0 28px;margin:22px 0 0}
+.cards{display:grid;gap:6px 36px;margin:18px 0 8px;
+ grid-template-columns:repeat(auto-fill,minmax(min(310px,100%),1fr))}
 .card{border-top:3px solid var(--c);padding:10px 0 14px}
 .card h3{margin:0;color:var(--c)}
 .card dl{display:grid;grid-template-columns:1fr 1fr;gap:0 14px;margin:4px 0 0}
 .card dt{color:var(--soft);font-size:13.5px;grid-row:1}
 .card dd{margin:0;font-size:27px;line-height:1.2;font-variant-numeric:tabular-nums}
 .card dd small{display:block;font-size:13.5px;line-height:1.45;color:var(--soft)}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(330px,100%),1fr));gap:22px 16px;margin:14px 0}
+.panels{display:grid;gap:22px 16px;margin:14px 0;
+ grid-template-columns:repeat(auto-fill,minmax(min(330px,100%),1fr))}
 .scroll{overflow-x:auto;margin:12px 0}
 table{border-collapse:collapse;font-size:14.5px;font-variant-numeric:tabular-nums;min-width:min(100%,420px)}
-caption{text-align:left;padding-bottom:6px;max-width:54em}
-th,td{padding:5px 16px 5px 0;text-align:right;vertical-align:top;border-bottom:1px solid var(--faint)}
+caption{text-align:left;padding-bottom:6px}
+caption>span{display:block;position:sticky;left:0;max-width:min(54em,calc(100vw - 40px))}
+th,td{padding:5px 18px 5px 0;text-align:right;vertical-align:top;white-space:nowrap;
+ border-top:1px solid var(--faint)}
 th{font-weight:600}
-thead th{border-bottom-color:var(--soft);vertical-align:bottom}
+thead th{border-top:0}
+thead+tbody tr:first-child>*,tr.first>*{border-top-color:var(--soft)}
 th.l,td.l{text-align:left}
-td small{display:block;color:var(--soft);font-size:12.5px;white-space:nowrap}
+td small,th small{display:block;color:var(--soft);font-size:12.5px;font-weight:400}
 td svg{margin-top:3px;display:inline-block;max-width:none}
-tr.first>*{border-top:1px solid var(--soft)}
-.key{display:inline-block;width:.8em;height:.8em;margin:0 .3em 0 .9em;vertical-align:-.05em}
+.key{display:inline-block;white-space:nowrap;margin-left:.9em}
+.key::before{content:"";display:inline-block;width:.8em;height:.8em;margin-right:.35em;background:var(--c)}
 details{margin:8px 0;border-bottom:1px solid var(--faint);padding-bottom:8px}
 summary{cursor:pointer;padding:3px 0;overflow-wrap:anywhere}
 summary:focus-visible,a:focus-visible,.scroll:focus-visible{outline:2px solid var(--s0);outline-offset:2px}
@@ -64,7 +70,7 @@ footer{color:var(--soft);font-size:13.5px;padding-top:40px;padding-bottom:40px}
  h1{font-size:25px}
  h2{margin-top:40px}
  .cards{grid-template-columns:1fr}
- th,td{padding-right:12px}
+ th,td{padding-right:11px}
  table{font-size:13.5px}
 }
 @media print{
