@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.leafwise import Operands, is_concrete, leafwise, requires
+from jaxmerge.leafwise import Operands, leafwise, requires
 from jaxmerge.linear import _interpolate
 from jaxmerge.sparsify import drop as drop_elements
 from jaxmerge.sparsify import rescale
-from jaxmerge.tree import Array, PyTree
+from jaxmerge.tree import Array, PyTree, is_concrete
 
 
 def _linear(x: Operands, *, alpha: Array) -> Array:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import tree, where
-from jaxmerge.tree import Array, PyTree
+from jaxmerge.tree import Array, PyTree, Tracer
 
 
 class Operands(NamedTuple):
@@ -229,11 +229,6 @@ def as_key(key: Any) -> Array:
     return key
 
 
-def is_concrete(*values: Any) -> bool:
-    """True if no value (or entry of a list or dict of values) is traced, so that it may be checked."""
-    return not any(isinstance(value, jax.core.Tracer) for value in jax.tree.leaves(values))
-
-
 def _array(values: Any) -> Any:
     """Numbers and traced scalars, nested in lists, as one array: on the host if they all are numbers."""
     dtype = np.float64 if jax.config.jax_enable_x64 else np.float32  # type: ignore[attr-defined]
@@ -245,7 +240,7 @@ def _array(values: Any) -> Any:
 
 def _on_device(leaf: Any) -> Any:
     """Bring a leaf offloaded to host memory onto its device: one leaf at a time, so one leaf is the peak."""
-    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
         return leaf
     default = next(iter(leaf.sharding.device_set)).default_memory().kind
     if leaf.sharding.memory_kind in (None, default):
@@ -261,7 +256,7 @@ def settle(leaf: Any, first: Any) -> Any:
 
 
 def _keep_sharding(merged: Array, first: Any) -> Array:
-    if isinstance(merged, jax.core.Tracer) or not isinstance(first, jax.Array):
+    if isinstance(merged, Tracer) or not isinstance(first, jax.Array):
         return merged
     wanted = first.sharding
     default = next(iter(wanted.device_set)).default_memory().kind

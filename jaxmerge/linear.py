@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import measure
-from jaxmerge.leafwise import Operands, is_concrete, leafwise, requires
-from jaxmerge.tree import Array, PyTree
+from jaxmerge.leafwise import Operands, leafwise, requires
+from jaxmerge.tree import Array, PyTree, is_concrete
 
 
 def _interpolate(x: Operands, *, t: Array) -> Array:
@@ -89,11 +89,10 @@ def check_sum(weights: Any, count: int, name: str) -> None:
     if isinstance(weights, dict) or not is_concrete(weights):
         return
     several = isinstance(weights, Sequence) or np.ndim(weights) > 0
-    entries = list(weights) if several else [weights] * count
+    entries: list[Any] = list(weights) if several else [weights] * count
     if any(isinstance(entry, dict | Sequence) or np.ndim(entry) > 0 for entry in entries):
         return
-    total = sum(float(entry) for entry in entries)
-    if total == 0.0:
+    if sum(float(entry) for entry in entries) == 0.0:
         raise ValueError(
             f"{name}: weights {[float(entry) for entry in entries]} sum to zero, so they cannot be normalised; "
             "change a weight, or pass normalize=False for the plain weighted sum"

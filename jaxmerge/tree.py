@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 PyTree = Any
 Array = jax.Array
@@ -29,7 +30,7 @@ class Aligned(NamedTuple):
     paths: list[str]
     models: list[list[Any]]
     base: list[Any] | None
-    treedef: jax.tree_util.PyTreeDef
+    treedef: Any
 
 
 def path_name(key_path: Sequence[Any]) -> str:
@@ -83,6 +84,11 @@ def is_array(leaf: Any) -> bool:
 def is_merged(leaf: Any) -> bool:
     """True for the leaves that rules merge: arrays of a real floating dtype, bfloat16 and float8 included."""
     return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def is_concrete(*values: Any) -> bool:
+    """True if no value (or entry of a list or dict of values) is traced, so that it may be looked at."""
+    return not any(isinstance(value, Tracer) for value in jax.tree.leaves(values))
 
 
 def describe(leaf: Any) -> str:

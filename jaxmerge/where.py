@@ -30,10 +30,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from jaxmerge.tree import leaf_paths
+from jaxmerge.tree import is_concrete, leaf_paths
 
 Where = str | Sequence[str] | Callable[[str], bool]
 Coefficient = Any
@@ -188,7 +187,7 @@ def _first_match(value: Mapping[str, Any], path: str, name: str) -> Any:
         raise ValueError(
             f"no pattern of {name} matches leaf {path!r} (patterns: {list(value)}); add '**' for all the rest"
         )
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+    traced = not is_concrete(value)
     keeps_order = isinstance(value, OrderedDict) or list(value) != sorted(value)
     if len(hits) > 1 and traced and not keeps_order:
         raise ValueError(

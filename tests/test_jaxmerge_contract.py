@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxmerge
-from jaxmerge import RULES
+from jaxmerge import RULES, leafwise, tree
 
 # Coefficients to call a rule with, and others of the same kind: the second call must not compile again.
 COEFFICIENTS = {
@@ -143,9 +143,9 @@ def test_jit_equals_eager_and_compiles_once(name):
     close(run(models, base, one), call(name, models, base, one), ulps=1)
     close(run(models, base, two), call(name, models, base, two), ulps=1)
     assert len(traces) == 1
-    before = jaxmerge.leafwise.__globals__["_run"]._cache_size()
+    before = leafwise.__globals__["_run"]._cache_size()
     call(name, models, base, two)
-    assert jaxmerge.leafwise.__globals__["_run"]._cache_size() == before  # eager calls share compilations too
+    assert leafwise.__globals__["_run"]._cache_size() == before  # eager calls share compilations too
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -317,9 +317,9 @@ def test_a_mask_leaves_the_rest_alone(name):
     keywords = dict(COEFFICIENTS[name][0])
     keywords |= {"base": base} if RULES[name].needs.base != "none" else {}
     keywords |= {"key": jax.random.key(7), "names": names(len(models))} if RULES[name].needs.key != "none" else {}
-    merged = jaxmerge.tree.named_leaves(run(models, **keywords))
-    full = jaxmerge.tree.named_leaves(call(name, models, base))
-    other = jaxmerge.tree.named_leaves(base if otherwise == "base" else models[0])
+    merged = tree.named_leaves(run(models, **keywords))
+    full = tree.named_leaves(call(name, models, base))
+    other = tree.named_leaves(base if otherwise == "base" else models[0])
     for path, leaf in merged.items():
         assert equal(leaf, full[path] if "layers/1/" in path else other[path]), path
 

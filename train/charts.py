@@ -240,7 +240,7 @@ def curves(
         for key, value in s.loose.items():
             canvas.circle((places[key], y(value)), 2.2 + age, css.replace("k", "f") if not s.faint else f"{css}")
     named = [s for s in series if s.label]
-    ends = [y(list(s.loose.values())[-1] if s.loose else s.points[-1][1]) for s in named]
+    ends = [y(s.points[-1][1]) for s in named]
     for s, place in zip(named, spread(ends, gap=14, low=y.end, high=y.start), strict=True):
         canvas.text((width - side + 8, place + 4), s.label, f"{css.replace('k', 'f')} small")
     said = "; ".join(

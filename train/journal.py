@@ -24,10 +24,12 @@ Record = dict[str, Any]
 
 
 class Journal:
-    """Opens the run folder `root` (made if missing) and holds it until the process ends."""
+    """Opens the run folder `root` (made if missing) and, unless `read_only`, holds it until the process ends."""
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, *, read_only: bool = False):
+        self.root, self.metrics = root, root / "metrics.jsonl"
+        if read_only:
+            return
         try:
             (root / "phases").mkdir(parents=True, exist_ok=True)
             self._lock = (root / ".lock").open("w")
@@ -37,8 +39,6 @@ class Journal:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{root}: another process is running this run; wait for it or choose out=DIR") from None
-        self.metrics = root / "metrics.jsonl"
-
     def reconcile(self, names: Iterable[str]) -> None:
         """Drop a torn last line of metrics.jsonl and add the lines of phases committed without one."""
         named = {row["phase"] for row in read_jsonl_tolerant(self.metrics, truncate=True)}

@@ -143,7 +143,8 @@ def accuracy_table(run: Run) -> str:
     rows = pooled_rows(run.rows)
     if not run.rows:
         return "<p>Nothing has been evaluated yet.</p>"
-    domains = [d for d in DOMAINS if any(row["domain"] == d for row in rows)]
+    # The two that the claim is about first: a telephone shows no more without scrolling.
+    domains = [d for d in ("id", "ood", "harder") if any(row["domain"] == d for row in rows)]
     domains += sorted({row["domain"] for row in rows} - set(domains))
     common: dict[str, int | None] = {}  # n, said once in the head where a domain has the same everywhere
     for domain in domains:

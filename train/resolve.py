@@ -70,7 +70,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{where} is {value!r}; a list is wanted")
         return tuple(convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is dict:
+    if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise UserError(f"{where} is {value!r}; a map is wanted")
         return {str(k): convert(args[1], v, f"{where}.{k}") for k, v in value.items()}

@@ -80,11 +80,13 @@ def config_from_gguf(metadata: dict[str, Any], *, biases: tuple[bool, bool], tie
     if missing:
         raise UserError(f"{source}: {', '.join(missing)} missing from the metadata")
     heads, width = given["attention.head_count"], given["embedding_length"]
-    head_dim = given.get("attention.key_length", width // heads)
+    head_dim = given.get("attention.key_length", width // max(heads, 1))
     for key in ("rope.dimension_count", "attention.value_length"):
         if given.get(key, head_dim) != head_dim:
             raise UserError(f"{source}: llama.{key} is {given[key]}; implemented: the head size, {head_dim}")
     scaling, kind = None, given.get("rope.scaling.type", "none")
+    if kind == "linear" and "rope.scaling.factor" not in given:
+        raise UserError(f"{source}: llama.rope.scaling.factor missing from the metadata")
     if kind == "linear":
         scaling = RopeScaling("linear", _shortest(given["rope.scaling.factor"]))
     elif kind != "none":

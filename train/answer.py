@@ -1,0 +1,117 @@
+"""The verbs `sample` and `evaluate`: one model, prompts or questions in, texts or accuracies out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from . import evaluate, round
+from .config import Improve
+from .export import open_model
+from .generate.rollout import Prompt, Settings, rollout
+from .learn.dataset import read_jsonl, write_jsonl
+from .log import UserError, print_table, progress
+from .mesh import make_mesh
+from .models.load import Model
+from .tasks import build_suite
+
+if TYPE_CHECKING:
+    from .verbs import SampleOptions
+
+
+def sample_file(path: str, source: Path, out: Path, options: SampleOptions) -> int:
+    """Generate for every line of `source`; the answers appear in `out` only when all are there."""
+    if options.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype={options.dtype!r}; choose float32 or bfloat16")
+    lines = read_jsonl(source)
+    if not out.parent.is_dir():
+        raise UserError(f"{out.parent}: no such folder; make it first")
+    model = open_model(path)
+    prompts = [to_prompt(model, line, options.chat, f"{source} line {i}") for i, line in enumerate(lines, 1)]
+    settings = Settings(
+        options.samples,
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.max_new_tokens,
+        options.stop,
+        options.slots,
+        options.dtype,
+    )
+    with progress("sample", total=len(prompts) * options.samples, unit="samples") as bar:
+        samples = rollout(
+            model.config,
+            model.params,
+            model.tokenizer,
+            prompts,
+            settings,
+            jax.random.key(options.seed),
+            on_sample=lambda tokens: bar.advance(1),
+        )
+    rows = []
+    for i, line in enumerate(lines):
+        mine = samples[i * options.samples : (i + 1) * options.samples]
+        fields: dict[str, list[Any]] = {
+            "text": [s.text for s in mine],
+            "tokens": [list(s.tokens) for s in mine],
+            "logprobs": [list(s.logprobs) for s in mine],
+            "reason": [s.reason for s in mine],
+        }
+        single = options.samples == 1
+        rows.append({**line, **{name: values[0] if single else values for name, values in fields.items()}})
+    write_jsonl(out, rows)
+    return len(rows)
+
+
+def to_prompt(model: Model, line: dict[str, Any], chat: bool | None, where: str) -> Prompt:
+    """The tokens of a line {"prompt"} or {"messages"}; its "id", else its text, keys its random draws."""
+    tokenizer = model.tokenizer
+    if chat and not tokenizer.has_chat_template:
+        raise UserError("chat=true, but this model has no chat template; set chat=false")
+    if "messages" in line:
+        if not tokenizer.has_chat_template:
+            raise UserError(f"{where} has messages, but this model has no chat template; give a prompt instead")
+        text = tokenizer.chat(line["messages"])
+    elif "prompt" in line:
+        text = line["prompt"]
+        if chat or (chat is None and tokenizer.has_chat_template):
+            text = tokenizer.chat([{"role": "user", "content": text}])
+    else:
+        raise UserError(f"{where}: found the keys {sorted(line)}; wanted prompt or messages")
+    return Prompt(str(line.get("id", text)), tuple(tokenizer.encode(text)))
+
+
+def evaluate_model(path: str, config: Improve) -> dict[str, Any]:
+    """Rows of accuracy of a model on the questions of a config; printed as a table."""
+    suite = build_suite(config.tasks.families, seed=config.tasks.seed, style=config.tasks.style)
+    questions = [q for split in config.evaluation.splits for q in suite.questions(split)]
+    if not questions:
+        raise UserError(f"evaluation.splits={list(config.evaluation.splits)}: no family has such questions")
+    model = open_model(path, make_mesh(config.mesh))
+    block = config.evaluation
+    settings = Settings(
+        max_new_tokens=block.max_new_tokens, stop=block.stop, slots=block.slots, dtype=config.model.dtype
+    )
+    prompts = round.prompts(suite, model.tokenizer, questions, config.tasks.few_shot)
+    start = time.perf_counter()
+    with progress("evaluate", total=len(prompts), unit="questions") as bar:
+        samples = rollout(
+            model.config,
+            model.params,
+            model.tokenizer,
+            prompts,
+            settings,
+            jax.random.key(config.seed),
+            on_sample=lambda tokens: bar.advance(1),
+        )
+    answers = [{"question_id": s.prompt_id, "text": s.text} for s in samples]
+    scored = round.verify(suite, {q.id: q for q in questions}, answers)
+    seconds = time.perf_counter() - start
+    scores = {row["question_id"]: float(row["score"] == 1.0) for row in scored}
+    rows = evaluate.rows(questions, scores, method=Path(path).name, round=0, seconds=seconds)
+    result = {"name": path, "finished": True, "rows": rows, "paired": [], "majority": suite.majority_baselines()}
+    print_table(result)
+    return result

@@ -1,0 +1,100 @@
+"""The command `jaxmerge`: one grammar for every verb, `jaxmerge VERB ARGUMENT … key=value …`.
+
+This module imports the standard library alone, so that `--help` answers at once and a missing extra is named
+instead of raised.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+USAGE = """\
+jaxmerge: self-improve, extrapolate and merge language models on a JAX mesh
+
+  jaxmerge improve  CONFIG [key=value …]       run or resume a self-improvement run (out=DIR, --dry-run)
+  jaxmerge merge    RECIPE OUT [key=value …]   merge checkpoints on disk by a recipe (mergekit's YAML is read)
+  jaxmerge sft      CONFIG [key=value …]       fine-tune or pretrain a model on examples
+  jaxmerge sample   MODEL PROMPTS OUT [k=v …]  generate: a line of JSON a prompt in, a line out
+  jaxmerge evaluate MODEL CONFIG [key=value …] accuracy of a model on a config's questions
+  jaxmerge export   RUN OUT [method= round=]   write a run's model as a Hugging Face folder
+  jaxmerge report   RUN                        write report.html of a run again
+  jaxmerge doctor                              devices, versions, extras: what works here and what is missing
+
+MODEL is a Hugging Face folder, a GGUF file, package:NAME/FILE.gguf, a checkpoint of a run, or a hub name.
+`jaxmerge VERB --help` lists the keys of a verb.
+"""
+
+EXTRA_OF = {"yaml": "files", "safetensors": "files"}
+"""Extra that brings a module; every other third-party module comes with `train`."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a verb; the exit code: 0 done, 2 a mistake named on one line, 1 a check that failed."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("jaxmerge"))
+        return 0
+    from .log import UserError
+
+    verb, rest = words[0], words[1:]
+    try:
+        from .verbs import VERBS
+
+        if verb not in VERBS:
+            from .resolve import nearest
+
+            raise UserError(f"no verb {verb!r}{nearest(verb, list(VERBS))}")
+        return run(VERBS[verb], verb, rest)
+    except UserError as error:
+        print(f"jaxmerge {verb}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module in ("", "jaxmerge", "train"):
+            raise
+        extra = EXTRA_OF.get(module, "train")
+        if verb == "merge":
+            extra = "files"
+        print(
+            f"jaxmerge {verb}: the package {module} is not installed; pip install 'jaxmerge[{extra}]'", file=sys.stderr
+        )
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM):
+            raise
+        print(f"jaxmerge {verb}: {error.filename or 'a file'}: {os.strerror(error.errno)}", file=sys.stderr)
+        return 2
+
+
+def run(function: Callable[..., int | None], verb: str, words: list[str]) -> int:
+    """Split the words after a verb into positionals, assignments and flags, and call its function."""
+    from .log import UserError
+
+    flags = [w for w in words if w.startswith("--")]
+    assignments = [w for w in words if "=" in w and not w.startswith("--") and not Path(w).exists()]
+    positionals = [w for w in words if w not in flags and w not in assignments]
+    doc = (function.__doc__ or "").strip()
+    if "--help" in flags or "-h" in positionals:
+        print(f"jaxmerge {verb} {doc}")
+        return 0
+    allowed = {"--dry-run"} if "--dry-run" in doc else set()
+    for flag in flags:
+        if flag not in allowed:
+            raise UserError(f"no flag {flag}; options are written key=value" + (" (or --dry-run)" if allowed else ""))
+    wanted = [w for w in doc.splitlines()[0].split() if w.isupper()]
+    if len(positionals) != len(wanted):
+        raise UserError(f"wanted {' '.join(wanted) or 'no arguments'}, found {' '.join(positionals) or 'none'}")
+    return function(positionals, assignments, "--dry-run" in flags) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

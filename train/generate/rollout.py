@@ -1,0 +1,149 @@
+"""From prompts to texts: keys for every (prompt, sample), stop strings, decoding of what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..log import UserError
+from ..models.config import ModelConfig
+from ..models.decoder import Params
+from ..models.tokenizer import Tokenizer
+from .engine import Decoding, Engine, Request
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What is put to the model. `id` names it for the random keys: same id, same draws, in any company."""
+
+    id: str
+    tokens: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One generated solution; `tokens` are those of the completion, the stop token included."""
+
+    prompt_id: str
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How sequences are drawn and when they end."""
+
+    samples: int = 1
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    slots: int = 64
+    dtype: str = "float32"
+
+
+def rollout(
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    key: jax.Array,
+    *,
+    on_sample: Callable[[int], None] = lambda tokens: None,
+) -> list[Sample]:
+    """Generate `settings.samples` completions of each prompt; ordered by prompt, then sample.
+
+    Args:
+      key: PRNG key; sample s of prompt p draws from fold_in(fold_in(key, crc32(p.id)), s).
+      on_sample: called with the length of each completion as it ends.
+    """
+    check_lengths(config, prompts, settings)
+    S = settings.samples
+    keys = sample_keys(key, [p.id for p in prompts], S)
+    requests = [
+        Request(i * S + s, p.tokens, keys[i, s], settings.max_new_tokens)
+        for i, p in enumerate(prompts)
+        for s in range(S)
+    ]
+    engine = Engine(
+        config,
+        params,
+        slots=min(settings.slots, max(8, len(requests))),
+        how=Decoding(settings.temperature == 0, settings.top_k, settings.top_p, settings.dtype),
+        eos=tokenizer.eos_ids,
+        temperature=settings.temperature or 1.0,
+        stop=stopper(tokenizer, settings.stop) if settings.stop else None,
+    )
+    done: dict[int, Sample] = {}
+    for completion in engine.run(requests):
+        prompt, index = prompts[completion.id // S], completion.id % S
+        text = tokenizer.decode(without_eos(completion.tokens, tokenizer))
+        for string in settings.stop:
+            text = text.partition(string)[0]
+        done[completion.id] = Sample(
+            prompt.id, index, text, completion.tokens, completion.logprobs, completion.reason
+        )
+        on_sample(len(completion.tokens))
+    return [done[i] for i in range(len(requests))]
+
+
+def without_eos(tokens: Sequence[int], tokenizer: Tokenizer) -> Sequence[int]:
+    return tokens[:-1] if tokens and tokens[-1] in tokenizer.eos_ids else tokens
+
+
+def check_lengths(config: ModelConfig, prompts: Sequence[Prompt], settings: Settings) -> None:
+    for prompt in prompts:
+        wanted = len(prompt.tokens) + settings.max_new_tokens
+        if not prompt.tokens:
+            raise UserError(f"prompt {prompt.id!r} is empty; a prompt has at least one token")
+        if wanted > config.max_position_embeddings:
+            raise UserError(
+                f"prompt {prompt.id!r} has {len(prompt.tokens)} tokens; with max_new_tokens={settings.max_new_tokens} "
+                f"that is {wanted}, and the model ends at {config.max_position_embeddings}; lower max_new_tokens or "
+                "shorten the prompt"
+            )
+
+
+def sample_keys(key: jax.Array, ids: Sequence[str], samples: int) -> np.ndarray:
+    """uint32 [prompts, samples, 2]: key data of fold_in(fold_in(key, crc32(id)), sample)."""
+    salts = np.array([zlib.crc32(id.encode()) for id in ids], np.uint32)
+    return np.asarray(fold_all(jax.random.key_data(key), salts, np.arange(samples, dtype=np.uint32)))
+
+
+@jax.jit
+def fold_all(key: Any, salts: Any, samples: Any) -> jax.Array:
+    fold = functools.partial(jax.random.fold_in, jax.random.wrap_key_data(key))
+    return jax.vmap(
+        lambda salt: jax.vmap(lambda s: jax.random.key_data(jax.random.fold_in(fold(salt), s)))(samples)
+    )(salts)
+
+
+def stopper(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[Sequence[int]], int | None]:
+    """A test whether the newest token completed a stop string.
+
+    Only the last tokens are decoded: a stop string of n characters has at most n bytes × 4 tokens.
+    """
+    window = 4 * max(len(s) for s in strings) + 4
+
+    def stop(tokens: Sequence[int]) -> int | None:
+        tail = tokenizer.decode(tokens[-window:])
+        return len(tokens) if any(s in tail for s in strings) else None
+
+    return stop
+
+
+def batched(prompts: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Consecutive groups of `size`; their bounds depend on nothing but the list, so a resumed run repeats them."""
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size]

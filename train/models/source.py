@@ -1,0 +1,51 @@
+"""The base model of a config: loaded from where `model.path` says, or random with its characters."""
+
+from __future__ import annotations
+
+import tempfile
+
+import jax
+import jax.numpy as jnp
+
+from ..config import Source
+from ..log import UserError
+from ..mesh import sharding_of, shardings
+from ..resolve import build
+from ..tasks import EOS_ID, PAD_ID, SYMBOLS, write_tokenizer
+from .config import ModelConfig
+from .decoder import init, shapes
+from .load import Model, load_model
+from .tokenizer import Tokenizer
+
+
+def load_source(source: Source, mesh: jax.sharding.Mesh, *, seed: int) -> Model:
+    """The model of a config on its mesh, float32 masters."""
+    if source.random is not None:
+        return random_model(source.random, mesh, seed=seed)
+    return load_model(
+        source.path,
+        sharding=lambda path: sharding_of(mesh, path),
+        dtype=jnp.float32,
+        sha256=source.sha256,
+    )
+
+
+def random_config(sizes: dict) -> ModelConfig:
+    """Sizes of a model over the symbols of the miniature."""
+    values = {"vocab_size": len(SYMBOLS), "eos_token_id": [EOS_ID], "bos_token_id": EOS_ID, "pad_token_id": PAD_ID}
+    try:
+        return build(ModelConfig, values | sizes, "model.random")
+    except ValueError as error:
+        raise UserError(f"model.random: {error}") from None
+
+
+def random_model(sizes: dict, mesh: jax.sharding.Mesh, *, seed: int) -> Model:
+    """Random weights and a tokenizer of characters: for tests, bug reports and pretraining from nothing."""
+    config = random_config(sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(folder)
+        tokenizer = Tokenizer.from_folder(folder)
+    fitted = tokenizer.fitted(vocab_size=config.vocab_size, eos_ids=config.eos_token_id, source="model.random")
+    where = shardings(mesh, shapes(config))
+    params = jax.jit(init, static_argnums=0, out_shardings=where)(config, jax.random.key(seed))
+    return Model(config, params, fitted)
