@@ -11,7 +11,6 @@ from .charts import interval_bar, looks, stacked_bar
 from .figures import escape
 from .log import (
     DOMAIN_NAMES,
-    DOMAINS,
     format_interval,
     format_percent,
     format_seconds,
