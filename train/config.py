@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from .log import UserError
 from .resolve import at_least, build, check_known, to_dict
+from .tasks.pretraining import Ingredient
 from .tasks.task import FamilySpec
 
 
@@ -264,6 +265,8 @@ class Data:
     """JSON lines of {"prompt", "completion"} or {"messages"} (the last message is learnt)."""
     pretraining_tokens: int = 0
     """Instead of `path`: this many tokens of worked problems in rows of `row`, every token learnt."""
+    ingredients: tuple[Ingredient, ...] = ()
+    """The families of the generated text and their shares."""
     row: int = 96
     exclude: str = ""
     """Config of an improve run none of whose questions may appear in the generated text."""
@@ -271,6 +274,8 @@ class Data:
     def __post_init__(self):
         if bool(self.path) == bool(self.pretraining_tokens):
             raise UserError("data: give either data.path or data.pretraining_tokens, not both and not neither")
+        if self.pretraining_tokens and not self.ingredients:
+            raise UserError("data.pretraining_tokens needs data.ingredients: families with their shares")
 
 
 @dataclasses.dataclass(frozen=True)

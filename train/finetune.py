@@ -22,7 +22,7 @@ from .models.hf import save_hf
 from .models.load import Model
 from .models.source import load_source
 from .resolve import fingerprint, load, to_dict
-from .tasks import MINIATURE, PAD_ID, build_suite, held_out, pretraining_rows
+from .tasks import PAD_ID, build_suite, held_out, pretraining_rows
 
 PHASE = "sft"
 
@@ -88,7 +88,7 @@ def read_rows(config: Finetune, model: Model) -> Rows:
             tasks = load(Improve, data.exclude).tasks
             excluded = held_out(build_suite(tasks.families, seed=tasks.seed, style=tasks.style))
         tokens = pretraining_rows(
-            MINIATURE, data.pretraining_tokens, seed=config.seed, excluded=excluded, row=data.row
+            data.ingredients, data.pretraining_tokens, seed=config.seed, excluded=excluded, row=data.row
         ).astype(np.int32)
         return Rows(tokens, (tokens != PAD_ID).astype(np.float32))
     examples = [

@@ -179,9 +179,10 @@ def doctor(words: Words, assignments: Words, dry: bool) -> int:
     Devices, versions, extras, sandbox, disk: what works here, what is missing and how to get it.
     """
     del words, assignments, dry
-    from .doctor import main as diagnose
+    from .doctor import doctor as diagnose
+    from .doctor import print_checks
 
-    return diagnose()
+    return print_checks(diagnose())
 
 
 def start_jax(mesh: Any = None) -> None:
