@@ -132,17 +132,23 @@ def load_gguf(
     return from_gguf(metadata, tensors, source=path, sharding=sharding, dtype=dtype, check_finite=check_finite)
 
 
+def config_of_file(metadata, tensors, *, source) -> ModelConfig:
+    """The config of an opened file; biases and a tied head show in its tensors."""
+    names = {hf_name(t.name) for t in tensors}
+    return config_from_gguf(
+        metadata,
+        biases=("model.layers.0.self_attn.q_proj.bias" in names, "model.layers.0.mlp.up_proj.bias" in names),
+        tied="lm_head.weight" not in names,
+        source=source,
+    )
+
+
 def from_gguf(metadata, tensors, *, source, **placing) -> tuple[ModelConfig, Params]:
     """The same from an opened file: reading metadata takes two seconds, and the tokenizer needs them too."""
     from gguf.quants import dequantize
 
+    config = config_of_file(metadata, tensors, source=source)
     named = {hf_name(t.name): t for t in tensors}
-    config = config_from_gguf(
-        metadata,
-        biases=("model.layers.0.self_attn.q_proj.bias" in named, "model.layers.0.mlp.up_proj.bias" in named),
-        tied="lm_head.weight" not in named,
-        source=source,
-    )
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
 
     def read(name: str) -> np.ndarray:

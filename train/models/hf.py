@@ -47,6 +47,15 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
+def config_of_folder(folder: pathlib.Path) -> ModelConfig:
+    """Read config.json, with the EOS ids of generation_config.json where it names any."""
+    attributes = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    if generation.exists() and (eos := read_json(generation).get("eos_token_id")) is not None:
+        attributes["eos_token_id"] = eos
+    return config_from_hf(attributes, source=folder / "config.json")
+
+
 def load_hf(
     folder: str | os.PathLike[str], *, sharding=None, dtype=jnp.float32, check_finite: bool = True
 ) -> tuple[ModelConfig, Params]:
@@ -63,11 +72,7 @@ def load_hf(
       The config, and parameters under their Hugging Face names, `[out, in]`.
     """
     folder = pathlib.Path(folder)
-    attributes = read_json(folder / "config.json")
-    generation = folder / "generation_config.json"
-    if generation.exists() and (eos := read_json(generation).get("eos_token_id")) is not None:
-        attributes["eos_token_id"] = eos
-    config = config_from_hf(attributes, source=folder / "config.json")
+    config = config_of_folder(folder)
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
         found = {name: tuple(f.get_slice(name).get_shape()) for name, f in tensors.items()}

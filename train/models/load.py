@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from ..log import UserError
 from .config import ModelConfig
 from .decoder import Params
-from .gguf import from_gguf, read_gguf
-from .hf import load_hf
+from .gguf import config_of_file, from_gguf, read_gguf
+from .hf import config_of_folder, load_hf
 from .tokenizer import Tokenizer
 
 # Packages of the index that carry weights, and how to get them (importing them is never needed).
@@ -61,12 +61,21 @@ def load_model(path: str | os.PathLike[str], *, sharding=None, dtype=jnp.float32
     return Model(config, params, fitting)
 
 
+def read_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """The sizes of the model at `path` (as for `load_model`); no weights are read."""
+    local = resolve(path)
+    if local.is_dir():
+        return config_of_folder(local)
+    metadata, tensors = read_gguf(local)
+    return config_of_file(metadata, tensors, source=local)
+
+
 def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
     """The file or folder on this machine that a model path names; a hub name is fetched."""
     text = os.fspath(path)
     if text.startswith("package:"):
         return find_in_package(text)
-    local = pathlib.Path(text).expanduser()
+    local = pathlib.Path(text or "(empty path)").expanduser()
     if local.is_file() and local.suffix != ".gguf":
         raise UserError(f"{local}: expected a Hugging Face folder or a .gguf file, found a {local.suffix} file")
     if local.is_dir() and not (local / "config.json").exists():
