@@ -73,12 +73,12 @@ class SftCheckpoints(Checkpoints):
             step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes), log=ocp.args.JsonRestore()),
         )
-        return State(*found.state), step, list(found.log)
+        return State(*found["state"]), step, list(found["log"]["steps"])
 
     def save(self, state: State, step: int, metrics: list[dict[str, float]]) -> None:
         self.manager.save(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), log=ocp.args.JsonSave(metrics)),
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), log=ocp.args.JsonSave({"steps": metrics})),
         )
         self.manager.wait_until_finished()
 

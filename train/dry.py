@@ -53,6 +53,6 @@ def show_plan(config: Improve) -> None:
     cache = 2 * model.num_hidden_layers * sampling.slots * model.num_key_value_heads * length * model.head_dim * 4
     say(
         f"memory a device: fine-tuning {5 * per_device / 1e9:.2f} GB (base, weights, gradients, two moments) and "
-        f"activations; sampling {(2 * per_device + cache) / 1e9:.2f} GB (base, weights, cache of {sampling.slots} slots)"
+        f"activations; sampling {(2 * per_device + cache) / 1e9:.2f} GB (base, weights, {sampling.slots} slots)"
     )
     say(f"disk: {kept * count * 4 / 1e9:.2f} GB of weights, and {3 * count * 4 / 1e9:.2f} GB while fine-tuning")

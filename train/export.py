@@ -81,7 +81,9 @@ def method_model(root: Path, method: str, round: int | None) -> Model:
     done = [o for o in outcomes if o.model == BASE or journal.committed(o.model) is not None]
     named = [o for o in done if o.method == method]
     if not named:
-        raise UserError(f"{root}: no committed model of method {method!r}; there are {sorted({o.method for o in done})}")
+        raise UserError(
+            f"{root}: no committed model of method {method!r}; there are {sorted({o.method for o in done})}"
+        )
     found = [o for o in named if round is None or o.round == round]
     if not found:
         raise UserError(f"{root}: {method} has no committed round {round}; there are {[o.round for o in named]}")

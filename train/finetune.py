@@ -91,9 +91,7 @@ def read_rows(config: Finetune, model: Model) -> Rows:
             data.ingredients, data.pretraining_tokens, seed=config.seed, excluded=excluded, row=data.row
         ).astype(np.int32)
         return Rows(tokens, (tokens != PAD_ID).astype(np.float32))
-    examples = [
-        to_example(model, line, f"{data.path} line {i}") for i, line in enumerate(read_jsonl(data.path), 1)
-    ]
+    examples = [to_example(model, line, f"{data.path} line {i}") for i, line in enumerate(read_jsonl(data.path), 1)]
     return to_rows(examples, config.sft, model.tokenizer.pad_id or 0)
 
 

@@ -67,7 +67,7 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
     return folder
 
 
-def check_same_config(folder: Path, config: Improve) -> None:
+def check_same_config(folder: Path, config: Any) -> None:
     """Refuse to mix two runs in one folder."""
     path = folder / "config.yaml"
     if not path.exists():
@@ -218,7 +218,15 @@ class Run:
         }
 
     def generate(
-        self, model: str, questions: Sequence[Question], settings: Settings, key, folder: Path, *, batch: int, title: str
+        self,
+        model: str,
+        questions: Sequence[Question],
+        settings: Settings,
+        key,
+        folder: Path,
+        *,
+        batch: int,
+        title: str,
     ) -> tuple[list[Row], float]:
         """Completions of every question, committed a batch at a time to `folder`; (rows, seconds spent here)."""
         prompts = round.prompts(self.suite, self.model.tokenizer, questions, self.config.tasks.few_shot)
@@ -416,8 +424,10 @@ class Run:
         notes = []
         if abs(cosine) > 0.999:
             line = sum(w * (1 + a) for w, a in zip(weights, alphas, strict=True))
-            notes = [f"the two checkpoints lie on one line through the base (cosine {cosine:.4f}): this is ExPO with "
-                     f"another coefficient (about 1 + α = {line:.3f}), not a method of its own"]
+            notes = [
+                f"the two checkpoints lie on one line through the base (cosine {cosine:.4f}): this is ExPO with "
+                f"another coefficient (about 1 + α = {line:.3f}), not a method of its own"
+            ]
         return merged, {
             "coefficients": {"alphas": alphas, "weights": weights},
             "snapshots": record["best"][:2],
@@ -443,9 +453,7 @@ class Run:
         settings = Settings(
             max_new_tokens=config.max_new_tokens, stop=config.stop, slots=config.slots, dtype=self.config.model.dtype
         )
-        rows, seconds = self.generate(
-            model, questions, settings, self.key, folder, batch=config.batch, title=title
-        )
+        rows, seconds = self.generate(model, questions, settings, self.key, folder, batch=config.batch, title=title)
         scored = round.verify(self.suite, {q.id: q for q in questions}, rows)
         return {row["question_id"]: float(row["score"] == 1.0) for row in scored}, seconds
 

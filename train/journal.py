@@ -34,11 +34,14 @@ class Journal:
             (root / "phases").mkdir(parents=True, exist_ok=True)
             self._lock = (root / ".lock").open("w")
         except OSError as error:
-            raise UserError(f"{root}: cannot be written: {error.strerror}; choose another folder with out=DIR") from None
+            raise UserError(
+                f"{root}: cannot be written: {error.strerror}; choose another folder with out=DIR"
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{root}: another process is running this run; wait for it or choose out=DIR") from None
+
     def reconcile(self, names: Iterable[str]) -> None:
         """Drop a torn last line of metrics.jsonl and add the lines of phases committed without one."""
         named = {row["phase"] for row in read_jsonl_tolerant(self.metrics, truncate=True)}

@@ -93,8 +93,8 @@ def looks_like_float(text: str) -> bool:
     return True
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain data that `build` reads back: what config.yaml of a run holds."""
+def to_dict(config: Any) -> Any:
+    """Plain data that `build` reads back: what config.yaml of a run holds. A dict, of a dataclass."""
 
     def plain(value):
         if dataclasses.is_dataclass(value):

@@ -91,9 +91,7 @@ def rollout(
         text = tokenizer.decode(without_eos(completion.tokens, tokenizer))
         for string in settings.stop:
             text = text.partition(string)[0]
-        done[completion.id] = Sample(
-            prompt.id, index, text, completion.tokens, completion.logprobs, completion.reason
-        )
+        done[completion.id] = Sample(prompt.id, index, text, completion.tokens, completion.logprobs, completion.reason)
         on_sample(len(completion.tokens))
     return [done[i] for i in range(len(requests))]
 
@@ -124,9 +122,9 @@ def sample_keys(key: jax.Array, ids: Sequence[str], samples: int) -> np.ndarray:
 @jax.jit
 def fold_all(key: Any, salts: Any, samples: Any) -> jax.Array:
     fold = functools.partial(jax.random.fold_in, jax.random.wrap_key_data(key))
-    return jax.vmap(
-        lambda salt: jax.vmap(lambda s: jax.random.key_data(jax.random.fold_in(fold(salt), s)))(samples)
-    )(salts)
+    return jax.vmap(lambda salt: jax.vmap(lambda s: jax.random.key_data(jax.random.fold_in(fold(salt), s)))(samples))(
+        salts
+    )
 
 
 def stopper(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[Sequence[int]], int | None]:
