@@ -1,6 +1,8 @@
 """Merge, extrapolate and measure model weights: pure functions from pytrees to pytrees, needing jax alone."""
 
 from jaxmerge.compose import masked
+from jaxmerge.consensus import elect_sign, elect_sign_by_energy, elect_sign_unweighted, weighted_sum
+from jaxmerge.delta import breadcrumbs, breadcrumbs_ties, dare, dare_ties, della, della_linear, delta_rule, sce, ties
 from jaxmerge.iterative import alpha_schedule, imm, offload, onload
 from jaxmerge.leafwise import Needs, Operands, Rule, leafwise
 from jaxmerge.linear import (
@@ -9,11 +11,16 @@ from jaxmerge.linear import (
     extrapolate,
     extrapolation_merge,
     interpolate,
+    passthrough,
     task_arithmetic,
 )
 from jaxmerge.measure import change, check_finite, cosines, nonfinite, norms, to_floats
 from jaxmerge.rules import RULES, rule
-from jaxmerge.sparsify import dare
+from jaxmerge.selection import arcee_fusion, nearswap, ram, ramplus_tl
+from jaxmerge.sparsify import drop, rank_drop, trim, two_sided_trim, variance_select
+from jaxmerge.spherical import karcher, multislerp, nuslerp, slerp
+from jaxmerge.statistics import fisher, graft_mask, grafting, regmean
+from jaxmerge.stock import model_stock
 from jaxmerge.tree import cast, dot, leaf_paths, norm, task_vector
 from jaxmerge.where import layer_group, matches, select
 
@@ -23,31 +30,62 @@ __all__ = [
     "Operands",
     "Rule",
     "alpha_schedule",
+    "arcee_fusion",
     "average",
+    "breadcrumbs",
+    "breadcrumbs_ties",
     "cast",
     "change",
     "check_finite",
     "collinear",
     "cosines",
     "dare",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "delta_rule",
     "dot",
+    "drop",
+    "elect_sign",
+    "elect_sign_by_energy",
+    "elect_sign_unweighted",
     "extrapolate",
     "extrapolation_merge",
+    "fisher",
+    "graft_mask",
+    "grafting",
     "imm",
     "interpolate",
+    "karcher",
     "layer_group",
     "leaf_paths",
     "leafwise",
     "masked",
     "matches",
+    "model_stock",
+    "multislerp",
+    "nearswap",
     "nonfinite",
     "norm",
     "norms",
+    "nuslerp",
     "offload",
     "onload",
+    "passthrough",
+    "ram",
+    "ramplus_tl",
+    "rank_drop",
+    "regmean",
     "rule",
+    "sce",
     "select",
+    "slerp",
     "task_arithmetic",
     "task_vector",
+    "ties",
     "to_floats",
+    "trim",
+    "two_sided_trim",
+    "variance_select",
+    "weighted_sum",
 ]

@@ -22,6 +22,7 @@ device count, or other leaves.
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ import numpy as np
 from jaxmerge import tree, where
 from jaxmerge.tree import Array, PyTree, Tracer
 
+Convert = Callable[[Any, int], Any]
+
 
 class Operands(NamedTuple):
     """What a leaf function sees of one leaf, widened to float32."""
@@ -41,6 +44,7 @@ class Operands(NamedTuple):
     models: tuple[Array, ...]
     base: Array | None = None
     keys: Array | None = None
+    extra: tuple[Array, ...] = ()
 
     @property
     def deltas(self) -> tuple[Array, ...]:
@@ -135,6 +139,8 @@ def leafwise(
     shared: Mapping[str, Any] | None = None,
     each: Mapping[str, Any] | None = None,
     options: Mapping[str, Hashable] | None = None,
+    convert: Mapping[str, Convert] | None = None,
+    extra: Sequence[PyTree] = (),
 ) -> PyTree:
     """Apply `leaf` to every floating leaf of `models`; see the module's docstring.
 
@@ -148,12 +154,16 @@ def leafwise(
       shared: coefficients resolved to a scalar a leaf.
       each: coefficients resolved to [N] a leaf.
       options: static, hashable arguments of `leaf`.
+      convert: for some coefficients, `(value, n) -> array`: what the leaf function gets for a leaf of n
+        elements (of a layer), as a count k for a density. Called on the host where the value is concrete.
+      extra: more trees alike in paths and shapes (statistics of the models, masks): `x.extra`.
 
     Returns:
       A pytree with structure, shapes, dtypes and shardings of models[0].
     """
-    trees = tree.align(models, base)
     count = len(models)
+    labels = [f"models[{i}]" for i in range(count)] + [f"statistics[{i}]" for i in range(len(extra))]
+    trees = tree.align([*models, *extra], base, labels=labels)
     key = None if key is None else as_key(key)
     name_salts = np.asarray([zlib.crc32(str(n).encode()) for n in names or range(count)], np.uint32)
     layers = {
@@ -171,6 +181,7 @@ def leafwise(
             out.append(first if base_leaf is None else base_leaf)
             continue
         is_stacked = layers[path] != [path]
+        size = max(1, math.prod(first.shape) // len(layers[path])) if first.shape else 1
         coefficients = {
             name: [where.resolve(value, p, depth[p], name=name) for p in layers[path]]
             for name, value in (shared or {}).items()
@@ -185,7 +196,11 @@ def leafwise(
             key,
             salts if is_stacked else salts[0],
             name_salts,
-            {name: _array(values if is_stacked else values[0]) for name, values in coefficients.items()},
+            {
+                name: _array(values if is_stacked else values[0], size, (convert or {}).get(name))
+                for name, values in coefficients.items()
+            },
+            count=count,
             leaf=leaf,
             options=frozen,
             is_stacked=is_stacked,
@@ -194,17 +209,16 @@ def leafwise(
     return jax.tree.unflatten(trees.treedef, out)
 
 
-@functools.partial(jax.jit, static_argnames=("leaf", "options", "is_stacked"))
-def _run(models, base, key, path_salt, name_salts, coefficients, *, leaf, options, is_stacked):
+@functools.partial(jax.jit, static_argnames=("count", "leaf", "options", "is_stacked"))
+def _run(models, base, key, path_salt, name_salts, coefficients, *, count, leaf, options, is_stacked):
     dtype = tree.wide(models[0].dtype)
 
     def one(models, base, path_salt, coefficients):
         keys = None
         if key is not None:
             keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, path_salt)))(name_salts)
-        operands = Operands(
-            tuple(model.astype(dtype) for model in models), None if base is None else base.astype(dtype), keys
-        )
+        widened = tuple(model.astype(dtype) for model in models)
+        operands = Operands(widened[:count], None if base is None else base.astype(dtype), keys, widened[count:])
         cast = {
             name: value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value
             for name, value in coefficients.items()
@@ -229,13 +243,17 @@ def as_key(key: Any) -> Array:
     return key
 
 
-def _array(values: Any) -> Any:
+def _array(values: Any, size: int, convert: Convert | None) -> Any:
     """Numbers and traced scalars, nested in lists, as one array: on the host if they all are numbers."""
+    if isinstance(values, list):
+        arrays = [_array(value, size, convert) for value in values]
+        return jnp.stack(arrays) if any(isinstance(a, jax.Array) for a in arrays) else np.stack(arrays)
+    if convert is not None:
+        values = convert(values, size)
+        if hasattr(values, "dtype") and not jnp.issubdtype(values.dtype, jnp.floating):
+            return values
     dtype = np.float64 if jax.config.jax_enable_x64 else np.float32  # type: ignore[attr-defined]
-    if not isinstance(values, list):
-        return jnp.asarray(values, dtype) if isinstance(values, jax.Array) else np.asarray(values, dtype)
-    arrays = [_array(value) for value in values]
-    return jnp.stack(arrays) if any(isinstance(a, jax.Array) for a in arrays) else np.stack(arrays)
+    return jnp.asarray(values, dtype) if isinstance(values, jax.Array) else np.asarray(values, dtype)
 
 
 def _on_device(leaf: Any) -> Any:

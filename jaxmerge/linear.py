@@ -226,6 +226,27 @@ def extrapolation_merge(
     )
 
 
+def _passthrough(x: Operands, *, scale: Array) -> Array:
+    return scale * x.models[0]
+
+
+@requires(most=1)
+def passthrough(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), scale: Any = 1.0) -> PyTree:
+    r"""Take the one model as it is, times a scale: :math:`c\,\theta`. Of use in recipes that stack layers.
+
+    Args:
+      models: [model].
+      base, key, names: not used.
+      stacked: containers whose leaves have a leading layer axis.
+      scale: c. A number, a list over depth, or a dict pattern → value.
+
+    Example:
+      >>> passthrough([{"w": jnp.array([2.0])}], scale=0.5)
+      {'w': Array([1.], dtype=float32)}
+    """
+    return leafwise(_passthrough, models, stacked=stacked, shared={"scale": scale})
+
+
 def collinear(models: Sequence[PyTree], *, base: PyTree) -> Array:
     r"""Return the cosines between the task vectors, [N, N]: entries near ±1 off the diagonal lie on one line.
 

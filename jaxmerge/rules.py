@@ -3,19 +3,40 @@ of `tests/test_jaxmerge_contract.py`, in recipes and on the command line."""
 
 from __future__ import annotations
 
-from jaxmerge.iterative import imm
+from jaxmerge import delta, iterative, linear, selection, spherical, statistics, stock
 from jaxmerge.leafwise import Rule
-from jaxmerge.linear import average, extrapolate, extrapolation_merge, interpolate, task_arithmetic
-from jaxmerge.sparsify import dare
 
 RULES: dict[str, Rule] = {
-    "interpolate": interpolate,
-    "average": average,
-    "task_arithmetic": task_arithmetic,
-    "extrapolate": extrapolate,
-    "extrapolation_merge": extrapolation_merge,
-    "dare": dare,
-    "imm": imm,
+    "interpolate": linear.interpolate,
+    "average": linear.average,
+    "task_arithmetic": linear.task_arithmetic,
+    "extrapolate": linear.extrapolate,
+    "extrapolation_merge": linear.extrapolation_merge,
+    "passthrough": linear.passthrough,
+    "imm": iterative.imm,
+    "slerp": spherical.slerp,
+    "nuslerp": spherical.nuslerp,
+    "multislerp": spherical.multislerp,
+    "karcher": spherical.karcher,
+    "dare": delta.dare,
+    "dare_ties": delta.dare_ties,
+    "ties": delta.ties,
+    "della": delta.della,
+    "della_linear": delta.della_linear,
+    "breadcrumbs": delta.breadcrumbs,
+    "breadcrumbs_ties": delta.breadcrumbs_ties,
+    "sce": delta.sce,
+    "model_stock": stock.model_stock,
+    "nearswap": selection.nearswap,
+    "arcee_fusion": selection.arcee_fusion,
+    "ram": selection.ram,
+    "ramplus_tl": selection.ramplus_tl,
+    "fisher": statistics.fisher,
+    "regmean": statistics.regmean,
+    "grafting": statistics.grafting,
+    # mergekit's names for average and dare, for those who look them up here.
+    "linear": linear.average,
+    "dare_linear": delta.dare,
 }
 
 

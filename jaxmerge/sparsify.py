@@ -1,20 +1,67 @@
-r"""Sparsifiers of task vectors, and the rescaling that makes up for what they drop."""
+r"""Sparsifiers of task vectors, and the rescaling that makes up for what they drop.
+
+A sparsifier is a leaf function `(deltas, keys, **coefficients) -> [(kept, keep probability or None), …]` with
+the values of its coefficients. The constructors here (`trim(0.2)`, `drop(0.5)`, …) make one for
+`jaxmerge.delta_rule`; left out, a value is asked for when the rule is called.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.leafwise import Operands, leafwise, requires
-from jaxmerge.tree import Array, PyTree
+from jaxmerge import order
+from jaxmerge.leafwise import Convert
+from jaxmerge.tree import Array
 
 RESCALES = ("inverse", "l1", None)
+REQUIRED: Any = "required"
+Kept = tuple[Array, Array | None]
 
 
-def drop(delta: Array, key: Array, density: Array) -> Array:
+@dataclass(frozen=True)
+class Sparsifier:
+    """A leaf function, its coefficients' values, and how a value becomes what the function gets."""
+
+    name: str
+    leaf: Callable[..., list[Kept]]
+    coefficients: Mapping[str, Any]  # one value for all models, or a sequence with one a model
+    convert: Mapping[str, Convert] = field(default_factory=dict)
+    shared: tuple[str, ...] = ()  # coefficients with one value for all models together
+    random: bool = False
+
+
+def _trim(deltas: tuple[Array, ...], keys: Array | None, *, density: Array) -> list[Kept]:
+    return [(jnp.where(order.top(d, k), d, 0), None) for d, k in zip(deltas, density, strict=True)]
+
+
+def trim(density: Any = REQUIRED) -> Sparsifier:
+    r"""Keep the k = max(1, ⌊density·n⌋) elements of largest magnitude, ties by flat position (TIES)."""
+    count = functools.partial(order.at_least_one, name="density")
+    return Sparsifier("trim", _trim, {"density": density}, {"density": count})
+
+
+def _two_sided_trim(deltas: tuple[Array, ...], keys: Array | None, *, density: Array, gamma: Array) -> list[Kept]:
+    kept: list[Kept] = []
+    for d, k, outliers in zip(deltas, density, gamma, strict=True):
+        # Fewer outliers go where density + gamma > 1: exactly k elements are kept.
+        g = jnp.minimum(outliers, jnp.uint32(d.size) - k)
+        kept.append((jnp.where(order.top(d, g + k) & ~order.top(d, g), d, 0), None))
+    return kept
+
+
+def two_sided_trim(density: Any = REQUIRED, gamma: Any = 0.01) -> Sparsifier:
+    r"""Drop the ⌊gamma·n⌋ largest magnitudes, then keep the ⌊density·n⌋ largest of the rest (breadcrumbs)."""
+    convert = {name: functools.partial(order.share, name=name) for name in ("density", "gamma")}
+    return Sparsifier("two_sided_trim", _two_sided_trim, {"density": density, "gamma": gamma}, convert)
+
+
+def bernoulli(delta: Array, key: Array, density: Array) -> Array:
     r"""Keep each element with probability `density` (1 − p), independently; set the others to zero.
 
     The draw for flat element j is a function of (key, j) alone, so it is the same on every mesh.
@@ -22,85 +69,84 @@ def drop(delta: Array, key: Array, density: Array) -> Array:
     return jnp.where(jax.random.uniform(key, delta.shape, jnp.float32) < density, delta, 0)
 
 
-def rescale(kept: Array, delta: Array, density: Array, how: str | None) -> Array:
+def _drop(deltas: tuple[Array, ...], keys: Array | None, *, density: Array) -> list[Kept]:
+    assert keys is not None
+    return [(bernoulli(d, keys[i], density[i]), density[i]) for i, d in enumerate(deltas)]
+
+
+def drop(density: Any = REQUIRED) -> Sparsifier:
+    """Keep each element with probability `density`, at random (DARE)."""
+    chance = functools.partial(order.probability, name="density")
+    return Sparsifier("drop", _drop, {"density": density}, {"density": chance}, random=True)
+
+
+def _rank_drop(deltas: tuple[Array, ...], keys: Array | None, *, density: Array, epsilon: Array) -> list[Kept]:
+    assert keys is not None
+    kept: list[Kept] = []
+    for i, d in enumerate(deltas):
+        columns = d.shape[-1] if d.ndim else 1
+        # In [0, 1] over the row, ½ where a row has one element.
+        rank = order.ranks(jnp.abs(d)).astype(d.dtype) / (columns - 1) if columns > 1 else 0.5
+        p = jnp.clip(density[i] + epsilon[i] * (2 * rank - 1), 0, 1)
+        # Density 0 and 1 mean what they say, whatever epsilon.
+        p = jnp.where(density[i] <= 0, 0, jnp.where(density[i] >= 1, 1, p))
+        kept.append((bernoulli(d, keys[i], p), p))
+    return kept
+
+
+def rank_drop(density: Any = REQUIRED, epsilon: Any = 0.15) -> Sparsifier:
+    r"""Keep at random, larger magnitudes of a row more likely: p from density − ε to density + ε by rank (DELLA).
+
+    A row is the last axis. p is cut to [0, 1].
+    """
+    chance = functools.partial(order.probability, name="density")
+    return Sparsifier(
+        "rank_drop", _rank_drop, {"density": density, "epsilon": epsilon}, {"density": chance}, random=True
+    )
+
+
+def _variance_select(deltas: tuple[Array, ...], keys: Array | None, *, select_topk: Array) -> list[Kept]:
+    mean = sum(deltas[1:], start=deltas[0]) / len(deltas)
+    variance = sum((jnp.square(d - mean) for d in deltas), start=jnp.zeros_like(mean)) / len(deltas)
+    nonzero = jnp.sum(variance > 0, dtype=jnp.uint32)
+    chosen = order.top(variance, order.share_of(select_topk, nonzero))
+    chosen = chosen | (select_topk[0] >= select_topk[1])  # 1 keeps all, also where the models agree
+    return [(jnp.where(chosen, d, 0), None) for d in deltas]
+
+
+def variance_select(select_topk: Any = REQUIRED) -> Sparsifier:
+    r"""Keep the ⌊select_topk·m⌋ elements of largest variance over the models, m those of nonzero variance (SCE)."""
+    ratio = functools.partial(order.fraction, name="select_topk")
+    return Sparsifier(
+        "variance_select",
+        _variance_select,
+        {"select_topk": select_topk},
+        {"select_topk": ratio},
+        shared=("select_topk",),
+    )
+
+
+def rescale_kept(kept: Array, delta: Array, probability: Array | None, how: str | None) -> Array:
     r"""Make up for dropped elements.
 
-    "inverse": divide by the keep probability, so that the expectation is delta (the paper's).
+    "inverse": divide by the keep probability, so that the expectation is delta (the papers').
     "l1": multiply by :math:`\|\delta\|_1 / \|\mathrm{kept}\|_1` of the tensor (mergekit's).
     None: leave as is. Where nothing is kept the result is zero.
     """
     if how is None:
         return kept
     if how == "inverse":
-        return kept / jnp.where(density > 0, density, 1)
+        assert probability is not None
+        return kept / jnp.where(probability > 0, probability, 1)
     before, after = jnp.abs(delta).sum(), jnp.abs(kept).sum()
     return kept * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
 
 
-def check_rescale(how: Any) -> None:
-    """Raise if `how` is no way of rescaling."""
+def check_rescale(how: Any, sparsifier: Sparsifier | None) -> None:
+    """Raise if `how` is no way of rescaling what `sparsifier` keeps."""
     if how not in RESCALES:
         raise ValueError(f"rescale={how!r}, wanted one of {', '.join(map(repr, RESCALES))}")
-
-
-def _dare(x: Operands, *, density: Array, weights: Array, scale: Array, how: str | None) -> Array:
-    assert x.base is not None
-    assert x.keys is not None
-    total = jnp.zeros_like(x.base)
-    for i, delta in enumerate(x.deltas):
-        kept = drop(delta, x.keys[i], density[i])
-        total = total + weights[i] * rescale(kept, delta, density[i], how)
-    return x.base + scale * total
-
-
-@requires(base="required", key="required", symmetric=True)
-def dare(
-    models: Sequence[PyTree],
-    *,
-    base=None,
-    key=None,
-    names=None,
-    stacked=(),
-    density: Any,
-    weights: Any = 1.0,
-    scale: Any = 1.0,
-    rescale: str | None = "inverse",
-) -> PyTree:
-    r"""Drop and rescale (DARE): :math:`\theta_b + \lambda \sum_i w_i\, m_i \odot \tau_i / q_i`, m ~ Bernoulli(q).
-
-    In expectation this is task arithmetic.
-
-    Args:
-      models: N tuned models.
-      base: the model they were tuned from.
-      key: PRNG key; the mask of a leaf depends on it, the leaf's path and the model's name, nothing else.
-      names: N distinct names of the models; by default their positions, so that order matters.
-      stacked: containers whose leaves have a leading layer axis.
-      density: q = 1 − p, the keep probability, one a model or one for all; 1 keeps all.
-      weights: w, one a model or one for all.
-      scale: λ.
-      rescale: "inverse" (the paper's, 1/q), "l1" (keep the tensor's L1 norm: mergekit's), or None.
-
-    Returns:
-      Parameters with the structure, shapes, dtypes and shardings of the first model.
-
-    Example:
-      >>> tuned, base = {"w": jnp.array([3.0, 5.0])}, {"w": jnp.array([1.0, 1.0])}
-      >>> dare([tuned], base=base, key=jax.random.key(0), density=1.0)
-      {'w': Array([3., 5.], dtype=float32)}
-
-    References:
-      Yu et al., "Language Models are Super Mario", https://arxiv.org/abs/2311.03099
-    """
-    check_rescale(rescale)
-    return leafwise(
-        _dare,
-        models,
-        base=base,
-        key=key,
-        names=names,
-        stacked=stacked,
-        shared={"scale": scale},
-        each={"density": density, "weights": weights},
-        options={"how": rescale},
-    )
+    if how == "inverse" and (sparsifier is None or not sparsifier.random):
+        raise ValueError(
+            "rescale='inverse' divides by a keep probability, which only random sparsifiers have; use 'l1'"
+        )

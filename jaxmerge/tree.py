@@ -103,11 +103,12 @@ def wide(dtype: Any) -> np.dtype:
     return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
 
 
-def align(models: Sequence[PyTree], base: PyTree | None = None) -> Aligned:
+def align(models: Sequence[PyTree], base: PyTree | None = None, *, labels: Sequence[str] | None = None) -> Aligned:
     """Lay `models` and `base` side by side, or raise a ValueError that names the first leaf that differs.
 
-    Paths and shapes must agree. Floating dtypes may differ (an anchor kept in bfloat16, say): the result has
-    the first model's. Container types may differ too (a dict and a FrozenDict with the same paths).
+    Paths and shapes must agree; `labels` name the models in errors. Floating dtypes may differ (an
+    anchor kept in bfloat16, say): the result has the first model's. Container types may
+    differ too (a dict and a FrozenDict with the same paths).
     """
     if isinstance(models, dict) or not isinstance(models, Sequence):
         raise TypeError(
@@ -119,7 +120,7 @@ def align(models: Sequence[PyTree], base: PyTree | None = None) -> Aligned:
     first = named_leaves(models[0])
     trees = [list(first.values())]
     for i, model in enumerate(models[1:], start=1):
-        trees.append(_like_first(model, first, f"models[{i}]"))
+        trees.append(_like_first(model, first, labels[i] if labels else f"models[{i}]"))
     base_leaves = None if base is None else _like_first(base, first, "base")
     for path, leaf in first.items():
         if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):

@@ -13,25 +13,63 @@ import jaxmerge
 from jaxmerge import RULES, leafwise, tree
 
 # Coefficients to call a rule with, and others of the same kind: the second call must not compile again.
+W1, W2 = [0.2, 0.5, 0.4], [0.3, 0.1, 0.4]
 COEFFICIENTS = {
     "interpolate": ({"t": 0.3}, {"t": 0.6}),
-    "average": ({"weights": [0.2, 0.5, 0.4]}, {"weights": [0.3, 0.1, 0.4]}),
-    "task_arithmetic": (
-        {"weights": [0.2, 0.5, 0.4], "scale": 0.9},
-        {"weights": [0.3, 0.1, 0.4], "scale": 0.5},
-    ),
+    "average": ({"weights": W1}, {"weights": W2}),
+    "task_arithmetic": ({"weights": W1, "scale": 0.9}, {"weights": W2, "scale": 0.5}),
     "extrapolate": ({"alpha": 0.4}, {"alpha": 0.7}),
-    "extrapolation_merge": (
-        {"alphas": [0.4, 0.1, 0.2], "weights": [0.5, 0.3, 0.2]},
-        {"alphas": [0.3, 0.2, 0.2], "weights": [0.4, 0.3, 0.2]},
-    ),
-    "dare": (
-        {"density": [0.6, 0.5, 0.7], "weights": [0.2, 0.5, 0.4], "scale": 0.9},
-        {"density": [0.3, 0.5, 0.7], "weights": [0.2, 0.3, 0.4], "scale": 0.8},
-    ),
+    "extrapolation_merge": ({"alphas": [0.4, 0.1, 0.2], "weights": W1}, {"alphas": [0.3, 0.2, 0.2], "weights": W2}),
+    "passthrough": ({"scale": 1.0}, {"scale": 0.5}),
     "imm": ({"alpha": 0.5, "drop": 0.2}, {"alpha": 0.3, "drop": 0.4}),
+    "slerp": ({"t": 0.3}, {"t": 0.6}),
+    "nuslerp": ({"weights": [0.2, 0.5]}, {"weights": [0.3, 0.1]}),
+    "multislerp": ({"weights": W1}, {"weights": W2}),
+    "karcher": ({}, {}),
+    "dare": (
+        {"density": [0.6, 0.5, 0.7], "weights": W1, "scale": 0.9},
+        {"density": [0.3, 0.5, 0.7], "weights": W2, "scale": 0.8},
+    ),
+    "dare_ties": ({"density": 0.6, "weights": W1, "scale": 0.9}, {"density": 0.3, "weights": W2, "scale": 0.8}),
+    "ties": (
+        {"density": [0.6, 0.5, 0.7], "weights": W1, "scale": 0.9},
+        {"density": [0.3, 0.5, 0.7], "weights": W2, "scale": 0.8},
+    ),
+    "della": ({"density": 0.6, "epsilon": 0.2, "weights": W1}, {"density": 0.3, "epsilon": 0.1, "weights": W2}),
+    "della_linear": ({"density": 0.6, "epsilon": 0.2, "weights": W1}, {"density": 0.3, "epsilon": 0.1, "weights": W2}),
+    "breadcrumbs": ({"density": 0.6, "gamma": 0.1, "weights": W1}, {"density": 0.3, "gamma": 0.2, "weights": W2}),
+    "breadcrumbs_ties": ({"density": 0.6, "gamma": 0.1, "weights": W1}, {"density": 0.3, "gamma": 0.2, "weights": W2}),
+    "sce": ({"select_topk": 0.6, "weights": W1}, {"select_topk": 0.3, "weights": W2}),
+    "model_stock": ({}, {}),
+    "nearswap": ({"t": 0.3}, {"t": 0.6}),
+    "arcee_fusion": ({}, {}),
+    "ram": ({"epsilon": 0.5}, {"epsilon": 0.3}),
+    "ramplus_tl": ({"epsilon": 0.5, "r": 0.2, "alpha": 0.3}, {"epsilon": 0.3, "r": 0.3, "alpha": 0.2}),
+    "fisher": ({"weights": W1, "floor": 0.1}, {"weights": W2, "floor": 0.2}),
+    "regmean": ({"damping": 0.1}, {"damping": 0.3}),
+    "grafting": ({}, {}),
+    "linear": ({"weights": W1}, {"weights": W2}),
+    "dare_linear": ({"density": 0.6, "weights": W1}, {"density": 0.3, "weights": W2}),
 }
-EACH = {"weights", "density", "alphas"}
+# Coefficients that move a mask: nothing can be differentiated in them.
+MASKING = {"density", "drop", "epsilon", "gamma", "select_topk"}
+
+
+def statistics(name, models, base):
+    positive = [jax.tree.map(jnp.square, model) for model in models]
+    if name == "fisher":
+        return {"fishers": positive}
+    if name == "grafting":
+        return {"mask": jax.tree.map(lambda leaf: jnp.clip(leaf, 0, 1), positive[0])}
+    if name == "regmean":
+        grams = []
+        for model in models:
+            w = model["lm_head"]["weight"].astype(jnp.float32)
+            grams.append({"lm_head/weight": w.T @ w})
+        return {"grams": grams}
+    return {}
+
+
 SHAPES = {
     "model": {
         "embed_tokens": {"weight": (13, 6)},
@@ -63,6 +101,8 @@ def call(name, models, base, coefficients=None, **more):
     keywords = dict(COEFFICIENTS[name][0] if coefficients is None else coefficients)
     keywords |= {"base": base} if needs.base != "none" else {}
     keywords |= {"key": jax.random.key(7), "names": names(len(models))} if needs.key != "none" else {}
+    if isinstance(models, list) and models and isinstance(models[0], dict) and "lm_head" in models[0]:
+        keywords |= statistics(name, models, base)
     return RULES[name](models, **{**keywords, **more})
 
 
@@ -124,7 +164,7 @@ def test_merging_x_with_x_is_x(name):
 def test_order_of_models_does_not_matter(name):
     models, base = inputs(name, shapes=TINY)
     coefficients = COEFFICIENTS[name][0]
-    turned = {k: v[::-1] if k in EACH else v for k, v in coefficients.items()}
+    turned = {k: v[::-1] if isinstance(v, list) else v for k, v in coefficients.items()}
     more = {"names": names(len(models))[::-1]} if RULES[name].needs.key != "none" else {}
     close(call(name, models[::-1], base, turned, **more), call(name, models, base, coefficients))
 
@@ -175,7 +215,7 @@ def test_eval_shape_vmap_and_grad(name):
     start = jax.tree.map(jnp.float32, COEFFICIENTS[name][0])
     step = 1e-2
     for path, slope in jax.tree_util.tree_flatten_with_path(jax.grad(loss)(start))[0]:
-        if path[0].key in ("density", "drop"):  # a probability moves the mask: not differentiable in it
+        if path[0].key in MASKING:
             continue
 
         def shift(by, path=path):
@@ -246,7 +286,7 @@ def test_stacked_equals_unstacked(name):
     models, base = inputs(name)
     coefficients = dict(COEFFICIENTS[name][0])
     for key, value in coefficients.items():  # a gradient over depth, and a pattern of one layer
-        if key in EACH:
+        if isinstance(value, list):
             coefficients[key] = [{"layers/1": 0.25, "**": [v, v + 0.2]} for v in value]
         else:
             coefficients[key] = {"layers/1": 0.25, "**": [value, value + 0.2]}

@@ -42,28 +42,67 @@ class Method:
     shared: Mapping[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)
     options: Mapping[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)
     base_is_input: bool = False  # the base is one of the models, not what deltas are taken from
+    base_first: bool = False  # and it is the first of them, whatever the order in the recipe
+    unused: tuple[str, ...] = ()  # parameters of the grammar that change nothing in this method
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        return (*self.each, *self.shared, *self.options)
+        return (*self.each, *self.shared, *self.options, *self.unused)
 
 
 REQUIRED = object()
+DEFAULT = object()  # leave it to the rule: its default is the same
 _WEIGHT = {"weight": ("weights", REQUIRED)}
 _LAMBDA = {"lambda": ("scale", 1.0)}
 
+
+def _sparse(rule: str, normalize: bool, rescale: bool, **more: Any) -> Method:
+    """A method of the delta family: weight, density and more a model; lambda; normalize and rescale."""
+    return Method(
+        rule,
+        each={**_WEIGHT, "density": ("density", 1.0), **{name: (name, DEFAULT) for name in more}},
+        shared=_LAMBDA,
+        options={"normalize": ("normalize", normalize), "rescale": ("rescale", rescale)},
+    )
+
+
 METHODS: dict[str, Method] = {
     "linear": Method("average", each=_WEIGHT, options={"normalize": ("normalize", True)}, base_is_input=True),
+    "slerp": Method("slerp", shared={"t": ("t", REQUIRED)}, base_is_input=True, base_first=True),
+    "nuslerp": Method(
+        "nuslerp",
+        each=_WEIGHT,
+        options={"nuslerp_row_wise": ("row_wise", False), "nuslerp_flatten": ("flatten", True)},
+    ),
+    "multislerp": Method(
+        "multislerp",
+        each=_WEIGHT,
+        options={"normalize_weights": ("normalize", True), "eps": ("eps", 1e-8)},
+    ),
+    "karcher": Method("karcher", options={"max_iter": ("max_iter", 10), "tol": ("tol", 1e-5)}, base_is_input=True),
     "task_arithmetic": Method(
-        "task_arithmetic", each=_WEIGHT, shared=_LAMBDA, options={"normalize": ("normalize", False)}
-    ),
-    "dare_linear": Method(
-        "dare",
-        each={**_WEIGHT, "density": ("density", 1.0)},
+        "task_arithmetic",
+        each=_WEIGHT,
         shared=_LAMBDA,
-        # mergekit's rescale restores the L1 norm of the tensor.
-        options={"rescale": ("rescale", True)},
+        options={"normalize": ("normalize", False)},
+        unused=("density", "rescale"),
     ),
+    "ties": _sparse("ties", normalize=True, rescale=False),
+    "dare_linear": _sparse("dare", normalize=False, rescale=True),
+    "dare_ties": _sparse("dare_ties", normalize=False, rescale=True),
+    "della": _sparse("della", normalize=True, rescale=True, epsilon=DEFAULT),
+    "della_linear": _sparse("della_linear", normalize=False, rescale=True, epsilon=DEFAULT),
+    "breadcrumbs": _sparse("breadcrumbs", normalize=False, rescale=False, gamma=DEFAULT),
+    "breadcrumbs_ties": _sparse("breadcrumbs_ties", normalize=False, rescale=False, gamma=DEFAULT),
+    "sce": Method("sce", shared={"select_topk": ("select_topk", 1.0)}),
+    "model_stock": Method("model_stock", options={"filter_wise": ("filter_wise", False)}),
+    "nearswap": Method("nearswap", shared={"t": ("t", REQUIRED)}),
+    "arcee_fusion": Method("arcee_fusion"),
+    "ram": Method("ram", shared={"epsilon": ("epsilon", DEFAULT)}),
+    "ramplus_tl": Method(
+        "ramplus_tl", shared={"epsilon": ("epsilon", DEFAULT), "r": ("r", DEFAULT), "alpha": ("alpha", DEFAULT)}
+    ),
+    "passthrough": Method("passthrough", shared={"scale": ("scale", 1.0)}, base_is_input=True),
     "interpolate": Method("interpolate", shared={"t": ("t", 0.5)}, base_is_input=True),
     "extrapolate": Method("extrapolate", shared={"alpha": ("alpha", REQUIRED)}),
     "extrapolation_merge": Method(
@@ -111,14 +150,23 @@ class Recipe:
         """Return the rule's coefficients and options for the tensor of dotted name `name`."""
         found: dict[str, Any] = {}
         for yaml_name, (coefficient, default) in self.method.each.items():
-            found[coefficient] = [
+            values = [
                 self._value(yaml_name, default, (entry.parameters, self.parameters), name, depth, entry.model)
                 for entry in self.models
             ]
+            given = [value for value in values if value is not DEFAULT]
+            if given and len(given) < len(values):
+                raise ValueError(f"{yaml_name!r} is given for some models and not for others; give it for all")
+            if given:
+                found[coefficient] = values
         for yaml_name, (coefficient, default) in (*self.method.shared.items(), *self.method.options.items()):
-            found[coefficient] = self._value(yaml_name, default, (self.parameters,), name, depth, None)
-        if self.merge_method.startswith("dare"):
-            found["rescale"] = "l1" if found["rescale"] else None
+            # What stands at one model means the same as for all, where a method has one of it.
+            scopes = (*(entry.parameters for entry in self.models), self.parameters)
+            value = self._value(yaml_name, default, scopes, name, depth, None)
+            if value is not DEFAULT:
+                found[coefficient] = value
+        if "rescale" in found:
+            found["rescale"] = "l1" if found["rescale"] else None  # mergekit's keeps the L1 norm of the tensor
         return found
 
     def _value(self, parameter, default, scopes, name: str, depth: float, model: str | None) -> Any:
@@ -197,17 +245,19 @@ def parse(document: Any, text: str = "") -> Recipe:
     if base is not None:
         base = _model(base, "base_model")
     needs = RULES[method.rule].needs
-    if method.base_is_input:
-        names = [entry.model for entry in entries]
-        if base is not None and base not in names:
-            raise ValueError(f"base_model {base!r} is not among the models {names}, which {merge_method} merges")
-    else:
+    names = [entry.model for entry in entries]
+    if not method.base_is_input:
         # mergekit's recipes list the base among the models too; it carries no delta.
         entries = [entry for entry in entries if entry.model != base]
+    elif base is not None and method.base_first:
+        own = [entry for entry in entries if entry.model == base] or [Entry(base, {})]
+        entries = own + [entry for entry in entries if entry.model != base]
+    elif base is not None and base not in names:
+        raise ValueError(f"base_model {base!r} is not among the models {names}, which {merge_method} merges")
     if needs.base == "required" and base is None:
         raise ValueError(f"{merge_method} needs a base_model")
     if len(entries) < needs.least or (needs.most is not None and len(entries) > needs.most):
-        raise ValueError(f"{merge_method} needs {needs}; found {len(entries)} models besides base_model")
+        raise ValueError(f"{merge_method} needs {needs}; found {len(entries)} models")
     seed = document.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ValueError(f"seed {seed!r} is no integer")
@@ -260,27 +310,28 @@ def _parameters(value: Any, method: Method, merge_method: str) -> dict[str, Any]
         if name in IGNORED:
             continue
         known(name, method.parameters, f"parameter of {merge_method}")
-        _check_setting(name, setting, is_option=name in method.options)
+        is_switch = isinstance(method.options.get(name, (None, None))[1], bool)
+        _check_setting(name, setting, is_switch)
         kept[name] = setting
     return kept
 
 
-def _check_setting(name: str, setting: Any, is_option: bool) -> None:
+def _check_setting(name: str, setting: Any, is_switch: bool) -> None:
     if isinstance(setting, list) and setting and all(isinstance(entry, Mapping) for entry in setting):
         for entry in setting:
             for key in entry:
                 known(key, ("filter", "value"), f"key of a condition of {name!r}")
             if "value" not in entry:
                 raise ValueError(f"a condition of {name!r} has no 'value': {dict(entry)}")
-            _check_setting(name, entry["value"], is_option)
+            _check_setting(name, entry["value"], is_switch)
         return None
     if isinstance(setting, Mapping):
-        return _check_setting(name, [setting], is_option)
+        return _check_setting(name, [setting], is_switch)
     values = setting if isinstance(setting, list) else [setting]
-    wanted = bool if is_option else int | float
-    right = all(isinstance(v, wanted) and isinstance(v, bool) == is_option for v in values)
-    if not values or not right or (is_option and isinstance(setting, list)):
-        kind = "true or false" if is_option else "a number, a list of numbers, or a list of {filter, value}"
+    wanted = bool if is_switch else int | float
+    right = all(isinstance(v, wanted) and isinstance(v, bool) == is_switch for v in values)
+    if not values or not right or (is_switch and isinstance(setting, list)):
+        kind = "true or false" if is_switch else "a number, a list of numbers, or a list of {filter, value}"
         raise ValueError(f"parameter {name!r} is {setting!r}, wanted {kind}")
     return None
 

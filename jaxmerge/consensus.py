@@ -1,0 +1,72 @@
+r"""How the sparsified task vectors of several models become one.
+
+A consensus is a function `(deltas, weights, *, normalize) -> array` of one leaf: N arrays and [N] weights.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jaxmerge.tree import Array
+
+
+def _sum(terms: list[Array]) -> Array:
+    return sum(terms[1:], start=terms[0])
+
+
+def _or_one(divisor: Array) -> Array:
+    return jnp.where(divisor == 0, 1, divisor)
+
+
+def weighted_sum(deltas: tuple[Array, ...], weights: Array, *, normalize: bool) -> Array:
+    r"""Return :math:`\sum_i w_i d_i`, divided by :math:`\sum_i w_i` if `normalize`."""
+    total = _sum([w * d for w, d in zip(weights, deltas, strict=True)])
+    return total / _or_one(weights.sum()) if normalize else total
+
+
+def _disjoint(
+    deltas: tuple[Array, ...], weights: Array, votes: list[Array], normalize: bool, floor: float = 0.0
+) -> Array:
+    r"""Return :math:`\sum_i M_i w_i d_i` (over :math:`\sum_i M_i w_i`), M where the vote has the elected sign."""
+    # A tie elects plus; a trimmed element, of sign zero, never agrees.
+    elected = jnp.where(_sum(votes) >= 0, 1.0, -1.0).astype(deltas[0].dtype)
+    agree = [jnp.sign(vote) == elected for vote in votes]
+    total = _sum([jnp.where(m, w * d, 0) for m, w, d in zip(agree, weights, deltas, strict=True)])
+    if not normalize:
+        return total
+    divisor = _sum([jnp.where(m, w, 0) for m, w in zip(agree, weights, strict=True)])
+    return total / (jnp.maximum(divisor, floor) if floor else _or_one(divisor))
+
+
+def elect_sign(deltas: tuple[Array, ...], weights: Array, *, normalize: bool) -> Array:
+    r"""Elect each element's sign by the weighted deltas; sum (or average) those that agree (mergekit's TIES).
+
+    :math:`s = \mathrm{sign}\sum_i w_i d_i`, :math:`M_i = [\mathrm{sign}(w_i d_i) = s]`,
+    :math:`\sum_i M_i w_i d_i / \sum_i M_i w_i`.
+    """
+    return _disjoint(deltas, weights, [w * d for w, d in zip(weights, deltas, strict=True)], normalize)
+
+
+def elect_sign_unweighted(deltas: tuple[Array, ...], weights: Array, *, normalize: bool) -> Array:
+    """Elect each element's sign by the deltas themselves, whatever the weights (the TIES paper's)."""
+    return _disjoint(deltas, weights, list(deltas), normalize)
+
+
+def elect_sign_by_energy(deltas: tuple[Array, ...], weights: Array, *, normalize: bool) -> Array:
+    r"""Weigh each model by its share of :math:`\mathrm{mean}(d_i^2)`, then elect unweighted and average (SCE).
+
+    Independent of the scale of the deltas: the shares are taken after dividing by the largest.
+    """
+    energy = jnp.stack([jnp.mean(jnp.square(d)) for d in deltas])
+    largest = jnp.max(energy)
+    energy = energy / _or_one(largest)
+    return _disjoint(deltas, weights * energy / _or_one(energy.sum()), list(deltas), normalize)
+
+
+def elect_sign_by_energy_mergekit(deltas: tuple[Array, ...], weights: Array, *, normalize: bool) -> Array:
+    """As `elect_sign_by_energy` with mergekit's absolute floors: uniform weights under a total energy of 1e-6,
+    and no divisor under 1e-6."""
+    energy = jnp.stack([jnp.mean(jnp.square(d)) for d in deltas])
+    total = energy.sum()
+    shares = jnp.where(total < 1e-6, 1 / len(deltas), energy / jnp.where(total < 1e-6, 1, total))
+    return _disjoint(deltas, weights * shares, list(deltas), normalize, floor=1e-6)

@@ -1,0 +1,142 @@
+r"""Rules that choose, element by element, what of a task vector to take over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmerge import order
+from jaxmerge.leafwise import Operands, leafwise, requires
+from jaxmerge.tree import Array, PyTree
+
+
+def _nearswap(x: Operands, *, t: Array) -> Array:
+    assert x.base is not None
+    (delta,) = x.deltas
+    return x.base + jnp.clip(t / jnp.maximum(jnp.abs(delta), 1e-6), 0, 1) * delta
+
+
+@requires(most=1, base="required")
+def nearswap(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), t: Any) -> PyTree:
+    r"""Take over what is near the base, hold back what is far: :math:`\theta_b + \mathrm{clip}(t/|\tau|, 0, 1)\,\tau`.
+
+    No element moves by more than t.
+
+    Args:
+      models: [model].
+      base: the model to move.
+      key, names: not used.
+      stacked: containers whose leaves have a leading layer axis.
+      t: the largest move, in units of the weights.
+
+    Example:
+      >>> nearswap([{"w": jnp.array([1.0, 3.0])}], base={"w": jnp.zeros(2)}, t=2.0)
+      {'w': Array([1., 2.], dtype=float32)}
+    """
+    return leafwise(_nearswap, models, base=base, stacked=stacked, shared={"t": t})
+
+
+def divergence(x: Array, b: Array) -> Array:
+    r"""Return :math:`\mathrm{KL}(\mathrm{softmax}\,x\,\|\,\mathrm{softmax}\,b)` of the last axis, kept as 1.
+
+    With q = softmax b and u = (x − b) − log Σ q e^{x−b} it is :math:`\sum q\,(u e^u - e^u + 1)`: every term is
+    ≥ 0, so that nothing cancels where x is near b.
+    """
+    q = jax.nn.softmax(b, axis=-1)
+    delta = x - b
+    u = delta - jnp.log1p(jnp.sum(q * jnp.expm1(delta), axis=-1, keepdims=True))
+    # u e^u − e^u + 1 = u²/2 + u³/3 + u⁴/8 + …: the closed form loses it to rounding where u is small.
+    series = u * u * (1 / 2 + u * (1 / 3 + u * (1 / 8 + u * (1 / 30 + u / 144))))
+    return jnp.sum(q * jnp.where(jnp.abs(u) < 0.1, series, u * jnp.exp(u) - jnp.expm1(u)), axis=-1, keepdims=True)
+
+
+def _arcee_fusion(x: Operands) -> Array:
+    assert x.base is not None
+    (model,), (delta,) = x.models, x.deltas
+    if not delta.ndim:
+        return model  # one number: its softmax is 1 in both, nothing tells them apart
+    importance = jnp.abs(delta) * divergence(model, x.base)
+    n = importance.size
+    # Order statistics of index ⌊q(n−1)⌋ from below, which is n − index from above.
+    first, median, third = (order.kth_largest(importance, jnp.uint32(n - int(q * (n - 1)))) for q in (0.25, 0.5, 0.75))
+    return x.base + jnp.where(importance >= median + 1.5 * (third - first), delta, 0)
+
+
+@requires(most=1, base="required")
+def arcee_fusion(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=()) -> PyTree:
+    r"""Take over the outliers of importance.
+
+    Importance is :math:`|\tau|\cdot\mathrm{KL}_{row}`, an outlier at or above median + 1.5 IQR. The divergence is
+    that of the rows' softmax (last axis), model from base, in a form that float32 can hold;
+    quartiles are exact order statistics of the whole tensor.
+
+    Args:
+      models: [model].
+      base: the model to move.
+      key, names: not used.
+      stacked: containers whose leaves have a leading layer axis.
+    """
+    return leafwise(_arcee_fusion, models, base=base, stacked=stacked)
+
+
+def _ram(x: Operands, *, epsilon: Array, r: Array, alpha: Array) -> Array:
+    assert x.base is not None
+    changed = [jnp.abs(delta) > epsilon for delta in x.deltas]
+    count = sum((c.astype(x.base.dtype) for c in changed), start=jnp.zeros_like(x.base))
+    total = jnp.zeros_like(x.base)
+    for delta, mine in zip(x.deltas, changed, strict=True):
+        shared = jnp.sum(mine & (count > 1), dtype=jnp.uint32).astype(x.base.dtype)
+        unique = jnp.sum(mine & (count == 1), dtype=jnp.uint32).astype(x.base.dtype)
+        boost = 1 + r * jnp.clip(shared / jnp.maximum(unique, epsilon), 0, alpha)
+        total = total + jnp.where(mine, delta * jnp.where(count > 1, 1 / jnp.maximum(count, 1), boost), 0)
+    return x.base + total
+
+
+@requires(base="required", symmetric=True)
+def ram(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), epsilon: Any = 1e-5) -> PyTree:
+    r"""Average what several models changed, keep whole what one alone changed (reinforced agent merging).
+
+    An element is changed by a model if :math:`|\tau_i| > \epsilon`; the mean is over those that changed it.
+
+    Args:
+      models: N tuned models.
+      base: the model they were tuned from.
+      key, names: not used.
+      stacked: containers whose leaves have a leading layer axis.
+      epsilon: absolute, in units of the weights.
+
+    Example:
+      >>> one, two = {"w": jnp.array([2.0, 1.0])}, {"w": jnp.array([4.0, 0.0])}
+      >>> ram([one, two], base={"w": jnp.zeros(2)})
+      {'w': Array([3., 1.], dtype=float32)}
+
+    References:
+      https://arxiv.org/abs/2601.13572
+    """
+    return leafwise(_ram, models, base=base, stacked=stacked, shared={"epsilon": epsilon, "r": 0.0, "alpha": 0.0})
+
+
+@requires(base="required", symmetric=True)
+def ramplus_tl(
+    models: Sequence[PyTree],
+    *,
+    base=None,
+    key=None,
+    names=None,
+    stacked=(),
+    epsilon: Any = 1e-5,
+    r: Any = 0.1,
+    alpha: Any = 0.2,
+) -> PyTree:
+    r"""As `ram`, with what one model alone changed made up for its shared part, tensor by tensor.
+
+    Unique deltas of a model are multiplied by :math:`1 + r\,\mathrm{clip}(\mathrm{shared}/\mathrm{unique}, 0, \alpha)`,
+    the counts of elements it changed with and without others.
+
+    References:
+      https://arxiv.org/abs/2601.13572
+    """
+    return leafwise(_ram, models, base=base, stacked=stacked, shared={"epsilon": epsilon, "r": r, "alpha": alpha})

@@ -1,0 +1,75 @@
+r"""Model stock: how far to go from the base to the mean, told by the angle between the task vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from jaxmerge.delta import check_compat
+from jaxmerge.leafwise import Operands, leafwise, requires
+from jaxmerge.tree import Array, PyTree
+
+
+def _model_stock(x: Operands, *, filter_wise: bool, floor: float) -> Array:
+    assert x.base is not None
+    count = len(x.models)
+    axis = -1 if filter_wise and x.base.ndim else None
+    deltas = x.deltas
+
+    def dot(a: Array, b: Array) -> Array:
+        return jnp.sum(a * b, axis=axis, keepdims=axis is not None)
+
+    cosines = []
+    for i, a in enumerate(deltas):
+        for b in deltas[i + 1 :]:
+            square_a, square_b = dot(a, a), dot(b, b)
+            moved = (square_a > 0) & (square_b > 0)
+            # The roots apart: their squares multiplied would leave float32's range for small deltas.
+            product = jnp.sqrt(jnp.where(moved, square_a, 1)) * jnp.sqrt(jnp.where(moved, square_b, 1))
+            product = jnp.maximum(product, floor) if floor else product
+            cosines.append(jnp.where(moved, jnp.clip(dot(a, b) / product, -1, 1), 0))
+    cosine = sum(cosines[1:], start=cosines[0]) / len(cosines)
+    divisor = 1 + (count - 1) * cosine
+    # Deltas that cancel: no finite estimate, keep the base.
+    singular = jnp.abs(divisor) < 1e-6
+    t = jnp.where(singular, 0, count * cosine / jnp.where(singular, 1, divisor))
+    mean = sum(deltas[1:], start=deltas[0]) / count
+    return x.base + t * mean
+
+
+@requires(least=2, base="required", symmetric=True)
+def model_stock(
+    models: Sequence[PyTree],
+    *,
+    base=None,
+    key=None,
+    names=None,
+    stacked=(),
+    filter_wise: bool = False,
+    compat: str | None = None,
+) -> PyTree:
+    r"""Go from the base towards the mean as far as the task vectors agree: :math:`\theta_b + t\,\bar\tau`.
+
+    :math:`t = N c / (1 + (N-1) c)` with c the mean cosine between pairs of task vectors, of each tensor.
+
+    Args:
+      models: N ≥ 2 tuned models.
+      base: the model they were tuned from.
+      key, names: not used.
+      stacked: containers whose leaves have a leading layer axis.
+      filter_wise: one cosine for each row (last axis) in place of one for the tensor.
+      compat: "mergekit" puts a floor of 1e-6 under the product of norms, so that the result depends on the
+        scale of the deltas.
+
+    Example:
+      >>> one, two = {"w": jnp.array([2.0, 0.0])}, {"w": jnp.array([2.0, 0.0])}
+      >>> model_stock([one, two], base={"w": jnp.zeros(2)})
+      {'w': Array([2., 0.], dtype=float32)}
+
+    References:
+      Jang et al., "Model Stock", https://arxiv.org/abs/2403.19522
+    """
+    check_compat(compat)
+    options = {"filter_wise": bool(filter_wise), "floor": 1e-6 if compat else 0.0}
+    return leafwise(_model_stock, models, base=base, stacked=stacked, options=options)
