@@ -118,7 +118,7 @@ def test_gguf_goes_to_its_sharding_and_is_no_view_of_the_file(tmp_path):
     params = init(config, jax.random.key(0))
     path = write_gguf(tmp_path / "a.gguf", config, params)
     rows, whole = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
-    _, sharded = load_gguf(path, sharding=lambda p: rows if p.endswith("embed_tokens/weight") else whole)
+    _, sharded = load_gguf(path, sharding=lambda p, _: rows if p.endswith("embed_tokens/weight") else whole)
     assert sharded["model"]["embed_tokens"]["weight"].sharding == rows
     _, plain = load_gguf(path)
     path.write_bytes(b"\0" * path.stat().st_size)

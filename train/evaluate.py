@@ -24,7 +24,8 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     p, z2 = right / n, Z * Z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Rounding may put an end of the interval past p itself at 0 and 1.
+    return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))
 
 
 def paired_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:

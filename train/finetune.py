@@ -31,33 +31,45 @@ def finetune(config: Finetune, *, name: str, out: Path | None = None) -> Path:
     """Train, or resume training; the folder of the run, whose `hf/` is the tuned model."""
     folder = out or Path("runs") / f"{name}-{fingerprint(config)}"
     check_same_config(folder, config)
-    journal = Journal(folder)
-    write_durably(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
-    journal.reconcile([PHASE])
-    if journal.committed(PHASE) is None:
-        mesh = make_mesh(config.mesh)
-        model = load_source(config.model, mesh, seed=config.seed)
-        rows = read_rows(config, model)
-        state = checkpoint.SftCheckpoints(folder / "checkpoints" / PHASE / "state")
-        partial = journal.folder(PHASE)
-        start = time.perf_counter()
-        with progress(name, total=steps_of(rows, config.sft), unit="steps") as bar:
-            params, log = fine_tune(
-                model.config,
-                model.params,
-                rows,
-                config.sft,
-                mesh=mesh,
-                seed=config.seed,
-                dtype=config.model.dtype,
-                checkpoints=state,
-                on_step=lambda m: bar.advance(1, note=f"loss {m['loss']:.3f}"),
-            )
-        write_jsonl(partial / "steps.jsonl", log)
-        export.describe(model, folder / "model")
-        shutil.rmtree(folder / "hf", ignore_errors=True)
-        save_hf(folder / "hf", model.config, params, tokenizer_from=model.tokenizer)
-        record: dict[str, Any] = {
+    with Journal(folder) as journal:
+        write_durably(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+        journal.reconcile([PHASE])
+        record = journal.committed(PHASE) or train(config, journal, folder, name)
+    shutil.rmtree(folder / "checkpoints" / PHASE, ignore_errors=True)
+    say(
+        f"{record['steps']} steps, {record['tokens']} tokens, loss {record['loss_first']:.3f} → "
+        f"{record['loss_last']:.3f}, {record['seconds']:.0f} s"
+    )
+    say(str(folder / "hf"))
+    return folder
+
+
+def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[str, Any]:
+    """Train and commit; the record."""
+    mesh = make_mesh(config.mesh)
+    model = load_source(config.model, mesh, seed=config.seed)
+    rows = read_rows(config, model)
+    partial = journal.folder(PHASE)
+    start = time.perf_counter()
+    with progress(name, total=steps_of(rows, config.sft), unit="steps") as bar:
+        params, log = fine_tune(
+            model.config,
+            model.params,
+            rows,
+            config.sft,
+            mesh=mesh,
+            seed=config.seed,
+            dtype=config.model.dtype,
+            checkpoints=checkpoint.SftCheckpoints(folder / "checkpoints" / PHASE / "state"),
+            on_step=lambda m: bar.advance(1, note=f"loss {m['loss']:.3f}"),
+        )
+    write_jsonl(partial / "steps.jsonl", log)
+    export.describe(model, folder / "model")
+    shutil.rmtree(folder / "hf", ignore_errors=True)
+    save_hf(folder / "hf", model.config, params, tokenizer_from=model.tokenizer)
+    return journal.commit(
+        PHASE,
+        {
             "kind": "sft",
             "seconds": time.perf_counter() - start,
             "steps": len(log),
@@ -67,16 +79,8 @@ def finetune(config: Finetune, *, name: str, out: Path | None = None) -> Path:
             "loss_first": log[0]["loss"],
             "loss_last": log[-1]["loss"],
             "digest": checkpoint.digest(params),
-        }
-        journal.commit(PHASE, record)
-    shutil.rmtree(folder / "checkpoints" / PHASE, ignore_errors=True)
-    committed = journal.committed(PHASE) or {}
-    say(
-        f"{committed['steps']} steps, {committed['tokens']} tokens, loss {committed['loss_first']:.3f} → "
-        f"{committed['loss_last']:.3f}, {committed['seconds']:.0f} s"
+        },
     )
-    say(str(folder / "hf"))
-    return folder
 
 
 def read_rows(config: Finetune, model: Model) -> Rows:

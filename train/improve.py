@@ -58,12 +58,12 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
         summary.show(finished, folder)
         return folder
     todo, outcomes = plan(config)
-    journal = Journal(folder)
-    write_durably(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
-    journal.reconcile(phase.name for phase in todo.phases)
-    run = Run(config, journal, todo, outcomes, name=name, command=command)
-    run.run_phases()
-    summary.show(run.summarise(finished=True), folder)
+    with Journal(folder) as journal:
+        write_durably(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+        journal.reconcile(phase.name for phase in todo.phases)
+        run = Run(config, journal, todo, outcomes, name=name, command=command)
+        run.run_phases()
+        summary.show(run.summarise(finished=True), folder)
     return folder
 
 

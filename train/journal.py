@@ -24,7 +24,7 @@ Record = dict[str, Any]
 
 
 class Journal:
-    """Opens the run folder `root` (made if missing) and, unless `read_only`, holds it until the process ends."""
+    """Opens the run folder `root` (made if missing) and, unless `read_only`, holds it until closed."""
 
     def __init__(self, root: Path, *, read_only: bool = False):
         self.root, self.metrics = root, root / "metrics.jsonl"
@@ -41,6 +41,13 @@ class Journal:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{root}: another process is running this run; wait for it or choose out=DIR") from None
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Let another process have the run."""
+        self._lock.close()
 
     def reconcile(self, names: Iterable[str]) -> None:
         """Drop a torn last line of metrics.jsonl and add the lines of phases committed without one."""

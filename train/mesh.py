@@ -58,7 +58,7 @@ def request_cpu_devices(count: int) -> None:
             ) from None
 
 
-def sharding_of(mesh: jax.sharding.Mesh, path: str, shape: tuple[int, ...] = ()) -> NamedSharding:
+def sharding_of(mesh: jax.sharding.Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
     """Where the parameter at `path` lies; an uncovered path or an indivisible axis is an error naming both."""
     for pattern, spec in RULES:
         if re.search(pattern, path):

@@ -5,6 +5,7 @@ Each verb's docstring is its help: the first line names its arguments in capital
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -126,17 +127,39 @@ def evaluate(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def merge(words: Words, assignments: Words, dry: bool) -> int:
-    """merge RECIPE OUT [key=value …]
+    """merge RECIPE OUT [seed=N] [max_shard_bytes=N] [--dry-run]
 
     Merge checkpoints on disk, tensor by tensor, by a recipe in mergekit's YAML grammar.
+    --dry-run checks the recipe and its inputs, prints the plan and stops.
     """
-    del dry
+    mine, others = take(assignments, seed=None, max_shard_bytes=5_000_000_000)
+    if others:
+        raise UserError(f"{others[0]!r}: merge knows seed= and max_shard_bytes=; the rest is in the recipe")
     from jaxmerge.files import merge as merge_files
 
-    try:
-        merge_files(words[0], words[1], **override({}, assignments))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(str(error.args[0] if isinstance(error, KeyError) else error)) from error
+    from .log import progress
+
+    with contextlib.ExitStack() as stack:
+        bars: list[Any] = []
+        done = 0
+
+        def advance(read: int, total: int, tensor: str) -> None:
+            nonlocal done
+            if not bars:
+                bars.append(stack.enter_context(progress("merge", total=max(1, total // 2**20), unit="MB")))
+            bars[0].advance(read // 2**20 - done, note=tensor)
+            done = read // 2**20
+
+        try:
+            plan = merge_files(words[0], words[1], progress=advance, dry_run=dry, **mine)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(str(error.args[0] if isinstance(error, KeyError) else error)) from error
+    for note in plan["notes"]:
+        say(f"note: {note}")
+    say(
+        f"{plan['merge_method']}: {plan['tensors']} tensors, {plan['bytes_in'] / 1e9:.2f} GB in, "
+        f"{plan['bytes_out'] / 1e9:.2f} GB out"
+    )
     say(words[1])
     return 0
 

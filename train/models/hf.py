@@ -64,7 +64,7 @@ def load_hf(
     Args:
       folder: holds config.json; generation_config.json, where present, has the last word on the EOS ids.
       sharding: where each tensor goes: None (the default device), one Sharding, a nested dict of them shaped
-        like the parameters, or a function from a path (`model/norm/weight`) to one.
+        like the parameters, or a function of a path (`model/norm/weight`) and its shape.
       dtype: of the parameters; a stored bfloat16 is exact in float32.
       check_finite: refuse NaN and infinity, by name.
 
@@ -183,7 +183,7 @@ def place(
     finite: dict[str, jax.Array] = {}
     for name in wanted:
         host = np.asarray(read(name)).astype(dtype, copy=False)
-        leaf = jax.device_put(host, _sharding_of(sharding, name))
+        leaf = jax.device_put(host, _sharding_of(sharding, name, wanted[name].shape))
         del host
         *branches, last = name.split(".")
         functools.reduce(lambda tree, key: tree.setdefault(key, {}), branches, params)[last] = leaf
@@ -209,9 +209,9 @@ def named(params: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, params[key]
 
 
-def _sharding_of(sharding, name: str):
+def _sharding_of(sharding, name: str, shape: tuple[int, ...]):
     if callable(sharding):
-        return sharding(name.replace(".", "/"))
+        return sharding(name.replace(".", "/"), shape)
     if isinstance(sharding, Mapping):
         return functools.reduce(lambda tree, key: tree[key], name.split("."), sharding)
     return sharding

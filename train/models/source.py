@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 
 import jax
@@ -24,7 +25,7 @@ def load_source(source: Source, mesh: jax.sharding.Mesh, *, seed: int) -> Model:
         return random_model(source.random, mesh, seed=seed)
     return load_model(
         source.path,
-        sharding=lambda path: sharding_of(mesh, path),
+        sharding=functools.partial(sharding_of, mesh),
         dtype=jnp.float32,
         sha256=source.sha256,
     )

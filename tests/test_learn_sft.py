@@ -1,0 +1,340 @@
+"""Fine-tuning: what is learnt, that means are of tokens, that a stopped run ends as one that never stopped."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train.checkpoint import SftCheckpoints
+from train.config import Mesh, Sft
+from train.learn.objective import loss_sums
+from train.learn.optim import learning_rate
+from train.learn.sft import Checkpoints, batches, fine_tune, init_state, make_step, steps_of, to_rows
+from train.log import UserError
+from train.mesh import make_mesh
+from train.models.source import random_model
+from train.tasks.characters import PAD_ID, encode
+from train.tasks.pretraining import MINIATURE, pretraining_examples
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128,
+}  # fmt: skip
+SFT = Sft(learning_rate=3e-3, epochs=2, batch=8, max_length=96)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(Mesh())
+
+
+@pytest.fixture(scope="module")
+def model(mesh):
+    return random_model(SIZES, mesh, seed=0)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """32 worked problems of the miniature, as the loop hands them over."""
+    texts = pretraining_examples(MINIATURE, seed=1)
+    lines = [next(texts) for _ in range(32)]
+    return [{"tokens": encode(line), "prompt_length": line.index("?") + 1, "weight": 1.0} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def rows(examples):
+    return to_rows(examples, SFT, PAD_ID)
+
+
+def tune(model, rows, config, mesh, **given):
+    return fine_tune(model.config, model.params, rows, config, mesh=mesh, seed=7, **given)
+
+
+def assert_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def without_seconds(log):
+    return [{k: v for k, v in metrics.items() if k != "seconds"} for metrics in log]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model, rows, mesh):
+    return tune(model, rows, SFT, mesh)
+
+
+# --- rows and batches ---
+
+
+def test_rows_learn_the_completion_only(examples, rows):
+    assert rows.tokens.shape == rows.weights.shape
+    assert (rows.tokens.shape[1] - 1) % 16 == 0
+    for tokens, weights, e in zip(rows.tokens, rows.weights, examples, strict=True):
+        n, p = len(e["tokens"]), e["prompt_length"]
+        assert tokens[:n].tolist() == e["tokens"]
+        assert set(tokens[n:]) <= {PAD_ID}
+        assert np.flatnonzero(weights).tolist() == list(range(p, n))
+    assert rows.targets == sum(len(e["tokens"]) - e["prompt_length"] for e in examples)
+
+
+def test_rows_take_the_weight_and_the_loss_of_all_tokens(examples):
+    heavy = to_rows([examples[0] | {"weight": 0.25}], SFT, PAD_ID)
+    assert set(heavy.weights[0].tolist()) == {0.0, 0.25}
+    everything = to_rows(examples, dataclasses.replace(SFT, loss="all"), PAD_ID)
+    assert everything.targets == sum(len(e["tokens"]) - 1 for e in examples)  # the first has none before it
+
+
+def test_rows_drop_and_count_what_is_too_long(examples):
+    length = sorted(len(e["tokens"]) for e in examples)[10]
+    kept = to_rows(examples, dataclasses.replace(SFT, max_length=length), PAD_ID)
+    assert len(kept.tokens) + kept.dropped == 32
+    assert kept.dropped == sum(len(e["tokens"]) > length for e in examples) > 0
+    with pytest.raises(UserError, match=r"none of 32 examples is at most sft\.max_length=2 tokens"):
+        to_rows(examples, dataclasses.replace(SFT, max_length=2))
+    with pytest.raises(UserError, match="no example to train on"):
+        to_rows([], SFT)
+
+
+def test_batches_visit_every_row_once_an_epoch(rows):
+    config = dataclasses.replace(SFT, batch=5, epochs=3)
+    marked = dataclasses.replace(rows, tokens=np.arange(32, dtype=np.int32)[:, None] + 1)
+    marked = dataclasses.replace(marked, weights=np.ones((32, 1), np.float32))
+    seen = [b["tokens"][:, 0].tolist() for b in batches(marked, config, seed=3)]
+    assert len(seen) == steps_of(rows, config) == 21
+    epochs = [[t for batch in seen[7 * e : 7 * e + 7] for t in batch if t] for e in range(3)]
+    assert [sorted(e) for e in epochs] == [list(range(1, 33))] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert seen == [b["tokens"][:, 0].tolist() for b in batches(marked, config, seed=3)]
+    assert seen != [b["tokens"][:, 0].tolist() for b in batches(marked, config, seed=4)]
+    assert seen[9:] == [b["tokens"][:, 0].tolist() for b in batches(marked, config, seed=3, start=9)]
+    last = list(batches(marked, config, seed=3))[6]
+    assert last["weights"][:, 0].tolist() == [1, 1, 0, 0, 0]
+
+
+# --- the loss and its gradient ---
+
+
+def test_the_loss_is_a_sum_over_a_sum(model, rows):
+    """Neither rows without weight nor padding tokens nor longer padding change anything."""
+    sums = jax.jit(loss_sums, static_argnums=0)
+    some = {"tokens": rows.tokens[:6], "weights": rows.weights[:6]}
+    loss, weight = sums(model.config, model.params, some)
+    assert float(weight) == rows.weights[:6].sum()
+    parts = [sums(model.config, model.params, {k: v[i : i + 3] for k, v in some.items()}) for i in (0, 3)]
+    assert float(loss) == pytest.approx(float(parts[0][0] + parts[1][0]), rel=1e-5)
+    rubbish = np.where(np.cumsum(some["weights"][:, ::-1], 1)[:, ::-1] > 0, some["tokens"], 9)  # after the last target
+    padded = {
+        "tokens": np.pad(rubbish, ((0, 2), (0, 16)), constant_values=7).astype(np.int32),
+        "weights": np.pad(some["weights"], ((0, 2), (0, 16))),
+    }
+    again = sums(model.config, model.params, padded)
+    np.testing.assert_allclose(again, (loss, weight), rtol=1e-5)
+
+
+def test_accumulated_gradients_equal_the_whole_batch(model, rows, mesh):
+    """Three steps of 8 = 4 × 2 rows, whose counts of targets differ, and of 8 rows at once.
+
+    Adam divides by the gradient's size, so where that is rounding noise the weights may move either way: the
+    gradient is compared by its norm, the weights by what they moved.
+    """
+    config = dataclasses.replace(SFT, epochs=1)
+    whole, log = tune(model, rows, config, mesh)
+    parts, part_log = tune(model, rows, dataclasses.replace(config, micro_batch=2), mesh)
+    for a, b in zip(log, part_log, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
+        assert a["targets"] == b["targets"]
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        assert float(jnp.abs(a - b).mean()) < 1e-5
+
+
+def test_one_step_is_adamw_by_hand(model, rows, mesh):
+    """The first update: clipped gradient g, Adam's m/√v = g/(|g| + ε), decay of matrices only."""
+    config = dataclasses.replace(SFT, clip=0.5, weight_decay=0.1)
+    batch = next(batches(rows, config, seed=0))
+    step = make_step(model.config, config, "float32")
+    state, sums = step(init_state(config, model.params, mesh), batch, jnp.float32(0.01))
+
+    def mean_loss(params):
+        loss, weight = loss_sums(model.config, params, {k: jnp.asarray(v) for k, v in batch.items()})
+        return loss / weight
+
+    g = jax.jit(jax.grad(mean_loss))(model.params)
+    norm = float(jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(g))))
+    assert float(sums["gradient_norm"]) == pytest.approx(norm, rel=1e-4)
+    assert norm > 0.5
+
+    def by_hand(p, g):
+        g = np.asarray(g, np.float64) * 0.5 / norm
+        return np.asarray(p) - 0.01 * (g / (np.abs(g) + 1e-8) + (0.1 * np.asarray(p) if p.ndim > 1 else 0))
+
+    for found, p, g in zip(*map(jax.tree.leaves, (state.params, model.params, g)), strict=True):
+        sure = np.abs(np.asarray(g)) > 1e-6  # elsewhere ε and rounding decide
+        np.testing.assert_allclose(np.asarray(found)[sure], by_hand(p, g)[sure], atol=1e-5)
+
+
+def test_training_drives_32_examples_under_a_twentieth(model, examples, rows, mesh):
+    config = Sft(learning_rate=3e-3, epochs=120, batch=32, max_length=96)
+    tuned, log = tune(model, rows, config, mesh)
+    assert log[0]["loss"] > 3
+    loss, weight = loss_sums(model.config, tuned, {"tokens": rows.tokens, "weights": rows.weights})
+    assert float(loss / weight) < 0.05
+    assert log[-1]["loss"] < 0.05
+
+
+def test_the_base_is_neither_donated_nor_changed(model, rows, mesh):
+    before = jax.tree.map(np.array, model.params)
+    tuned, _ = tune(model, rows, SFT, mesh)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(model.params))
+    assert_bits(jax.tree.map(np.asarray, model.params), before)
+    assert all((np.asarray(a) != b).any() for a, b in zip(jax.tree.leaves(tuned), jax.tree.leaves(before), strict=True))
+
+
+def test_a_rate_of_zero_changes_nothing(model, rows, mesh):
+    tuned, _ = tune(model, rows, dataclasses.replace(SFT, learning_rate=0.0, epochs=1), mesh)
+    assert_bits(tuned, model.params)
+
+
+# --- stopping and going on ---
+
+
+class Killed(Exception):
+    pass
+
+
+class InMemory(Checkpoints):
+    """Keeps the newest state as NumPy arrays: the next step donates the state's own buffers."""
+
+    def __init__(self):
+        self.kept, self.snapshots = None, []
+
+    def restore(self, like):
+        if self.kept is None:
+            return None, 0, []
+        state, step, log = self.kept
+        return jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), state, like), step, list(log)
+
+    def save(self, state, step, metrics):
+        self.kept = (jax.tree.map(np.array, state), step, list(metrics))
+
+    def snapshot(self, params, index):
+        self.snapshots.append((index, jax.tree.map(np.array, params)))
+
+
+def kill_after(steps):
+    """An `on_step` that dies once `steps` steps are seen."""
+
+    def on_step(metrics):
+        if metrics["step"] == steps:
+            raise Killed
+
+    return on_step
+
+
+@pytest.mark.parametrize("where", ["memory", "orbax"])
+@pytest.mark.parametrize("killed", [2, 5])
+def test_a_resumed_run_ends_with_the_same_bits(model, rows, mesh, undisturbed, tmp_path, where, killed):
+    config = dataclasses.replace(SFT, checkpoint_every=3)
+    memory = InMemory()
+    make = (lambda: memory) if where == "memory" else (lambda: SftCheckpoints(tmp_path / "state"))
+    with pytest.raises(Killed):
+        tune(model, rows, config, mesh, checkpoints=make(), on_step=kill_after(killed))
+    steps = []
+    tuned, log = tune(model, rows, config, mesh, checkpoints=make(), on_step=lambda m: steps.append(m["step"]))
+    assert steps == list(range(1, 9))
+    assert_bits(tuned, undisturbed[0])
+    assert without_seconds(log) == without_seconds(undisturbed[1])
+    if where == "memory":
+        assert memory.kept[1] == 6
+
+
+def test_orbax_state_goes_on_from_the_newest_step_and_can_be_removed(model, rows, mesh, tmp_path):
+    kept = SftCheckpoints(tmp_path / "state", tmp_path / "snapshots")
+    config = dataclasses.replace(SFT, checkpoint_every=3, snapshots=4)
+    tune(model, rows, config, mesh, checkpoints=kept)
+    state, step, log = kept.restore(init_state(SFT, model.params, mesh))
+    assert step == len(log) == 6
+    assert state is not None
+    assert sorted(p.name for p in (tmp_path / "snapshots").iterdir()) == ["0", "1", "2"]  # the last is the result
+    kept.remove()
+    assert not (tmp_path / "state").exists()
+
+
+def test_snapshots_are_equally_spaced(model, rows, mesh, undisturbed):
+    """Of eight steps: snapshot 0 after four, the last being the result itself."""
+    memory = InMemory()
+    tuned, _ = tune(model, rows, dataclasses.replace(SFT, snapshots=2), mesh, checkpoints=memory)
+    assert_bits(tuned, undisturbed[0])
+    ((index, half),) = memory.snapshots
+    assert index == 0
+    stopped = InMemory()
+    with pytest.raises(Killed):
+        config = dataclasses.replace(SFT, checkpoint_every=4)
+        tune(model, rows, config, mesh, checkpoints=stopped, on_step=kill_after(5))
+    assert_bits(half, stopped.kept[0].params)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(model, rows, mesh):
+    with pytest.raises(UserError, match=r"the loss is nan at step 1 of 8 .*lower sft.learning_rate"):
+        broken = jax.tree.map(lambda x: x * jnp.nan, model.params)
+        fine_tune(model.config, broken, rows, SFT, mesh=mesh, seed=7)
+    with pytest.raises(UserError, match=r"at step [2-8] of 8 \(learning rate 1e\+3\d\)"):
+        tune(model, rows, dataclasses.replace(SFT, learning_rate=1e30, schedule="constant"), mesh)
+
+
+# --- rates and settings ---
+
+
+def test_the_rate_warms_up_and_falls_along_a_cosine():
+    config = Sft(learning_rate=1.0, warmup=0.2)
+    rates = [learning_rate(config, i, 10) for i in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[6] == pytest.approx(0.5)
+    assert rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    constant = dataclasses.replace(config, schedule="constant")
+    assert [learning_rate(constant, i, 10) for i in range(10)] == [0.5, *[1.0] * 9]
+    assert learning_rate(dataclasses.replace(config, warmup=0.0), 0, 10) == 1.0
+    assert learning_rate(dataclasses.replace(config, warmup=1.0), 9, 10) == 1.0
+    assert learning_rate(Sft(learning_rate=1.0), 0, 1) == 1.0  # one step in all
+
+
+def test_rates_and_schedules_share_one_compilation(model, rows, mesh):
+    config = dataclasses.replace(SFT, epochs=1, clip=0.9)
+    tune(model, rows, config, mesh)
+    step = make_step(model.config, dataclasses.replace(config, learning_rate=0.0), "float32")
+    assert step._cache_size() == 1
+    tune(model, rows, dataclasses.replace(config, learning_rate=1e-5), mesh)
+    assert step._cache_size() == 1
+
+
+# `start` is read where the loop is planned (train/plan.py), and tested there.
+CHANGES = {
+    "learning_rate": 1e-3, "epochs": 1, "batch": 16, "micro_batch": 4, "warmup": 0.5, "schedule": "constant",
+    "weight_decay": 0.5, "clip": 1e-9, "max_length": 40, "loss": "all", "snapshots": 4, "checkpoint_every": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_every_setting_is_read(model, examples, mesh, undisturbed, field):
+    config = dataclasses.replace(SFT, **{field: CHANGES[field]})
+    memory = InMemory()
+    tuned, log = tune(model, to_rows(examples, config, PAD_ID), config, mesh, checkpoints=memory)
+    if field in ("snapshots", "checkpoint_every"):  # change what is kept, and nothing else
+        assert_bits(tuned, undisturbed[0])
+        assert [i for i, _ in memory.snapshots] == ([0, 1, 2] if field == "snapshots" else [])
+        assert (memory.kept and memory.kept[1]) == (None if field == "snapshots" else 6)
+    elif field == "micro_batch":  # the same law by another sum
+        assert log[-1]["loss"] == pytest.approx(undisturbed[1][-1]["loss"], rel=1e-2)
+        assert any((np.asarray(a) != b).any() for a, b in zip(*map(jax.tree.leaves, (tuned, undisturbed[0])), strict=True))
+    else:
+        losses = [m["loss"] for m in log]
+        assert losses != [m["loss"] for m in undisturbed[1]]
+
+
+def test_no_setting_is_forgotten():
+    assert {f.name for f in dataclasses.fields(Sft)} == {*CHANGES, "start"}

@@ -1,0 +1,136 @@
+"""One round's steps on values made by hand: who is selected and why, what is learnt, what is merged."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from train import round
+from train.config import Merge, Selection
+from train.log import UserError
+from train.models.tokenizer import Tokenizer
+from train.tasks import EOS_ID, FamilySpec, build_suite, write_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def suite():
+    return build_suite(
+        [FamilySpec("gcd", "id", {"min_value": 1, "max_value": 60}, train=8, test=4)], seed=0, style="compact"
+    )
+
+
+@pytest.fixture(scope="module")
+def questions(suite):
+    return suite.questions("train")
+
+
+def sample(tokenizer, question, text, index=0, reason="eos"):
+    tokens = tokenizer.encode(text) + ([EOS_ID] if reason == "eos" else [])
+    return {"question_id": question.id, "sample": index, "text": text, "tokens": tokens, "reason": reason}
+
+
+def select(suite, tokenizer, questions, samples, config=None, **more):
+    scored = round.verify(suite, {q.id: q for q in questions}, samples)
+    return round.select(suite, tokenizer, questions, scored, config or Selection(), seed=0, **more)
+
+
+def test_right_finished_and_new_samples_are_kept(suite, tokenizer, questions):
+    a, b = questions[:2]
+    samples = [
+        sample(tokenizer, a, a.solution, 0),
+        sample(tokenizer, a, a.solution, 1),  # the same again
+        sample(tokenizer, a, f"#{a.answer}", 2),  # right, by another way
+        sample(tokenizer, a, "#99999", 3),
+        sample(tokenizer, b, b.solution, 0, reason="length"),
+    ]
+    examples, counts = select(suite, tokenizer, questions, samples)
+    assert [(e["question_id"], e["sample"]) for e in examples] == [(a.id, 0), (a.id, 2)]
+    assert {k: counts[k] for k in ("sampled", "correct", "duplicates", "unfinished", "kept", "unjudged")} == {
+        "sampled": 5,
+        "correct": 4,
+        "duplicates": 1,
+        "unfinished": 1,
+        "kept": 2,
+        "unjudged": 0,
+    }
+    assert counts["questions_solved"] == 2
+    assert {e["reason"] for e in counts["examples"]} == {"kept", "wrong", "unfinished"}
+
+
+def test_an_example_is_prompt_completion_and_one_end(suite, tokenizer, questions):
+    a = questions[0]
+    for reason in ("eos", "stop"):
+        (example,), _ = select(suite, tokenizer, questions, [sample(tokenizer, a, a.solution, reason=reason)])
+        text = tokenizer.decode(example["tokens"], special=True)
+        assert text == "\n" + a.text + a.solution + "\n"
+        assert tokenizer.decode(example["tokens"][: example["prompt_length"]], special=True) == example["prompt"]
+
+
+def test_limit_per_question_and_earlier_rounds(suite, tokenizer, questions):
+    a = questions[0]
+    samples = [sample(tokenizer, a, a.solution, 0), sample(tokenizer, a, f"#{a.answer}", 1)]
+    examples, counts = select(suite, tokenizer, questions, samples, Selection(per_question=1))
+    assert len(examples) == 1
+    assert counts["over_limit"] == 1
+    again, counts = select(suite, tokenizer, questions, samples, earlier=examples)
+    assert [e["sample"] for e in again] == [0, 1]
+    assert (counts["earlier"], counts["duplicates"], counts["kept"]) == (1, 1, 1)
+
+
+def test_real_data_takes_the_place_of_samples(suite, tokenizer, questions):
+    samples = [sample(tokenizer, q, q.solution) for q in questions]
+    for ratio in (0.0, 0.5, 1.0):
+        examples, counts = select(suite, tokenizer, questions, samples, Selection(real_ratio=ratio))
+        real = [e for e in examples if e["sample"] == -1]
+        assert len(real) == counts["real"] == ratio * len(questions)
+        assert len(examples) == len({e["question_id"] for e in examples}) == len(questions)
+        assert all(suite.verify({q.id: q for q in questions}[e["question_id"]], e["completion"]) == 1.0 for e in real)
+    first = round.real_questions(questions, 0.5, seed=1)
+    assert first == round.real_questions(questions, 0.5, seed=1) != round.real_questions(questions, 0.5, seed=2)
+
+
+def test_few_shot_prompts_show_other_questions(suite, tokenizer, questions):
+    text = round.prompt_text(suite, tokenizer, questions[0], shots=2)
+    assert questions[0].text in text
+    assert questions[1].text in text
+    with pytest.raises(UserError, match=r"few_shot=20: family gcd has 7"):
+        round.prompt_text(suite, tokenizer, questions[0], shots=20)
+
+
+def test_chat_questions_need_a_chat_template(tokenizer):
+    chats = build_suite([FamilySpec("chain_sum", "id", {}, train=2)], seed=0, style="instruct")
+    with pytest.raises(UserError, match="no chat template"):
+        round.prompt_text(chats, tokenizer, chats.questions("train")[0])
+
+
+def params(value):
+    return {"model": {"layers": {str(i): {"mlp": {"weight": np.full((2, 2), value, np.float32)}} for i in range(2)}}}
+
+
+def test_merge_is_imm_with_every_option():
+    anchor, tuned = params(1.0), params(3.0)
+
+    def merged(alpha=0.5, **options):
+        key = jax.random.key(0)
+        leaves = jax.tree.leaves(round.merge(anchor, tuned, Merge(rule="imm", **options), alpha, key=key))
+        return [float(np.mean(x)) for x in leaves]
+
+    assert merged() == [2.0, 2.0]
+    assert merged([0.0, 1.0]) == [1.0, 3.0]
+    assert merged({"layers/0": 0.25, "**": 0.5}) == [1.5, 2.0]
+    assert merged(where=("layers/1",)) == [3.0, 2.0]
+    dropped = round.merge(anchor, tuned, Merge(rule="imm", drop=0.5), 0.5, key=jax.random.key(0))
+    assert set(np.concatenate([np.ravel(x) for x in jax.tree.leaves(dropped)]).tolist()) <= {1.0, 3.0}
+
+
+def test_change_is_relative_and_by_layer():
+    change = round.change(params(3.0), params(2.0))
+    assert change == {"model/layers/0": pytest.approx(0.5), "model/layers/1": pytest.approx(0.5)}
