@@ -222,9 +222,7 @@ def test_installed_into_a_new_environment(wheel, tmp_path):
     pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     succeed([*pip, "-c", ROOT / "constraints.txt", wheel], tmp_path)
     assert "improve" in succeed([script, "--help"], tmp_path)
-    code = (
-        "import jax.numpy as jnp, jaxmerge; print(jaxmerge.interpolate({'w': jnp.zeros(1)}, {'w': jnp.ones(1)}, 0.5))"
-    )
+    code = "import jaxmerge, jax.numpy as j; print(jaxmerge.average([{'w': j.zeros(1)}, {'w': j.ones(1)}]))"
     assert "0.5" in succeed([python, "-c", code], tmp_path)
     result = run([script, "improve", "x.yaml"], tmp_path)
     assert result.returncode == 2
