@@ -1,0 +1,202 @@
+"""The mesh: every parameter has its place, and eight devices compute what one computes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jaxmerge
+from train.config import Mesh, Sft
+from train.generate.rollout import Prompt, Settings, rollout
+from train.learn.sft import Rows, fine_tune, init_state, make_step
+from train.log import UserError
+from train.mesh import batch_sharding, make_mesh, replicated, sharding_of, shardings
+from train.models.decoder import shapes
+from train.models.source import random_config, random_model
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.3,
+}  # fmt: skip
+MESHES = {"1×1×1": Mesh(), "8×1×1": Mesh(data=8), "2×2×2": Mesh(data=2, fsdp=2, tensor=2)}
+SFT = Sft(learning_rate=1e-3, epochs=1, batch=8, weight_decay=0.01)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    r = np.random.default_rng(0)
+    weights = (np.arange(33) < r.integers(8, 33, (32, 1))).astype(np.float32)
+    return Rows(r.integers(2, 64, (32, 33)).astype(np.int32), weights)
+
+
+@pytest.fixture(scope="module")
+def on():
+    """Models by mesh, with the same weights."""
+    models = {}
+
+    def get(name):
+        if name not in models:
+            mesh = make_mesh(MESHES[name])
+            models[name] = (mesh, random_model(SIZES, mesh, seed=1))
+        return models[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def tuned(on, rows):
+    """Tuned parameters and losses by mesh."""
+    results = {}
+
+    def get(name):
+        if name not in results:
+            mesh, model = on(name)
+            results[name] = fine_tune(model.config, model.params, rows, SFT, mesh=mesh, seed=2)
+        return results[name]
+
+    return get
+
+
+def specs(tree):
+    return jax.tree.map(lambda x: x.sharding.spec, tree)
+
+
+def assert_placed(tree, mesh):
+    """Every leaf lies as the table says; an axis of size 1 may be spelled or not."""
+
+    def check(leaf, wanted):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), (leaf.sharding, wanted)
+
+    jax.tree.map(check, tree, shardings(mesh, tree))
+
+
+# --- the table ---
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_table_covers_every_parameter(tied, biased):
+    config = random_config(
+        SIZES | {"tie_word_embeddings": tied, "attention_bias": biased, "mlp_bias": biased}
+    )  # fmt: skip
+    tree = shapes(config)
+    places = shardings(make_mesh(MESHES["2×2×2"]), tree)
+    assert jax.tree.structure(places) == jax.tree.structure(tree)
+    assert ("lm_head" in places) == (not tied)
+    layer = places["model"]["layers"]["0"]
+    assert layer["self_attn"]["q_proj"]["weight"].spec == P("tensor", "fsdp")
+    assert layer["mlp"]["down_proj"]["weight"].spec == P("fsdp", "tensor")
+    assert layer["input_layernorm"]["weight"].spec == P()
+    if biased:
+        assert layer["mlp"]["up_proj"]["bias"].spec == P()
+
+
+def test_a_matrix_is_spread_and_not_copied(on):
+    _, model = on("2×2×2")
+    weight = model.params["model"]["layers"]["0"]["mlp"]["up_proj"]["weight"]
+    assert {s.data.shape for s in weight.addressable_shards} == {(24, 16)}  # a quarter of [48, 32] on each device
+    assert_placed(model.params, on("2×2×2")[0])
+
+
+def test_an_uncovered_parameter_is_refused_by_name():
+    with pytest.raises(UserError, match=r"model/layers/0/mlp/router/weight \(4, 32\): no sharding rule"):
+        sharding_of(make_mesh(Mesh()), "model/layers/0/mlp/router/weight", (4, 32))
+
+
+def test_an_axis_that_does_not_divide_is_refused_by_leaf_and_axis():
+    mesh = make_mesh(Mesh(tensor=8))
+    with pytest.raises(
+        UserError, match=r"k_proj/weight: axis of 4 does not divide over mesh\.tensor=8; .*divisor of 4"
+    ):
+        sharding_of(mesh, "model/layers/0/self_attn/k_proj/weight", (4, 32))
+    with pytest.raises(UserError, match=r"o_proj/weight: axis of 3 does not divide over mesh\.fsdp=2"):
+        sharding_of(make_mesh(Mesh(fsdp=2)), "model/layers/0/self_attn/o_proj/weight", (3, 32))
+    with pytest.raises(UserError, match=r"axis of 36 does not divide over mesh\.tensor=8"):
+        shardings(mesh, shapes(random_config(SIZES | {"intermediate_size": 36})))
+
+
+# --- the mesh ---
+
+
+def test_too_few_devices_are_refused_with_a_way_out():
+    with pytest.raises(
+        UserError, match=r"data=4 × fsdp=3 × tensor=1 needs 12 devices, found 8 \(cpu\).*cpu_devices=12"
+    ):
+        make_mesh(Mesh(data=4, fsdp=3))
+    with pytest.raises(UserError, match=r"mesh\.cpu_devices=16, but jax already started with 8"):
+        make_mesh(Mesh(data=16, cpu_devices=16))
+
+
+def test_a_mesh_takes_the_first_devices():
+    mesh = make_mesh(Mesh(data=2, tensor=2, cpu_devices=8))
+    assert mesh.shape == {"data": 2, "fsdp": 1, "tensor": 2}
+    assert list(mesh.devices.flat) == jax.devices()[:4]
+
+
+def test_rows_are_spread_where_they_divide():
+    mesh = make_mesh(MESHES["2×2×2"])
+    assert batch_sharding(mesh, 8).spec == P(("data", "fsdp"))
+    assert batch_sharding(mesh, 6) == replicated(mesh)
+
+
+# --- eight devices compute what one computes ---
+
+
+@pytest.mark.parametrize("name", ["8×1×1", "2×2×2"])
+def test_fine_tuning_gives_the_same_losses(tuned, on, name):
+    params, log = tuned(name)
+    wanted, wanted_log = tuned("1×1×1")
+    np.testing.assert_allclose([m["loss"] for m in log], [m["loss"] for m in wanted_log], atol=1e-4)
+    assert [m["targets"] for m in log] == [m["targets"] for m in wanted_log]
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
+        assert float(np.abs(np.asarray(a) - np.asarray(b)).mean()) < 1e-5
+    assert_placed(params, on(name)[0])
+
+
+def test_accumulation_on_a_mesh_gives_the_same_losses(tuned, on, rows):
+    mesh, model = on("2×2×2")
+    config = Sft(learning_rate=1e-3, epochs=1, batch=8, weight_decay=0.01, micro_batch=4)
+    _, log = fine_tune(model.config, model.params, rows, config, mesh=mesh, seed=2)
+    np.testing.assert_allclose([m["loss"] for m in log], [m["loss"] for m in tuned("1×1×1")[1]], atol=1e-4)
+
+
+def test_the_moments_lie_where_their_parameters_lie(on, rows):
+    """At the start and after a step: Adam's moments replicated would cost twice the model on every device."""
+    mesh, model = on("2×2×2")
+    state = init_state(SFT, model.params, mesh)
+    step = make_step(model.config, Sft(learning_rate=0.0, epochs=1, batch=8, weight_decay=0.01), "float32")
+    batch = {"tokens": rows.tokens[:8], "weights": rows.weights[:8]}
+    after, _ = step(init_state(SFT, model.params, mesh), jax.device_put(batch, batch_sharding(mesh, 8)), jnp.float32(0))
+    for s in (state, after):
+        adam = next(m for m in jax.tree.leaves(s.moments, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(m, "mu"))
+        for moments in (adam.mu, adam.nu):
+            assert jax.tree.structure(moments) == jax.tree.structure(s.params)
+            assert_placed(moments, mesh)
+        weight = adam.nu["model"]["embed_tokens"]["weight"]
+        assert {x.data.shape for x in weight.addressable_shards} == {(32, 16)}
+
+
+@pytest.mark.parametrize("name", ["8×1×1", "2×2×2"])
+def test_sampling_gives_the_same_greedy_tokens(on, name):
+    prompts = [Prompt(str(i), tuple(range(2, 5 + i))) for i in range(10)]
+
+    def greedy(which):
+        _, model = on(which)
+        settings = Settings(max_new_tokens=12, slots=8)
+        return rollout(model.config, model.params, model.tokenizer, prompts, settings, jax.random.key(0))
+
+    for a, b in zip(greedy(name), greedy("1×1×1"), strict=True):
+        assert a.tokens == b.tokens
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+def test_a_merge_stays_on_the_mesh(tuned, on):
+    mesh, model = on("2×2×2")
+    params, _ = tuned("2×2×2")
+    merged = jaxmerge.imm([params], base=model.params, alpha=0.5)
+    assert specs(merged) == specs(params)
+    assert_placed(merged, mesh)
+    one = jaxmerge.imm([tuned("1×1×1")[0]], base=on("1×1×1")[1].params, alpha=0.5)
+    for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
