@@ -1,6 +1,7 @@
 """Slots, refills and rollouts on a tiny model: what comes out depends on model, prompt and key alone."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -213,7 +214,7 @@ def test_a_prompt_is_prefilled_once(model, prompts, sampled, slots, monkeypatch)
 
 def test_like_runs_compile_nothing_new(model, prompts):
     """Other prompts, another temperature, other counts of refills: the same shapes, so the same executables."""
-    jitted = (engines.decode, engines.prefill, engines.fill)
+    jitted: Any = (engines.decode, engines.prefill, engines.fill)
     run(model, prompts, samples=2, temperature=1.0, slots=8)
     before = [f._cache_size() for f in jitted]
     run(model, prompts[3:], samples=3, temperature=0.7, slots=8, key=jax.random.key(9))

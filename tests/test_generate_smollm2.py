@@ -17,7 +17,7 @@ from train.models.load import load_model
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 sys.path.insert(0, str(GOLDENS))
-import make_smollm2_greedy  # noqa: E402
+import make_smollm2_greedy  # noqa: E402  # pyright: ignore[reportMissingImports]  # on the path for this line alone
 
 sys.path.remove(str(GOLDENS))
 TIE = 1e-3

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,10 @@ from train.tasks.characters import PAD_ID, encode
 from train.tasks.pretraining import MINIATURE, pretraining_examples
 
 SIZES = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128,
 }  # fmt: skip
+LEARNER = SIZES | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 SFT = Sft(learning_rate=3e-3, epochs=2, batch=8, max_length=96)
 
 
@@ -38,8 +40,8 @@ def model(mesh):
 
 @pytest.fixture(scope="module")
 def examples():
-    """32 worked problems of the miniature, as the loop hands them over."""
-    texts = pretraining_examples(MINIATURE, seed=1)
+    """32 worked problems of the miniature, of at most 47 symbols, as the loop hands them over."""
+    texts = pretraining_examples(MINIATURE, seed=1, row=48)
     lines = [next(texts) for _ in range(32)]
     return [{"tokens": encode(line), "prompt_length": line.index("?") + 1, "weight": 1.0} for line in lines]
 
@@ -135,15 +137,14 @@ def test_the_loss_is_a_sum_over_a_sum(model, rows):
     np.testing.assert_allclose(again, (loss, weight), rtol=1e-5)
 
 
-def test_accumulated_gradients_equal_the_whole_batch(model, rows, mesh):
-    """Three steps of 8 = 4 × 2 rows, whose counts of targets differ, and of 8 rows at once.
+def test_accumulated_gradients_equal_the_whole_batch(model, rows, mesh, undisturbed):
+    """Eight steps of 2 × 4 rows, whose counts of targets differ, and of 8 rows at once.
 
-    Adam divides by the gradient's size, so where that is rounding noise the weights may move either way: the
-    gradient is compared by its norm, the weights by what they moved.
+    Adam divides by the gradient's size, so where that is rounding noise a weight may move either way: gradients
+    are compared by their norm, weights by what they moved on average.
     """
-    config = dataclasses.replace(SFT, epochs=1)
-    whole, log = tune(model, rows, config, mesh)
-    parts, part_log = tune(model, rows, dataclasses.replace(config, micro_batch=2), mesh)
+    whole, log = undisturbed
+    parts, part_log = tune(model, rows, dataclasses.replace(SFT, micro_batch=4), mesh)
     for a, b in zip(log, part_log, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
@@ -172,13 +173,14 @@ def test_one_step_is_adamw_by_hand(model, rows, mesh):
         g = np.asarray(g, np.float64) * 0.5 / norm
         return np.asarray(p) - 0.01 * (g / (np.abs(g) + 1e-8) + (0.1 * np.asarray(p) if p.ndim > 1 else 0))
 
-    for found, p, g in zip(*map(jax.tree.leaves, (state.params, model.params, g)), strict=True):
-        sure = np.abs(np.asarray(g)) > 1e-6  # elsewhere ε and rounding decide
-        np.testing.assert_allclose(np.asarray(found)[sure], by_hand(p, g)[sure], atol=1e-5)
+    for found, p, grad in zip(*map(jax.tree.leaves, (state.params, model.params, g)), strict=True):
+        sure = np.abs(np.asarray(grad)) > 1e-6  # elsewhere ε and rounding decide
+        np.testing.assert_allclose(np.asarray(found)[sure], by_hand(p, grad)[sure], atol=1e-5)
 
 
-def test_training_drives_32_examples_under_a_twentieth(model, examples, rows, mesh):
-    config = Sft(learning_rate=3e-3, epochs=120, batch=32, max_length=96)
+def test_training_drives_32_examples_under_a_twentieth(rows, mesh):
+    model = random_model(LEARNER, mesh, seed=0)
+    config = Sft(learning_rate=4e-3, epochs=140, batch=32, max_length=96)
     tuned, log = tune(model, rows, config, mesh)
     assert log[0]["loss"] > 3
     loss, weight = loss_sums(model.config, tuned, {"tokens": rows.tokens, "weights": rows.weights})
@@ -210,7 +212,8 @@ class InMemory(Checkpoints):
     """Keeps the newest state as NumPy arrays: the next step donates the state's own buffers."""
 
     def __init__(self):
-        self.kept, self.snapshots = None, []
+        self.kept: Any = None
+        self.snapshots: list[tuple[int, Any]] = []
 
     def restore(self, like):
         if self.kept is None:
@@ -272,15 +275,15 @@ def test_snapshots_are_equally_spaced(model, rows, mesh, undisturbed):
     ((index, half),) = memory.snapshots
     assert index == 0
     stopped = InMemory()
+    config = dataclasses.replace(SFT, checkpoint_every=4)
     with pytest.raises(Killed):
-        config = dataclasses.replace(SFT, checkpoint_every=4)
         tune(model, rows, config, mesh, checkpoints=stopped, on_step=kill_after(5))
     assert_bits(half, stopped.kept[0].params)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(model, rows, mesh):
+    broken = jax.tree.map(lambda x: x * jnp.nan, model.params)
     with pytest.raises(UserError, match=r"the loss is nan at step 1 of 8 .*lower sft.learning_rate"):
-        broken = jax.tree.map(lambda x: x * jnp.nan, model.params)
         fine_tune(model.config, broken, rows, SFT, mesh=mesh, seed=7)
     with pytest.raises(UserError, match=r"at step [2-8] of 8 \(learning rate 1e\+3\d\)"):
         tune(model, rows, dataclasses.replace(SFT, learning_rate=1e30, schedule="constant"), mesh)
@@ -303,19 +306,23 @@ def test_the_rate_warms_up_and_falls_along_a_cosine():
     assert learning_rate(Sft(learning_rate=1.0), 0, 1) == 1.0  # one step in all
 
 
-def test_rates_and_schedules_share_one_compilation(model, rows, mesh):
-    config = dataclasses.replace(SFT, epochs=1, clip=0.9)
-    tune(model, rows, config, mesh)
-    step = make_step(model.config, dataclasses.replace(config, learning_rate=0.0), "float32")
-    assert step._cache_size() == 1
-    tune(model, rows, dataclasses.replace(config, learning_rate=1e-5), mesh)
-    assert step._cache_size() == 1
+def test_two_rates_share_one_compilation(model, rows, mesh, undisturbed, caplog):
+    step: Any = make_step(model.config, dataclasses.replace(SFT, learning_rate=0.0), "float32")
+    # The first step and the later ones differ in how they spell the same sharding; that is looked up, not compiled.
+    before = step._cache_size()
+    assert before <= 2
+    assert before > 0
+    changed = dataclasses.replace(SFT, learning_rate=1e-5)
+    with caplog.at_level("WARNING", logger="jax"), jax.log_compiles(True):
+        tune(model, rows, changed, mesh)
+    assert step._cache_size() == before
+    assert not [r for r in caplog.records if "Compiling jit(step)" in r.getMessage()]
 
 
 # `start` is read where the loop is planned (train/plan.py), and tested there.
 CHANGES = {
     "learning_rate": 1e-3, "epochs": 1, "batch": 16, "micro_batch": 4, "warmup": 0.5, "schedule": "constant",
-    "weight_decay": 0.5, "clip": 1e-9, "max_length": 40, "loss": "all", "snapshots": 4, "checkpoint_every": 2,
+    "weight_decay": 0.5, "clip": 1e-9, "max_length": 24, "loss": "all", "snapshots": 4, "checkpoint_every": 2,
 }  # fmt: skip
 
 
@@ -328,9 +335,11 @@ def test_every_setting_is_read(model, examples, mesh, undisturbed, field):
         assert_bits(tuned, undisturbed[0])
         assert [i for i, _ in memory.snapshots] == ([0, 1, 2] if field == "snapshots" else [])
         assert (memory.kept and memory.kept[1]) == (None if field == "snapshots" else 6)
-    elif field == "micro_batch":  # the same law by another sum
-        assert log[-1]["loss"] == pytest.approx(undisturbed[1][-1]["loss"], rel=1e-2)
-        assert any((np.asarray(a) != b).any() for a, b in zip(*map(jax.tree.leaves, (tuned, undisturbed[0])), strict=True))
+    elif field == "micro_batch":  # changes how the sum is taken, and not what it is
+        batch = next(batches(to_rows(examples, config, PAD_ID), config, seed=0))
+        given = (init_state(config, model.params, mesh), batch, jnp.float32(0))
+        assert "[4,48]" in str(jax.make_jaxpr(make_step(model.config, config, "float32"))(*given))
+        assert "[4,48]" not in str(jax.make_jaxpr(make_step(model.config, SFT, "float32"))(*given))
     else:
         losses = [m["loss"] for m in log]
         assert losses != [m["loss"] for m in undisturbed[1]]

@@ -26,8 +26,8 @@ SFT = Sft(learning_rate=1e-3, epochs=1, batch=8, weight_decay=0.01)
 @pytest.fixture(scope="module")
 def rows():
     r = np.random.default_rng(0)
-    weights = (np.arange(33) < r.integers(8, 33, (32, 1))).astype(np.float32)
-    return Rows(r.integers(2, 64, (32, 33)).astype(np.int32), weights)
+    weights = (np.arange(33) < r.integers(8, 33, (16, 1))).astype(np.float32)
+    return Rows(r.integers(2, 64, (16, 33)).astype(np.int32), weights)
 
 
 @pytest.fixture(scope="module")

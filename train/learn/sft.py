@@ -141,7 +141,7 @@ def make_step(model: ModelConfig, config: Sft, dtype: str) -> Callable[..., tupl
         return State(params, moments), {
             "loss": loss,
             "weight": weight,
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
         }
 
     return step
