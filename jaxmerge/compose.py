@@ -57,10 +57,19 @@ def masked(rule: Rule, where_: where.Where, otherwise: str = "base") -> Rule:
             kept = [leaf if path in chosen else _Aside(leaf) for path, leaf in zip(trees.paths, leaves, strict=True)]
             return jax.tree.unflatten(trees.treedef, kept)
 
+        def aside_if_alike(value: Any) -> Any:
+            # Statistics and references are trees like the models: what is set aside there is set aside here.
+            if isinstance(value, list | tuple) and value and all(alike(entry) for entry in value):
+                return [aside_if_alike(entry) for entry in value]
+            return aside(list(tree.named_leaves(value).values())) if alike(value) else value
+
+        def alike(value: Any) -> bool:
+            return not tree.is_array(value) and list(tree.named_leaves(value)) == trees.paths
+
         merged = rule(
             [aside(model) for model in trees.models],
             base=None if trees.base is None else aside(trees.base),
-            **rest,
+            **{name: aside_if_alike(value) for name, value in rest.items()},
         )
         rest_of = trees.base if otherwise == "base" else trees.models[0]
         assert rest_of is not None

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmerge.tree import Array, is_concrete
 
@@ -38,7 +39,10 @@ def patterns(magnitude: Array) -> Array:
     """Return the bit patterns of non-negative floats as unsigned integers, in the same order."""
     dtype = jnp.uint64 if magnitude.dtype == jnp.float64 else jnp.uint32
     # −0.0 has the sign bit set: the magnitude of a negative zero must not rank first.
-    return jax.lax.bitcast_convert_type(jnp.abs(jax.lax.stop_gradient(magnitude)), dtype)
+    bits = jax.lax.bitcast_convert_type(jnp.abs(jax.lax.stop_gradient(magnitude)), dtype)
+    # Computed once: a compiler that computes it again for each use may round otherwise the second time, and
+    # then the k-th largest is equal to none.
+    return jax.lax.optimization_barrier(bits)
 
 
 def _count(mask: Array) -> Array:
@@ -52,10 +56,12 @@ def kth_largest(magnitude: Array, k: Array) -> Array:
       >>> float(kth_largest(jnp.array([3.0, 1.0, 2.0]), jnp.uint32(2)))
       2.0
     """
-    pattern = patterns(magnitude)
+    return jax.lax.bitcast_convert_type(_kth_pattern(patterns(magnitude), k), magnitude.dtype)
+
+
+def _kth_pattern(pattern: Array, k: Array) -> Array:
     bits = pattern.dtype.itemsize * 8
-    found = _largest(lambda tried: _count(pattern >= tried) >= k, bits, pattern.dtype)
-    return jax.lax.bitcast_convert_type(found, magnitude.dtype)
+    return _largest(lambda tried: _count(pattern >= tried) >= k, bits, pattern.dtype)
 
 
 def positions(shape: tuple[int, ...]) -> Array:
@@ -75,7 +81,7 @@ def top(magnitude: Array, k: Array) -> Array:
       Array([ True,  True, False, False], dtype=bool)
     """
     pattern = patterns(magnitude)
-    threshold = patterns(kth_largest(magnitude, jnp.maximum(k, 1)))
+    threshold = _kth_pattern(pattern, jnp.maximum(k, 1))
     above, tied = pattern > threshold, pattern == threshold
     wanted = k - _count(above)  # of the tied ones; 1 … their number, unless k is 0
     position = positions(magnitude.shape)
@@ -96,8 +102,14 @@ def ranks(magnitude: Array) -> Array:
       >>> ranks(jnp.array([[0.3, 0.1, 0.2]]))
       Array([[2, 0, 1]], dtype=int32)
     """
+    rows = jax.lax.stop_gradient(magnitude)
+    placed = jax.typeof(rows).sharding
+    whole = NamedSharding(placed.mesh, PartitionSpec(*placed.spec[:-1], None))
+    # A mesh with explicit axes sorts only what is whole; with automatic ones the compiler sees to it.
+    rows = rows if placed.spec == whole.spec else jax.sharding.reshard(rows, whole)
     # The inverse permutation of the sort is again a sort: two sorts of rows, no gather over the mesh.
-    return jnp.argsort(jnp.argsort(jax.lax.stop_gradient(magnitude), axis=-1), axis=-1).astype(jnp.int32)
+    ranked = jnp.argsort(jnp.argsort(rows, axis=-1), axis=-1).astype(jnp.int32)
+    return ranked if placed.spec == whole.spec else jax.sharding.reshard(ranked, placed)
 
 
 def share(value: Any, n: int, *, name: str, least: int = 0) -> Any:
@@ -113,6 +125,7 @@ def share(value: Any, n: int, *, name: str, least: int = 0) -> Any:
     if is_concrete(value):
         value = check_share(float(value), name)
         return np.uint32(0 if value <= 0 else n if value >= 1 else max(least, int(value * n)))
+    value = jnp.asarray(value, jnp.float32)
     count = jnp.maximum(jnp.floor(value * np.float32(n)), least).astype(jnp.uint32)
     return jnp.where(value <= 0, jnp.uint32(0), jnp.where(value >= 1, jnp.uint32(n), jnp.minimum(count, np.uint32(n))))
 
@@ -136,6 +149,7 @@ def fraction(value: Any, n: int, *, name: str) -> Any:
     if is_concrete(value):
         ratio = Fraction(check_share(float(value), name)).limit_denominator(65535)
         return np.array([ratio.numerator, ratio.denominator], np.uint32)
+    value = jnp.asarray(value, jnp.float32)
     return jnp.stack([jnp.round(value * 65535.0).astype(jnp.uint32), jnp.uint32(65535)])
 
 

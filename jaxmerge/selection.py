@@ -58,7 +58,8 @@ def _arcee_fusion(x: Operands) -> Array:
     (model,), (delta,) = x.models, x.deltas
     if not delta.ndim:
         return model  # one number: its softmax is 1 in both, nothing tells them apart
-    importance = jnp.abs(delta) * divergence(model, x.base)
+    # Computed once, so that an element at the threshold is at it for all uses (see `order.patterns`).
+    importance = jax.lax.optimization_barrier(jnp.abs(delta) * divergence(model, x.base))
     n = importance.size
     # Order statistics of index ⌊q(n−1)⌋ from below, which is n − index from above.
     first, median, third = (order.kth_largest(importance, jnp.uint32(n - int(q * (n - 1)))) for q in (0.25, 0.5, 0.75))

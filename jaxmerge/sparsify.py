@@ -66,7 +66,8 @@ def bernoulli(delta: Array, key: Array, density: Array) -> Array:
 
     The draw for flat element j is a function of (key, j) alone, so it is the same on every mesh.
     """
-    return jnp.where(jax.random.uniform(key, delta.shape, jnp.float32) < density, delta, 0)
+    # In float32 for every dtype: the same mask for the same leaf in another precision.
+    return jnp.where(jax.random.uniform(key, delta.shape, jnp.float32) < density.astype(jnp.float32), delta, 0)
 
 
 def _drop(deltas: tuple[Array, ...], keys: Array | None, *, density: Array) -> list[Kept]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxmerge.leafwise import Operands, leafwise, requires
@@ -173,20 +174,24 @@ def _karcher(x: Operands, *, max_iter: int, tol: float) -> Array:
     # Directions that balance out: start from the first that counts.
     first = sum((jnp.where(jnp.argmax(counted) == i, u, 0) for i, u in enumerate(units)), start=jnp.zeros_like(mean))
     mean = jnp.where(size < tol, first, mean / jnp.where(size > 0, size, 1))
-    done = jnp.bool_(False)
-    for _ in range(max_iter):
+
+    def step(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        mean, done = state
         tangents = []
         for unit in units:
             cosine = jnp.clip(_dot(mean, unit, None), -1, 1)
-            near = jnp.arccos(jnp.where(jnp.abs(cosine) < 1, cosine, 0)) < tol
-            near = near | (jnp.abs(cosine) >= 1)
+            inside = jnp.abs(cosine) < 1
+            near = ~inside | (jnp.arccos(jnp.where(inside, cosine, 0)) < tol)
             theta = jnp.arccos(jnp.where(near, 0, cosine))
             tangents.append(jnp.where(near, 0, theta / jnp.sin(theta)) * (unit - cosine * mean))
         tangent = total(tangents)
-        step = _norm(tangent, None)
-        done = done | (step < tol)
-        moved = jnp.cos(step) * mean + jnp.sin(step) * tangent / jnp.where(step > 0, step, 1)
-        mean = jnp.where(done, mean, _unit(moved, None))
+        size = _norm(tangent, None)
+        done = done | (size < tol)
+        moved = jnp.cos(size) * mean + jnp.sin(size) * tangent / jnp.where(size > 0, size, 1)
+        return jnp.where(done, mean, _unit(moved, None)), done
+
+    # A loop of fixed length, frozen once it has converged: it can be differentiated and batched.
+    mean, _ = jax.lax.fori_loop(0, max_iter, step, (mean, jnp.bool_(False)))
     return lengths.mean() * mean
 
 

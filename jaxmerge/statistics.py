@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmerge import order, tree
+from jaxmerge import order, tree, where
 from jaxmerge.leafwise import Operands, leafwise, requires
 from jaxmerge.linear import check_sum
 from jaxmerge.tree import Array, PyTree
@@ -68,7 +68,8 @@ def _regmean(x: Operands, grams: Array, damping: Array) -> Array:
     total = total + diagonal * (1e-6 * jnp.trace(total) / total.shape[0] + 1e-30)
     mean = sum(x.models[1:], start=first) / len(x.models)
     pulled = sum(((m - mean) @ g for m, g in zip(x.models, kept, strict=True)), start=jnp.zeros_like(first))
-    return mean + jnp.linalg.solve(total, pulled.T).T
+    # The inverse of [in, in] on every device, for the rows of `pulled` may be sharded.
+    return mean + pulled @ jnp.linalg.inv(total)
 
 
 @jax.jit
@@ -114,18 +115,22 @@ def regmean(
     trees = tree.align(models)
     averaged = leafwise(_mean, models, stacked=stacked)
     leaves = jax.tree.leaves(averaged)
+    depth = where.depths(trees.paths)
     for path in dict.fromkeys(path for gram in grams for path in gram):
         if path not in trees.paths:
             raise ValueError(f"regmean: grams name {path!r}, which is no leaf of the models ({trees.paths[0]!r}, …)")
         at = trees.paths.index(path)
         weight = trees.models[0][at]
+        if not tree.is_array(weight):
+            continue  # set aside by a mask
         for i, gram in enumerate(grams):
             wanted = (weight.shape[-1],) * 2 if len(weight.shape) == 2 else "a 2-D leaf"
             found = gram[path].shape if path in gram else "none"
             if found != wanted:
                 raise ValueError(f"regmean: grams[{i}] of leaf {path!r} has shape {found}, wanted {wanted}")
         stack = jnp.stack([jnp.asarray(gram[path]) for gram in grams])
-        merged = _regmean_leaf(tuple(model[at] for model in trees.models), stack, jnp.asarray(damping, jnp.float32))
+        share = where.resolve(damping, path, depth[path], name="damping")
+        merged = _regmean_leaf(tuple(model[at] for model in trees.models), stack, jnp.asarray(share, float))
         leaves[at] = merged
     return jax.tree.unflatten(trees.treedef, leaves)
 

@@ -48,25 +48,28 @@ COEFFICIENTS = {
     "fisher": ({"weights": W1, "floor": 0.1}, {"weights": W2, "floor": 0.2}),
     "regmean": ({"damping": 0.1}, {"damping": 0.3}),
     "grafting": ({}, {}),
-    "linear": ({"weights": W1}, {"weights": W2}),
-    "dare_linear": ({"density": 0.6, "weights": W1}, {"density": 0.3, "weights": W2}),
 }
 # Coefficients that move a mask: nothing can be differentiated in them.
+EACH = {"weights", "alphas", "density", "gamma"}
+# Units in the last place where sums over a tensor (or a solve) take part: their order is the mesh's.
+TOLERANCE = {
+    **dict.fromkeys(["slerp", "nuslerp", "multislerp", "karcher", "model_stock", "sce", "arcee_fusion"], 16),
+    "regmean": 256,
+}
 MASKING = {"density", "drop", "epsilon", "gamma", "select_topk"}
 
 
 def statistics(name, models, base):
-    positive = [jax.tree.map(jnp.square, model) for model in models]
+    positive = [jax.tree.map(lambda x: jnp.square(x) if tree.is_merged(x) else x, model) for model in models]
     if name == "fisher":
         return {"fishers": positive}
     if name == "grafting":
-        return {"mask": jax.tree.map(lambda leaf: jnp.clip(leaf, 0, 1), positive[0])}
+        return {"mask": jax.tree.map(lambda x: jnp.clip(x, 0, 1) if tree.is_merged(x) else x, positive[0])}
     if name == "regmean":
-        grams = []
-        for model in models:
-            w = model["lm_head"]["weight"].astype(jnp.float32)
-            grams.append({"lm_head/weight": w.T @ w})
-        return {"grams": grams}
+        rng = np.random.default_rng(5)
+        width = models[0]["lm_head"]["weight"].shape[-1]
+        inputs = rng.standard_normal((len(models), 20, width))
+        return {"grams": [{"lm_head/weight": jnp.asarray(x.T @ x, jnp.float32)} for x in inputs]}
     return {}
 
 
@@ -80,6 +83,10 @@ SHAPES = {
     "lm_head": {"weight": (16, 8)},
 }
 TINY = {"model": {"layers": {str(l): {"mlp": {"weight": (4, 3)}} for l in range(3)}}, "lm_head": {"weight": (4, 3)}}
+
+
+# The names that are a second name for the same function need no second run.
+NAMES = list({id(function): name for name, function in reversed(RULES.items())}.values())[::-1]
 
 
 def is_shape(x):
@@ -129,11 +136,11 @@ def close(a, b, ulps=4):
 
 
 def test_every_rule_is_under_contract():
-    assert set(COEFFICIENTS) == set(RULES)
+    assert set(COEFFICIENTS) == set(NAMES)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_structure_dtype_and_shape_are_kept(name, dtype):
     models, base = inputs(name, dtype=jnp.dtype(dtype), shapes=TINY)
     merged = call(name, models, base)
@@ -142,7 +149,7 @@ def test_structure_dtype_and_shape_are_kept(name, dtype):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_other_leaves_pass_through(name):
     models, base = inputs(name, shapes=TINY)
     extra = {"step": jnp.int32(3), "key": jax.random.key(3), "act": jax.nn.relu, "flag": True, "none": None}
@@ -152,24 +159,26 @@ def test_other_leaves_pass_through(name):
     assert merged["key"].dtype == jax.random.key(0).dtype
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_merging_x_with_x_is_x(name):
     models, _ = inputs(name)
     x = models[0]
     # Weights that sum to one; no delta at all where there is a base.
-    close(call(name, [x] * len(models), x), x)
+    close(call(name, [x] * len(models), x), x, ulps=TOLERANCE.get(name, 4))
 
 
-@pytest.mark.parametrize("name", [n for n in RULES if RULES[n].needs.symmetric])
+@pytest.mark.parametrize("name", [n for n in NAMES if RULES[n].needs.symmetric])
 def test_order_of_models_does_not_matter(name):
     models, base = inputs(name, shapes=TINY)
     coefficients = COEFFICIENTS[name][0]
     turned = {k: v[::-1] if isinstance(v, list) else v for k, v in coefficients.items()}
     more = {"names": names(len(models))[::-1]} if RULES[name].needs.key != "none" else {}
-    close(call(name, models[::-1], base, turned, **more), call(name, models, base, coefficients))
+    more |= {k: v[::-1] for k, v in statistics(name, models, base).items() if isinstance(v, list)}
+    one, two = call(name, models[::-1], base, turned, **more), call(name, models, base, coefficients)
+    close(one, two, ulps=TOLERANCE.get(name, 4))
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_jit_equals_eager_and_compiles_once(name):
     models, base = inputs(name, shapes=TINY)
     traces = []
@@ -180,15 +189,15 @@ def test_jit_equals_eager_and_compiles_once(name):
         return call(name, models, base, coefficients)
 
     one, two = COEFFICIENTS[name]
-    close(run(models, base, one), call(name, models, base, one), ulps=1)
-    close(run(models, base, two), call(name, models, base, two), ulps=1)
+    close(run(models, base, one), call(name, models, base, one), ulps=TOLERANCE.get(name, 4))
+    close(run(models, base, two), call(name, models, base, two), ulps=TOLERANCE.get(name, 4))
     assert len(traces) == 1
     before = leafwise.__globals__["_run"]._cache_size()
     call(name, models, base, two)
     assert leafwise.__globals__["_run"]._cache_size() == before  # eager calls share compilations too
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_no_nan_at_zero_delta(name):
     models, _ = inputs(name)
     zero = jax.tree.map(jnp.zeros_like, models[0])
@@ -197,32 +206,44 @@ def test_no_nan_at_zero_delta(name):
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(merged))
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_eval_shape_vmap_and_grad(name):
     models, base = inputs(name, shapes=TINY)
     shapes = jax.eval_shape(lambda m, b: call(name, m, b), models, base)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(lambda a: (a.shape, a.dtype), models[0])
 
+    if not COEFFICIENTS[name][0]:
+        return
     grid = jax.tree.map(lambda *v: jnp.asarray(v, jnp.float32), *COEFFICIENTS[name])
     merged = jax.vmap(lambda c: call(name, models, base, c))(grid)
     for i, coefficients in enumerate(COEFFICIENTS[name]):
-        close(jax.tree.map(lambda leaf, i=i: leaf[i], merged), call(name, models, base, coefficients))
+        one = call(name, models, base, jax.tree.map(jnp.float32, coefficients))
+        close(jax.tree.map(lambda leaf, i=i: leaf[i], merged), one, ulps=TOLERANCE.get(name, 4))
 
-    @jax.jit
-    def loss(coefficients):
-        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(call(name, models, base, coefficients)))
 
-    start = jax.tree.map(jnp.float32, COEFFICIENTS[name][0])
-    step = 1e-2
-    for path, slope in jax.tree_util.tree_flatten_with_path(jax.grad(loss)(start))[0]:
-        if path[0].key in MASKING:
-            continue
+@pytest.mark.parametrize("name", [n for n in NAMES if set(COEFFICIENTS[n][0]) - MASKING])
+def test_gradients_are_finite_differences(name):
+    with jax.enable_x64(True):
+        shapes = {"layers": {"0": {"w": (4, 3)}}, "lm_head": {"weight": (4, 3)}}
+        models, base = inputs(name, dtype=jnp.float64, shapes=shapes)
 
-        def shift(by, path=path):
-            return jax.tree_util.tree_map_with_path(lambda p, v: v + jnp.float32(by if p == path else 0), start)
+        @jax.jit
+        def loss(coefficients):
+            merged = call(name, models, base, coefficients)
+            return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(merged))
 
-        difference = (loss(shift(step)) - loss(shift(-step))) / (2 * step)
-        assert float(slope) == pytest.approx(float(difference), rel=2e-2, abs=2e-2), path
+        start = jax.tree.map(jnp.float64, COEFFICIENTS[name][0])
+        slopes = jax.jit(jax.grad(loss))(start)
+        step = 1e-6
+        for path, slope in jax.tree_util.tree_flatten_with_path(slopes)[0]:
+            if path[0].key in MASKING:
+                continue
+
+            def shift(by, path=path):
+                return jax.tree_util.tree_map_with_path(lambda p, v: v + by * (p == path), start)
+
+            difference = (loss(shift(step)) - loss(shift(-step))) / (2 * step)
+            assert float(slope) == pytest.approx(float(difference), rel=1e-4, abs=1e-6), path
 
 
 MESHES = {
@@ -230,10 +251,11 @@ MESHES = {
     "4x2": ((4, 2), ("x", "y"), AxisType.Auto),
     "4x2-explicit": ((4, 2), ("x", "y"), AxisType.Explicit),
 }
+MESHED = {"layers": {"0": {"w": (16, 8)}}, "norm": (8,), "lm_head": {"weight": (16, 8)}}
 
 
 def shard(tree, mesh):
-    """Shard every axis that divides, biggest mesh axes first; the others (13, 5, 3 …) stay whole."""
+    """Shard every axis that divides, the first mesh axis first."""
 
     def place(leaf):
         axes = [(n, mesh.shape[n]) for n in mesh.axis_names]
@@ -247,47 +269,44 @@ def shard(tree, mesh):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_sharded_equals_unsharded_and_keeps_sharding(name, mesh):
     sizes, axes, kind = MESHES[mesh]
-    mesh = jax.make_mesh(sizes, axes, axis_types=(kind,) * len(axes))
-    models, base = inputs(name)
-    placed = [shard(m, mesh) for m in models]
-    placed_base = shard(base, mesh)
-    wanted = call(name, models, base)
-    eager = call(name, placed, placed_base)
-    jitted = jax.jit(lambda m, b: call(name, m, b))(placed, placed_base)
-    close(eager, wanted, ulps=1)
-    close(jitted, wanted)  # XLA contracts a·b + c differently in other loops
-    for merged in (eager, jitted):
-        for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(placed[0]), strict=True):
-            assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    grid = jax.make_mesh(sizes, axes, axis_types=(kind,) * len(axes))
+    models, base = inputs(name, shapes=MESHED)
+    placed, placed_base = [shard(m, grid) for m in models], shard(base, grid)
+    run = lambda m, b: call(name, m, b)  # noqa: E731
+    merged = (jax.jit(run) if mesh == "4x2" else run)(placed, placed_base)
+    # 4: XLA contracts a·b + c into one rounding or two as the loops fall.
+    close(merged, run(models, base), ulps=TOLERANCE.get(name, 4))
+    for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(placed[0]), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_uneven_shards_inside_jit(name):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-    models, base = inputs(name)
+    models, base = inputs(name, shapes={"lm_head": {"weight": (13, 6)}})
 
     @jax.jit
     def run(models, base):
         # 13 rows over 8 devices: a constraint pads them, where an array at rest must divide.
         def rows(leaf):
-            sharding = NamedSharding(mesh, PartitionSpec("x"))
-            return jax.lax.with_sharding_constraint(leaf, sharding) if leaf.ndim else leaf
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec("x")))
 
         return call(name, jax.tree.map(rows, models), jax.tree.map(rows, base))
 
-    close(run(models, base), call(name, models, base))
+    close(run(models, base), call(name, models, base), ulps=TOLERANCE.get(name, 4))
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_stacked_equals_unstacked(name):
     models, base = inputs(name)
     coefficients = dict(COEFFICIENTS[name][0])
     for key, value in coefficients.items():  # a gradient over depth, and a pattern of one layer
-        if isinstance(value, list):
-            coefficients[key] = [{"layers/1": 0.25, "**": [v, v + 0.2]} for v in value]
+        if key in EACH or (key == "epsilon" and name.startswith("della")):
+            values = value if isinstance(value, list) else [value] * len(models)
+            coefficients[key] = [{"layers/1": 0.25, "**": [v, v + 0.2]} for v in values]
         else:
             coefficients[key] = {"layers/1": 0.25, "**": [value, value + 0.2]}
 
@@ -298,10 +317,10 @@ def test_stacked_equals_unstacked(name):
 
     one = call(name, models, base, coefficients)
     two = call(name, [stack(m) for m in models], stack(base), coefficients, stacked=("model/layers",))
-    close(two, stack(one), ulps=1)
+    close(two, stack(one), ulps=TOLERANCE.get(name, 4))
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_errors_name_the_leaf(name):
     models, base = inputs(name, shapes=TINY)
     needs = RULES[name].needs
@@ -331,6 +350,8 @@ def test_errors_name_the_leaf(name):
         (integers, r"leaf 'model/layers/1/mlp/weight' of .* is int32\[4,3\], wanted float32\[4,3\]"),
         (add, "has a leaf 'model/layers/1/mlp/bias' that models"),
     ]:
+        if len(models) == 1 and needs.base == "none":
+            break  # one tree: nothing to differ from
         with pytest.raises(ValueError, match=words):
             call(name, *broken(change))
     with pytest.raises(TypeError, match="must be a sequence of pytrees, found dict"):
@@ -349,12 +370,12 @@ def test_errors_name_the_leaf(name):
         call(name, models, base, no_such_coefficient=1)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_mask_leaves_the_rest_alone(name):
     models, base = inputs(name, shapes=TINY)
     otherwise = "base" if RULES[name].needs.base == "required" else "first"
     run = jaxmerge.masked(RULES[name], "layers/1", otherwise=otherwise)
-    keywords = dict(COEFFICIENTS[name][0])
+    keywords = dict(COEFFICIENTS[name][0]) | statistics(name, models, base)
     keywords |= {"base": base} if RULES[name].needs.base != "none" else {}
     keywords |= {"key": jax.random.key(7), "names": names(len(models))} if RULES[name].needs.key != "none" else {}
     merged = tree.named_leaves(run(models, **keywords))
