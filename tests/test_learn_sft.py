@@ -319,7 +319,7 @@ def test_two_rates_share_one_compilation(model, rows, mesh, undisturbed, caplog)
     assert not [r for r in caplog.records if "Compiling jit(step)" in r.getMessage()]
 
 
-# `start` is read where the loop is planned (train/plan.py), and tested there.
+# `start` is read where the loop is planned (train/plan.py), not here.
 CHANGES = {
     "learning_rate": 1e-3, "epochs": 1, "batch": 16, "micro_batch": 4, "warmup": 0.5, "schedule": "constant",
     "weight_decay": 0.5, "clip": 1e-9, "max_length": 24, "loss": "all", "snapshots": 4, "checkpoint_every": 2,
