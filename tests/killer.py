@@ -38,25 +38,25 @@ def killing(function, calls: int, *, after: bool = False, when=lambda *a: True):
 
 
 def arm(point: str, calls: int) -> None:
-    from train import checkpoint, improve, journal, round
+    from train import checkpoint, journal, phases, round, run
     from train.learn import dataset, sft
 
     if point == "sampling":  # between two sampling batches
-        improve.write_jsonl = killing(improve.write_jsonl, calls, after=True, when=lambda p, r: "sample" in str(p))
+        run.write_jsonl = killing(run.write_jsonl, calls, after=True, when=lambda p, r: "sample" in str(p))
     elif point == "evaluating":
-        improve.write_jsonl = killing(improve.write_jsonl, calls, when=lambda p, r: "evaluate" in str(p))
+        run.write_jsonl = killing(run.write_jsonl, calls, when=lambda p, r: "evaluate" in str(p))
     elif point == "writing data":  # the examples are on disk under a temporary name, not renamed yet
         os.rename = killing(os.rename, calls, when=lambda src, dst: "samples" in str(dst))
     elif point == "data written":  # the examples are there, the phase is not committed
-        improve.write_version = killing(dataset.write_version, calls, after=True)
+        phases.write_version = killing(dataset.write_version, calls, after=True)
     elif point == "training":  # in the middle of a fine-tuning run, between two checkpoints
         sft.batches = dying_batches(sft.batches, calls)
     elif point == "saving state":  # Orbax wrote the state of step `calls` partly
         checkpoint.ocp.CheckpointManager.save = dying_save(checkpoint.ocp.CheckpointManager.save, calls)
     elif point == "weights saved":  # tuned weights are on disk, the phase is not committed
-        improve.checkpoint.save_weights = killing(checkpoint.save_weights, calls, after=True)
+        checkpoint.save_weights = killing(checkpoint.save_weights, calls, after=True)
     elif point == "merging":
-        improve.round.merge = killing(round.merge, calls)
+        round.merge = killing(round.merge, calls)
     elif point == "committed":  # the folder is renamed, metrics.jsonl does not say so yet
         journal.append_jsonl = killing(journal.append_jsonl, calls)
     else:

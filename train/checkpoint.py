@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,20 @@ def load_weights(path: Path, like: Any) -> Params:
     """Read parameters straight to the shapes, dtypes and shardings of `like` (ShapeDtypeStructs)."""
     if not path.is_dir():
         raise UserError(f"{path}: no checkpoint there")
+    with damage_named(path), ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path.absolute(), like)
+
+
+@contextlib.contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Orbax raises many kinds of errors for a damaged checkpoint; all mean the same to the user."""
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path.absolute(), like)
-    except Exception as error:  # Orbax raises many kinds for a damaged checkpoint; all mean the same here
+        yield
+    except Exception as error:
         first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: the checkpoint is damaged or of another model: {first}") from error
+        raise UserError(
+            f"{path}: the checkpoint is damaged or of another model ({first}); remove it to make it again"
+        ) from error
 
 
 def abstract(params: Any, shardings: Any) -> Any:
@@ -69,10 +79,9 @@ class SftCheckpoints(Checkpoints):
         if not self.folder.is_dir() or (step := self.manager.latest_step()) is None:
             return None, 0, []
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        found = self.manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes), log=ocp.args.JsonRestore()),
-        )
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), log=ocp.args.JsonRestore())
+        with damage_named(self.folder / str(step)):
+            found = self.manager.restore(step, args=items)
         return State(*found["state"]), step, list(found["log"]["steps"])
 
     def save(self, state: State, step: int, metrics: list[dict[str, float]]) -> None:

@@ -69,10 +69,10 @@ def export(run: str, out: str, *, method: str | None = None, round: int | None =
 
 def method_model(root: Path, method: str, round: int | None) -> Model:
     from .config import Improve
-    from .improve import Run  # which imports this module
     from .journal import Journal
     from .plan import BASE, plan
     from .resolve import build, read_yaml
+    from .run import Run
 
     if not (root / "config.yaml").is_file():
         raise UserError(f"{root}: not the folder of a run (no config.yaml); `method=` is of runs")

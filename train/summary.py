@@ -19,7 +19,7 @@ from .plan import BASE
 from .report import write_report
 
 if TYPE_CHECKING:
-    from .improve import Run
+    from .run import Run
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tensorflow-datasets", "numpy")
 

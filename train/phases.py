@@ -1,0 +1,217 @@
+"""The phases of a run: each computes one step from what earlier ones made and returns what its record says.
+
+`folder` is the phase's own: what is written there before a kill is found there after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import jaxmerge
+
+from . import checkpoint, evaluate, export, round
+from .config import Merge, Sampling, Selection, Sft
+from .generate.rollout import Settings
+from .learn.dataset import read_jsonl, write_jsonl, write_version
+from .learn.sft import fine_tune, steps_of, to_rows
+from .log import UserError, progress, say
+from .mesh import shardings
+from .models.decoder import shapes
+from .models.load import load_model
+from .plan import BASE, Phase
+from .resolve import build, to_dict
+from .run import Row, Run, dataset_of
+
+
+def load(run: Run, phase: Phase, folder: Path) -> Row:
+    del phase, folder
+    jaxmerge.check_finite(run.model.params, name=run.config.model.path or "model.random")
+    export.describe(run.model, run.journal.root / "model")
+    count = sum(x.size for x in jax.tree.leaves(run.model.params))
+    digest = checkpoint.digest(run.model.params)
+    say(f"{run.config.model.path or 'random model'}: {count / 1e6:.1f} M parameters on {run.mesh.size} device(s)")
+    return {"parameters": count, "digest": digest, "majority": run.suite.majority_baselines()}
+
+
+def sample(run: Run, phase: Phase, folder: Path) -> Row:
+    config: Sampling = phase.settings
+    questions = run.suite.questions("train", domain="id")
+    settings = Settings(
+        config.samples,
+        config.temperature,
+        config.top_k,
+        config.top_p,
+        config.max_new_tokens,
+        config.stop,
+        config.slots,
+        run.config.model.dtype,
+    )
+    key = jax.random.fold_in(run.key, phase.round)
+    rows, seconds = run.generate(
+        phase.inputs["model"], questions, settings, key, folder, batch=config.batch, title=phase.name
+    )
+    tokens = sum(len(r["tokens"]) for r in rows)
+    return {
+        "questions": len(questions),
+        "samples": len(rows),
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds if seconds else None,
+    }
+
+
+def select(run: Run, phase: Phase, folder: Path) -> Row:
+    config: Selection = phase.settings
+    questions = run.suite.questions("train", domain="id")
+    source = run.todo[phase.inputs["samples"]]
+    rows = [
+        row
+        for path in sorted(run.journal.committed_folder(source.name).glob("batch-*.jsonl"))
+        for row in read_jsonl(path)
+    ]
+    scored = round.verify(run.suite, {q.id: q for q in questions}, rows)
+    earlier = [
+        row
+        for role, name in phase.inputs.items()
+        if role.startswith("earlier")
+        for row in run.read_examples(run.todo[name])
+    ]
+    examples, counts = round.select(
+        run.suite,
+        run.model.tokenizer,
+        questions,
+        scored,
+        config,
+        shots=run.config.tasks.few_shot,
+        seed=run.config.seed * 1000 + phase.round,
+        earlier=earlier,
+    )
+    if not examples:
+        failures = run.suite.unjudged()
+        raise UserError(
+            f"{phase.name}: none of {len(rows)} samples can be trained on ({counts['correct']} right, "
+            f"{counts['unjudged']} could not be judged{f': {failures}' if failures else ''}, "
+            f"{counts['unfinished']} unfinished); take an easier family, more samples, a higher "
+            "sampling.max_new_tokens, or selection.real_ratio above 0"
+        )
+    write_jsonl(folder / "scored.jsonl", [{k: r[k] for k in ("question_id", "sample", "score")} for r in scored])
+    provenance = {
+        "round": phase.round,
+        "method": phase.method,
+        "model": run.digest(source.inputs["model"]),
+        "seed": run.config.seed,
+        "sampling": to_dict(source.settings),
+        "selection": to_dict(config),
+        "counts": {k: v for k, v in counts.items() if isinstance(v, int)},
+    }
+    name, version = dataset_of(phase)
+    write_version(run.journal.root / "samples", name, version, examples, provenance)
+    return {**counts, "dataset": f"{name}/{version}"}
+
+
+def sft(run: Run, phase: Phase, folder: Path) -> Row:
+    config: Sft = phase.settings
+    rows = to_rows(run.read_examples(run.todo[phase.inputs["data"]]), config, run.model.tokenizer.pad_id or 0)
+    home = run.checkpoints(phase.name)
+    kept = checkpoint.SftCheckpoints(home / "state", home / "snapshots")
+    with progress(phase.name, total=steps_of(rows, config), unit="steps") as bar:
+        params, log = fine_tune(
+            run.model.config,
+            run.weights(phase.inputs["model"]),
+            rows,
+            config,
+            mesh=run.mesh,
+            seed=run.config.seed * 1000 + phase.round,
+            dtype=run.config.model.dtype,
+            checkpoints=kept,
+            on_step=lambda m: bar.advance(1, note=f"loss {m['loss']:.3f}"),
+        )
+    write_jsonl(folder / "steps.jsonl", log)
+    thin = max(1, len(log) // 200)
+    return {
+        "steps": len(log),
+        "epochs": config.epochs,
+        "examples": len(rows.tokens),
+        "dropped": rows.dropped,
+        "tokens": int(sum(m["targets"] for m in log)),
+        "learning_rate": config.learning_rate,
+        "loss": [[m["step"], m["loss"]] for m in log[::thin]],
+        "loss_first": log[0]["loss"],
+        "loss_last": log[-1]["loss"],
+        **run.keep_weights(phase, params),
+    }
+
+
+def merge(run: Run, phase: Phase, folder: Path) -> Row:
+    config = build(Merge, phase.settings["merge"], "merge")
+    anchor, tuned = (run.weights(phase.inputs[role]) for role in ("anchor", "tuned"))
+    key = jax.random.fold_in(jax.random.fold_in(run.key, phase.round), np.uint32(0xDA2E))
+    reference = None
+    if config.reference != "anchor":
+        reference = load_model(config.reference, sharding=shardings(run.mesh, shapes(run.model.config))).params
+
+    def merged(alpha):
+        return round.merge(anchor, tuned, config, alpha, reference=reference, key=key)
+
+    searched: Row = {}
+    if isinstance(config.alpha, dict) and "search" in config.alpha:
+        scores = {}
+        for alpha in config.alpha["search"]:
+            run.held["candidate"] = merged(alpha)
+            scores[alpha] = run.validate("candidate", folder / f"alpha-{alpha:g}", f"{phase.name} α={alpha:g}")
+        run.held.pop("candidate", None)
+        alpha = max(scores, key=lambda a: (scores[a], -a))
+        searched = {"searched": {f"{a:g}": s for a, s in scores.items()}}
+    else:
+        alpha = jaxmerge.alpha_schedule(phase.round, run.config.rounds, config.alpha)
+    return {
+        "rule": config.rule,
+        "coefficients": {"alpha": alpha, "drop": config.drop, **searched},
+        "anchor": phase.inputs["anchor"],
+        **run.keep_weights(phase, merged(alpha)),
+    }
+
+
+def rank(run: Run, phase: Phase, folder: Path) -> Row:
+    """Order the snapshots of a fine-tuning run by their accuracy on validation."""
+    paths = run.snapshots(phase.inputs["snapshots"])
+    scores = []
+    for index, path in enumerate(paths):
+        run.held["candidate"] = run.read_weights(path)
+        scores.append(run.validate("candidate", folder / f"snapshot-{index}", f"{phase.name} {index}"))
+    run.held.pop("candidate", None)
+    best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    return {"scores": scores, "best": best}
+
+
+def probe(run: Run, phase: Phase, folder: Path) -> Row:
+    del folder
+    run.held[phase.name], notes = run.probed(phase)
+    record = {"change": round.change(run.held[phase.name], run.weights(BASE)), **notes}
+    return {"rule": phase.settings["kind"], "digest": checkpoint.digest(run.held[phase.name]), **record}
+
+
+def evaluate_model(run: Run, phase: Phase, folder: Path) -> Row:
+    questions = [q for split in run.config.evaluation.splits for q in run.suite.questions(split)]
+    if not questions:
+        raise UserError(f"evaluation.splits={list(run.config.evaluation.splits)}: no family has such questions")
+    scores, seconds = run.answer(phase.inputs["model"], questions, folder, phase.name)
+    outcome = next(o for o in run.outcomes if o.evaluate == phase.name)
+    table = evaluate.rows(questions, scores, method=phase.method, round=phase.round, seconds=seconds, **outcome.extra)
+    write_jsonl(folder / "scores.jsonl", [{"question_id": q.id, "score": scores[q.id]} for q in questions])
+    return {"model": phase.inputs["model"], "rows": table}
+
+
+STEPS: dict[str, Callable[[Run, Phase, Path], Row]] = {
+    "load": load,
+    "sample": sample,
+    "select": select,
+    "sft": sft,
+    "merge": merge,
+    "rank": rank,
+    "probe": probe,
+    "evaluate": evaluate_model,
+}

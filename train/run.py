@@ -1,0 +1,216 @@
+"""One run in one process: the model, the questions, the journal, and what phases share.
+
+What a phase needs from earlier ones is in memory if this process made it, else read back from the run folder.
+Weights go from phase to phase as arrays on the mesh; Orbax keeps a copy for the next start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jaxmerge
+
+from . import checkpoint, evaluate, round
+from .config import Improve
+from .generate.rollout import Sample, Settings, batched, rollout
+from .journal import Journal
+from .learn.dataset import read_jsonl, read_version, write_jsonl
+from .log import UserError, progress
+from .mesh import make_mesh, shardings
+from .models.decoder import Params, shapes
+from .models.load import Model
+from .models.source import load_source
+from .plan import BASE, Outcome, Phase, Plan
+from .tasks import Question, build_suite
+
+Row = dict[str, Any]
+
+
+class Run:
+    """One run in one process: the model, the questions, and the phases that work on them."""
+
+    def __init__(
+        self, config: Improve, journal: Journal, todo: Plan, outcomes: Sequence[Outcome], *, name="", command=""
+    ):
+        self.config, self.journal, self.todo, self.outcomes = config, journal, todo, outcomes
+        self.name, self.command = name, command
+        self.mesh = make_mesh(config.mesh)
+        self.suite = build_suite(config.tasks.families, seed=config.tasks.seed, style=config.tasks.style)
+        self.key = jax.random.key(config.seed)
+        self.loaded: Model | None = None
+        self.held: dict[str, Params] = {}
+
+    # --- models ---
+
+    @property
+    def model(self) -> Model:
+        """The base model, loaded when first needed, and checked to be the one the run began with."""
+        if self.loaded is None:
+            self.loaded = load_source(self.config.model, self.mesh, seed=self.config.seed)
+            record = self.journal.committed(f"{BASE}/load")
+            found = checkpoint.digest(self.loaded.params)
+            if record is not None and record["digest"] != found:
+                raise UserError(
+                    f"{self.config.model.path}: the weights changed since this run began (sha256 {found[:12]}…, "
+                    f"then {record['digest'][:12]}…); restore them or choose another folder with out=DIR"
+                )
+            trained = [name for name, method in self.config.methods.items() if method.probe is None]
+            if any(self.config.block(name, "merge").offload for name in trained):
+                self.loaded = dataclasses.replace(self.loaded, params=jaxmerge.offload(self.loaded.params))
+        return self.loaded
+
+    def checkpoints(self, name: str) -> Path:
+        return self.journal.root / "checkpoints" / name
+
+    def weights(self, name: str) -> Params:
+        """The weights a phase made: held, read from its checkpoint, or (merges) made again from its inputs."""
+        if name == BASE:
+            return jaxmerge.onload(self.model.params)
+        if name not in self.held:
+            phase = self.todo[name]
+            if phase.kind == "probe":
+                self.held[name], _ = self.probed(phase)
+            else:
+                self.held[name] = self.read_weights(self.checkpoints(name) / "weights")
+        return self.held[name]
+
+    def read_weights(self, path: Path) -> Params:
+        like = shapes(self.model.config)
+        return checkpoint.load_weights(path, checkpoint.abstract(like, shardings(self.mesh, like)))
+
+    def keep_weights(self, phase: Phase, params: Params) -> Row:
+        """Put weights on disk and in memory; what the record says of them."""
+        checkpoint.save_weights(self.checkpoints(phase.name) / "weights", params)
+        self.held[phase.name] = params
+        return {"digest": checkpoint.digest(params), "change": round.change(params, self.weights(BASE))}
+
+    def snapshots(self, name: str) -> list[Path]:
+        """The snapshots of a fine-tuning run in the order of their steps; the last one is its result."""
+        home = self.checkpoints(name)
+        early = sorted((home / "snapshots").glob("[0-9]*"), key=lambda p: int(p.name))
+        return [*early, home / "weights"]
+
+    def probed(self, phase: Phase) -> tuple[Params, Row]:
+        """A probe's weights from its inputs: cheap and exact, so they are not kept on disk."""
+        base, settings = self.weights(BASE), phase.settings
+        kind = settings["kind"]
+        if kind == "expo":
+            alpha = settings["alpha"]
+            tuned = self.weights(phase.inputs["tuned"])
+            return jaxmerge.extrapolate([tuned], base=base, alpha=alpha), {"coefficients": {"alpha": alpha}}
+        if kind == "line":
+            coefficient = settings["coefficient"]
+            tuned = self.weights(phase.inputs["tuned"])
+            merged = jaxmerge.extrapolate([tuned], base=base, alpha=coefficient - 1.0)
+            return merged, {"coefficients": {"lambda": coefficient}}
+        record = self.journal.committed(phase.inputs["rank"])
+        assert record is not None, f"{phase.inputs['rank']} is read before it is committed"
+        paths = self.snapshots(phase.inputs["tuned"])
+        chosen = [self.read_weights(paths[i]) for i in record["best"][:2]]
+        alphas, weights = settings["alphas"], settings["weights"]
+        merged = jaxmerge.extrapolation_merge(chosen, base=base, alphas=alphas, weights=weights)
+        cosine = float(jaxmerge.collinear(chosen, base=base)[0, 1])
+        notes = []
+        if abs(cosine) > 0.999:
+            line = sum(w * (1 + a) for w, a in zip(weights, alphas, strict=True))
+            notes = [
+                f"the two checkpoints lie on one line through the base (cosine {cosine:.4f}): this is ExPO with "
+                f"another coefficient (about 1 + α = {line:.3f}), not a method of its own"
+            ]
+        return merged, {
+            "coefficients": {"alphas": alphas, "weights": weights},
+            "snapshots": record["best"][:2],
+            "cosine": cosine,
+            "notes": notes,
+        }
+
+    # --- questions and answers ---
+
+    def generate(
+        self,
+        model: str,
+        questions: Sequence[Question],
+        settings: Settings,
+        key,
+        folder: Path,
+        *,
+        batch: int,
+        title: str,
+    ) -> tuple[list[Row], float]:
+        """Completions of every question, committed a batch at a time to `folder`; (rows, seconds spent here)."""
+        prompts = round.prompts(self.suite, self.model.tokenizer, questions, self.config.tasks.few_shot)
+        groups = list(batched(prompts, batch))
+        paths = [folder / f"batch-{i:04d}.jsonl" for i in range(len(groups))]
+        done = sum(len(g) for g, path in zip(groups, paths, strict=True) if path.exists()) * settings.samples
+        start = time.perf_counter()
+        with progress(title, total=len(prompts) * settings.samples, unit="samples", done=done) as bar:
+            for group, path in zip(groups, paths, strict=True):
+                if path.exists():
+                    continue
+                samples = rollout(
+                    self.model.config,
+                    self.weights(model),
+                    self.model.tokenizer,
+                    group,
+                    settings,
+                    key,
+                    on_sample=lambda tokens: bar.advance(1),
+                )
+                write_jsonl(path, [sample_row(s) for s in samples])
+        return [row for path in paths for row in read_jsonl(path)], time.perf_counter() - start
+
+    def answer(self, model: str, questions: Sequence[Question], folder: Path, title: str):
+        """Greedy answers, judged: ({question id: 1.0 or 0.0}, seconds); what cannot be judged counts as wrong."""
+        config = self.config.evaluation
+        settings = Settings(
+            max_new_tokens=config.max_new_tokens, stop=config.stop, slots=config.slots, dtype=self.config.model.dtype
+        )
+        rows, seconds = self.generate(model, questions, settings, self.key, folder, batch=config.batch, title=title)
+        scored = round.verify(self.suite, {q.id: q for q in questions}, rows)
+        return {row["question_id"]: float(row["score"] == 1.0) for row in scored}, seconds
+
+    def validate(self, model: str, folder: Path, title: str) -> float:
+        """Mean over the domains of the accuracy on validation questions: what searches maximise."""
+        questions = self.suite.questions("validation")
+        if not questions:
+            raise UserError(f"{title}: a search needs validation questions; give tasks.families validation: N")
+        folder.mkdir(exist_ok=True)
+        scores, _ = self.answer(model, questions, folder, title)
+        table = evaluate.rows(questions, scores, method="", round=0, seconds=0.0)
+        pooled = [row["accuracy"] for row in table if row["family"] == "all"]
+        return sum(pooled) / len(pooled)
+
+    # --- what committed phases left ---
+
+    def scores(self, name: str) -> dict[str, float]:
+        """Right or wrong, question by question, of a committed evaluation."""
+        return {r["question_id"]: r["score"] for r in read_jsonl(self.journal.committed_folder(name) / "scores.jsonl")}
+
+    def digest(self, model: str) -> str:
+        record = self.journal.committed(f"{BASE}/load" if model == BASE else model)
+        assert record is not None, f"{model} is read before it is committed"
+        return record["digest"]
+
+    def read_examples(self, phase: Phase) -> list[Row]:
+        return read_version(self.journal.root / "samples", *dataset_of(phase))[0]
+
+
+def sample_row(sample: Sample) -> Row:
+    return {
+        "question_id": sample.prompt_id,
+        "sample": sample.index,
+        "text": sample.text,
+        "tokens": list(sample.tokens),
+        "reason": sample.reason,
+    }
+
+
+def dataset_of(phase: Phase) -> tuple[str, str]:
+    """TFDS name and version of the examples a select phase writes: a dataset a method, a version a round."""
+    return phase.method.replace("-", "_").lower(), f"{phase.round}.0.0"
