@@ -28,9 +28,9 @@ def _disjoint(
     deltas: tuple[Array, ...], weights: Array, votes: list[Array], normalize: bool, floor: float = 0.0
 ) -> Array:
     r"""Return :math:`\sum_i M_i w_i d_i` (over :math:`\sum_i M_i w_i`), M where the vote has the elected sign."""
-    # A tie elects plus; a trimmed element, of sign zero, never agrees.
+    # A tie elects plus; a trimmed element, of sign zero, never agrees; NaN is outvoted by nobody, but seen.
     elected = jnp.where(_sum(votes) >= 0, 1.0, -1.0).astype(deltas[0].dtype)
-    agree = [jnp.sign(vote) == elected for vote in votes]
+    agree = [(jnp.sign(vote) == elected) | jnp.isnan(vote) for vote in votes]
     total = _sum([jnp.where(m, w * d, 0) for m, w, d in zip(agree, weights, deltas, strict=True)])
     if not normalize:
         return total

@@ -85,7 +85,7 @@ def arcee_fusion(models: Sequence[PyTree], *, base=None, key=None, names=None, s
 
 def _ram(x: Operands, *, epsilon: Array, r: Array, alpha: Array) -> Array:
     assert x.base is not None
-    changed = [jnp.abs(delta) > epsilon for delta in x.deltas]
+    changed = [~(jnp.abs(delta) <= epsilon) for delta in x.deltas]  # NaN is a change
     count = sum((c.astype(x.base.dtype) for c in changed), start=jnp.zeros_like(x.base))
     total = jnp.zeros_like(x.base)
     for delta, mine in zip(x.deltas, changed, strict=True):

@@ -19,13 +19,14 @@ def _dot(a: Array, b: Array, axis: int | None) -> Array:
 
 def _norm(x: Array, axis: int | None) -> Array:
     square = _dot(x, x, axis)
-    # The derivative of the root at zero is infinite: take it where there is something to take.
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    # The derivative of the root at zero is infinite: take it where there is something to take. Compared with
+    # zero by equality throughout, so that NaN stays NaN.
+    return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
 def _unit(x: Array, axis: int | None) -> Array:
     length = _norm(x, axis)
-    return x / jnp.where(length > 0, length, 1)
+    return x / jnp.where(length == 0, 1, length)
 
 
 def _arc(a: Array, b: Array, t: Array, cosine: Array, linear: Array) -> Array:
@@ -50,6 +51,7 @@ def slerp(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=
 
     :math:`[\sin((1-t)\Omega)\,\theta_a + \sin(t\Omega)\,\theta_b]/\sin\Omega`. Ω is the angle between
     the two tensors; linear where they are almost parallel, abs(cos Ω) > 0.9995.
+    A tensor of zeros has no direction: it counts as orthogonal, as in mergekit.
 
     Args:
       models: [a, b].
@@ -113,7 +115,7 @@ def _multislerp(x: Operands, *, weights: Array, normalize: bool, eps: float) -> 
     units = [v / (length + eps) for v, length in zip(vectors, lengths, strict=True)]
     mean = sum((w[i] * u for i, u in enumerate(units)), start=jnp.zeros_like(units[0]))
     size = _norm(mean, None)
-    center = mean / jnp.where(size > 0, size, 1)
+    center = mean / jnp.where(size == 0, 1, size)
     tangent = sum(
         (w[i] * (u - _dot(u, center, None) * center) for i, u in enumerate(units)), start=jnp.zeros_like(mean)
     )
@@ -162,7 +164,7 @@ def _karcher(x: Operands, *, max_iter: int, tol: float) -> Array:
     if len(x.models) == 1:
         return x.models[0]
     lengths = jnp.stack([_norm(model, None) for model in x.models])
-    counted = (lengths > tol).astype(lengths.dtype)
+    counted = (~(lengths <= tol)).astype(lengths.dtype)
     share = counted / jnp.maximum(counted.sum(), 1)
     units = [_unit(model, None) for model in x.models]
 
@@ -173,7 +175,7 @@ def _karcher(x: Operands, *, max_iter: int, tol: float) -> Array:
     size = _norm(mean, None)
     # Directions that balance out: start from the first that counts.
     first = sum((jnp.where(jnp.argmax(counted) == i, u, 0) for i, u in enumerate(units)), start=jnp.zeros_like(mean))
-    mean = jnp.where(size < tol, first, mean / jnp.where(size > 0, size, 1))
+    mean = jnp.where(size < tol, first, mean / jnp.where(size == 0, 1, size))
 
     def step(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
         mean, done = state
@@ -187,7 +189,7 @@ def _karcher(x: Operands, *, max_iter: int, tol: float) -> Array:
         tangent = total(tangents)
         size = _norm(tangent, None)
         done = done | (size < tol)
-        moved = jnp.cos(size) * mean + jnp.sin(size) * tangent / jnp.where(size > 0, size, 1)
+        moved = jnp.cos(size) * mean + jnp.sin(size) * tangent / jnp.where(size == 0, 1, size)
         return jnp.where(done, mean, _unit(moved, None)), done
 
     # A loop of fixed length, frozen once it has converged: it can be differentiated and batched.

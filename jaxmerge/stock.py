@@ -24,7 +24,7 @@ def _model_stock(x: Operands, *, filter_wise: bool, floor: float) -> Array:
     for i, a in enumerate(deltas):
         for b in deltas[i + 1 :]:
             square_a, square_b = dot(a, a), dot(b, b)
-            moved = (square_a > 0) & (square_b > 0)
+            moved = (square_a != 0) & (square_b != 0)
             # The roots apart: their squares multiplied would leave float32's range for small deltas.
             product = jnp.sqrt(jnp.where(moved, square_a, 1)) * jnp.sqrt(jnp.where(moved, square_b, 1))
             product = jnp.maximum(product, floor) if floor else product

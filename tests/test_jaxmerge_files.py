@@ -89,6 +89,41 @@ CASES = {
         "base_model: base\nseed: 5\n" + MODELS % ("weight: 0.3, density: 0.5", "weight: 0.9, density: 0.7"),
         {"weights": [0.3, 0.9], "density": [0.5, 0.7], "rescale": "l1", "key": 5, "names": ["one", "two"]},
     ),
+    "slerp": ("base_model: two\nmodels: [{model: one}, {model: two}]\nparameters: {t: 0.2}\n", {"t": 0.2}),
+    "nuslerp": (MODELS % ("weight: 0.3", "weight: 0.9"), {"weights": [0.3, 0.9]}),
+    "multislerp": ("base_model: base\n" + MODELS % ("weight: 0.3", "weight: 0.9"), {"weights": [0.3, 0.9]}),
+    "karcher": ("models: [{model: one}, {model: two}]\nparameters: {max_iter: 3}\n", {"max_iter": 3}),
+    "ties": (
+        "base_model: base\nparameters: {lambda: 0.7, density: 0.4, int8_mask: true}\n"
+        "models:\n  - model: base\n  - {model: one, parameters: {weight: 0.3}}\n"
+        "  - {model: two, parameters: {weight: 0.9, density: 0.6}}\n",
+        {"weights": [0.3, 0.9], "density": [0.4, 0.6], "scale": 0.7},
+    ),
+    "dare_ties": (
+        "base_model: base\nparameters: {density: 0.4}\n" + MODELS % ("weight: 0.3", "weight: 0.9"),
+        {"weights": [0.3, 0.9], "density": 0.4, "rescale": "l1", "key": 0, "names": ["one", "two"]},
+    ),
+    "della": (
+        "base_model: base\nparameters: {density: 0.4, epsilon: 0.1, rescale: false}\n"
+        + MODELS % ("weight: 0.3", "weight: 0.9"),
+        {"weights": [0.3, 0.9], "density": 0.4, "epsilon": 0.1, "rescale": None, "key": 0, "names": ["one", "two"]},
+    ),
+    "breadcrumbs": (
+        "base_model: base\nparameters: {density: 0.4}\n" + MODELS % ("weight: 0.3", "weight: 0.9"),
+        {"weights": [0.3, 0.9], "density": 0.4},
+    ),
+    "sce": (
+        "base_model: base\nmodels: [{model: one}, {model: two}]\nparameters: {select_topk: 0.4}\n",
+        {"select_topk": 0.4},
+    ),
+    "model_stock": (
+        "base_model: base\nmodels: [{model: one}, {model: two}]\nparameters: {filter_wise: true}\n",
+        {"filter_wise": True},
+    ),
+    "arcee_fusion": ("base_model: base\nmodels: [{model: one}]\n", {}),
+    "nearswap": ("base_model: base\nmodels: [{model: one}]\nparameters: {t: 0.01}\n", {"t": 0.01}),
+    "ram": ("base_model: base\nmodels: [{model: one}, {model: two}]\nparameters: {epsilon: 0.5}\n", {"epsilon": 0.5}),
+    "passthrough": ("models: [{model: one, parameters: {scale: 0.5}}]\n", {"scale": 0.5}),
     "interpolate": ("models: [{model: one}, {model: two}]\nparameters: {t: 0.2}\n", {"t": 0.2}),
     "extrapolate": ("base_model: base\nmodels: [{model: one}]\nparameters: {alpha: 0.4}\n", {"alpha": 0.4}),
     "extrapolation_merge": (
@@ -111,9 +146,11 @@ def test_merging_on_disk_is_merging_in_memory(here, method):
     keywords = dict(keywords)
     if "key" in keywords:
         keywords["key"] = jax.random.key(keywords["key"])
-    if "base_model" in text:
-        keywords["base"] = in_memory("base")
     names = ["one", "two"] if "two" in text else ["one"]
+    if method == "slerp":  # from the base, wherever the recipe lists it
+        names = ["two", "one"]
+    elif "base_model" in text:
+        keywords["base"] = in_memory("base")
     same("out", rule([in_memory(name) for name in names], **keywords))
 
 
