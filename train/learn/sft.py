@@ -186,6 +186,8 @@ def fine_tune(
         make_step(model, dataclasses.replace(config, learning_rate=0.0), dtype),
         steps_of(rows, config),
     )
+    if config.snapshots > total:
+        raise UserError(f"sft.snapshots is {config.snapshots}, but there are only {total} steps; lower it")
     snapshots = {round(total * (i + 1) / config.snapshots): i for i in range(config.snapshots)}
     where = batch_sharding(mesh, config.micro_batch or config.batch)
     for metrics in log:
@@ -194,18 +196,18 @@ def fine_tune(
     for number, batch in enumerate(batches(rows, config, seed=seed, start=start), start):
         rate = learning_rate(config, number, total)
         state, sums = step(state, jax.device_put(batch, where), jnp.float32(rate))
-        loss, weight = float(sums["loss"]), float(sums["weight"])
-        if not math.isfinite(loss):
+        loss, weight, norm = (float(sums[name]) for name in ("loss", "weight", "gradient_norm"))
+        if not math.isfinite(loss) or not math.isfinite(norm):
             raise UserError(
-                f"sft: the loss is {loss} at step {number + 1} of {total} (learning rate {rate:.3g}); "
-                "lower sft.learning_rate or check the weights with `jaxmerge doctor`"
+                f"sft: the loss is {loss} and the gradient's norm {norm} at step {number + 1} of {total} (learning "
+                f"rate {rate:.3g}); lower sft.learning_rate"
             )
         now = time.perf_counter()
         metrics = {
             "step": number + 1,
             "loss": loss / max(weight, 1e-6),
             "targets": weight,
-            "gradient_norm": float(sums["gradient_norm"]),
+            "gradient_norm": norm,
             "learning_rate": rate,
             "seconds": now - clock,
         }
