@@ -283,7 +283,7 @@ def test_snapshots_are_equally_spaced(model, rows, mesh, undisturbed):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(model, rows, mesh):
     broken = jax.tree.map(lambda x: x * jnp.nan, model.params)
-    with pytest.raises(UserError, match=r"the loss is nan at step 1 of 8 .*lower sft.learning_rate"):
+    with pytest.raises(UserError, match=r"the loss is nan and the gradient.s norm nan at step 1 of 8 .*lower sft.learning_rate"):
         fine_tune(model.config, broken, rows, SFT, mesh=mesh, seed=7)
     with pytest.raises(UserError, match=r"at step [2-8] of 8 \(learning rate 1e\+3\d\)"):
         tune(model, rows, dataclasses.replace(SFT, learning_rate=1e30, schedule="constant"), mesh)
@@ -347,3 +347,22 @@ def test_every_setting_is_read(model, examples, mesh, undisturbed, field):
 
 def test_no_setting_is_forgotten():
     assert {f.name for f in dataclasses.fields(Sft)} == {*CHANGES, "start"}
+
+
+def test_judging_the_targets_alone_gives_the_same_sums_and_gradients(model):
+    """The head sees only the positions with a loss; sums and gradients are those of all positions."""
+    rows = to_rows([{"tokens": list(range(2, 2 + n)), "prompt_length": n - 3} for n in (20, 30, 9)], Sft(batch=3))
+    assert rows.positions is not None
+    assert rows.positions.shape == (3, 8)
+    assert [sorted(set(p.tolist()) - {0}) for p in rows.positions] == [[17, 18, 19], [27, 28, 29], [6, 7, 8]]
+    (sparse,) = batches(rows, Sft(batch=3, epochs=1), seed=0)
+    dense = {name: values for name, values in sparse.items() if name != "targets"}
+    results = []
+    for batch in (sparse, dense):
+        (loss, weight), grads = jax.value_and_grad(
+            lambda p, b=batch: loss_sums(model.config, p, jax.tree.map(jnp.asarray, b)), has_aux=True
+        )(model.params)
+        results.append((float(loss), float(weight), grads))
+    assert results[0][:2] == pytest.approx(results[1][:2], rel=1e-5)
+    for a, b in zip(jax.tree.leaves(results[0][2]), jax.tree.leaves(results[1][2]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)

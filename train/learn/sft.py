@@ -48,6 +48,17 @@ class Rows:
         """Tokens with a loss."""
         return int((self.weights[:, 1:] > 0).sum())
 
+    @functools.cached_property
+    def positions(self) -> np.ndarray | None:
+        """Where each row has its targets, [n, K] filled up with 0; None if most positions are targets."""
+        has = self.weights[:, 1:] > 0
+        most = -(-int(has.sum(axis=1).max()) // 8) * 8
+        if most > 0.75 * has.shape[1]:
+            return None
+        # Targets first, in their order: a stable sort of "is none".
+        order = np.argsort(~has, axis=1, kind="stable")[:, :most]
+        return np.where(np.take_along_axis(has, order, axis=1), order + 1, 0).astype(np.int32)
+
 
 def to_rows(examples: Sequence[Mapping[str, Any]], config: Sft, pad_id: int = 0) -> Rows:
     """Pad examples {tokens, prompt_length, weight} to one length; too long ones are dropped and counted."""
@@ -78,12 +89,11 @@ def batches(rows: Rows, config: Sft, *, seed: int, start: int = 0) -> Iterator[d
         epoch, index = divmod(step, per_epoch)
         order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
         chosen = order[index * config.batch : (index + 1) * config.batch]
-        tokens, weights = rows.tokens[chosen], rows.weights[chosen]
+        batch = {"tokens": rows.tokens[chosen], "weights": rows.weights[chosen]}
+        if rows.positions is not None:
+            batch["targets"] = rows.positions[chosen]
         missing = config.batch - len(chosen)
-        if missing:
-            tokens = np.pad(tokens, ((0, missing), (0, 0)))
-            weights = np.pad(weights, ((0, missing), (0, 0)))
-        yield {"tokens": tokens, "weights": weights}
+        yield {name: np.pad(values, ((0, missing), (0, 0))) for name, values in batch.items()}
 
 
 def steps_of(rows: Rows, config: Sft) -> int:
