@@ -1,9 +1,9 @@
 r"""Exact order statistics without sorting: counting passes over bit patterns.
 
 The bit patterns of non-negative floats, read as unsigned integers, are in the order of the floats. So the
-k-th largest is found bit by bit from the top (a radix select): keep a bit if at least k patterns are that
-large. Each step is one elementwise comparison and one count: O(n), exact, any sharding (the counts are
-summed over the mesh, no element moves), the same answer on one device and on many.
+k-th largest is found two bits at a time from the top (a radix select): the largest digit such that at least k
+patterns are that large. Each step is one pass of comparing and counting: O(n), exact, any sharding (the
+counts are summed over the mesh, no element moves), the same answer on one device and on many.
 
 Ties are broken by position: among equal magnitudes the lower flat index (C order) ranks higher. The cut among
 them is found by the same radix select over the flat index, for a cumulative sum would gather the mesh.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -24,15 +25,30 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxmerge.tree import Array, is_concrete
 
 
-def _largest(predicate: Any, bits: int, dtype: Any) -> Array:
-    """Return the largest unsigned integer for which the falling `predicate` holds; 0 must hold."""
-    one = jnp.ones((), dtype)
+def _largest(mask: Callable[[Array], Array], holds: Callable[[Array], Array], bits: int, dtype: Any) -> Array:
+    """Return the largest unsigned integer t with `holds(count of mask(t))`, true at 0 and falling in t.
+
+    Two bits a step: the three digits are counted in one pass over the elements.
+    """
+    steps = -(-bits // 2)
 
     def step(i: Array, found: Array) -> Array:
-        tried = found | (one << (bits - 1 - i).astype(dtype))
-        return jnp.where(predicate(tried), tried, found)
+        shift = jnp.asarray(2 * (steps - 1), dtype) - 2 * jnp.asarray(i, dtype)
+        tried = [found | (jnp.asarray(digit, dtype) << shift) for digit in (1, 2, 3)]
+        digit = sum(holds(count).astype(dtype) for count in _counts([mask(t) for t in tried]))
+        return found | (digit << shift)
 
-    return jax.lax.fori_loop(0, bits, step, jnp.zeros((), dtype))
+    return jax.lax.fori_loop(0, steps, step, jnp.zeros((), dtype))
+
+
+def _counts(masks: Sequence[Array]) -> Sequence[Array]:
+    """Count several masks in one pass: one reduction of several operands, where several would each read all."""
+
+    def add(a: Sequence[Array], b: Sequence[Array]) -> Sequence[Array]:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    counted = tuple(mask.astype(jnp.uint32) for mask in masks)
+    return jax.lax.reduce(counted, (jnp.uint32(0),) * len(masks), add, tuple(range(masks[0].ndim)))
 
 
 def patterns(magnitude: Array) -> Array:
@@ -43,10 +59,6 @@ def patterns(magnitude: Array) -> Array:
     # Computed once: a compiler that computes it again for each use may round otherwise the second time, and
     # then the k-th largest is equal to none.
     return jax.lax.optimization_barrier(bits)
-
-
-def _count(mask: Array) -> Array:
-    return jnp.sum(mask, dtype=jnp.uint32)
 
 
 def kth_largest(magnitude: Array, k: Array) -> Array:
@@ -61,7 +73,7 @@ def kth_largest(magnitude: Array, k: Array) -> Array:
 
 def _kth_pattern(pattern: Array, k: Array) -> Array:
     bits = pattern.dtype.itemsize * 8
-    return _largest(lambda tried: _count(pattern >= tried) >= k, bits, pattern.dtype)
+    return _largest(lambda tried: pattern >= tried, lambda count: count >= k, bits, pattern.dtype)
 
 
 def positions(shape: tuple[int, ...]) -> Array:
@@ -83,16 +95,18 @@ def top(magnitude: Array, k: Array) -> Array:
     pattern = patterns(magnitude)
     threshold = _kth_pattern(pattern, jnp.maximum(k, 1))
     above, tied = pattern > threshold, pattern == threshold
-    wanted = k - _count(above)  # of the tied ones; 1 … their number, unless k is 0
-    position = positions(magnitude.shape)
-    bits = max(1, math.ceil(math.log2(max(magnitude.size, 2))))
+    larger, equal = _counts([above, tied])
+    wanted = k - larger  # of the tied ones; 1 … their number, unless k is 0
+    bits = max(2, math.ceil(math.log2(max(magnitude.size, 2))))
 
-    def cut(_: None) -> Array:
-        # The first `wanted` tied positions are those below the largest p with fewer than `wanted` before it.
-        return _largest(lambda p: _count(tied & (position < p)) < wanted, bits, jnp.uint32)
+    def some_tied() -> Array:
+        # The first `wanted` tied positions: up to the largest p with fewer than `wanted` before it.
+        position = positions(magnitude.shape)
+        last = _largest(lambda p: tied & (position < p), lambda count: count < wanted, bits, jnp.uint32)
+        return above | (tied & (position <= last))
 
-    last = jax.lax.cond(_count(tied) > wanted, cut, lambda _: jnp.uint32(0xFFFFFFFF), None)
-    return (k > 0) & (above | (tied & (position <= last)))
+    chosen = jax.lax.cond(equal > wanted, some_tied, lambda: pattern >= threshold)
+    return (k > 0) & chosen
 
 
 def ranks(magnitude: Array) -> Array:

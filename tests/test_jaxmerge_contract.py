@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -375,7 +376,7 @@ def test_a_mask_leaves_the_rest_alone(name):
     models, base = inputs(name, shapes=TINY)
     otherwise = "base" if RULES[name].needs.base == "required" else "first"
     run = jaxmerge.masked(RULES[name], "layers/1", otherwise=otherwise)
-    keywords = dict(COEFFICIENTS[name][0]) | statistics(name, models, base)
+    keywords: dict[str, Any] = dict(COEFFICIENTS[name][0]) | statistics(name, models, base)
     keywords |= {"base": base} if RULES[name].needs.base != "none" else {}
     keywords |= {"key": jax.random.key(7), "names": names(len(models))} if RULES[name].needs.key != "none" else {}
     merged = tree.named_leaves(run(models, **keywords))

@@ -229,6 +229,15 @@ def test_the_folder_is_a_hugging_face_folder(here, max_shard_bytes):
     assert sorted(path.name for path in here.iterdir()) == ["base", "one", "out", "recipe.yaml", "two"]
 
 
+def test_compat_reaches_the_rule(here):
+    text = "merge_method: sce\nbase_model: base\nmodels: [{model: one}, {model: two}]\n"
+    merge(write(text), "out", compat="mergekit")
+    models = [in_memory("one"), in_memory("two")]
+    same("out", jaxmerge.sce(models, base=in_memory("base"), compat="mergekit", select_topk=1.0))
+    with pytest.raises(ValueError, match="compat='paper', wanted None or 'mergekit'"):
+        merge(write(text), "no", compat="paper")
+
+
 def test_dry_run_writes_nothing(here):
     text = "merge_method: linear\nmodels: [{model: one}, {model: two}]\nparameters: {weight: 1}\n"
     plan = merge(write(text), "out", dry_run=True)

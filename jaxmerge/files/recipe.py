@@ -44,6 +44,7 @@ class Method:
     base_is_input: bool = False  # the base is one of the models, not what deltas are taken from
     base_first: bool = False  # and it is the first of them, whatever the order in the recipe
     unused: tuple[str, ...] = ()  # parameters of the grammar that change nothing in this method
+    compat: bool = False  # the rule takes compat="mergekit"
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -94,8 +95,8 @@ METHODS: dict[str, Method] = {
     "della_linear": _sparse("della_linear", normalize=False, rescale=True, epsilon=DEFAULT),
     "breadcrumbs": _sparse("breadcrumbs", normalize=False, rescale=False, gamma=DEFAULT),
     "breadcrumbs_ties": _sparse("breadcrumbs_ties", normalize=False, rescale=False, gamma=DEFAULT),
-    "sce": Method("sce", shared={"select_topk": ("select_topk", 1.0)}),
-    "model_stock": Method("model_stock", options={"filter_wise": ("filter_wise", False)}),
+    "sce": Method("sce", shared={"select_topk": ("select_topk", 1.0)}, compat=True),
+    "model_stock": Method("model_stock", options={"filter_wise": ("filter_wise", False)}, compat=True),
     "nearswap": Method("nearswap", shared={"t": ("t", REQUIRED)}),
     "arcee_fusion": Method("arcee_fusion"),
     "ram": Method("ram", shared={"epsilon": ("epsilon", DEFAULT)}),

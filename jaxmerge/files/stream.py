@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import where
+from jaxmerge.delta import check_compat
 from jaxmerge.files import card, recipe, safetensors
 from jaxmerge.files.safetensors import Stored
 from jaxmerge.rules import RULES
@@ -39,6 +40,7 @@ def merge(
     *,
     progress: Progress | None = None,
     seed: int | None = None,
+    compat: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -49,6 +51,7 @@ def merge(
       out: folder to make; it appears under its name only when whole.
       progress: called after every tensor with bytes read so far, bytes to read, and the tensor's name.
       seed: overrides the recipe's seed.
+      compat: "mergekit" switches off where a rule differs from mergekit by default (sce, model_stock).
       max_shard_bytes: size above which the result is split into shards.
       dry_run: check everything and return the plan, without reading a tensor or writing a file.
 
@@ -80,7 +83,9 @@ def merge(
     }  # fmt: skip
     paths = {name: name.replace(".", "/") for name in first}
     depth = where.depths(list(paths.values()))
-    coefficients = {name: plan.coefficients(name, depth[path]) for name, path in paths.items()}
+    check_compat(compat)
+    extra = {"compat": compat} if plan.method.compat else {}
+    coefficients = {name: plan.coefficients(name, depth[path]) | extra for name, path in paths.items()}
     if dry_run:
         return report
     with safetensors.new_folder(out, places.total) as folder:
