@@ -147,9 +147,8 @@ def test_no_space_and_unwritable_folder(capsys, tmp_path, monkeypatch):
 def test_two_processes_do_not_share_a_run(capsys, tmp_path):
     from train.journal import Journal
 
-    held = Journal(tmp_path / "run")
-    assert "another process" in refused(capsys, "improve", TINY, f"out={tmp_path / 'run'}")
-    del held
+    with Journal(tmp_path / "run"):
+        assert "another process" in refused(capsys, "improve", TINY, f"out={tmp_path / 'run'}")
 
 
 def test_a_base_that_changed_under_a_run_is_noticed(capsys, tmp_path, model, folder):

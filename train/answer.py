@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from . import evaluate, round
-from .config import Improve
+from .config import Improve, SampleOptions
 from .export import open_model
 from .generate.rollout import Prompt, Settings, rollout
 from .learn.dataset import read_jsonl, write_jsonl
@@ -17,9 +17,6 @@ from .log import UserError, print_table, progress
 from .mesh import make_mesh
 from .models.load import Model
 from .tasks import build_suite
-
-if TYPE_CHECKING:
-    from .verbs import SampleOptions
 
 
 def sample_file(path: str, source: Path, out: Path, options: SampleOptions) -> int:

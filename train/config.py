@@ -287,3 +287,20 @@ class Finetune:
     sft: Sft = Sft()
     mesh: Mesh = Mesh()
     seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """Keys of `jaxmerge sample`."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+    samples: int = 1
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    slots: int = 64
+    chat: bool | None = None
+    """Render prompts through the chat template; null: if the model has one."""
+    dtype: str = "float32"

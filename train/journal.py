@@ -40,6 +40,7 @@ class Journal:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self._lock.close()
             raise UserError(f"{root}: another process is running this run; wait for it or choose out=DIR") from None
 
     def __enter__(self) -> Journal:

@@ -6,7 +6,6 @@ Each verb's docstring is its help: the first line names its arguments in capital
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import shlex
 from collections.abc import Callable, Sequence
@@ -18,23 +17,6 @@ from .resolve import build, load, override
 
 T = TypeVar("T")
 Words = Sequence[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleOptions:
-    """Keys of `jaxmerge sample`."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_new_tokens: int = 128
-    samples: int = 1
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-    slots: int = 64
-    chat: bool | None = None
-    """Render prompts through the chat template; null: if the model has one."""
-    dtype: str = "float32"
 
 
 def take(assignments: Words, **defaults: Any) -> tuple[dict[str, Any], list[str]]:
@@ -96,6 +78,8 @@ def sample(words: Words, assignments: Words, dry: bool) -> int:
     Keys: temperature=0 top_k=0 top_p=1 max_new_tokens=128 samples=1 stop=[] seed=0 slots=64 chat=null dtype=float32
     """
     del dry
+    from .config import SampleOptions
+
     settings = options(assignments, SampleOptions)
     start_jax()
     from .answer import sample_file
