@@ -21,7 +21,7 @@ from ..models.config import ModelConfig
 from ..models.decoder import KV, Params, bind, visible
 from .sample import choose
 
-CHUNK = 8
+CHUNK = 4
 """Decode steps between two looks at which sequences ended."""
 PREFILL = 8
 """Prompts prefilled at once."""
