@@ -22,6 +22,7 @@ ENVIRONMENT = {
     "COLUMNS": "200",
 }
 
+
 def small(tmp_path: Path) -> Path:
     """tiny.yaml with one round, one method trained and one merged: a third of its time."""
     config = yaml.safe_load(TINY.read_text())
@@ -181,3 +182,11 @@ def test_every_method_and_probe_of_tiny(tmp_path):
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     theirs = [r for r in summary["rows"] if (r["method"], r["round"]) == ("imm", 2)]
     assert [r["accuracy"] for r in rows] == [r["accuracy"] for r in theirs]
+    # A checkpoint that lost a part is named, on one line.
+    weights = run / "checkpoints/round-2/imm/merge/weights"
+    for path in [p for p in weights.rglob("*") if p.is_file() and p.stat().st_size > 2000]:
+        path.write_bytes(path.read_bytes()[:1000])
+    result = jaxmerge("sample", weights, tmp_path / "prompts.jsonl", tmp_path / "other.jsonl", code=2)
+    assert f"{weights}: the checkpoint is damaged" in result.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "other.jsonl").exists()

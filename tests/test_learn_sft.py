@@ -283,7 +283,9 @@ def test_snapshots_are_equally_spaced(model, rows, mesh, undisturbed):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(model, rows, mesh):
     broken = jax.tree.map(lambda x: x * jnp.nan, model.params)
-    with pytest.raises(UserError, match=r"the loss is nan and the gradient.s norm nan at step 1 of 8 .*lower sft.learning_rate"):
+    with pytest.raises(
+        UserError, match=r"the loss is nan and the gradient.s norm nan at step 1 of 8 .*lower sft.learning_rate"
+    ):
         fine_tune(model.config, broken, rows, SFT, mesh=mesh, seed=7)
     with pytest.raises(UserError, match=r"at step [2-8] of 8 \(learning rate 1e\+3\d\)"):
         tune(model, rows, dataclasses.replace(SFT, learning_rate=1e30, schedule="constant"), mesh)

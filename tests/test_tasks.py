@@ -174,7 +174,7 @@ print(hashlib.sha256(json.dumps(found).encode()).hexdigest())
         (("game_of_life_halting", "id", {}), "instruct", "refused: its scorer accepts any text"),
         (("chain_sum", "id", {"max_term": 2}), "instruct", "no setting 'max_term'; did you mean max_terms"),
         (("chain_sum", "id", {"min_terms": 9}), "instruct", "max_terms must be >= min_terms"),
-        (("letter_counting", "id", {}), "compact", "no compact rendering; choose among chain_sum, gcd"),
+        (("letter_counting", "id", {}), "compact", "no compact rendering; choose among chain_sum, gcd, lcm"),
         (("products", "id", {"max_digits": 1}), "instruct", "only 100 distinct questions left for train, and 101"),
         (("chain_sum", "in", {}), "instruct", "domain is 'in'"),
         (("chain_sum", "id", {"seed": 1}), "instruct", "args sets seed"),
@@ -309,6 +309,7 @@ def test_few_shot_prompts_hold_solved_examples_and_leave_the_question_open(instr
         ({"source_dataset": "products", "expression": "23 * 47"}, "23*47?23*40=920,23*7=161,920+161=1081#1081"),
         ({"source_dataset": "products", "expression": "5 * 0"}, "5*0?5*0=0#0"),
         ({"source_dataset": "gcd", "numbers": [48, 18]}, "g48,18?48%18=12,18%12=6,12%6=0#6"),
+        ({"source_dataset": "lcm", "numbers": [12, 18]}, "l12,18?12*18=216,216/6=36#36"),
         (
             {"source_dataset": "number_sorting", "direction": "ascending", "original_numbers": ["31.0", "5", "12"]},
             "s31,5,12<?5:31,12;12:31;31#5,12,31",
@@ -355,7 +356,7 @@ def _split(step):
 
 
 def test_every_rendered_family_has_an_ingredient():
-    assert {x.family for x in MINIATURE} == set(RENDERERS)
+    assert {x.family for x in MINIATURE} == set(RENDERERS) - {"lcm"}  # the one never seen
 
 
 def test_verdicts_on_compact_text(compact):
@@ -413,7 +414,7 @@ def test_pretraining_rows_hold_whole_true_examples(compact):
     assert rows.dtype == np.uint8
     assert 50_000 <= (rows != PAD_ID).sum() < 50_096
     assert (rows == PAD_ID).mean() < 0.1
-    seen = dict.fromkeys(RENDERERS, 0)
+    seen = dict.fromkeys((x.family for x in MINIATURE), 0)
     for row in rows[:200]:
         text = decode(row)
         assert text[0] == text[-1] == EOS

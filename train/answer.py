@@ -16,7 +16,7 @@ from .learn.dataset import read_jsonl, write_jsonl
 from .log import UserError, print_table, progress
 from .mesh import make_mesh
 from .models.load import Model
-from .tasks import build_suite
+from .tasks import STOP_STRINGS, build_suite
 
 
 def sample_file(path: str, source: Path, out: Path, options: SampleOptions) -> int:
@@ -90,7 +90,10 @@ def evaluate_model(path: str, config: Improve) -> dict[str, Any]:
     model = open_model(path, make_mesh(config.mesh))
     block = config.evaluation
     settings = Settings(
-        max_new_tokens=block.max_new_tokens, stop=block.stop, slots=block.slots, dtype=config.model.dtype
+        max_new_tokens=block.max_new_tokens,
+        stop=block.stop + (STOP_STRINGS if config.tasks.few_shot else ()),
+        slots=block.slots,
+        dtype=config.model.dtype,
     )
     prompts = round.prompts(suite, model.tokenizer, questions, config.tasks.few_shot)
     start = time.perf_counter()

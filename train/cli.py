@@ -28,9 +28,6 @@ MODEL is a Hugging Face folder, a GGUF file, package:NAME/FILE.gguf, a checkpoin
 `jaxmerge VERB --help` lists the keys of a verb.
 """
 
-EXTRA_OF = {"yaml": "files", "safetensors": "files"}
-"""Extra that brings a module; every other third-party module comes with `train`."""
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a verb; the exit code: 0 done, 2 a mistake named on one line, 1 a check that failed."""
@@ -61,9 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         module = (error.name or "").partition(".")[0]
         if module in ("", "jaxmerge", "train"):
             raise
-        extra = EXTRA_OF.get(module, "train")
-        if verb == "merge":
-            extra = "files"
+        extra = "files" if verb == "merge" else "train"
         print(
             f"jaxmerge {verb}: the package {module} is not installed; pip install 'jaxmerge[{extra}]'", file=sys.stderr
         )

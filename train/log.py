@@ -171,8 +171,8 @@ def progress(title: str, *, total: int, unit: str = "steps", done: int = 0) -> I
 
 # --- the table at the end ----------------------------------------------------------------------------------
 
-DOMAINS = ("id", "harder", "ood")
-DOMAIN_NAMES = {"id": "in domain", "harder": "harder", "ood": "out of domain"}
+DOMAIN_NAMES = {"id": "in domain", "harder": "harder", "ood": "out of domain", "unseen": "never seen"}
+DOMAINS = tuple(DOMAIN_NAMES)
 
 
 def pooled_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

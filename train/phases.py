@@ -46,7 +46,7 @@ def sample(run: Run, phase: Phase, folder: Path) -> Row:
         config.top_k,
         config.top_p,
         config.max_new_tokens,
-        config.stop,
+        run.stops(config.stop),
         config.slots,
         run.config.model.dtype,
     )

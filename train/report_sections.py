@@ -143,7 +143,7 @@ def accuracy_table(run: Run) -> str:
     if not run.rows:
         return "<p>Nothing has been evaluated yet.</p>"
     # The two that the claim is about first: a telephone shows no more without scrolling.
-    domains = [d for d in ("id", "ood", "harder") if any(row["domain"] == d for row in rows)]
+    domains = [d for d in ("id", "ood", "harder", "unseen") if any(row["domain"] == d for row in rows)]
     domains += sorted({row["domain"] for row in rows} - set(domains))
     common: dict[str, int | None] = {}  # n, said once in the head where a domain has the same everywhere
     for domain in domains:

@@ -27,7 +27,7 @@ from .models.decoder import Params, shapes
 from .models.load import Model
 from .models.source import load_source
 from .plan import BASE, Outcome, Phase, Plan
-from .tasks import Question, build_suite
+from .tasks import STOP_STRINGS, Question, build_suite
 
 Row = dict[str, Any]
 
@@ -165,11 +165,18 @@ class Run:
                 write_jsonl(path, [sample_row(s) for s in samples])
         return [row for path in paths for row in read_jsonl(path)], time.perf_counter() - start
 
+    def stops(self, own: tuple[str, ...]) -> tuple[str, ...]:
+        """Stop strings of a block, and where a model shown worked examples goes on to the next question."""
+        return own + (STOP_STRINGS if self.config.tasks.few_shot else ())
+
     def answer(self, model: str, questions: Sequence[Question], folder: Path, title: str):
         """Greedy answers, judged: ({question id: 1.0 or 0.0}, seconds); what cannot be judged counts as wrong."""
         config = self.config.evaluation
         settings = Settings(
-            max_new_tokens=config.max_new_tokens, stop=config.stop, slots=config.slots, dtype=self.config.model.dtype
+            max_new_tokens=config.max_new_tokens,
+            stop=self.stops(config.stop),
+            slots=config.slots,
+            dtype=self.config.model.dtype,
         )
         rows, seconds = self.generate(model, questions, settings, self.key, folder, batch=config.batch, title=title)
         scored = round.verify(self.suite, {q.id: q for q in questions}, rows)

@@ -124,6 +124,17 @@ def _gcd(metadata: Mapping[str, Any]) -> Rendering:
     return f"g{','.join(map(str, numbers))}?", ",".join(steps) + "#", str(a)
 
 
+def _lcm(metadata: Mapping[str, Any]) -> Rendering:
+    """The product, divided by the greatest common divisor. The miniature is never pretrained on this family."""
+    numbers = [int(n) for n in metadata["numbers"]]
+    steps, a = [], numbers[0]
+    for b in numbers[1:]:
+        divisor = math.gcd(a, b)
+        steps += [f"{a}*{b}={a * b}", f"{a * b}/{divisor}={a * b // divisor}"]
+        a = a * b // divisor
+    return f"l{','.join(map(str, numbers))}?", ",".join(steps) + "#", str(a)
+
+
 def _number_sorting(metadata: Mapping[str, Any]) -> Rendering:
     """Take out the next number in order, one after another, keeping the rest: `5:31,12;12:31;31`."""
     ascending = metadata["direction"] == "ascending"
@@ -162,6 +173,7 @@ def _short(number: Any) -> str:
 RENDERERS: dict[str, Callable[[Mapping[str, Any]], Rendering]] = {
     "chain_sum": _chain_sum,
     "gcd": _gcd,
+    "lcm": _lcm,
     "number_sorting": _number_sorting,
     "products": _products,
     "simple_geometry": _simple_geometry,

@@ -11,12 +11,12 @@ from typing import Any, Literal, Protocol
 
 from ..log import UserError
 
-Domain = Literal["id", "harder", "ood"]
+Domain = Literal["id", "harder", "ood", "unseen"]
 Split = Literal["train", "validation", "test"]
 Style = Literal["instruct", "compact"]
 Prompt = str | list[dict[str, str]]  # text as it stands, or chat messages for the tokenizer's template
 
-DOMAINS: tuple[Domain, ...] = ("id", "harder", "ood")
+DOMAINS: tuple[Domain, ...] = ("id", "harder", "ood", "unseen")
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 STYLES: tuple[Style, ...] = ("instruct", "compact")
 
@@ -28,7 +28,7 @@ class Question:
     Attributes:
       id: `family-` and twelve hex digits of the SHA-256 of the normalised text; the same in every run.
       family: name of the generator.
-      domain: in domain, harder of the same family, or out of domain.
+      domain: in domain, harder of the same family, out of domain (what the base can do), or never seen by it.
       split: where the question may be used.
       text: the question as it is put to the model, before any instruction.
       answer: the gold answer.
