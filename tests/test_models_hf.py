@@ -228,7 +228,7 @@ def test_tensors_go_straight_to_their_sharding(tmp_path):
     _, plain = load_hf(folder)
     paths = []
 
-    def where(path):
+    def where(path, _):
         paths.append(path)
         return rows if path.endswith("embed_tokens/weight") else whole
 
