@@ -178,3 +178,28 @@ def test_nothing_to_learn_from_is_said(capsys, tmp_path):
     )
     assert "can be trained on" in line
     assert "real_ratio" in line
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("merge.alpha=[0.5]", "1 entries for 2 rounds"),
+        ("merge.alpha={schedule: linear, start: 0.2}", "start"),
+        ("merge.alpha={model/layers: 0.3}", "no pattern of alpha matches"),
+        ("merge.where=[no_such_part]", "no_such_part"),
+    ],
+)
+def test_a_merge_that_cannot_work_is_refused_before_any_sampling(capsys, tmp_path, assignment, message):
+    run = tmp_path / "run"
+    line = refused(capsys, "improve", TINY, "methods={imm: {merge: {rule: imm}}}", assignment, f"out={run}")
+    assert "methods.imm.merge" in line
+    assert message in line
+    assert not list(run.glob("phases/**/batch-*"))
+
+
+def test_sample_options_are_checked(capsys, tmp_path, folder):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": 5}\n')
+    assert "prompt must be a text" in refused(capsys, "sample", folder, prompts, tmp_path / "o")
+    for option in ("slots=0", "temperature=-1", "top_p=0", "max_new_tokens=0", "samples=4", 'stop=[""]', "dtype=int8"):
+        assert option.partition("=")[0] in refused(capsys, "sample", folder, prompts, tmp_path / "o", option)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,18 @@ def test_fine_tuning_goes_on_from_its_checkpoint(undisturbed, tmp_path):
     # Two further batches are drawn and then the process dies: at step 4, as the first two are not done again.
     jaxmerge("improve", config, f"out={run}", point="training", calls=3, code=-9)
     assert [p.name for p in state.iterdir() if p.name.isdigit()] == ["4"]
+
+
+def test_weights_that_are_lost_are_made_again(undisturbed, tmp_path):
+    config, reference = undisturbed
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "phases/round-1/imm/evaluate")
+    shutil.rmtree(run / "checkpoints/round-1/imm/merge")
+    jaxmerge("improve", config, f"out={run}")
+    assert timeless(lines(run / "metrics.jsonl")) == timeless(lines(reference / "metrics.jsonl"))
+    assert (run / "checkpoints/round-1/imm/merge/weights").is_dir()
 
 
 def test_every_method_and_probe_of_tiny(tmp_path):

@@ -68,7 +68,10 @@ def test_right_finished_and_new_samples_are_kept(suite, tokenizer, questions):
 def test_an_example_is_prompt_completion_and_one_end(suite, tokenizer, questions):
     a = questions[0]
     for reason in ("eos", "stop"):
-        (example,), _ = select(suite, tokenizer, questions, [sample(tokenizer, a, a.solution, reason=reason)])
+        row = sample(tokenizer, a, a.solution, reason=reason)
+        if reason == "stop":  # the stop string's own tokens follow
+            row["tokens"] = row["tokens"] + tokenizer.encode("g1")
+        (example,), _ = select(suite, tokenizer, questions, [row])
         text = tokenizer.decode(example["tokens"], special=True)
         assert text == "\n" + a.text + a.solution + "\n"
         assert tokenizer.decode(example["tokens"][: example["prompt_length"]], special=True) == example["prompt"]

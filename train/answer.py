@@ -21,8 +21,6 @@ from .tasks import STOP_STRINGS, build_suite
 
 def sample_file(path: str, source: Path, out: Path, options: SampleOptions) -> int:
     """Generate for every line of `source`; the answers appear in `out` only when all are there."""
-    if options.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype={options.dtype!r}; choose float32 or bfloat16")
     lines = read_jsonl(source)
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such folder; make it first")
@@ -68,6 +66,9 @@ def to_prompt(model: Model, line: dict[str, Any], chat: bool | None, where: str)
     tokenizer = model.tokenizer
     if chat and not tokenizer.has_chat_template:
         raise UserError("chat=true, but this model has no chat template; set chat=false")
+    if not isinstance(line.get("prompt", ""), str) or not isinstance(line.get("messages", []), list):
+        raise UserError(f"{where}: prompt must be a text, messages a list")
+    rendered = "messages" in line
     if "messages" in line:
         if not tokenizer.has_chat_template:
             raise UserError(f"{where} has messages, but this model has no chat template; give a prompt instead")
@@ -75,10 +76,10 @@ def to_prompt(model: Model, line: dict[str, Any], chat: bool | None, where: str)
     elif "prompt" in line:
         text = line["prompt"]
         if chat or (chat is None and tokenizer.has_chat_template):
-            text = tokenizer.chat([{"role": "user", "content": text}])
+            text, rendered = tokenizer.chat([{"role": "user", "content": text}]), True
     else:
         raise UserError(f"{where}: found the keys {sorted(line)}; wanted prompt or messages")
-    return Prompt(str(line.get("id", text)), tuple(tokenizer.encode(text)))
+    return Prompt(str(line.get("id", text)), tuple(tokenizer.encode(text, special=not rendered)))
 
 
 def evaluate_model(path: str, config: Improve) -> dict[str, Any]:

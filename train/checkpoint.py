@@ -21,8 +21,18 @@ from .models.decoder import Params
 def save_weights(path: Path, params: Params) -> None:
     """Write parameters to `path`; the folder appears under its name only when whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with failure_named(path), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), params, force=True)
+
+
+@contextlib.contextmanager
+def failure_named(path: Path) -> Iterator[None]:
+    """A full disk reaches us from Orbax's own writers as errors of many kinds."""
+    try:
+        yield
+    except Exception as error:
+        first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: the checkpoint could not be written ({first}); is the disk full?") from error
 
 
 def load_weights(path: Path, like: Any) -> Params:
@@ -85,11 +95,10 @@ class SftCheckpoints(Checkpoints):
         return State(*found["state"]), step, list(found["log"]["steps"])
 
     def save(self, state: State, step: int, metrics: list[dict[str, float]]) -> None:
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), log=ocp.args.JsonSave({"steps": metrics})),
-        )
-        self.manager.wait_until_finished()
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), log=ocp.args.JsonSave({"steps": metrics}))
+        with failure_named(self.folder / str(step)):
+            self.manager.save(step, args=items)
+            self.manager.wait_until_finished()
 
     def snapshot(self, params: Params, index: int) -> None:
         if self.snapshots is not None:

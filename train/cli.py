@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 USAGE = """\
 jaxmerge: self-improve, extrapolate and merge language models on a JAX mesh
@@ -75,7 +75,7 @@ def run(function: Callable[..., int | None], verb: str, words: list[str]) -> int
     from .log import UserError
 
     flags = [w for w in words if w.startswith("--")]
-    assignments = [w for w in words if "=" in w and not w.startswith("--") and not Path(w).exists()]
+    assignments = [w for w in words if re.match(r"[\w.-]+=", w) and not w.startswith("--")]
     positionals = [w for w in words if w not in flags and w not in assignments]
     doc = (function.__doc__ or "").strip()
     if "--help" in flags or "-h" in positionals:

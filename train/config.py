@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,12 +14,26 @@ from .tasks.pretraining import Ingredient
 from .tasks.task import FamilySpec
 
 
+def check_decoding(config: Any, where: str) -> None:
+    """What holds for every block that says how to draw sequences."""
+    at_least(config, where, samples=1, max_new_tokens=1, slots=1, temperature=0, top_k=0)
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"{where}.top_p is {config.top_p}; it must be above 0 and at most 1")
+    if config.samples > 1 and config.temperature == 0:
+        raise UserError(
+            f"{where}.samples is {config.samples} at temperature 0: they would all be the same; set temperature "
+            "above 0 or samples=1"
+        )
+    if "" in config.stop:
+        raise UserError(f"{where}.stop holds an empty string; leave it out")
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Where the base model comes from, and the precision it computes in."""
 
     path: str = ""
-    """Hugging Face folder, GGUF file, `package:NAME/FILE.gguf`, checkpoint of a run, or hub name."""
+    """Hugging Face folder, GGUF file, `package:NAME/FILE.gguf`, or hub name."""
     sha256: str | None = None
     """Refuse the file at `path` unless its digest is this one (single files only)."""
     random: dict[str, Any] | None = None
@@ -64,14 +80,8 @@ class Sampling:
     """Questions committed to disk at once: what a kill can lose."""
 
     def __post_init__(self):
-        if self.samples > 1 and self.temperature == 0:
-            raise UserError(
-                f"sampling.samples is {self.samples} at temperature 0: they would all be the same; "
-                "set sampling.temperature above 0 or sampling.samples=1"
-            )
-        at_least(self, "sampling", samples=1, max_new_tokens=1, slots=1, batch=1, temperature=0, top_k=0)
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"sampling.top_p is {self.top_p}; it must be above 0 and at most 1")
+        check_decoding(self, "sampling")
+        at_least(self, "sampling", batch=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +93,7 @@ class Selection:
     data: Literal["round", "accumulated"] = "round"
     """Train on this round's examples or on those of all rounds so far."""
     real_ratio: float = 0.0
-    """Share of the training examples that are the generator's own worked solutions, 0 to 1."""
+    """Share of the questions learnt from the generator's worked solution in place of the model's own, 0 to 1."""
 
     def __post_init__(self):
         if not 0 <= self.real_ratio <= 1:
@@ -152,6 +162,12 @@ class Merge:
             raise UserError(f"merge.drop is {self.drop}; it must lie in [0, 1)")
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float, list, Mapping)):
             raise UserError(f"merge.alpha is {self.alpha!r}; give a number, a list (one a round) or a map")
+        if isinstance(self.alpha, float) and not math.isfinite(self.alpha):
+            raise UserError(f"merge.alpha is {self.alpha}; give a finite number")
+        if isinstance(self.alpha, Mapping) and "search" in self.alpha:
+            candidates = self.alpha["search"]
+            if not isinstance(candidates, list) or not candidates or set(self.alpha) != {"search"}:
+                raise UserError(f"merge.alpha is {self.alpha!r}; a search is {{search: [α, …]}} with one α or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +186,8 @@ class Probe:
     """Rounds to probe; () is the last one."""
 
     def __post_init__(self):
+        if self.kind == "expo" and len(self.alphas) != 1:
+            raise UserError(f"an expo probe needs one alpha, found {list(self.alphas)}; add a method for each")
         if self.kind == "line" and not self.coefficients:
             raise UserError("a probe of kind line needs coefficients: [λ, …]")
         if self.kind == "exme" and (len(self.alphas) != 2 or len(self.weights) != 2):
@@ -200,6 +218,8 @@ class Evaluation:
 
     def __post_init__(self):
         at_least(self, "evaluation", max_new_tokens=1, slots=1, batch=1)
+        if "" in self.stop:
+            raise UserError("evaluation.stop holds an empty string; leave it out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,8 +259,15 @@ class Improve:
         if self.keep is not None:
             at_least(self, "config", keep=1)
         for name, method in self.methods.items():
-            if name == "base" or not name.replace("_", "").replace("-", "").isalnum():
-                raise UserError(f"methods.{name}: a method's name is letters, digits, - and _, and not `base`")
+            if name == "base" or not re.fullmatch("[a-z][a-z0-9_-]*", name):
+                raise UserError(f"methods.{name}: a method's name is a-z, 0-9, - and _, and not `base`")
+            twins = [other for other in self.methods if other.replace("-", "_") == name.replace("-", "_")]
+            if len(twins) > 1:
+                raise UserError(f"methods: {' and '.join(twins)} differ in - and _ alone; name one otherwise")
+            if method.probe and any((method.sampling, method.selection, method.sft, method.merge)):
+                raise UserError(f"methods.{name} is a probe: it trains nothing; set these on {method.probe.of}")
+            if method.probe and any(not 1 <= r <= self.rounds for r in method.probe.rounds):
+                raise UserError(f"methods.{name}.probe.rounds: the run has rounds 1 to {self.rounds}")
             if method.probe and (method.probe.of not in self.methods or self.methods[method.probe.of].probe):
                 trained = [n for n, m in self.methods.items() if m.probe is None]
                 raise UserError(
@@ -248,6 +275,9 @@ class Improve:
                 )
             for block in ("sampling", "selection", "sft", "merge"):
                 self.block(name, block)
+            alpha = self.block(name, "merge").alpha
+            if isinstance(alpha, Mapping) and "search" in alpha and not any(f.validation for f in self.tasks.families):
+                raise UserError(f"methods.{name}.merge.alpha: a search needs validation questions; give families some")
 
     def block(self, method: str, name: str):
         """The run's block `name` with the overrides of `method`."""
@@ -303,4 +333,7 @@ class SampleOptions:
     slots: int = 64
     chat: bool | None = None
     """Render prompts through the chat template; null: if the model has one."""
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        check_decoding(self, "sample")

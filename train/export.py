@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from . import checkpoint
 from .config import Mesh
 from .journal import write_durably
 from .log import UserError
-from .mesh import make_mesh, shardings
+from .mesh import make_mesh, sharding_of, shardings
 from .models.decoder import shapes
 from .models.hf import save_hf
 from .models.hf_config import config_from_hf, config_to_hf
@@ -37,7 +38,7 @@ def open_model(path: str, mesh: jax.sharding.Mesh | None = None) -> Model:
     local = Path(path)
     root = next((p for p in (local, *local.parents) if (p / "model" / "config.json").is_file()), None)
     if not local.is_dir() or (local / "config.json").is_file() or root is None:
-        return load_model(path)
+        return load_model(path, sharding=None if mesh is None else functools.partial(sharding_of, mesh))
     if local == root:
         found = ", ".join(sorted(str(p.parent) for p in root.glob("checkpoints/*/*/*/weights"))) or "none yet"
         raise UserError(f"{path} is a run with several models; name one of its checkpoints: {found}")
@@ -49,7 +50,9 @@ def open_model(path: str, mesh: jax.sharding.Mesh | None = None) -> Model:
     like = shapes(config)
     where = shardings(mesh or make_mesh(Mesh()), like)
     params = checkpoint.load_weights(weights, checkpoint.abstract(like, where))
-    return Model(config, params, Tokenizer.from_folder(root / "model"))
+    tokenizer = Tokenizer.from_folder(root / "model")
+    fitted = tokenizer.fitted(vocab_size=config.vocab_size, eos_ids=config.eos_token_id, source=root / "model")
+    return Model(config, params, fitted)
 
 
 def export(run: str, out: str, *, method: str | None = None, round: int | None = None, dtype: str = "float32") -> None:
@@ -89,6 +92,8 @@ def method_model(root: Path, method: str, round: int | None) -> Model:
         raise UserError(f"{root}: {method} has no committed round {round}; there are {[o.round for o in named]}")
     outcome = found[-1]
     if todo_kind(todo, outcome.model) in ("sft", "merge"):
+        if not (root / "checkpoints" / outcome.model).is_dir():
+            raise UserError(f"{root}: the weights of {outcome.model} are gone (keep= deletes those of old rounds)")
         return open_model(str(root / "checkpoints" / outcome.model))
     run = Run(build(Improve, read_yaml(root / "config.yaml")), journal, todo, outcomes)
     return Model(run.model.config, run.weights(outcome.model), run.model.tokenizer)

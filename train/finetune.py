@@ -103,11 +103,15 @@ def to_example(model: Model, line: dict[str, Any], where: str) -> dict[str, Any]
     """Tokens of a line; what is learnt is the completion, or the last message, and the end after it."""
     tokenizer = model.tokenizer
     if "messages" in line:
+        if not isinstance(line["messages"], list) or len(line["messages"]) < 2:
+            raise UserError(f"{where}: messages must be a list of two or more; the last is learnt")
         *context, last = line["messages"]
-        prompt, completion = tokenizer.chat(context), last["content"]
+        prompt, completion, rendered = tokenizer.chat(context), last["content"], True
     elif "prompt" in line and "completion" in line:
-        prompt, completion = line["prompt"], line["completion"]
+        prompt, completion, rendered = line["prompt"], line["completion"], False
     else:
         raise UserError(f"{where}: found the keys {sorted(line)}; wanted prompt and completion, or messages")
-    head = tokenizer.encode(prompt)
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        raise UserError(f"{where}: prompt and completion must be texts")
+    head = tokenizer.encode(prompt, special=not rendered)
     return {"tokens": head + tokenizer.encode(completion) + [tokenizer.eos_ids[0]], "prompt_length": len(head)}

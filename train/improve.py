@@ -38,6 +38,7 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
     check_same_config(folder, config)
     finished = summary.read_finished(folder)
     if finished is not None:
+        summary.refresh_report(folder)
         summary.show(finished, folder)
         return folder
     todo, outcomes = plan(config)
@@ -45,6 +46,7 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
         write_durably(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
         journal.reconcile(phase.name for phase in todo.phases)
         run = Run(config, journal, todo, outcomes, name=name, command=command)
+        redo_lost(run)
         run_phases(run)
         summary.show(summary.write(run, finished=True), folder)
     return folder
@@ -81,6 +83,18 @@ def run_phases(run: Run) -> None:
             shutil.rmtree(run.checkpoints(phase.name) / "state", ignore_errors=True)
         run.held = {name: p for name, p in run.held.items() if run.todo.last_use(name) > index}
         retain(run, index)
+
+
+def redo_lost(run: Run) -> None:
+    """Uncommit phases whose weights or examples are gone but still needed, so that they are made again."""
+    for index in reversed(range(len(run.todo.phases))):
+        phase = run.todo.phases[index]
+        made = run.made_by(phase)
+        if made is None or made.exists() or run.journal.committed(phase.name) is None:
+            continue
+        later = run.todo.phases[index + 1 :]
+        if any(phase.name in p.inputs.values() and run.journal.committed(p.name) is None for p in later):
+            run.journal.uncommit(phase.name)
 
 
 def retain(run: Run, index: int) -> None:

@@ -28,6 +28,7 @@ class Journal:
 
     def __init__(self, root: Path, *, read_only: bool = False):
         self.root, self.metrics = root, root / "metrics.jsonl"
+        self._named: set[str] = set()
         if read_only:
             return
         try:
@@ -52,11 +53,11 @@ class Journal:
 
     def reconcile(self, names: Iterable[str]) -> None:
         """Drop a torn last line of metrics.jsonl and add the lines of phases committed without one."""
-        named = {row["phase"] for row in read_jsonl_tolerant(self.metrics, truncate=True)}
+        self._named = {row["phase"] for row in read_jsonl_tolerant(self.metrics, truncate=True)}
         for name in names:
             record = self.committed(name)
-            if record is not None and name not in named:
-                append_jsonl(self.metrics, record)
+            if record is not None:
+                self._name(name, record)
 
     def committed(self, name: str) -> Record | None:
         """The record of a committed phase, else None."""
@@ -81,18 +82,24 @@ class Journal:
         """Make a phase's folder final with its record, then name it in metrics.jsonl."""
         row = {"phase": name, **record}
         partial, final = self.folder(name), self.root / "phases" / name
-        write_durably(partial / "record.json", json.dumps(row, indent=1))
+        write_durably(partial / "record.json", json.dumps(row, indent=1, allow_nan=False))
         for path in partial.iterdir():
             if path.is_file():
                 sync(path)
         sync(partial)
         os.rename(partial, final)
         sync(final.parent)
-        append_jsonl(self.metrics, row)
+        self._name(name, row)
         return row
 
-    def forget_partial(self, name: str) -> None:
-        shutil.rmtree(self.root / "phases" / f"{name}.partial", ignore_errors=True)
+    def _name(self, name: str, record: Mapping[str, Any]) -> None:
+        if name not in self._named:  # a phase done again after its files were lost has its line already
+            append_jsonl(self.metrics, record)
+            self._named.add(name)
+
+    def uncommit(self, name: str) -> None:
+        """Have a phase done again, because what it made is lost."""
+        shutil.rmtree(self.root / "phases" / name)
 
 
 def sync(path: Path) -> None:

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,8 +21,7 @@ from .generate.rollout import Settings
 from .learn.dataset import read_jsonl, write_jsonl, write_version
 from .learn.sft import fine_tune, steps_of, to_rows
 from .log import UserError, progress, say
-from .mesh import shardings
-from .models.decoder import shapes
+from .mesh import sharding_of
 from .models.load import load_model
 from .plan import BASE, Phase
 from .resolve import build, to_dict
@@ -29,12 +30,35 @@ from .run import Row, Run, dataset_of
 
 def load(run: Run, phase: Phase, folder: Path) -> Row:
     del phase, folder
+    check_merges(run)
     jaxmerge.check_finite(run.model.params, name=run.config.model.path or "model.random")
     export.describe(run.model, run.journal.root / "model")
     count = sum(x.size for x in jax.tree.leaves(run.model.params))
     digest = checkpoint.digest(run.model.params)
     say(f"{run.config.model.path or 'random model'}: {count / 1e6:.1f} M parameters on {run.mesh.size} device(s)")
     return {"parameters": count, "digest": digest, "majority": run.suite.majority_baselines()}
+
+
+def check_merges(run: Run) -> None:
+    """Refuse a wrong α or path pattern now, not after an hour of sampling and training."""
+    for name, method in run.config.methods.items():
+        config = run.config.block(name, "merge")
+        if method.probe is not None or config.rule == "none":
+            continue
+        for number in range(1, run.config.rounds + 1):
+            try:
+                for alpha in alphas(config, number, run.config.rounds):
+                    merged = functools.partial(round.merge, config=config, alpha=alpha, key=jax.random.key(0))
+                    jax.eval_shape(merged, run.model.params, run.model.params)
+            except (ValueError, TypeError) as error:
+                raise UserError(f"methods.{name}.merge: {error}") from error
+
+
+def alphas(config: Merge, number: int, rounds: int) -> list[Any]:
+    """The values of α that round `number` may use: one, or the candidates of a search."""
+    if isinstance(config.alpha, dict) and "search" in config.alpha:
+        return list(config.alpha["search"])
+    return [jaxmerge.alpha_schedule(number, rounds, config.alpha)]
 
 
 def sample(run: Run, phase: Phase, folder: Path) -> Row:
@@ -151,22 +175,26 @@ def merge(run: Run, phase: Phase, folder: Path) -> Row:
     key = jax.random.fold_in(jax.random.fold_in(run.key, phase.round), np.uint32(0xDA2E))
     reference = None
     if config.reference != "anchor":
-        reference = load_model(config.reference, sharding=shardings(run.mesh, shapes(run.model.config))).params
+        reference = load_model(config.reference, sharding=functools.partial(sharding_of, run.mesh)).params
 
     def merged(alpha):
-        return round.merge(anchor, tuned, config, alpha, reference=reference, key=key)
+        try:
+            return round.merge(anchor, tuned, config, alpha, reference=reference, key=key)
+        except ValueError as error:
+            raise UserError(f"{phase.name}: {error}") from error
 
     searched: Row = {}
-    if isinstance(config.alpha, dict) and "search" in config.alpha:
+    candidates = alphas(config, phase.round, run.config.rounds)
+    if len(candidates) > 1:
         scores = {}
-        for alpha in config.alpha["search"]:
+        for alpha in candidates:
             run.held["candidate"] = merged(alpha)
             scores[alpha] = run.validate("candidate", folder / f"alpha-{alpha:g}", f"{phase.name} α={alpha:g}")
         run.held.pop("candidate", None)
         alpha = max(scores, key=lambda a: (scores[a], -a))
         searched = {"searched": {f"{a:g}": s for a, s in scores.items()}}
     else:
-        alpha = jaxmerge.alpha_schedule(phase.round, run.config.rounds, config.alpha)
+        (alpha,) = candidates
     return {
         "rule": config.rule,
         "coefficients": {"alpha": alpha, "drop": config.drop, **searched},

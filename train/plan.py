@@ -55,7 +55,7 @@ class Plan:
 
     def add(self, kind: Kind, round: int, method: str, inputs: dict[str, str], settings: Any = None, *, name="") -> str:
         """The name of the phase that does this: a new one, or one planned before that does the same."""
-        identity = json.dumps([kind, round, inputs, to_dict(settings)], sort_keys=True, default=str)
+        identity = json.dumps([kind, round, inputs, to_dict(settings)], default=str)
         phase = self._known.get(identity)
         if phase is None:
             where = f"round-{round}/{method}" if round else BASE

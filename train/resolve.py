@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -129,7 +130,7 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
     """Apply `a.b.c=value` assignments (values in YAML); intermediate maps are made."""
     import yaml
 
-    values = json.loads(json.dumps(values))
+    values = copy.deepcopy(values)
     for assignment in assignments:
         path, sign, text = assignment.partition("=")
         if not sign or not path:
@@ -156,7 +157,7 @@ def load(cls: type[T], path: str | Path, assignments: Sequence[str] = ()) -> T:
 
 def fingerprint(config: Any) -> str:
     """8 hex digits of the resolved config: two runs of one name share a folder only if they are the same."""
-    text = json.dumps(to_dict(config), sort_keys=True, default=str)
+    text = json.dumps(to_dict(config), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -167,6 +168,8 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") 
         a, b = ours.get(key), theirs.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             lines += differences(a, b, f"{prefix}{key}.")
+            if list(a) != list(b) and set(a) == set(b):  # the first pattern that matches wins
+                lines.append(f"{prefix}{key}: order {list(b)} → {list(a)}")
         elif a != b:
             lines.append(f"{prefix}{key}: {b!r} → {a!r}")
     return lines

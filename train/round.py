@@ -19,6 +19,8 @@ from .models.tokenizer import Tokenizer
 from .tasks import Question, Suite, few_shot
 
 Row = dict[str, Any]
+DATE = "26 Jul 2024"
+"""What Llama 3's chat template prints where it is told no date."""
 SHOWN = 4
 """Accepted and rejected samples kept in the metrics, each, for the report."""
 
@@ -41,12 +43,19 @@ def prompt_text(suite: Suite, tokenizer: Tokenizer, question: Question, shots: i
             "this model has no chat template and tasks.style is instruct; set tasks.few_shot to 2 or more "
             "(base models continue worked examples)"
         )
-    return tokenizer.chat(prompt)
+    # Templates that print a date would make a run depend on the day it is resumed.
+    return tokenizer.chat(prompt, date_string=DATE)
+
+
+def prompt_tokens(suite: Suite, tokenizer: Tokenizer, question: Question, shots: int = 0) -> list[int]:
+    """The tokens of `prompt_text`; a chat template writes its own special tokens, bare text gets the tokenizer's."""
+    rendered = not shots and not isinstance(suite.prompt(question), str)
+    return tokenizer.encode(prompt_text(suite, tokenizer, question, shots), special=not rendered)
 
 
 def prompts(suite: Suite, tokenizer: Tokenizer, questions: Sequence[Question], shots: int = 0) -> list[Prompt]:
     """Tokenised prompts of `questions`, under the questions' ids."""
-    return [Prompt(q.id, tuple(tokenizer.encode(prompt_text(suite, tokenizer, q, shots)))) for q in questions]
+    return [Prompt(q.id, tuple(prompt_tokens(suite, tokenizer, q, shots))) for q in questions]
 
 
 def verify(suite: Suite, questions: Mapping[str, Question], samples: Sequence[Row]) -> list[Row]:
@@ -73,7 +82,7 @@ def select(
     real = real_questions(questions, config.real_ratio, seed)
     by_id = {q.id: q for q in questions}
     prompt_of = {q.id: prompt_text(suite, tokenizer, q, shots) for q in questions}
-    tokens_of = {name: tokenizer.encode(text) for name, text in prompt_of.items()}
+    tokens_of = {q.id: prompt_tokens(suite, tokenizer, q, shots) for q in questions}
     eos = tokenizer.eos_ids[0]
 
     def example(row: Row, completion: Sequence[int], score: float) -> Row:
@@ -114,7 +123,9 @@ def select(
         else:
             reason = "kept"
             kept_of[question.id] += 1
-            examples[question.id, text] = example(row, row["tokens"], 1.0)
+            # The tokens of a sample cut at a stop string go on past its text.
+            completion = tokenizer.encode(row["text"]) if row["reason"] == "stop" else row["tokens"]
+            examples[question.id, text] = example(row, completion, 1.0)
         reasons[reason] += 1
         family = families.setdefault(question.family, {"sampled": 0, "correct": 0})
         family["sampled"] += 1

@@ -68,8 +68,16 @@ class Run:
     def checkpoints(self, name: str) -> Path:
         return self.journal.root / "checkpoints" / name
 
+    def made_by(self, phase: Phase) -> Path | None:
+        """What a phase leaves on disk for later ones, beside its own folder."""
+        if phase.kind in ("sft", "merge"):
+            return self.checkpoints(phase.name) / "weights"
+        if phase.kind == "select":
+            return self.journal.root.joinpath("samples", *dataset_of(phase))
+        return None
+
     def weights(self, name: str) -> Params:
-        """The weights a phase made: held, read from its checkpoint, or (merges) made again from its inputs."""
+        """The weights a phase made: held, read from its checkpoint, or (probes) made again from its inputs."""
         if name == BASE:
             return jaxmerge.onload(self.model.params)
         if name not in self.held:

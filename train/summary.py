@@ -82,6 +82,13 @@ def read_finished(folder: Path) -> dict[str, Any] | None:
     return summary if summary["finished"] else None
 
 
+def refresh_report(folder: Path) -> None:
+    """Write the page of a finished run if a kill fell between its summary and its page."""
+    page = folder / "report.html"
+    if not page.exists() or page.stat().st_mtime_ns < (folder / "summary.json").stat().st_mtime_ns:
+        write_report(folder)
+
+
 def show(summary: dict[str, Any], folder: Path) -> None:
     """The table, the report and, last, the folder."""
     print_table(summary)

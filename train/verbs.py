@@ -49,7 +49,7 @@ def improve(words: Words, assignments: Words, dry: bool) -> int:
     from .improve import improve as go
 
     command = shlex.join(["jaxmerge", "improve", words[0], *others])
-    go(config, name=Path(words[0]).stem, out=Path(mine["out"]) if mine["out"] else None, command=command)
+    go(config, name=Path(words[0]).stem, out=Path(str(mine["out"])) if mine["out"] else None, command=command)
     return 0
 
 
@@ -66,7 +66,7 @@ def sft(words: Words, assignments: Words, dry: bool) -> int:
     start_jax(config.mesh)
     from .finetune import finetune
 
-    finetune(config, name=Path(words[0]).stem, out=Path(mine["out"]) if mine["out"] else None)
+    finetune(config, name=Path(words[0]).stem, out=Path(str(mine["out"])) if mine["out"] else None)
     return 0
 
 
@@ -106,7 +106,7 @@ def evaluate(words: Words, assignments: Words, dry: bool) -> int:
     if mine["out"]:
         from .journal import write_durably
 
-        write_durably(Path(mine["out"]), json.dumps(result, indent=1))
+        write_durably(Path(str(mine["out"])), json.dumps(result, indent=1))
     return 0
 
 
