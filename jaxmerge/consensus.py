@@ -1,13 +1,38 @@
 r"""How the sparsified task vectors of several models become one.
 
-A consensus is a function `(deltas, weights, *, normalize) -> array` of one leaf: N arrays and [N] weights.
+A consensus is a function `(deltas, weights, *, normalize) -> array` of one leaf: N arrays (`Deltas`) and [N] weights.
 """
 
 from __future__ import annotations
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
+from jaxmerge import passes
+from jaxmerge.leafwise import Operands
 from jaxmerge.tree import Array
+
+
+class Deltas(tuple[Array, ...]):
+    """N arrays, and how they are made: a consensus that sums over them first can have them made again after.
+
+    Held from one to the other they would take the memory of all models in float32.
+    """
+
+    make: Callable[[Operands], tuple[Array, ...]]
+    operands: Operands
+
+    def __new__(cls, make: Callable[[Operands], tuple[Array, ...]], operands: Operands) -> Deltas:
+        deltas = super().__new__(cls, make(operands))
+        deltas.make, deltas.operands = make, operands
+        return deltas
+
+    def after(self, *results: Array) -> Deltas:
+        """Return the same arrays, computed anew once `results` are there."""
+        return Deltas(self.make, self.operands.after(*results))
 
 
 def _sum(terms: list[Array]) -> Array:
@@ -28,9 +53,9 @@ def _disjoint(
     deltas: tuple[Array, ...], weights: Array, votes: list[Array], normalize: bool, floor: float = 0.0
 ) -> Array:
     r"""Return :math:`\sum_i M_i w_i d_i` (over :math:`\sum_i M_i w_i`), M where the vote has the elected sign."""
-    # A tie elects plus; a trimmed element, of sign zero, never agrees; NaN is outvoted by nobody, but seen.
-    elected = jnp.where(_sum(votes) >= 0, 1.0, -1.0).astype(deltas[0].dtype)
-    agree = [(jnp.sign(vote) == elected) | jnp.isnan(vote) for vote in votes]
+    # A tie elects plus; a trimmed element, zero, never agrees; NaN is outvoted by nobody, but seen.
+    plus = _sum(votes) >= 0
+    agree = [~jnp.where(plus, vote <= 0, vote >= 0) for vote in votes]
     total = _sum([jnp.where(m, w * d, 0) for m, w, d in zip(agree, weights, deltas, strict=True)])
     if not normalize:
         return total
@@ -52,21 +77,28 @@ def elect_sign_unweighted(deltas: tuple[Array, ...], weights: Array, *, normaliz
     return _disjoint(deltas, weights, list(deltas), normalize)
 
 
-def elect_sign_by_energy(deltas: tuple[Array, ...], weights: Array, *, normalize: bool) -> Array:
+def _energies(deltas: tuple[Array, ...]) -> Array:
+    """Return mean(d²) of each, [N]."""
+    return jnp.stack(passes.sums([jnp.square(d) for d in deltas])) / deltas[0].size
+
+
+def elect_sign_by_energy(deltas: Deltas, weights: Array, *, normalize: bool) -> Array:
     r"""Weigh each model by its share of :math:`\mathrm{mean}(d_i^2)`, then elect unweighted and average (SCE).
 
     Independent of the scale of the deltas: the shares are taken after dividing by the largest.
     """
-    energy = jnp.stack([jnp.mean(jnp.square(d)) for d in deltas])
+    energy = _energies(deltas)
+    deltas = deltas.after(energy)
     largest = jnp.max(energy)
     energy = energy / _or_one(largest)
     return _disjoint(deltas, weights * energy / _or_one(energy.sum()), list(deltas), normalize)
 
 
-def elect_sign_by_energy_mergekit(deltas: tuple[Array, ...], weights: Array, *, normalize: bool) -> Array:
+def elect_sign_by_energy_mergekit(deltas: Deltas, weights: Array, *, normalize: bool) -> Array:
     """As `elect_sign_by_energy` with mergekit's absolute floors: uniform weights under a total energy of 1e-6,
     and no divisor under 1e-6."""
-    energy = jnp.stack([jnp.mean(jnp.square(d)) for d in deltas])
+    energy = _energies(deltas)
+    deltas = deltas.after(energy)
     total = energy.sum()
     shares = jnp.where(total < 1e-6, 1 / len(deltas), energy / jnp.where(total < 1e-6, 1, total))
     return _disjoint(deltas, weights * shares, list(deltas), normalize, floor=1e-6)

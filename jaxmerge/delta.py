@@ -29,11 +29,17 @@ Consensus = Callable[..., Array]
 
 
 def _delta(x: Operands, *, weights, scale, sparsify, rescale, consensus, normalize, **coefficients) -> Array:
+    # Weights that are computed are computed once: passes that repeat the computation could round it otherwise.
+    x = x.after()
     assert x.base is not None
-    deltas = x.deltas
-    kept = [(d, None) for d in deltas] if sparsify is None else sparsify(deltas, x.keys, **coefficients)
-    scaled = tuple(rescale_kept(k, d, p, rescale) for (k, p), d in zip(kept, deltas, strict=True))
-    return x.base + scale * consensus(scaled, weights, normalize=normalize)
+    keep = None if sparsify is None else sparsify(x, **coefficients)
+
+    def scaled(x: Operands) -> tuple[Array, ...]:
+        if keep is None:
+            return x.deltas
+        return tuple(rescale_kept(k, d, p, rescale) for (k, p), d in zip(keep(x), x.deltas, strict=True))
+
+    return x.base + scale * consensus(agree.Deltas(scaled, x), weights, normalize=normalize)
 
 
 def delta_rule(

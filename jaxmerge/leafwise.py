@@ -21,10 +21,12 @@ device count, or other leaves.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
 import zlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -45,6 +47,27 @@ class Operands(NamedTuple):
     base: Array | None = None
     keys: Array | None = None
     extra: tuple[Array, ...] = ()
+    stored: tuple[Array, ...] = ()  # the models and the base, if there is one, as they came: see `reread`
+    widen: Callable[[Array], Array] = lambda array: array
+
+    def reread(self, stored: tuple[Array, ...]) -> Operands:
+        """Return these operands with models and base widened from `stored`, in the order of `self.stored`.
+
+        For what a loop repeats: it should read the weights as they are stored and widen them in passing, where
+        `self.models` from outside the loop would be held in float32.
+        """
+        widened = tuple(self.widen(array) for array in stored)
+        count = len(self.models)
+        base = None if self.base is None else widened[count]
+        return self._replace(models=widened[:count], base=base, stored=tuple(stored))
+
+    def after(self, *results: Array) -> Operands:
+        """Return these operands, read again from what is stored once `results` are there.
+
+        The compiler then computes from them anew: it holds nothing from before, and weights that are themselves
+        computed it computes once, not again with another rounding.
+        """
+        return self.reread(jax.lax.optimization_barrier((self.stored, results))[0])
 
     @property
     def deltas(self) -> tuple[Array, ...]:
@@ -62,6 +85,7 @@ class Needs:
     base: str = "none"  # "none", "optional" or "required"
     key: str = "none"  # "none", "optional" (only for some coefficients) or "required"
     symmetric: bool = False  # swapping models together with their weights and names changes nothing
+    elementwise: bool = False  # element j of the result depends on element j of the inputs alone
 
     def __str__(self) -> str:
         count = f"{self.least}" if self.most == self.least else f"≥{self.least}"
@@ -204,29 +228,53 @@ def leafwise(
             leaf=leaf,
             options=frozen,
             is_stacked=is_stacked,
+            dtypes=_DTYPES.get(),
         )
         out.append(_keep_sharding(merged, first))
     return jax.tree.unflatten(trees.treedef, out)
 
 
-@functools.partial(jax.jit, static_argnames=("count", "leaf", "options", "is_stacked"))
-def _run(models, base, key, path_salt, name_salts, coefficients, *, count, leaf, options, is_stacked):
-    dtype = tree.wide(models[0].dtype)
+@contextlib.contextmanager
+def dtypes(cast: Any = None, out: Any = None) -> Iterator[None]:
+    """Within it rules cast floating leaves to `cast` first, and the result, once, to `out`; None: as it is.
+
+    For callers who keep weights in files: casting before and after the rule would hold copies of a leaf, and round
+    a result of another dtype twice. Not for use around a `jit` of your own: the dtypes are no part of its cache key.
+    """
+    token = _DTYPES.set((cast, out))
+    try:
+        yield
+    finally:
+        _DTYPES.reset(token)
+
+
+_DTYPES: contextvars.ContextVar[tuple[Any, Any]] = contextvars.ContextVar("dtypes", default=(None, None))
+
+
+@functools.partial(jax.jit, static_argnames=("count", "leaf", "options", "is_stacked", "dtypes"))
+def _run(models, base, key, path_salt, name_salts, coefficients, *, count, leaf, options, is_stacked, dtypes):
+    cast, out = dtypes
+    dtype = tree.wide(cast or models[0].dtype)
 
     def one(models, base, path_salt, coefficients):
         keys = None
         if key is not None:
             keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, path_salt)))(name_salts)
-        widened = tuple(model.astype(dtype) for model in models)
-        operands = Operands(widened[:count], None if base is None else base.astype(dtype), keys, widened[count:])
-        cast = {
+        widened = tuple(widen(model) for model in models)
+        stored = models[:count] if base is None else (*models[:count], base)
+        wide_base = None if base is None else widen(base)
+        operands = Operands(widened[:count], wide_base, keys, widened[count:], stored, widen)
+        values = {
             name: value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value
             for name, value in coefficients.items()
         }
-        return leaf(operands, **cast, **dict(options))
+        return leaf(operands, **values, **dict(options))
+
+    def widen(leaf):
+        return leaf.astype(dtype) if cast is None else leaf.astype(cast).astype(dtype)
 
     run = jax.vmap(one) if is_stacked else one
-    return run(models, base, path_salt, coefficients).astype(models[0].dtype)
+    return run(models, base, path_salt, coefficients).astype(out or models[0].dtype)
 
 
 def as_key(key: Any) -> Array:

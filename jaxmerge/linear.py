@@ -19,7 +19,7 @@ def _interpolate(x: Operands, *, t: Array) -> Array:
     return jnp.where(t < 0.5, a + t * (b - a), b - (1 - t) * (b - a))
 
 
-@requires(least=2, most=2)
+@requires(least=2, most=2, elementwise=True)
 def interpolate(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), t: Any = 0.5) -> PyTree:
     r"""Move from the first model to the second: :math:`(1-t)\,\theta_a + t\,\theta_b`.
 
@@ -45,7 +45,7 @@ def _average(x: Operands, *, weights: Array, normalize: bool) -> Array:
     return sum((w[i] * model for i, model in enumerate(x.models)), start=jnp.zeros_like(x.models[0]))
 
 
-@requires(symmetric=True)
+@requires(symmetric=True, elementwise=True)
 def average(
     models: Sequence[PyTree],
     *,
@@ -107,7 +107,7 @@ def _task_arithmetic(x: Operands, *, weights: Array, scale: Array, normalize: bo
     return x.base + scale * total
 
 
-@requires(base="required", symmetric=True)
+@requires(base="required", symmetric=True, elementwise=True)
 def task_arithmetic(
     models: Sequence[PyTree],
     *,
@@ -158,7 +158,7 @@ def _extrapolate(x: Operands, *, alpha: Array) -> Array:
     return tuned + alpha * delta
 
 
-@requires(most=1, base="required")
+@requires(most=1, base="required", elementwise=True)
 def extrapolate(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), alpha: Any) -> PyTree:
     r"""Move past the tuned model, away from the base (ExPO): :math:`\theta_t + \alpha(\theta_t - \theta_b)`.
 
@@ -188,7 +188,7 @@ def _extrapolation_merge(x: Operands, *, alphas: Array, weights: Array) -> Array
     return _average(Operands(far), weights=weights, normalize=True)
 
 
-@requires(base="required", symmetric=True)
+@requires(base="required", symmetric=True, elementwise=True)
 def extrapolation_merge(
     models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), alphas: Any, weights: Any = None
 ) -> PyTree:
@@ -230,7 +230,7 @@ def _passthrough(x: Operands, *, scale: Array) -> Array:
     return scale * x.models[0]
 
 
-@requires(most=1)
+@requires(most=1, elementwise=True)
 def passthrough(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), scale: Any = 1.0) -> PyTree:
     r"""Take the one model as it is, times a scale: :math:`c\,\theta`. Of use in recipes that stack layers.
 

@@ -1,19 +1,11 @@
-r"""Exact order statistics without sorting: counting passes over bit patterns.
+r"""Order statistics of a leaf: the k largest, the k-th largest, the ranks in a row; and how many k is.
 
-The bit patterns of non-negative floats, read as unsigned integers, are in the order of the floats. So the
-k-th largest is found two bits at a time from the top (a radix select): the largest digit such that at least k
-patterns are that large. Each step is one pass of comparing and counting: O(n), exact, any sharding (the
-counts are summed over the mesh, no element moves), the same answer on one device and on many.
-
-Ties are broken by position: among equal magnitudes the lower flat index (C order) ranks higher. The cut among
-them is found by the same radix select over the flat index, for a cumulative sum would gather the mesh.
+The first two are exact and sort nothing: see `jaxmerge.cut`. Ranks take a sort of every row.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -22,67 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxmerge import cut
 from jaxmerge.tree import Array, is_concrete
-
-
-def _largest(mask: Callable[[Array], Array], holds: Callable[[Array], Array], bits: int, dtype: Any) -> Array:
-    """Return the largest unsigned integer t with `holds(count of mask(t))`, true at 0 and falling in t.
-
-    Two bits a step: the three digits are counted in one pass over the elements.
-    """
-    steps = -(-bits // 2)
-
-    def step(i: Array, found: Array) -> Array:
-        shift = jnp.asarray(2 * (steps - 1), dtype) - 2 * jnp.asarray(i, dtype)
-        tried = [found | (jnp.asarray(digit, dtype) << shift) for digit in (1, 2, 3)]
-        digit = sum(holds(count).astype(dtype) for count in _counts([mask(t) for t in tried]))
-        return found | (digit << shift)
-
-    return jax.lax.fori_loop(0, steps, step, jnp.zeros((), dtype))
-
-
-def _counts(masks: Sequence[Array]) -> Sequence[Array]:
-    """Count several masks in one pass: one reduction of several operands, where several would each read all."""
-
-    def add(a: Sequence[Array], b: Sequence[Array]) -> Sequence[Array]:
-        return tuple(x + y for x, y in zip(a, b, strict=True))
-
-    counted = tuple(mask.astype(jnp.uint32) for mask in masks)
-    return jax.lax.reduce(counted, (jnp.uint32(0),) * len(masks), add, tuple(range(masks[0].ndim)))
-
-
-def patterns(magnitude: Array) -> Array:
-    """Return the bit patterns of non-negative floats as unsigned integers, in the same order."""
-    dtype = jnp.uint64 if magnitude.dtype == jnp.float64 else jnp.uint32
-    # −0.0 has the sign bit set: the magnitude of a negative zero must not rank first.
-    bits = jax.lax.bitcast_convert_type(jnp.abs(jax.lax.stop_gradient(magnitude)), dtype)
-    # Computed once: a compiler that computes it again for each use may round otherwise the second time, and
-    # then the k-th largest is equal to none.
-    return jax.lax.optimization_barrier(bits)
-
-
-def kth_largest(magnitude: Array, k: Array) -> Array:
-    """Return the k-th largest (k = 1 the largest) of non-negative floats, shape (); k uint32 in 1 … n.
-
-    Example:
-      >>> float(kth_largest(jnp.array([3.0, 1.0, 2.0]), jnp.uint32(2)))
-      2.0
-    """
-    return jax.lax.bitcast_convert_type(_kth_pattern(patterns(magnitude), k), magnitude.dtype)
-
-
-def _kth_pattern(pattern: Array, k: Array) -> Array:
-    bits = pattern.dtype.itemsize * 8
-    return _largest(lambda tried: pattern >= tried, lambda count: count >= k, bits, pattern.dtype)
-
-
-def positions(shape: tuple[int, ...]) -> Array:
-    """Return each element's flat index in C order, uint32."""
-    flat = jnp.zeros(shape, jnp.uint32)
-    for axis in range(len(shape)):
-        stride = np.uint32(math.prod(shape[axis + 1 :]))
-        flat = flat + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
-    return flat
 
 
 def top(magnitude: Array, k: Array) -> Array:
@@ -92,21 +25,30 @@ def top(magnitude: Array, k: Array) -> Array:
       >>> top(jnp.array([1.0, 2.0, 1.0, 0.0]), jnp.uint32(2))
       Array([ True,  True, False, False], dtype=bool)
     """
-    pattern = patterns(magnitude)
-    threshold = _kth_pattern(pattern, jnp.maximum(k, 1))
-    above, tied = pattern > threshold, pattern == threshold
-    larger, equal = _counts([above, tied])
-    wanted = k - larger  # of the tied ones; 1 … their number, unless k is 0
-    bits = max(2, math.ceil(math.log2(max(magnitude.size, 2))))
+    fixed = _fixed(magnitude)
+    ((found,),) = cut.cuts(lambda stored: stored, (fixed,), [[k]])
+    return found.mask(fixed)
 
-    def some_tied() -> Array:
-        # The first `wanted` tied positions: up to the largest p with fewer than `wanted` before it.
-        position = positions(magnitude.shape)
-        last = _largest(lambda p: tied & (position < p), lambda count: count < wanted, bits, jnp.uint32)
-        return above | (tied & (position <= last))
 
-    chosen = jax.lax.cond(equal > wanted, some_tied, lambda: pattern >= threshold)
-    return (k > 0) & chosen
+def kth_largest(magnitude: Array, k: Array) -> Array:
+    """Return the k-th largest (k = 1 the largest) of non-negative floats, for each k; uint32 in 1 … n.
+
+    Example:
+      >>> kth_largest(jnp.array([3.0, 1.0, 2.0]), jnp.uint32([2, 3]))
+      Array([2., 1.], dtype=float32)
+    """
+    fixed = _fixed(magnitude).reshape(magnitude.shape or (1,))
+    bits = cut.patterns(fixed)
+    low = cut.search(lambda stored: [cut.patterns(stored[0])] * k.size, (fixed,), jnp.atleast_1d(k)).low
+    # The least that occurs from there on.
+    least = jnp.stack([jnp.min(jnp.where(bits >= from_, bits, cut.beyond(bits.dtype))) for from_ in low])
+    return jax.lax.bitcast_convert_type(least.reshape(k.shape), magnitude.dtype)
+
+
+def _fixed(magnitude: Array) -> Array:
+    """Have it computed once: a compiler that computes it again for each use may round otherwise the second time,
+    and then the k-th largest is equal to none."""
+    return jax.lax.optimization_barrier(jax.lax.stop_gradient(magnitude))
 
 
 def ranks(magnitude: Array) -> Array:

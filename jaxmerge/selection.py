@@ -19,7 +19,7 @@ def _nearswap(x: Operands, *, t: Array) -> Array:
     return x.base + jnp.clip(t / jnp.maximum(jnp.abs(delta), 1e-6), 0, 1) * delta
 
 
-@requires(most=1, base="required")
+@requires(most=1, base="required", elementwise=True)
 def nearswap(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), t: Any) -> PyTree:
     r"""Take over what is near the base, hold back what is far: :math:`\theta_b + \mathrm{clip}(t/|\tau|, 0, 1)\,\tau`.
 
@@ -96,7 +96,7 @@ def _ram(x: Operands, *, epsilon: Array, r: Array, alpha: Array) -> Array:
     return x.base + total
 
 
-@requires(base="required", symmetric=True)
+@requires(base="required", symmetric=True, elementwise=True)
 def ram(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), epsilon: Any = 1e-5) -> PyTree:
     r"""Average what several models changed, keep whole what one alone changed (reinforced agent merging).
 

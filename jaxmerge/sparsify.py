@@ -1,7 +1,8 @@
 r"""Sparsifiers of task vectors, and the rescaling that makes up for what they drop.
 
-A sparsifier is a leaf function `(deltas, keys, **coefficients) -> [(kept, keep probability or None), …]` with
-the values of its coefficients. The constructors here (`trim(0.2)`, `drop(0.5)`, …) make one for
+A sparsifier is a leaf function `(Operands, **coefficients) -> keep` with the values of its coefficients. It decides
+which elements stay; `keep(Operands) -> [(kept, keep probability or None), …]` gives them, one a model. It may be
+called again with the same operands, read again: see `jaxmerge.consensus.Deltas`. The constructors here (`trim(0.2)`, `drop(0.5)`, …) make one for
 `jaxmerge.delta_rule`; left out, a value is asked for when the rule is called.
 """
 
@@ -14,14 +15,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxmerge import order
-from jaxmerge.leafwise import Convert
+from jaxmerge import cut, order, passes
+from jaxmerge.leafwise import Convert, Operands
 from jaxmerge.tree import Array
 
 RESCALES = ("inverse", "l1", None)
 REQUIRED: Any = "required"
 Kept = tuple[Array, Array | None]
+Keep = Callable[[Operands], list[Kept]]
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,25 @@ class Sparsifier:
     """A leaf function, its coefficients' values, and how a value becomes what the function gets."""
 
     name: str
-    leaf: Callable[..., list[Kept]]
+    leaf: Callable[..., Keep]
     coefficients: Mapping[str, Any]  # one value for all models, or a sequence with one a model
     convert: Mapping[str, Convert] = field(default_factory=dict)
     shared: tuple[str, ...] = ()  # coefficients with one value for all models together
     random: bool = False
 
 
-def _trim(deltas: tuple[Array, ...], keys: Array | None, *, density: Array) -> list[Kept]:
-    return [(jnp.where(order.top(d, k), d, 0), None) for d, k in zip(deltas, density, strict=True)]
+def _deltas(x: Operands) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
+    """Deltas as a function of the stored weights, for passes that compute them anew."""
+    return lambda stored: x.reread(stored).deltas
+
+
+def _trim(x: Operands, *, density: Array) -> Keep:
+    cuts = cut.cuts(_deltas(x), x.stored, [[k] for k in density])
+
+    def keep(x: Operands) -> list[Kept]:
+        return [(jnp.where(largest.mask(d), d, 0), None) for d, (largest,) in zip(x.deltas, cuts, strict=True)]
+
+    return keep
 
 
 def trim(density: Any = REQUIRED) -> Sparsifier:
@@ -46,13 +59,18 @@ def trim(density: Any = REQUIRED) -> Sparsifier:
     return Sparsifier("trim", _trim, {"density": density}, {"density": count})
 
 
-def _two_sided_trim(deltas: tuple[Array, ...], keys: Array | None, *, density: Array, gamma: Array) -> list[Kept]:
-    kept: list[Kept] = []
-    for d, k, outliers in zip(deltas, density, gamma, strict=True):
-        # Fewer outliers go where density + gamma > 1: exactly k elements are kept.
-        g = jnp.minimum(outliers, jnp.uint32(d.size) - k)
-        kept.append((jnp.where(order.top(d, g + k) & ~order.top(d, g), d, 0), None))
-    return kept
+def _two_sided_trim(x: Operands, *, density: Array, gamma: Array) -> Keep:
+    # Fewer outliers go where density + gamma > 1: exactly k elements are kept.
+    outliers = jnp.minimum(gamma, np.uint32(x.models[0].size) - density)
+    cuts = cut.cuts(_deltas(x), x.stored, list(zip(outliers + density, outliers, strict=True)))
+
+    def keep(x: Operands) -> list[Kept]:
+        return [
+            (jnp.where(largest.mask(d) & ~outlying.mask(d), d, 0), None)
+            for d, (largest, outlying) in zip(x.deltas, cuts, strict=True)
+        ]
+
+    return keep
 
 
 def two_sided_trim(density: Any = REQUIRED, gamma: Any = 0.01) -> Sparsifier:
@@ -70,9 +88,10 @@ def bernoulli(delta: Array, key: Array, density: Array) -> Array:
     return jnp.where(jax.random.uniform(key, delta.shape, jnp.float32) < density.astype(jnp.float32), delta, 0)
 
 
-def _drop(deltas: tuple[Array, ...], keys: Array | None, *, density: Array) -> list[Kept]:
-    assert keys is not None
-    return [(bernoulli(d, keys[i], density[i]), density[i]) for i, d in enumerate(deltas)]
+def _drop(x: Operands, *, density: Array) -> Keep:
+    assert x.keys is not None
+    kept: list[Kept] = [(bernoulli(d, key, p), p) for d, key, p in zip(x.deltas, x.keys, density, strict=True)]
+    return lambda x: kept  # a second draw would cost more than holding the first
 
 
 def drop(density: Any = REQUIRED) -> Sparsifier:
@@ -81,18 +100,18 @@ def drop(density: Any = REQUIRED) -> Sparsifier:
     return Sparsifier("drop", _drop, {"density": density}, {"density": chance}, random=True)
 
 
-def _rank_drop(deltas: tuple[Array, ...], keys: Array | None, *, density: Array, epsilon: Array) -> list[Kept]:
-    assert keys is not None
+def _rank_drop(x: Operands, *, density: Array, epsilon: Array) -> Keep:
+    assert x.keys is not None
     kept: list[Kept] = []
-    for i, d in enumerate(deltas):
+    for i, d in enumerate(x.deltas):
         columns = d.shape[-1] if d.ndim else 1
         # In [0, 1] over the row, ½ where a row has one element.
         rank = order.ranks(jnp.abs(d)).astype(d.dtype) / (columns - 1) if columns > 1 else 0.5
         p = jnp.clip(density[i] + epsilon[i] * (2 * rank - 1), 0, 1)
         # Density 0 and 1 mean what they say, whatever epsilon.
         p = jnp.where(density[i] <= 0, 0, jnp.where(density[i] >= 1, 1, p))
-        kept.append((bernoulli(d, keys[i], p), p))
-    return kept
+        kept.append((bernoulli(d, x.keys[i], p), p))
+    return lambda x: kept
 
 
 def rank_drop(density: Any = REQUIRED, epsilon: Any = 0.15) -> Sparsifier:
@@ -106,13 +125,21 @@ def rank_drop(density: Any = REQUIRED, epsilon: Any = 0.15) -> Sparsifier:
     )
 
 
-def _variance_select(deltas: tuple[Array, ...], keys: Array | None, *, select_topk: Array) -> list[Kept]:
+def _variance_select(x: Operands, *, select_topk: Array) -> Keep:
+    deltas = x.after().deltas  # not held for what is kept of them
     mean = sum(deltas[1:], start=deltas[0]) / len(deltas)
-    variance = sum((jnp.square(d - mean) for d in deltas), start=jnp.zeros_like(mean)) / len(deltas)
-    nonzero = jnp.sum(variance > 0, dtype=jnp.uint32)
-    chosen = order.top(variance, order.share_of(select_topk, nonzero))
-    chosen = chosen | (select_topk[0] >= select_topk[1])  # 1 keeps all, also where the models agree
-    return [(jnp.where(chosen, d, 0), None) for d in deltas]
+    # The one array of the leaf's size that is held: squares and sums round as the compiler contracts them.
+    variance = jax.lax.optimization_barrier(
+        sum((jnp.square(d - mean) for d in deltas), start=jnp.zeros_like(mean)) / len(deltas)
+    )
+    (nonzero,) = passes.sums([(variance > 0).astype(jnp.uint32)])
+    ((most,),) = cut.cuts(lambda stored: stored, (variance,), [[order.share_of(select_topk, nonzero)]])
+
+    def keep(x: Operands) -> list[Kept]:
+        chosen = most.mask(variance) | (select_topk[0] >= select_topk[1])  # 1 keeps all, also where the models agree
+        return [(jnp.where(chosen, d, 0), None) for d in x.deltas]
+
+    return keep
 
 
 def variance_select(select_topk: Any = REQUIRED) -> Sparsifier:
@@ -139,7 +166,7 @@ def rescale_kept(kept: Array, delta: Array, probability: Array | None, how: str 
     if how == "inverse":
         assert probability is not None
         return kept / jnp.where(probability > 0, probability, 1)
-    before, after = jnp.abs(delta).sum(), jnp.abs(kept).sum()
+    before, after = passes.sums([jnp.abs(delta), jnp.abs(kept)])
     return kept * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
 
 

@@ -12,7 +12,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import jaxmerge
-from jaxmerge.files import merge, recipe, safetensors, stream
+from jaxmerge.files import journal, merge, safetensors
+from jaxmerge.files.methods import METHODS
+from jaxmerge.files.source import read
 
 NAMES = {
     "model.embed_tokens.weight": (16, 6),
@@ -61,7 +63,7 @@ def write(text, name="recipe.yaml"):
 
 
 def load(path):
-    return {name: stored.read() for name, stored in safetensors.open_folder(pathlib.Path(path)).items()}
+    return {name: read(stored) for name, stored in safetensors.open_folder(pathlib.Path(path)).items()}
 
 
 def in_memory(path, dtype=None):
@@ -142,7 +144,7 @@ def test_merging_on_disk_is_merging_in_memory(here, method):
     text, keywords = CASES[method]
     report = merge(write(f"merge_method: {method}\n{text}"), "out")
     assert report["tensors"] == len(NAMES)
-    rule = jaxmerge.rule(recipe.METHODS[method].rule)
+    rule = jaxmerge.rule(METHODS[method].rule)
     keywords = dict(keywords)
     if "key" in keywords:
         keywords["key"] = jax.random.key(keywords["key"])
@@ -273,19 +275,19 @@ LINEAR = "merge_method: linear\nmodels: [{model: one, parameters: {weight: 1}}]\
         ("merge_method: linear\nmodels: [{modl: one}]", "unknown key of a model 'modl'; did you mean 'model'"),
         (LINEAR + "parameters: {wieght: 1}", "unknown parameter of linear 'wieght'; did you mean 'weight'"),
         (LINEAR + "parameters: {weight: heavy}", "parameter 'weight' is 'heavy', wanted a number"),
-        (LINEAR + "parameters: {normalize: 1}", "parameter 'normalize' is 1, wanted true or false"),
+        (LINEAR + "parameters: {normalize: often}", "parameter 'normalize' is 'often', wanted true or false"),
         (LINEAR + "parameters: {weight: [{filter: mlp}]}", "a condition of 'weight' has no 'value'"),
         (LINEAR + "dtype: float31", "unknown dtype 'float31'; did you mean 'float32'"),
-        (LINEAR + "slices: [1]", "'slices' is not supported yet"),
-        (LINEAR + "tokenizer_source: union", "only 'tokenizer_source: base' is supported yet"),
+        (LINEAR + "slices: [1]", "exactly one of 'models', 'slices' and 'modules' is wanted"),
+        (LINEAR + "tokenizer_source: union", "one: tokenizer.json names no model with a vocabulary"),
         (LINEAR + "seed: many", "seed 'many' is no integer"),
-        (LINEAR + "---\na: 1", "holds 2 documents"),
+        (LINEAR + "---\na: 1", "unknown key 'a'; there are merge_method"),
         ("merge_method: [", "is no YAML"),
         ("merge_method: linear\nmodels: [{model: one}]", "linear needs the parameter 'weight' of model 'one'"),
         ("merge_method: imm\nmodels: [{model: one}]", "imm needs a base_model"),
         ("merge_method: interpolate\nmodels: [{model: one}]", "interpolate needs 2 models; found 1"),
-        ("merge_method: linear\nmodels: [{model: one+lora, parameters: {weight: 1}}]", "'model\\+adapter'"),
-        ("merge_method: linear\nmodels: [{model: none, parameters: {weight: 1}}]", "model 'none' is no folder here"),
+        ("merge_method: linear\nmodels: [{model: one+lora, parameters: {weight: 1}}]", "'one\\+lora': the adapter 'lora' is no folder"),
+        ("merge_method: linear\nmodels: [{model: none, parameters: {weight: 1}}]", "model 'none' is no folder or file here"),
         (LINEAR.replace("1}", "0}"), r"average: weights \[0.0\] sum to zero"),
     ],
 )
@@ -345,8 +347,8 @@ def test_no_space_and_no_place(here, monkeypatch):
     (here / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write"):
         merge("recipe.yaml", "file/out")
-    monkeypatch.setattr(stream.safetensors.shutil, "disk_usage", lambda path: _Usage())
-    with pytest.raises(ValueError, match=r"no space left for out: it needs 0.00 GB, .* has 0.00 GB free"):
+    monkeypatch.setattr(journal.shutil, "disk_usage", lambda path: _Usage())
+    with pytest.raises(ValueError, match="no space left for out: it needs 0.00 GB, 0.00 GB are free"):
         merge("recipe.yaml", "out")
     monkeypatch.undo()
     monkeypatch.chdir(here)
@@ -355,9 +357,13 @@ def test_no_space_and_no_place(here, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors.os, "pwrite", full)
-    with pytest.raises(ValueError, match="no space left while writing out; nothing was kept"):
+    with pytest.raises(ValueError, match="no space left while writing out; free some and give the same command again"):
         merge("recipe.yaml", "out")
-    assert not [path for path in here.iterdir() if "out" in path.name]
+    assert not (here / "out").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert merge("recipe.yaml", "out")["tensors"] == len(NAMES)
+    assert not [path for path in here.iterdir() if path.name.startswith(".out")]
 
 
 class _Usage:

@@ -15,10 +15,11 @@ from test_models_hf import BASE, CASES, config_of, logits, write_folder
 from test_models_tokenizer import FULL, byte_level, gguf_metadata
 from test_models_tokenizer import write_folder as write_tokenizer
 
+from jaxmerge.files.gguf import INNER, OUTER, hf_name, unpermute
 from train.log import UserError
 from train.models import load
 from train.models.decoder import init
-from train.models.gguf import INNER, OUTER, hf_name, load_gguf, unpermute
+from train.models.gguf import load_gguf
 from train.models.hf import named, save_hf
 from train.models.load import load_model, read_config
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmerge.files.gguf import unpermute
 from train.models.decoder import forward
-from train.models.gguf import unpermute
 from train.models.hf import load_hf, named, save_hf
 from train.models.load import load_model, resolve
 

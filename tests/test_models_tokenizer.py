@@ -8,8 +8,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from jaxmerge.files.gguf import CONTROL
 from train.log import UserError
-from train.models.tokenizer import CONTROL, Tokenizer
+from train.models.tokenizer import Tokenizer
 
 TEXTS = [
     "",

@@ -3,15 +3,25 @@ r"""From a recipe and its open sources to a list of jobs: one a tensor to write,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.files.recipe import Method
-from jaxmerge.files.source import Tensor
+from jaxmerge.delta import check_compat
+from jaxmerge.files import companions, layers, operands, vocabulary
+from jaxmerge.files.methods import COPY, METHODS, REQUIRED, Method, Number, resolve
+from jaxmerge.files.operands import Draft, Operand
+from jaxmerge.files.recipe import Module, Recipe, Slice
+from jaxmerge.files.source import Source, Tensor
+from jaxmerge.linear import check_sum
+
+ALLOW = ("missing", "unused", "shapes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,3 +76,218 @@ class Plan:
     jobs: tuple[Job, ...]
     companions: Callable[[pathlib.Path], None]
     notes: tuple[str, ...]
+
+
+def make(
+    recipe: Recipe,
+    sources: Mapping[str, Source],
+    *,
+    compat: str | None = None,
+    allow: Sequence[str] = (),
+    vocabulary: vocabulary.Vocabulary | None = None,
+) -> Plan:
+    """Resolve a recipe for open checkpoints.
+
+    Args:
+      recipe: a checked recipe.
+      sources: every model of `recipe.sources`, open.
+      compat: "mergekit" switches off where this differs from mergekit by default; see docs/merge.md.
+      allow: "missing": a tensor that some models lack is merged from those that have it, copied from the base (else
+        the first model) where too few do. "unused": tensors that the base (else the first model) lacks are left
+        out. "shapes": of tensors of unlike shapes the base's (else the first model's) is copied.
+      vocabulary: of the result; by default built where the recipe has `tokenizer`.
+
+    Raises:
+      ValueError: models do not match, or a parameter is missing; all tensors concerned are listed, to some number.
+    """
+    check_compat(compat)
+    for word in allow:
+        if word not in ALLOW:
+            raise ValueError(f"allow={word!r}, wanted some of {', '.join(ALLOW)}")
+    missing = [name for name in recipe.sources if name not in sources]
+    if missing:
+        raise ValueError(f"sources lack {', '.join(map(repr, missing))}, which the recipe names")
+    sources = {name: sources[name] for name in recipe.sources}
+    notes = [*recipe.notes, *(note for source in sources.values() for note in source.notes)]
+    sources = operands.with_heads(sources, recipe.donor, notes, compat=compat)
+    if vocabulary is None and recipe.tokenizer is not None:
+        vocabulary = _vocabulary(recipe, sources)
+    if vocabulary is not None:
+        notes += vocabulary.notes
+    planner = _Planner(recipe, sources, vocabulary, compat, frozenset(allow), notes)
+    jobs = planner.jobs()
+    donor = sources[recipe.donor] if vocabulary is None else vocabulary.apply(sources[recipe.donor])
+    config, more = companions.config(
+        donor.config, planner.stacks, recipe, dtype=_main_dtype(jobs), rows=planner.matching.rows
+    )
+    notes += more
+    if vocabulary is None:
+        notes += companions.tokenizer_notes(sources)
+    template = companions.chat_template(recipe.chat_template, sources.values(), notes)
+    write = functools.partial(companions.write, donor=donor, config=config, template=template)
+    return Plan(tuple(jobs), write, tuple(dict.fromkeys(notes)))
+
+
+def _vocabulary(recipe: Recipe, sources: Mapping[str, Source]) -> vocabulary.Vocabulary:
+    assert recipe.tokenizer is not None
+    return vocabulary.build(recipe.tokenizer, sources, recipe.base, dtype=recipe.dtype)
+
+
+class _Planner:
+    """One recipe on its way to jobs. `stacks` says, by container of sliced layers, where each of them is from."""
+
+    def __init__(self, recipe, sources, vocabulary, compat, allow, notes):
+        self.recipe: Recipe = recipe
+        self.sources: Mapping[str, Source] = sources
+        self.vocabulary: vocabulary.Vocabulary | None = vocabulary
+        self.compat: str | None = compat
+        self.stacks: dict[str, companions.Stack] = {}
+        self.matching = operands.Matching(allow, compat, notes)
+        self.notes: list[str] = notes
+
+    def jobs(self) -> list[Job]:
+        modules = self.recipe.modules
+        layers.check_modules(modules, {name: source.tensors for name, source in self.sources.items()})
+        donor = self.sources[self.recipe.donor]
+        unclaimed = [name for name in donor.tensors if layers.module_of(name, modules) is None]
+        self.matching.unclaimed(donor.name, unclaimed)
+        drafts = [draft for module in modules for draft in (self._whole if module.whole else self._sliced)(module)]
+        matched = [self.matching.matched(draft, self.recipe.method) for draft in drafts]
+        self.matching.check()
+        return [self._job(draft) for draft in matched if draft is not None]
+
+    def _tensors(self, part: Slice, module: Module) -> list[dict[str, Tensor]]:
+        """For each source of a slice, its tensors of a module; embeddings in the vocabulary of the result."""
+        names = [entry.model for entry in part.sources]
+        opened = [self.sources[name] for name in names]
+        if self.vocabulary is not None and part in (module.slices[0], module.slices[-1]):
+            # Rows that a model lacks come from the models it is merged with, not from those of another slice.
+            opened = [self.vocabulary.apply(source, among=dict.fromkeys(names)) for source in opened]
+        claim = functools.cache(lambda name: layers.module_of(name, self.recipe.modules) == module.name)
+        return [{name: tensor for name, tensor in source.tensors.items() if claim(name)} for source in opened]
+
+    def _whole(self, module: Module) -> Iterator[Draft]:
+        (part,) = module.slices
+        tensors = self._tensors(part, module)
+        first = operands.reference(part)
+        depth = layers.depths(tensors[first])
+        self.matching.unused(part, [list(names) for names in tensors])
+        for name in tensors[first]:
+            found = [Operand(e, name, t.get(name)) for e, t in zip(part.sources, tensors, strict=True)]
+            yield Draft(name, depth[name], module, part, found)
+
+    def _sliced(self, module: Module) -> Iterator[Draft]:
+        parts = module.slices
+        tensors = [self._tensors(part, module) for part in parts]
+        first = operands.reference(parts[0])
+        container = layers.container_of(tensors[0][first], module.name, parts[0].sources[first].model)
+        yield from self._outside(module, parts[0], tensors[0], before=True)
+        stack: list[tuple[str, int]] = []
+        for part, found in zip(parts, tensors, strict=True):
+            yield from self._slice(module, part, found, container, stack)
+        yield from self._outside(module, parts[-1], tensors[-1], before=False)
+        source = self.sources[self.recipe.donor]
+        had = layers.layer_counts(source.tensors).get(container, 0)
+        self.stacks[container] = companions.Stack(module.name, had, tuple(stack), self.sources)
+
+    def _outside(self, module: Module, part: Slice, tensors: list[dict[str, Tensor]], before: bool) -> Iterator[Draft]:
+        """Tensors outside the layers: from the first slice or the last, at t = 0."""
+        sources = part.sources
+        if self.compat and not before:
+            # mergekit takes as many sources of the last slice as the first slice has.
+            sources = sources[: len(module.slices[0].sources)]
+        wanted = [[n for n in names if layers.split(n) is None and layers.is_before(n) == before] for names in tensors]
+        self.matching.unused(part, wanted)
+        for name in wanted[operands.reference(part)]:
+            found = [Operand(e, name, t.get(name)) for e, t in zip(sources, tensors, strict=False)]
+            yield Draft(name, 0.0, module, part, found)
+
+    def _slice(
+        self, module: Module, part: Slice, tensors: list[dict[str, Tensor]], container: str, stack: list
+    ) -> Iterator[Draft]:
+        by_layer = [layers.by_layer(names, container) for names in tensors]
+        first = operands.reference(part)
+        for entry, found in zip(part.sources, by_layer, strict=True):
+            assert entry.layers is not None
+            count = max(found, default=-1) + 1
+            if entry.layers[1] > count:
+                raise ValueError(
+                    f"layer_range {list(entry.layers)} of {entry.model!r} ends after its {count} layers "
+                    f"({container}.0 to {container}.{count - 1}); wanted an end of at most {count}"
+                )
+        for i in range(part.length):
+            at = [entry.layers[0] + i for entry in part.sources if entry.layers is not None]
+            named = [found.get(layer, {}) for found, layer in zip(by_layer, at, strict=True)]
+            self.matching.unused(part, [list(names) for names in named], prefixes=[f"{container}.{l}." for l in at])
+            t = i / (part.length - 1) if part.length > 1 else 1.0
+            for rest in named[first]:
+                found = [
+                    Operand(entry, name := f"{container}.{layer}.{rest}", names.get(name))
+                    for entry, layer, names in zip(part.sources, at, tensors, strict=True)
+                ]
+                yield Draft(f"{container}.{len(stack)}.{rest}", t, module, part, found)
+            stack.append((part.sources[first].model, at[first]))
+
+    def _job(self, draft: Draft) -> Job:
+        """Turn a draft whose operands are all there and alike into a job."""
+        recipe = self.recipe
+        inputs, base = draft.roles(recipe.method)
+        labels = draft.labels()
+        stored = (inputs or [draft.first])[0].stored.dtype
+        is_float = jnp.issubdtype(stored, jnp.floating)
+        if draft.copied or not inputs or not is_float:
+            inputs, base, method = [draft.first], None, COPY
+            coefficients: dict[str, Any] = {"scale": 1.0}
+        else:
+            method, coefficients = recipe.method, self._coefficients(draft, inputs)
+        out = recipe.out_dtype or recipe.dtype or (self._promoted(draft) if self.compat else stored)
+        return Job(
+            draft.name, draft.name.replace(".", "/"), method,
+            tuple(Input(labels[id(operand)], operand.stored) for operand in inputs),
+            None if base is None else Input(labels[id(base)], base.stored), coefficients,
+            recipe.dtype if is_float else None, np.dtype(out) if is_float else stored, tuple(draft.first.stored.shape),
+        )  # fmt: skip
+
+    def _promoted(self, draft: Draft) -> np.dtype:
+        with jax.numpy_dtype_promotion("standard"):
+            return np.dtype(functools.reduce(jnp.promote_types, (o.stored.dtype for o in draft.operands)))
+
+    def _coefficients(self, draft: Draft, inputs: Sequence[Operand]) -> dict[str, Any]:
+        """The rule's keywords: by the names of the sources' tensors for what is one a model, else by the result's."""
+        method = self.recipe.method
+        outer = (draft.part.parameters, draft.module.parameters, self.recipe.parameters)
+        found: dict[str, Any] = {}
+        for parameter, (keyword, default) in method.each.items():
+            found[keyword] = [
+                self._value(parameter, default, (o.entry.parameters, *outer), o.name, draft.t, o.entry.model)
+                for o in inputs
+            ]
+        for parameter, (keyword, default) in (*method.shared.items(), *method.options.items()):
+            found[keyword] = self._value(parameter, default, outer, draft.name, draft.t, None)
+        if method is METHODS["passthrough"]:
+            found["scale"] = found["scale"][0]
+        if method.rule == "average" and found["normalize"]:
+            try:
+                check_sum(found["weights"], len(inputs), "average")
+            except ValueError as error:
+                raise ValueError(f"tensor {draft.name!r}: {error}") from None
+        if "rescale" in found:
+            found["rescale"] = "l1" if found["rescale"] else None  # mergekit's keeps the L1 norm of the tensor
+        return found | ({"compat": self.compat} if method.compat else {})
+
+    def _value(self, parameter, default, scopes, name: str, t: float, model: str | None) -> Number:
+        value = resolve(parameter, default, scopes, name, t)
+        if value is None:
+            assert default is REQUIRED
+            of = f" of model {model!r}" if model else ""
+            raise ValueError(f"{self.recipe.merge_method} needs the parameter {parameter!r}{of} for tensor {name!r}")
+        return value
+
+
+def _main_dtype(jobs: Sequence[Job]) -> np.dtype | None:
+    """Return the floating dtype that most bytes of the result have."""
+    sizes: dict[np.dtype, int] = {}
+    for job in jobs:
+        if jnp.issubdtype(job.out_dtype, jnp.floating):
+            sizes[job.out_dtype] = sizes.get(job.out_dtype, 0) + job.size
+    return max(sizes, key=lambda dtype: sizes[dtype], default=None)

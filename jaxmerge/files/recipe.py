@@ -2,343 +2,389 @@ r"""Recipes: mergekit's YAML grammar, our methods in the same one, typed and ref
 
     merge_method: task_arithmetic          # a name of METHODS
     base_model: path/of/base               # where the method takes one
-    models:
+    models:                                # or slices, or modules: exactly one of the three
       - model: path/of/one
         parameters: {weight: 0.5}          # number | [gradient over depth] | [{filter: substring, value: …}, …]
-      - model: path/of/two
+      - model: path/of/two+path/of/adapter
         parameters: {weight: [0.2, 0.8]}
-    parameters: {lambda: 0.9}              # for all models, where the model itself says nothing
+    parameters: {lambda: 0.9}              # for all models, where the model, slice and module say nothing
     dtype: float32                         # inputs are cast to this first; by default as stored
     out_dtype: bfloat16                    # the result's; by default dtype, else as the first model stores it
+    tokenizer: {source: union}             # or tokenizer_source: union
+    chat_template: auto
     seed: 0                                # ours: of the random methods
 
-A filter is a substring of the tensor's dotted name, the first that matches wins, and a gradient is piecewise
-linear in layer / (layers − 1), 0 outside the layers, all as in mergekit.
+    slices:                                # layers, stacked one slice upon the other
+      - sources:
+          - {model: path/of/one, layer_range: [0, 16], parameters: …}
+        base_model: path/of/base           # of this slice
+        parameters: …
+    modules:                               # parts of a model by prefix of the tensors' names, `default` the rest
+      default: {models: …}                 # or slices; and parameters
+
+Several documents with a `name` each are stages: a name stands for its result wherever a model may stand.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from jaxmerge import where
+from jaxmerge.files.chat import check_template
+from jaxmerge.files.methods import IGNORED, METHODS, REQUIRED, Method, Scope, check, known
 from jaxmerge.files.safetensors import DTYPES
+from jaxmerge.files.vocabulary import Options
+from jaxmerge.files.vocabulary import parse as parse_tokenizer
 from jaxmerge.rules import RULES
 
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """How a recipe's method becomes a call of a rule: its parameters' names, scopes and defaults."""
-
-    rule: str
-    each: Mapping[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)
-    shared: Mapping[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)
-    options: Mapping[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)
-    base_is_input: bool = False  # the base is one of the models, not what deltas are taken from
-    base_first: bool = False  # and it is the first of them, whatever the order in the recipe
-    unused: tuple[str, ...] = ()  # parameters of the grammar that change nothing in this method
-    compat: bool = False  # the rule takes compat="mergekit"
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        return (*self.each, *self.shared, *self.options, *self.unused)
-
-
-REQUIRED = object()
-DEFAULT = object()  # leave it to the rule: its default is the same
-_WEIGHT = {"weight": ("weights", REQUIRED)}
-_LAMBDA = {"lambda": ("scale", 1.0)}
-
-
-def _sparse(rule: str, normalize: bool, rescale: bool, **more: Any) -> Method:
-    """A method of the delta family: weight, density and more a model; lambda; normalize and rescale."""
-    return Method(
-        rule,
-        each={**_WEIGHT, "density": ("density", 1.0), **{name: (name, DEFAULT) for name in more}},
-        shared=_LAMBDA,
-        options={"normalize": ("normalize", normalize), "rescale": ("rescale", rescale)},
-    )
-
-
-METHODS: dict[str, Method] = {
-    "linear": Method("average", each=_WEIGHT, options={"normalize": ("normalize", True)}, base_is_input=True),
-    "slerp": Method("slerp", shared={"t": ("t", REQUIRED)}, base_is_input=True, base_first=True),
-    "nuslerp": Method(
-        "nuslerp",
-        each=_WEIGHT,
-        options={"nuslerp_row_wise": ("row_wise", False), "nuslerp_flatten": ("flatten", True)},
-    ),
-    "multislerp": Method(
-        "multislerp",
-        each=_WEIGHT,
-        options={"normalize_weights": ("normalize", True), "eps": ("eps", 1e-8)},
-    ),
-    "karcher": Method("karcher", options={"max_iter": ("max_iter", 10), "tol": ("tol", 1e-5)}, base_is_input=True),
-    "task_arithmetic": Method(
-        "task_arithmetic",
-        each=_WEIGHT,
-        shared=_LAMBDA,
-        options={"normalize": ("normalize", False)},
-        unused=("density", "rescale"),
-    ),
-    "ties": _sparse("ties", normalize=True, rescale=False),
-    "dare_linear": _sparse("dare", normalize=False, rescale=True),
-    "dare_ties": _sparse("dare_ties", normalize=False, rescale=True),
-    "della": _sparse("della", normalize=True, rescale=True, epsilon=DEFAULT),
-    "della_linear": _sparse("della_linear", normalize=False, rescale=True, epsilon=DEFAULT),
-    "breadcrumbs": _sparse("breadcrumbs", normalize=False, rescale=False, gamma=DEFAULT),
-    "breadcrumbs_ties": _sparse("breadcrumbs_ties", normalize=False, rescale=False, gamma=DEFAULT),
-    "sce": Method("sce", shared={"select_topk": ("select_topk", 1.0)}, compat=True),
-    "model_stock": Method("model_stock", options={"filter_wise": ("filter_wise", False)}, compat=True),
-    "nearswap": Method("nearswap", shared={"t": ("t", REQUIRED)}),
-    "arcee_fusion": Method("arcee_fusion"),
-    "ram": Method("ram", shared={"epsilon": ("epsilon", DEFAULT)}),
-    "ramplus_tl": Method(
-        "ramplus_tl", shared={"epsilon": ("epsilon", DEFAULT), "r": ("r", DEFAULT), "alpha": ("alpha", DEFAULT)}
-    ),
-    "passthrough": Method("passthrough", shared={"scale": ("scale", 1.0)}, base_is_input=True),
-    "interpolate": Method("interpolate", shared={"t": ("t", 0.5)}, base_is_input=True),
-    "extrapolate": Method("extrapolate", shared={"alpha": ("alpha", REQUIRED)}),
-    "extrapolation_merge": Method(
-        "extrapolation_merge", each={"alpha": ("alphas", REQUIRED), "weight": ("weights", 1.0)}
-    ),
-    "imm": Method("imm", shared={"alpha": ("alpha", 0.5), "drop": ("drop", 0.0)}),
-}
+__all__ = ["IGNORED", "METHODS", "REQUIRED", "Entry", "Method", "Module", "Recipe", "Slice", "parse", "read"]
 KEYS = (
-    "merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "seed", "name",
-    "slices", "modules", "tokenizer", "tokenizer_source", "chat_template",
+    "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype", "tokenizer",
+    "tokenizer_source", "chat_template", "name", "seed",
 )  # fmt: skip
-IGNORED = ("int8_mask",)  # a memory setting of old mergekit, without effect on the numbers
+SLICE_KEYS = ("sources", "base_model", "parameters", "residual_weight")
 FLOATS = {str(dtype): dtype for dtype in DTYPES.values() if jnp.issubdtype(dtype, jnp.floating)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One model of a recipe and its own parameters."""
+    """One source: a model, or `layers` [a, b) of it, and its own parameters."""
 
     model: str
-    parameters: Mapping[str, Any]
+    parameters: Scope
+    layers: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Sources that are merged layer by layer into one run of layers; `base` is the base_model in force."""
+
+    sources: tuple[Entry, ...]
+    base: str | None
+    parameters: Scope
+
+    @property
+    def length(self) -> int:
+        """Layers of the slice; 0 where whole models are merged."""
+        layers = self.sources[0].layers or (0, 0)
+        return layers[1] - layers[0]
+
+    def roles(self, method: Method) -> tuple[list[Entry], Entry | None]:
+        """Return the inputs of the rule in its order, and the base it takes deltas from, if it does."""
+        own = next((entry for entry in self.sources if entry.model == self.base), None)
+        if own is None or (method.base_is_input and not method.base_first):
+            return list(self.sources), None
+        others = [entry for entry in self.sources if entry is not own]
+        return ([own, *others], None) if method.base_is_input else (others, own)
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A part of a model: tensors under the prefix `name`, or with the name `default` all that no other claims."""
+
+    name: str
+    slices: tuple[Slice, ...]
+    parameters: Scope
+
+    @property
+    def whole(self) -> bool:
+        """Whether whole models are merged, not layers of them."""
+        return self.slices[0].sources[0].layers is None
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. `models` are the inputs of the rule in order; `base` is what it takes deltas from."""
+    """A checked recipe. `models` and `slices` in the file are one module `default` here."""
 
-    method: Method
     merge_method: str
-    models: tuple[Entry, ...]
+    modules: tuple[Module, ...]
     base: str | None
-    parameters: Mapping[str, Any]
+    parameters: Scope
     dtype: np.dtype | None
     out_dtype: np.dtype | None
     seed: int
+    tokenizer: Options | None
+    chat_template: str | None
+    name: str | None
     text: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.merge_method]
 
     @property
     def sources(self) -> list[str]:
-        """Every model to open, once."""
-        names = [entry.model for entry in self.models]
-        return list(dict.fromkeys(names if self.base is None else [*names, self.base]))
+        """Every model to open, once: in the order of the recipe."""
+        entries = [entry.model for module in self.modules for s in module.slices for entry in s.sources]
+        return list(dict.fromkeys(entries if self.base is None else [*entries, self.base]))
 
-    def coefficients(self, name: str, depth: float) -> dict[str, Any]:
-        """Return the rule's coefficients and options for the tensor of dotted name `name`."""
-        found: dict[str, Any] = {}
-        for yaml_name, (coefficient, default) in self.method.each.items():
-            values = [
-                self._value(yaml_name, default, (entry.parameters, self.parameters), name, depth, entry.model)
-                for entry in self.models
-            ]
-            given = [value for value in values if value is not DEFAULT]
-            if given and len(given) < len(values):
-                raise ValueError(f"{yaml_name!r} is given for some models and not for others; give it for all")
-            if given:
-                found[coefficient] = values
-        for yaml_name, (coefficient, default) in (*self.method.shared.items(), *self.method.options.items()):
-            # What stands at one model means the same as for all, where a method has one of it.
-            scopes = (*(entry.parameters for entry in self.models), self.parameters)
-            value = self._value(yaml_name, default, scopes, name, depth, None)
-            if value is not DEFAULT:
-                found[coefficient] = value
-        if "rescale" in found:
-            found["rescale"] = "l1" if found["rescale"] else None  # mergekit's keeps the L1 norm of the tensor
-        return found
-
-    def _value(self, parameter, default, scopes, name: str, depth: float, model: str | None) -> Any:
-        for scope in scopes:
-            if parameter in scope:
-                value = evaluate(scope[parameter], name, depth)
-                if value is not None:
-                    return value
-        if default is REQUIRED:
-            of = f" of model {model!r}" if model else ""
-            raise ValueError(f"{self.merge_method} needs the parameter {parameter!r}{of} for tensor {name!r}")
-        return default
+    @property
+    def donor(self) -> str:
+        """The model whose config and tokenizer the result takes: the base, else the first."""
+        return self.base or self.sources[0]
 
 
-def evaluate(setting: Any, name: str, depth: float) -> Any:
-    """Resolve one YAML setting for a tensor, or None if no filter of it matches.
+def read(path: pathlib.Path, *, compat: str | None = None) -> list[Recipe]:
+    """Read and check a recipe file.
 
-    Example:
-      >>> evaluate([{"filter": "mlp", "value": [0, 1]}, {"value": 0.3}], "model.layers.1.mlp.w", 0.5)
-      0.5
+    Relative paths of models are relative to the current folder.
+
+    Args:
+      path: the YAML file.
+      compat: "mergekit" takes what mergekit takes: what it ignores in silence becomes a note, not an error.
+
+    Returns:
+      One recipe, or the stages of several documents in the order to run them; the last is the result.
     """
-    if isinstance(setting, list) and setting and all(isinstance(entry, Mapping) for entry in setting):
-        for entry in setting:
-            if entry.get("filter") in (None, "*") or entry["filter"] in name:
-                return evaluate(entry["value"], name, depth)
-        return None
-    if isinstance(setting, Mapping):
-        return evaluate([setting], name, depth)
-    if isinstance(setting, bool | str):
-        return setting
-    return where.resolve(setting, name.replace(".", "/"), depth, name="parameter")
-
-
-def read(path: pathlib.Path) -> Recipe:
-    """Read and check a recipe file; relative model paths are relative to the current folder."""
     try:
         text = path.read_text()
     except OSError as error:
         raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from None
     try:
-        documents = list(yaml.safe_load_all(text))
+        documents = [document for document in yaml.safe_load_all(text) if document is not None]
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    if len(documents) != 1:
-        raise ValueError(
-            f"{path} holds {len(documents)} documents; multi-stage recipes are not supported yet: run one at a time"
-        )
     try:
-        return parse(documents[0], text)
+        if len(documents) == 1:
+            return [parse(documents[0], text, compat=compat)]
+        return _in_order([parse(document, compat=compat) for document in documents])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def parse(document: Any, text: str = "") -> Recipe:
+def parse(document: Any, text: str = "", *, compat: str | None = None) -> Recipe:
     """Check a recipe given as plain data."""
     if not isinstance(document, Mapping):
         raise ValueError(f"a recipe is a mapping with merge_method and models, found {type(document).__name__}")
-    for key in document:
-        known(key, KEYS, "key")
-    for key in ("slices", "modules", "chat_template"):
-        if document.get(key) is not None:
-            raise ValueError(f"{key!r} is not supported yet; list whole models under 'models'")
-    if document.get("tokenizer") is not None or document.get("tokenizer_source") not in (None, "base"):
-        raise ValueError(
-            "only 'tokenizer_source: base' is supported yet: the tokenizer is copied from base_model, else from "
-            "the first model"
-        )
-    merge_method = document.get("merge_method")
-    if merge_method is None:
-        raise ValueError(f"no 'merge_method'; there are {', '.join(METHODS)}")
-    known(merge_method, METHODS, "merge_method")
-    method = METHODS[merge_method]
-    parameters = _parameters(document.get("parameters"), method, merge_method)
-    entries = [_entry(entry, method, merge_method) for entry in _list(document.get("models"), "models")]
-    base = document.get("base_model")
-    if base is not None:
-        base = _model(base, "base_model")
-    needs = RULES[method.rule].needs
-    names = [entry.model for entry in entries]
-    if not method.base_is_input:
-        # mergekit's recipes list the base among the models too; it carries no delta.
-        entries = [entry for entry in entries if entry.model != base]
-    elif base is not None and method.base_first:
-        own = [entry for entry in entries if entry.model == base] or [Entry(base, {})]
-        entries = own + [entry for entry in entries if entry.model != base]
-    elif base is not None and base not in names:
-        raise ValueError(f"base_model {base!r} is not among the models {names}, which {merge_method} merges")
-    if needs.base == "required" and base is None:
-        raise ValueError(f"{merge_method} needs a base_model")
-    if len(entries) < needs.least or (needs.most is not None and len(entries) > needs.most):
-        raise ValueError(f"{merge_method} needs {needs}; found {len(entries)} models")
-    seed = document.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ValueError(f"seed {seed!r} is no integer")
-    return Recipe(
-        method, merge_method, tuple(entries), None if method.base_is_input else base, parameters,
-        _dtype(document.get("dtype"), "dtype"), _dtype(document.get("out_dtype"), "out_dtype"), seed,
-        text or yaml.safe_dump(dict(document), sort_keys=False),
-    )  # fmt: skip
+    return _Parser(document, compat).recipe(text or yaml.safe_dump(dict(document), sort_keys=False))
 
 
-def known(word: Any, words: Sequence[str] | Mapping[str, Any], what: str) -> None:
-    """Raise if `word` is not one of `words`, naming the nearest."""
-    if word in words:
-        return
-    near = difflib.get_close_matches(str(word), list(words), n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"unknown {what} {word!r}; {hint}there are {', '.join(words)}")
+def _in_order(recipes: list[Recipe]) -> list[Recipe]:
+    """Sort stages so that each comes after those it uses; the nameless one, else the last, is the result."""
+    if not recipes:
+        raise ValueError("the recipe is empty; write merge_method and models")
+    names = [recipe.name for recipe in recipes]
+    for name in names:
+        if names.count(name) > 1:
+            what = "no 'name'" if name is None else f"the name {name!r}"
+            raise ValueError(f"{names.count(name)} documents have {what}; give each stage a name of its own")
+    by_name = dict(zip(names, recipes, strict=True))
+    result = by_name.get(None, recipes[-1])
+    order: list[Recipe] = []
+
+    def visit(recipe: Recipe, path: tuple[str | None, ...]) -> None:
+        if recipe.name in path:
+            circle = " → ".join(str(name) for name in (*path[path.index(recipe.name) :], recipe.name))
+            raise ValueError(f"the stages go in a circle: {circle}; a stage uses those that are made before it")
+        for source in recipe.sources:
+            stage = by_name.get(source.split("+")[0])
+            if stage is not None:
+                visit(stage, (*path, recipe.name))
+        if recipe not in order:
+            order.append(recipe)
+
+    visit(result, ())
+    idle = [recipe.name for recipe in recipes if recipe not in order]
+    if idle:
+        raise ValueError(f"stage {idle[0]!r} is used by none that leads to the result; remove it, or run it by itself")
+    return order
 
 
-def _list(value: Any, name: str) -> list[Any]:
+class _Parser:
+    """One document on its way to a Recipe: the method in force and the notes on what was ignored."""
+
+    def __init__(self, document: Mapping[str, Any], compat: str | None):
+        self.document, self.lenient, self.notes = document, compat == "mergekit", []
+        for key in document:
+            self.known(key, KEYS, "key")
+        if document.get("merge_method") is None:
+            raise ValueError(f"no 'merge_method'; there are {', '.join(METHODS)}")
+        self.name: str = document["merge_method"]
+        known(self.name, METHODS, "merge_method")
+        self.method = METHODS[self.name]
+        base = document.get("base_model")
+        self.base = None if base is None else model_name(base, "base_model")
+        self.needs = RULES[self.method.rule].needs
+        base_needed = self.needs.base == "required" or self.name == "slerp"
+        if base_needed and self.base is None and not _has_slice_bases(document):
+            raise ValueError(f"{self.name} needs a base_model")
+
+    def known(self, word: Any, words: Any, what: str) -> bool:
+        """Say whether `word` is known; one that is not is refused, or noted where mergekit would ignore it."""
+        try:
+            known(word, words, what)
+        except ValueError as error:
+            if not self.lenient:
+                raise
+            self.notes.append(f"{error}; ignored, as mergekit does")
+            return False
+        return True
+
+    def recipe(self, text: str) -> Recipe:
+        document = self.document
+        modules = self.modules()
+        seed = document.get("seed", 0)
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ValueError(f"seed {seed!r} is no integer")
+        for key in ("name", "chat_template"):
+            if document.get(key) is not None and not isinstance(document[key], str):
+                raise ValueError(f"{key} is {document[key]!r}, wanted text")
+        if document.get("chat_template"):
+            check_template(document["chat_template"])
+        given = [document[key] for key in ("tokenizer", "tokenizer_source") if document.get(key) is not None]
+        if len(given) > 1:
+            raise ValueError("'tokenizer' and 'tokenizer_source' are both given; keep tokenizer: {source: …}")
+        tokenizer = parse_tokenizer(given[0]) if given else None
+        return Recipe(
+            self.name, modules, self.base, self.parameters(document.get("parameters")),
+            _dtype(document.get("dtype"), "dtype"), _dtype(document.get("out_dtype"), "out_dtype"), seed,
+            tokenizer, document.get("chat_template"), document.get("name"), text, tuple(self.notes),
+        )  # fmt: skip
+
+    def modules(self) -> tuple[Module, ...]:
+        given = [key for key in ("models", "slices", "modules") if self.document.get(key) is not None]
+        if len(given) != 1:
+            found = " and ".join(map(repr, given)) or "none"
+            raise ValueError(f"exactly one of 'models', 'slices' and 'modules' is wanted, found {found}")
+        if given != ["modules"]:
+            return (self.module("default", {given[0]: self.document[given[0]]}),)
+        modules = self.document["modules"]
+        if not isinstance(modules, Mapping) or not modules:
+            raise ValueError(f"'modules' must be a mapping of names to {{models or slices}}, found {modules!r}")
+        return tuple(self.module(str(name), value) for name, value in modules.items())
+
+    def module(self, name: str, value: Any) -> Module:
+        if not isinstance(value, Mapping) or ("models" in value) == ("slices" in value):
+            raise ValueError(f"module {name!r} must have either models or slices, found {value!r}")
+        for key in value:
+            self.known(key, ("models", "slices", "parameters"), f"key of module {name!r}")
+        own = self.parameters(value.get("parameters"))
+        if "slices" in value:
+            slices = [self.slice(s, i) for i, s in enumerate(_list(value["slices"], "slices", "sources: […]"))]
+            return Module(name, tuple(slices), own)
+        entries = [self.entry(e, sliced=False) for e in _list(value["models"], "models", "model: path")]
+        if self.base is not None and self.base not in [entry.model for entry in entries]:
+            # In mergekit the base is always one of the models: for linear and its like, one more to merge.
+            entries.append(Entry(self.base, {}))
+            if self.method.base_is_input and not self.method.base_first:
+                self.notes.append(
+                    f"base_model {self.base!r} is not among the models: one more to merge, as in mergekit"
+                )
+        return Module(name, (self.checked(Slice(tuple(entries), self.base, {}), "models"),), own)
+
+    def slice(self, value: Any, index: int) -> Slice:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"an entry of 'slices' is {{sources: […]}}, found {value!r}")
+        for key in value:
+            self.known(key, SLICE_KEYS, "key of a slice")
+        if "residual_weight" in value:
+            self.notes.append("'residual_weight' of a slice has no effect, in mergekit neither")
+        entries = [self.entry(e, sliced=True) for e in _list(value.get("sources"), "sources", "model, layer_range")]
+        own = value.get("base_model")
+        base = self.base if own is None else model_name(own, "base_model")
+        ranges = [entry.layers for entry in entries if entry.layers is not None]
+        if len({b - a for a, b in ranges}) > 1:
+            raise ValueError(f"sources of slice {index} have layer_ranges of unlike length {[list(r) for r in ranges]}")
+        parameters = self.parameters(value.get("parameters"))
+        return self.checked(Slice(tuple(entries), base, parameters), f"slice {index}")
+
+    def checked(self, part: Slice, what: str) -> Slice:
+        """Raise unless the sources are what the method takes."""
+        names = [entry.model for entry in part.sources]
+        seen = [(entry.model, entry.layers) for entry in part.sources]
+        twice = next((entry for entry in seen if seen.count(entry) > 1), None)
+        if twice is not None:
+            raise ValueError(f"model {twice[0]!r} stands twice in {what}; name it once, with the sum of the weights")
+        inputs, base = part.roles(self.method)
+        takes_base = self.method.base_first or not self.method.base_is_input
+        if takes_base and part.base is not None and part.base not in names:
+            raise ValueError(f"base_model {part.base!r} is no source of {what}; add it with its layer_range")
+        if self.needs.base == "required" and base is None:
+            raise ValueError(f"{self.name} needs a base_model")
+        if self.needs.base == "none" and self.method.base_first and self.name == "slerp" and part.base is None:
+            raise ValueError(f"{self.name} needs a base_model")
+        alone = self.method.base_alone and not inputs
+        count = len(inputs)
+        if not alone and (count < self.needs.least or (self.needs.most is not None and count > self.needs.most)):
+            raise ValueError(f"{self.name} needs {self.needs}; found {count} models in {what}: {names}")
+        return part
+
+    def entry(self, value: Any, *, sliced: bool) -> Entry:
+        keys = ("model", "layer_range", "parameters") if sliced else ("model", "parameters")
+        if not isinstance(value, Mapping):
+            raise ValueError(f"a model is {{{', '.join(keys)}}}, found {value!r}")
+        for key in value:
+            self.known(key, keys, "key of a model")
+        model = model_name(value.get("model"), "model")
+        layers = _layers(value.get("layer_range"), model) if sliced else None
+        return Entry(model, self.parameters(value.get("parameters"), model), layers)
+
+    def parameters(self, value: Any, model: str | None = None) -> Scope:
+        """Check a mapping of parameters; at a model only those that are one a model."""
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            raise ValueError(f"'parameters' must be a mapping, found {value!r}")
+        kept = {}
+        for name, setting in value.items():
+            if name in (*IGNORED, *self.method.unused):
+                continue
+            words = [*self.method.parameters, *self.method.unused]
+            if not self.known(name, words, f"parameter of {self.name}"):
+                continue
+            if model is not None and name not in self.method.each:
+                lost = f"parameter {name!r} of {self.name} is one for all models, found at model {model!r}"
+                if not self.lenient:
+                    raise ValueError(f"{lost}; move it to the 'parameters' of the slice or recipe")
+                self.notes.append(f"{lost}; ignored, as mergekit does")
+                continue
+            kept[name] = check(name, setting, self.method.parameters[name][1])
+        return kept
+
+
+def _has_slice_bases(document: Mapping[str, Any]) -> bool:
+    """Whether slices or modules may each name a base of their own."""
+    return document.get("slices") is not None or document.get("modules") is not None
+
+
+def _list(value: Any, name: str, form: str) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{name!r} must be a list of {{model: path}}, found {value!r}")
+        raise ValueError(f"{name!r} must be a list of {{{form}}}, found {value!r}")
     return value
 
 
-def _entry(entry: Any, method: Method, merge_method: str) -> Entry:
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"an entry of 'models' is {{model: path, parameters: …}}, found {entry!r}")
-    for key in entry:
-        known(key, ("model", "parameters"), "key of a model")
-    own = _parameters(entry.get("parameters"), method, merge_method)
-    return Entry(_model(entry.get("model"), "model"), own)
-
-
-def _model(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r}, wanted the path of a folder")
-    if "+" in value and not pathlib.Path(value).exists():
-        raise ValueError(f"{name} {value!r}: 'model+adapter' is not supported yet; merge the adapter in first")
-    return value
-
-
-def _parameters(value: Any, method: Method, merge_method: str) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ValueError(f"'parameters' must be a mapping, found {value!r}")
-    kept = {}
-    for name, setting in value.items():
-        if name in IGNORED:
-            continue
-        known(name, method.parameters, f"parameter of {merge_method}")
-        is_switch = isinstance(method.options.get(name, (None, None))[1], bool)
-        _check_setting(name, setting, is_switch)
-        kept[name] = setting
-    return kept
-
-
-def _check_setting(name: str, setting: Any, is_switch: bool) -> None:
-    if isinstance(setting, list) and setting and all(isinstance(entry, Mapping) for entry in setting):
-        for entry in setting:
-            for key in entry:
-                known(key, ("filter", "value"), f"key of a condition of {name!r}")
-            if "value" not in entry:
-                raise ValueError(f"a condition of {name!r} has no 'value': {dict(entry)}")
-            _check_setting(name, entry["value"], is_switch)
-        return None
-    if isinstance(setting, Mapping):
-        return _check_setting(name, [setting], is_switch)
-    values = setting if isinstance(setting, list) else [setting]
-    wanted = bool if is_switch else int | float
-    right = all(isinstance(v, wanted) and isinstance(v, bool) == is_switch for v in values)
-    if not values or not right or (is_switch and isinstance(setting, list)):
-        kind = "true or false" if is_switch else "a number, a list of numbers, or a list of {filter, value}"
-        raise ValueError(f"parameter {name!r} is {setting!r}, wanted {kind}")
-    return None
+def _layers(value: Any, model: str) -> tuple[int, int]:
+    right = isinstance(value, list) and len(value) == 2 and all(type(edge) is int for edge in value)
+    if not right or not 0 <= value[0] <= value[1]:
+        raise ValueError(f"layer_range of {model!r} is {value!r}, wanted [first, end] with 0 ≤ first ≤ end")
+    return (value[0], value[1])
 
 
 def _dtype(value: Any, name: str) -> np.dtype | None:
     if value is None or value == "auto":
         return None
+    value = str(value).removeprefix("torch.")
     known(value, FLOATS, name)
     return FLOATS[value]
+
+
+def model_name(value: Any, key: str) -> str:
+    """Return a model's name, `path` or `path+adapter`; mergekit's mapping {model, lora} is written so too."""
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{key} is {value!r}, wanted the path of a model")
+    for part in value:
+        known(part, ("model", "lora", "path", "revision"), f"key of {key}")
+    if "path" in value:
+        revision = value.get("revision")
+        return model_name(value["path"], key) + (f"@{revision}" if revision is not None else "")
+    parts = [value.get("model"), *([value["lora"]] if value.get("lora") is not None else [])]
+    return "+".join(model_name(part, key) for part in parts)

@@ -53,20 +53,29 @@ class Stored:
     offset: int
     size: int
 
-    def read(self) -> np.ndarray:
-        """Read the tensor into a fresh buffer."""
-        buffer = np.empty(self.size, np.uint8)
-        with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.offset)
-            done = 0
-            while done < self.size:
-                count = file.readinto(memoryview(buffer)[done:])
+    @property
+    def where(self) -> str:
+        return str(self.file)
+
+    @property
+    def chunked(self) -> bool:
+        return True
+
+    def read_into(self, buffer: np.ndarray, start: int = 0) -> None:
+        """Fill `buffer` (uint8) with the bytes from byte `start` of the tensor on."""
+        view = memoryview(buffer)
+        at = self.offset + start
+        handle = os.open(self.file, os.O_RDONLY)
+        try:
+            while view:
+                count = os.preadv(handle, [view], at)
                 if not count:
                     raise ValueError(
                         f"{self.file} ends inside tensor {self.name!r}; the file is truncated, copy it again"
                     )
-                done += count
-        return buffer.view(self.dtype).reshape(self.shape)
+                view, at = view[count:], at + count
+        finally:
+            os.close(handle)
 
 
 def read_header(path: pathlib.Path) -> dict[str, Stored]:
@@ -168,21 +177,29 @@ def plan(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], max_shard_byte
 
 
 class Writer:
-    """Write tensors to their places in pre-sized files of `folder`; `close` makes them durable."""
+    """Write tensors to their places in pre-sized files of `folder`; what is there of an earlier try is kept."""
 
     def __init__(self, folder: pathlib.Path, plan: Plan):
         self.folder, self.plan = folder, plan
         self.files = {}
         for file, size in plan.sizes.items():
-            handle = os.open(folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            handle = os.open(folder / file, os.O_RDWR | os.O_CREAT, 0o644)
             self.files[file] = handle
             os.ftruncate(handle, size)
             _write_at(handle, plan.headers[file], 0)
 
-    def write(self, name: str, array: np.ndarray) -> None:
-        """Write one tensor, C order, at its place."""
+    def write(self, name: str, data: np.ndarray, start: int = 0) -> None:
+        """Write `data` (uint8) from byte `start` of the tensor on."""
         file, offset = self.plan.places[name]
-        _write_at(self.files[file], np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, offset)
+        _write_at(self.files[file], data.data, offset + start)
+
+    def read_back(self, name: str, buffer: np.ndarray, start: int = 0) -> None:
+        """Fill `buffer` (uint8) with what the file holds from byte `start` of the tensor on."""
+        file, offset = self.plan.places[name]
+        view, at = buffer.data, offset + start
+        while view:
+            count = os.preadv(self.files[file], [view], at)
+            view, at = view[count:], at + count
 
     def finish(self) -> None:
         """Flush to disk and, for several shards, write the index."""
@@ -227,12 +244,12 @@ def new_folder(out: pathlib.Path, wanted_bytes: int = 0) -> Iterator[pathlib.Pat
     try:
         yield partial
         for file in partial.iterdir():
-            _sync(file)
+            sync(file)
         partial.chmod(0o755)
         if out.exists():
             out.rmdir()
         partial.rename(out)
-        _sync(parent)
+        sync(parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ValueError(f"no space left while writing {out}; nothing was kept") from None
@@ -242,7 +259,8 @@ def new_folder(out: pathlib.Path, wanted_bytes: int = 0) -> Iterator[pathlib.Pat
             shutil.rmtree(partial)
 
 
-def _sync(path: pathlib.Path) -> None:
+def sync(path: pathlib.Path) -> None:
+    """Flush a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -8,11 +8,26 @@ time. Kinds of model: a Hugging Face folder of safetensors, a GGUF file, an Orba
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
+
+from jaxmerge.files import safetensors
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# What makes a tokenizer; what else stands beside weights and goes with them.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
+BLOCK_BYTES = 1 << 24  # scratch of tensors that are made row by row, of two tied heads compared
 
 
 class Tensor(Protocol):
@@ -54,13 +69,37 @@ def read(tensor: Tensor) -> np.ndarray:
     return buffer.view(tensor.dtype).reshape(tensor.shape)
 
 
+def fill_by_rows(tensor: Tensor, buffer: np.ndarray, start: int, rows: Callable[[int, int], np.ndarray]) -> None:
+    """Do the `read_into` of a tensor that can make its rows [first, last) as an array of its dtype.
+
+    A row is what one index of the first axis selects; at most BLOCK_BYTES of them are made at a time.
+    """
+    count = tensor.shape[0] if tensor.shape else 1
+    width = tensor.size // max(count, 1)
+    step = max(1, BLOCK_BYTES // max(width, 1))
+    done = 0
+    while done < buffer.size:
+        first, skip = divmod(start + done, width)
+        last = min(first + step, -(-(start + buffer.size) // width))
+        made = np.ascontiguousarray(rows(first, last)).reshape(-1).view(np.uint8)[skip:]
+        made = made[: buffer.size - done]
+        buffer[done : done + made.size] = made
+        done += made.size
+
+
+def nothing() -> Mapping[str, bytes]:
+    """The companions of a checkpoint of weights alone."""
+    return {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """An open checkpoint.
 
     name: as the recipe writes it. folder: where config.json and the tokenizer lie. tensors: by Hugging Face name, a
     tied head left out. config: config.json, {} without one. files: all that its tensors come from; a change of one
-    of them between two runs is noticed.
+    of them between two runs is noticed. companions: reads what belongs to the model beside weights and config.json,
+    as file name → content: the tokenizer's files, generation_config.json.
     """
 
     name: str
@@ -69,6 +108,7 @@ class Source:
     config: dict[str, Any]
     files: tuple[pathlib.Path, ...]
     notes: tuple[str, ...] = ()
+    companions: Callable[[], Mapping[str, bytes]] = nothing
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -76,6 +116,156 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
+
+
+def companions_of(folder: pathlib.Path) -> dict[str, bytes]:
+    """Read the companions that lie in a folder."""
+    return {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
+
+
+def open_source(name: str) -> Source:
+    """Open the checkpoint that a recipe's model string names; nothing but headers is read.
+
+    Args:
+      name: a Hugging Face folder; a GGUF file, or a folder of one; an Orbax checkpoint; `model+adapter`, split at
+        the last plus sign; or a hub name `org/model`, if it has been downloaded.
+
+    Raises:
+      ValueError: there is no model, or it is damaged or of a format not known; says what was looked for and found.
+    """
+    path = pathlib.Path(name).expanduser()
+    if name and path.exists():
+        return _open_path(name, path)
+    if "+" in name:
+        return _open_adapted(name)
+    if HUB_NAME.fullmatch(name) and path.suffix != ".gguf":
+        return _open_path(name, _downloaded(name))
+    raise ValueError(
+        f"model {name!r} is no folder or file here; give a Hugging Face folder, a .gguf file, an Orbax checkpoint, or "
+        "'model+adapter'"
+    )
+
+
+def _open_path(name: str, path: pathlib.Path) -> Source:
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return _gguf(name, path)
+        raise ValueError(
+            f"model {name!r} is a {path.suffix or 'plain'} file; give the folder that holds config.json and "
+            "*.safetensors, or a .gguf file"
+        )
+    if any(path.glob("*.safetensors")) or (path / safetensors.INDEX).exists():
+        return _folder(name, path)
+    from jaxmerge.files import orbax
+
+    if checkpoint := orbax.find(path):
+        return orbax.open_checkpoint(name, checkpoint)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return _gguf(name, files[0])
+    if files:
+        raise ValueError(f"model {name!r} holds {len(files)} .gguf files; name one of {', '.join(map(str, files[:4]))}")
+    raise ValueError(f"model {name!r} {_what_else(path)}")
+
+
+def _what_else(path: pathlib.Path) -> str:
+    """Why a folder is no model, for the user who thought it was."""
+    others = sorted(
+        file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack") for file in path.glob(pattern)
+    )
+    if others:
+        return (
+            f"holds {', '.join(others[:3])} but no *.safetensors; convert it to safetensors first, with transformers: "
+            "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
+        )
+    if (path / "adapter_config.json").exists():
+        return "holds an adapter without *.safetensors; save it as safetensors, and write it as 'model+adapter'"
+    found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
+    return f"holds no *.safetensors, no .gguf file and no Orbax checkpoint; found {found}"
+
+
+def _gguf(name: str, path: pathlib.Path) -> Source:
+    from jaxmerge.files import gguf
+
+    return gguf.open_file(name, path)
+
+
+def _folder(name: str, folder: pathlib.Path) -> Source:
+    """Open a Hugging Face folder."""
+    tensors: dict[str, Tensor] = {**safetensors.open_folder(folder)}
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        raise ValueError(f"model {name!r} is an adapter, without the model it adapts; write it as 'model+adapter'")
+    config = read_json(folder / "config.json")
+    files = tuple(sorted({pathlib.Path(tensor.where) for tensor in tensors.values()}))
+    notes = drop_tied_head(name, tensors, config)
+    if not config:
+        notes += (f"{name} has no config.json",)
+    return Source(name, folder, tensors, config, files, notes, functools.partial(companions_of, folder))
+
+
+def drop_tied_head(name: str, tensors: dict[str, Tensor], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Take a head that the config ties to the embedding out of `tensors`: it is the same and written only once.
+
+    Returns:
+      A note where it had been stored twice.
+
+    Raises:
+      ValueError: head and embedding differ, so one of them would be lost.
+    """
+    tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False))
+    if not tied or HEAD not in tensors or EMBEDDING not in tensors:
+        return ()
+    if not _equal(tensors[HEAD], tensors[EMBEDDING]):
+        raise ValueError(
+            f"{name}: config.json says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}; set it to false to "
+            "merge both, or remove the head"
+        )
+    del tensors[HEAD]
+    return (f"{name}: {HEAD} is tied to the embedding and stored twice; written once",)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits, a chunk at a time."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    step = BLOCK_BYTES if a.chunked and b.chunked else max(a.size, 1)
+    left, right = np.empty((2, min(step, a.size)), np.uint8)
+    for start in range(0, a.size, step):
+        count = min(step, a.size - start)
+        a.read_into(left[:count], start)
+        b.read_into(right[:count], start)
+        if not np.array_equal(left[:count], right[:count]):
+            return False
+    return True
+
+
+def _open_adapted(name: str) -> Source:
+    base, _, adapter = name.rpartition("+")
+    folder = pathlib.Path(adapter).expanduser()
+    if not folder.is_dir():
+        raise ValueError(
+            f"model {name!r}: the adapter {adapter!r} is no folder here (and {name!r} is none); give the folder that "
+            "holds adapter_config.json"
+        )
+    from jaxmerge.files import adapter as adapters
+
+    return dataclasses.replace(adapters.apply(open_source(base), folder), name=name)
+
+
+def _downloaded(name: str) -> pathlib.Path:
+    """The snapshot of a hub model in the cache of its client; nothing is fetched, a merge works on local files."""
+    how = f"download it first (`hf download {name.partition('@')[0]}`), or give the path of its folder"
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError:
+        raise ValueError(f"model {name!r} is no folder here, and only local folders are read; {how}") from None
+    model, _, revision = name.partition("@")
+    try:
+        return pathlib.Path(snapshot_download(model, revision=revision or None, local_files_only=True))
+    except (OSError, errors.HFValidationError, errors.LocalEntryNotFoundError):
+        raise ValueError(
+            f"model {name!r} is no folder here and not among the downloaded models, and nothing is fetched; {how}"
+        ) from None

@@ -1,37 +1,45 @@
-r"""Merge checkpoints on disk, tensor by tensor, with the very functions that merge in memory.
+r"""Merge checkpoints on disk by a recipe, with the very functions that merge in memory.
 
-Law: merging on disk equals loading the folders, merging on the mesh and writing the result, random masks
-included: a tensor `model.layers.0.mlp.up_proj.weight` is the leaf `model/layers/0/mlp/up_proj/weight`, and a
-model's name is its string in the recipe. Memory: the inputs' and the result's copy of one tensor at a time.
+Law: merging on disk equals loading the models, merging on the mesh and writing the result, random masks included: a
+tensor `model.layers.0.mlp.up_proj.weight` is the leaf `model/layers/0/mlp/up_proj/weight`, and a model's name is its
+string in the recipe.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+import xxhash
 
-from jaxmerge import where
-from jaxmerge.delta import check_compat
-from jaxmerge.files import card, recipe, safetensors
-from jaxmerge.files.safetensors import Stored
-from jaxmerge.rules import RULES
-from jaxmerge.tree import wide
+from jaxmerge.files import card, engine, orbax, recipe, safetensors
+from jaxmerge.files import plan as planning
+from jaxmerge.files.engine import Engine, Progress
+from jaxmerge.files.journal import stamp, unfinished
+from jaxmerge.files.plan import Plan
+from jaxmerge.files.recipe import Recipe
+from jaxmerge.files.source import Source, open_source, read_json
 
-Progress = Callable[[int, int, str], None]
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-COPIED = (
-    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
-    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+FORMATS = ("safetensors", "orbax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a recipe does not say: see `merge`."""
+
+    compat: str | None
+    allow: tuple[str, ...]
+    max_shard_bytes: int
+    device: Any
+    seed: int | None
+    dry_run: bool
 
 
 def merge(
@@ -41,183 +49,128 @@ def merge(
     progress: Progress | None = None,
     seed: int | None = None,
     compat: str | None = None,
+    allow: Sequence[str] = (),
     max_shard_bytes: int = 5_000_000_000,
+    device: str | None = None,
+    format: str = "safetensors",
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Merge the Hugging Face folders of a recipe into a new one.
+    """Merge the checkpoints of a recipe into a new folder.
+
+    Killed and called again with the same arguments it goes on where it was, and ends with the same bytes.
 
     Args:
-      recipe_path: a YAML recipe (see `jaxmerge.files.recipe`).
+      recipe_path: a YAML recipe (see `jaxmerge.files.recipe`), of one document or of stages.
       out: folder to make; it appears under its name only when whole.
-      progress: called after every tensor with bytes read so far, bytes to read, and the tensor's name.
+      progress: called after every piece with bytes read so far, bytes to read, and the tensor's name.
       seed: overrides the recipe's seed.
-      compat: "mergekit" switches off where a rule differs from mergekit by default (sce, model_stock).
+      compat: "mergekit" switches off what differs from mergekit by default; docs/merge.md lists it.
+      allow: of "missing", "unused", "shapes": tensors that do not match, which are refused otherwise (`plan.make`).
       max_shard_bytes: size above which the result is split into shards.
+      device: "cpu", "gpu" or "tpu", where the arithmetic runs; by default jax's.
+      format: of the result, "safetensors" or "orbax".
       dry_run: check everything and return the plan, without reading a tensor or writing a file.
 
     Returns:
-      {"out", "merge_method", "tensors", "bytes_in", "bytes_out", "files", "seconds", "notes"}.
+      {"out", "merge_method", "tensors", "bytes_in", "bytes_out", "bytes_memory", "files", "seconds", "notes"}.
+      bytes_memory: of buffers and the largest result together; what a rule needs on top is not known in advance.
 
     Raises:
-      ValueError: one line that names what is wrong, where, and the way out; nothing is left behind.
+      ValueError: one line that names what is wrong, where, and the way out.
     """
     start = time.perf_counter()
     out = pathlib.Path(out)
-    plan = recipe.read(pathlib.Path(recipe_path))
-    seed = plan.seed if seed is None else seed
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r}, wanted one of {', '.join(FORMATS)}")
+    settings = Settings(compat, tuple(allow), max_shard_bytes, _device(device), seed, dry_run)
+    *before, last = recipe.read(pathlib.Path(recipe_path), compat=compat)
+    if dry_run and before:
+        raise ValueError("a dry run needs the models of every stage, which the stages before make; run it without")
+    between = out.absolute().parent / f".{out.name}.stages"
+    stages: dict[str, pathlib.Path] = {}
     notes: list[str] = []
-    folders = {name: pathlib.Path(name) for name in plan.sources}
-    inputs = {name: _tensors(folder, notes) for name, folder in folders.items()}
-    _check_alike(inputs)
-    _check_tokenizers(folders, notes)
-    first = inputs[plan.models[0].model]
-    layout = {
-        name: (plan.out_dtype or plan.dtype or stored.dtype if _is_float(stored.dtype) else stored.dtype, stored.shape)
-        for name, stored in first.items()
-    }
-    places = safetensors.plan(layout, max_shard_bytes)
-    bytes_in = sum(stored.size for tensors in inputs.values() for stored in tensors.values())
-    report = {
-        "out": str(out), "merge_method": plan.merge_method, "tensors": len(first), "bytes_in": bytes_in,
-        "bytes_out": places.total, "files": list(places.sizes), "seconds": 0.0, "notes": notes,
-    }  # fmt: skip
-    paths = {name: name.replace(".", "/") for name in first}
-    depth = where.depths(list(paths.values()))
-    check_compat(compat)
-    extra = {"compat": compat} if plan.method.compat else {}
-    coefficients = {name: plan.coefficients(name, depth[path]) | extra for name, path in paths.items()}
-    if dry_run:
-        return report
-    with safetensors.new_folder(out, places.total) as folder:
-        with contextlib.closing(safetensors.Writer(folder, places)) as writer:
-            done = 0
-            for name, path in paths.items():
-                arrays = {source: tensors[name].read() for source, tensors in inputs.items()}
-                for source, array in arrays.items():
-                    _check_finite(array, name, inputs[source][name].file)
-                merged = _merge_one(plan, arrays, path, coefficients[name], layout[name][0], seed)
-                _check_finite(merged, name, f"the result of {plan.merge_method}")
-                writer.write(name, merged)
-                done += sum(tensors[name].size for tensors in inputs.values())
-                if progress is not None:
-                    progress(done, bytes_in, name)
-            writer.finish()
-        _copy_rest(folders[plan.base or plan.models[0].model], folder, plan, notes)
-        card.write(folder, card.provenance(plan, inputs, seed, notes))
-    return report | {"seconds": time.perf_counter() - start}
-
-
-def _merge_one(
-    plan: recipe.Recipe, arrays: Mapping[str, np.ndarray], path: str, coefficients: dict, out: np.dtype, seed: int
-) -> np.ndarray:
-    """Merge one tensor: inputs cast to `dtype`, arithmetic in float32, one cast to the output's dtype."""
-    stored = arrays[plan.models[0].model].dtype
-    is_float = _is_float(stored)
-    # 64-bit floats would be halved on their way into jax.
-    double = any(array.dtype == np.float64 for array in arrays.values()) or plan.dtype == np.float64
-    with jax.enable_x64(True) if double else contextlib.nullcontext():
-        leaves = {}
-        for source, array in arrays.items():
-            leaf = jnp.asarray(array) if is_float else array
-            if is_float and plan.dtype is not None:
-                leaf = leaf.astype(plan.dtype)
-            # Rounded once: where the result is of another dtype, the rule must not round to the input's.
-            leaves[source] = leaf.astype(wide(leaf.dtype)) if is_float and leaf.dtype != out else leaf
-        needs = RULES[plan.method.rule].needs
-        keywords = dict(coefficients)
-        if needs.base != "none" and plan.base is not None:
-            keywords["base"] = {path: leaves[plan.base]}
-        if needs.key != "none":
-            keywords |= {"key": jax.random.key(seed), "names": [entry.model for entry in plan.models]}
-        models = [{path: leaves[entry.model]} for entry in plan.models]
-        merged = RULES[plan.method.rule](models, **keywords)[path]
-        return np.asarray(jnp.asarray(merged).astype(out) if is_float else merged)
-
-
-def _is_float(dtype: np.dtype) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating)
-
-
-def _check_finite(array: np.ndarray, name: str, source: Any) -> None:
-    if _is_float(array.dtype) and not bool(_all_finite(array)):
-        bad = int(np.sum(~np.isfinite(array.astype(np.float64))))
-        raise ValueError(f"tensor {name!r} of {source} has {bad} NaN or infinite elements; wanted finite weights")
-
-
-@jax.jit
-def _all_finite(array: jax.Array) -> jax.Array:
-    return jnp.isfinite(array).all()
-
-
-def _tensors(folder: pathlib.Path, notes: list[str]) -> dict[str, Stored]:
-    """Open a folder; a head that the config ties to the embedding is left out, as it is written only once."""
-    tensors = safetensors.open_folder(folder)
-    tied = read_json(folder / "config.json").get("tie_word_embeddings", False)
-    if tied and HEAD in tensors and EMBEDDING in tensors:
-        if not np.array_equal(tensors[HEAD].read().view(np.uint8), tensors[EMBEDDING].read().view(np.uint8)):
-            raise ValueError(
-                f"{folder}: config.json says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}; set it "
-                "to false to merge both, or remove the head"
-            )
-        notes.append(f"{folder}: {HEAD} is tied to the embedding and stored twice; written once")
-        del tensors[HEAD]
-    return tensors
-
-
-def _check_alike(inputs: Mapping[str, Mapping[str, Stored]]) -> None:
-    """Raise unless all models have the same tensors in the same shapes."""
-    (first_name, first), *others = inputs.items()
-    for name, tensors in others:
-        missing = [t for t in first if t not in tensors]
-        unknown = [t for t in tensors if t not in first]
-        if missing or unknown:
-            lost = [f"lacks {len(missing)} tensors of it ({', '.join(missing[:3])})"] if missing else []
-            more = [f"has {len(unknown)} that it lacks ({', '.join(unknown[:3])})"] if unknown else []
-            raise ValueError(
-                f"model {name!r} does not match {first_name!r}: {' and '.join(lost + more)}; "
-                "merge models of one architecture"
-            )
-        for tensor, stored in first.items():
-            found = tensors[tensor]
-            if found.shape != stored.shape:
-                raise ValueError(
-                    f"tensor {tensor!r} of {name!r} has shape {list(found.shape)}, wanted {list(stored.shape)} as "
-                    f"in {first_name!r}; merge models of one architecture and one vocabulary"
-                )
-            if _is_float(found.dtype) != _is_float(stored.dtype):
-                raise ValueError(
-                    f"tensor {tensor!r} of {name!r} is {found.dtype}, wanted {stored.dtype} as in {first_name!r}"
-                )
-
-
-def _check_tokenizers(folders: Mapping[str, pathlib.Path], notes: list[str]) -> None:
-    found = {name: (folder / "tokenizer.json") for name, folder in folders.items()}
-    texts = {name: file.read_bytes() for name, file in found.items() if file.exists()}
-    for name in sorted(set(found) - set(texts)):
-        notes.append(f"{name} has no tokenizer.json")
-    if len(set(texts.values())) > 1:
-        notes.append("the tokenizers of the models differ; rows of the embeddings are merged by number all the same")
-
-
-def _copy_rest(source: pathlib.Path, folder: pathlib.Path, plan: recipe.Recipe, notes: list[str]) -> None:
-    if (source / "config.json").exists():
-        config = read_json(source / "config.json")
-        dtype = plan.out_dtype or plan.dtype
-        if dtype is not None:
-            config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for stage in before:
+        assert stage.name is not None
+        try:
+            notes += _merge(stage, between / stage.name, stages, settings, progress)["notes"]
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name!r}: {error}") from None
+        stages[stage.name] = between / stage.name
+    if format == "orbax" and not dry_run:
+        report = _merge(last, between / "result", stages, settings, progress)
+        orbax.write(between / "result", out)
     else:
-        notes.append(f"{source} has no config.json")
-    for name in COPIED:
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+        report = _merge(last, out, stages, settings, progress)
+    shutil.rmtree(between, ignore_errors=True)
+    return report | {
+        "out": str(out), "notes": list(dict.fromkeys(notes + report["notes"])), "seconds": time.perf_counter() - start,
+    }  # fmt: skip
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Read a JSON file, or {} if there is none."""
-    if not path.exists():
-        return {}
+def _device(name: str | None) -> Any:
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        return jax.devices(name)[0]
+    except RuntimeError:
+        there = sorted({device.platform for device in jax.devices()})
+        raise ValueError(f"device={name!r} is not here; there are {', '.join(there)}") from None
+
+
+def _merge(
+    of: Recipe, out: pathlib.Path, stages: Mapping[str, pathlib.Path], settings: Settings, progress: Progress | None
+) -> dict[str, Any]:
+    """Merge one document of a recipe."""
+    sources = {name: _open(name, stages) for name in of.sources}
+    plan = planning.make(of, sources, compat=settings.compat, allow=settings.allow)
+    seed = of.seed if settings.seed is None else settings.seed
+    places = safetensors.plan({job.name: (job.out_dtype, job.shape) for job in plan.jobs}, settings.max_shard_bytes)
+    limit = engine.buffer_bytes(plan.jobs)
+    report = {
+        "merge_method": of.merge_method, "tensors": len(plan.jobs), "files": list(places.sizes),
+        "bytes_in": sum(job.read_bytes for job in plan.jobs), "bytes_out": places.total,
+        "bytes_memory": limit + max(job.size for job in plan.jobs), "notes": list(plan.notes),
+    }  # fmt: skip
+    if settings.dry_run:
+        return report
+    files = sorted({file for source in sources.values() for file in source.files})
+    digest = _digest(plan, of, seed, settings)
+    record = card.provenance(of, sources, seed, plan.notes, digest, map(stamp, files), settings.device)
+    if _is_done(out, record):
+        return report | {"notes": [*report["notes"], f"{out} is there already, merged from the same files"]}
+    with unfinished(out, record["plan"], record["files"], places.total) as journal:
+        with contextlib.closing(safetensors.Writer(journal.result, places)) as writer:
+            kept = engine.verified(plan.jobs, writer, journal)
+            if kept:
+                journal.notes.append(f"{len(kept)} of {len(plan.jobs)} tensors were there already")
+            rest = tuple(job for job in plan.jobs if job.name not in kept)
+            Engine(writer, journal, seed=seed, limit=limit, device=settings.device).run(rest, progress)
+            writer.finish()
+        plan.companions(journal.result)
+        card.write(journal.result, record, [journal.done[job.name] for job in plan.jobs])
+    return report | {"notes": [*report["notes"], *journal.notes]}
+
+
+def _open(name: str, stages: Mapping[str, pathlib.Path]) -> Source:
+    stage, plus, adapter = name.partition("+")
+    if stage not in stages:
+        return open_source(name)
+    return dataclasses.replace(open_source(f"{stages[stage]}{plus}{adapter}"), name=name)
+
+
+def _digest(plan: Plan, of: Recipe, seed: int, settings: Settings) -> str:
+    """Digest all that decides the bytes of the result but the inputs' own."""
+    jobs = [
+        [
+            job.name, job.method.rule, str(job.dtype), str(job.out_dtype), job.shape,
+            [(i.model, i.tensor.name, str(i.tensor.dtype), i.tensor.shape) for i in job.operands],
+            sorted((name, repr(value)) for name, value in job.coefficients.items()),
+        ]
+        for job in plan.jobs
+    ]  # fmt: skip
+    rest = [of.text, seed, settings.compat, settings.max_shard_bytes, settings.device.platform, card.versions()]
+    return xxhash.xxh3_128_hexdigest(json.dumps([jobs, rest]).encode())
+
+
+def _is_done(out: pathlib.Path, record: Mapping[str, Any]) -> bool:
+    """Whether `out` is the result of this very merge: killed between the last rename and its end, say."""
+    found = read_json(out / "merge.json")
+    return all(found.get(key) == record[key] for key in ("plan", "files"))

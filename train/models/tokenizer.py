@@ -15,16 +15,14 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxmerge.files import gguf
+
 from ..log import UserError
 
 if TYPE_CHECKING:
     import tokenizers
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# GGUF names a pre-tokenizer; each is rebuilt from parts here, or refused.
-GGUF_MODELS = ("gpt2",)
-GGUF_PRE_TOKENIZERS = ("smollm",)
-CONTROL, USER_DEFINED = 3, 4  # token types of GGUF that are never split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,33 +87,13 @@ class Tokenizer:
     def from_gguf(cls, metadata: Mapping[str, Any], *, source) -> Tokenizer:
         """Rebuild a byte-level BPE from the metadata of a GGUF file."""
         import tokenizers
-        from tokenizers import decoders, models, pre_tokenizers
 
-        given = {k.removeprefix("tokenizer."): v for k, v in metadata.items() if k.startswith("tokenizer.")}
-        for key, known in (("ggml.model", GGUF_MODELS), ("ggml.pre", GGUF_PRE_TOKENIZERS)):
-            if given.get(key) not in known:
-                raise UserError(
-                    f"{source}: tokenizer.{key} {given.get(key)!r} is not known; known: {', '.join(known)}."
-                    " Use the model's Hugging Face folder instead"
-                )
-        tokens, kinds = given["ggml.tokens"], given["ggml.token_type"]
-        merges = [tuple(pair.split(" ")) for pair in given["ggml.merges"]]
-        backend = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-        backend.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=bool(given.get("ggml.add_space_prefix", False))),
-        ])  # fmt: skip
-        backend.decoder = decoders.ByteLevel()
-        for kind, add in ((CONTROL, backend.add_special_tokens), (USER_DEFINED, backend.add_tokens)):
-            whole = [token for token, k in zip(tokens, kinds, strict=True) if k == kind]
-            add([tokenizers.AddedToken(t, special=kind == CONTROL, normalized=False) for t in whole])
-        ids = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-        special = {
-            f"{short}_token": tokens[given[f"ggml.{long}_token_id"]]
-            for short, long in ids.items()
-            if f"ggml.{long}_token_id" in given
-        }
-        return cls(backend, special, given.get("chat_template"))
+        try:
+            gguf.check_tokenizer(metadata, source=source)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        backend = tokenizers.Tokenizer.from_str(json.dumps(gguf.tokenizer_json(metadata)))
+        return cls(backend, gguf.special_tokens(metadata), metadata.get("tokenizer.chat_template"))
 
     # --- text and ids ---
 

@@ -1,0 +1,159 @@
+r"""What of a merge is done, so that one killed anywhere goes on where it was and ends with the same bytes.
+
+Beside the folder to make, `out`, lies `.out.merging/` until `out` is whole:
+
+  journal.jsonl   first line: the plan's digest and the inputs' files with their sizes and times; then a line for each
+                  tensor written: digests of its inputs and of its bytes, and its statistics
+  result/         the folder itself, its files pre-sized, tensors at their places; renamed to `out` at the end
+
+A line is written after its tensor. Files are flushed to disk only at the end: after a crash of the machine a line may
+stand for bytes that never got there, so what the journal says is done is digested again before it is believed.
+Digests are xxh3 with 128 bits: a hundred times cheaper than the merge, where sha256 would cost several times it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxmerge.files.safetensors import sync
+
+VERSION = 1
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Journal:
+    """The unfinished merge of `out`: `done` has the records of an earlier try, by tensor."""
+
+    def __init__(self, out: pathlib.Path, plan_digest: str, files: Mapping[str, Sequence[int]]):
+        self.out = out
+        self.folder = out.absolute().parent / f".{out.name}.merging"
+        self.result = self.folder / "result"
+        self.done: dict[str, dict[str, Any]] = {}
+        self.notes: list[str] = []
+        self.touched: set[str] = set()  # input files with another time than the journal's, of the same size
+        self._start = {"version": VERSION, "plan": plan_digest, "files": files}
+        self._path = self.folder / "journal.jsonl"
+        self._file: Any = None
+
+    def open(self) -> None:
+        """Take up what an earlier try left, or begin; two processes on one `out` are refused."""
+        self.result.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115 - held until the merge ends
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is merging into {self.out} now; wait for it, or choose another") from None
+        self._file.seek(0)
+        data = self._file.read()
+        # A line cut short by a crash would swallow the next one.
+        whole = data.rfind(b"\n") + 1
+        self._file.truncate(whole)
+        records = [json.loads(line) for line in data[:whole].splitlines()]
+        if records and self._continues(records[0]):
+            self.done = {record["tensor"]: record for record in records[1:]}
+            return
+        if records:
+            self.notes.append(f"what was left of an unfinished merge into {self.out} of another recipe or version is gone")
+        for file in self.result.iterdir():
+            file.unlink()
+        self._file.truncate(0)
+        self._write(self._start)
+
+    def _continues(self, start: Mapping[str, Any]) -> bool:
+        if start.get("version") != VERSION or start.get("plan") != self._start["plan"]:
+            return False
+        for file, (size, time) in start["files"].items():
+            now = self._start["files"].get(file)
+            if now is None or now[0] != size:
+                raise ValueError(
+                    f"{file} has changed since this merge was begun ({size} bytes then, "
+                    f"{'gone' if now is None else f'{now[0]} bytes'} now); put it back to go on, or remove "
+                    f"{self.folder} to begin again"
+                )
+            if now[1] != time:
+                self.touched.add(file)
+        return True
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Say that a tensor is written."""
+        self._write(record)
+        self.done[record["tensor"]] = dict(record)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+
+    def finish(self) -> None:
+        """Make the result durable and give it its name."""
+        for file in self.result.iterdir():
+            sync(file)
+        self.result.chmod(0o755)
+        if self.out.exists():
+            self.out.rmdir()
+        self.result.rename(self.out)
+        sync(self.out.absolute().parent)
+        self.remove()
+
+    def remove(self) -> None:
+        """Forget the merge."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let go of the lock; what is done stays for the next try."""
+        if self._file is not None:
+            self._file.close()
+
+
+def stamp(file: pathlib.Path) -> tuple[str, list[int]]:
+    """Return a file's name with its size and time of change."""
+    status = file.stat()
+    return str(file), [status.st_size, status.st_mtime_ns]
+
+
+@contextlib.contextmanager
+def unfinished(out: pathlib.Path, plan_digest: str, files: Mapping[str, Sequence[int]], wanted: int) -> Iterator[Journal]:
+    """Yield the journal of a merge into `out`; at the end of the block the result gets its name.
+
+    A full disk or an interrupt leaves what is done for the next try; an error of the inputs leaves nothing.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; give another output folder, or remove it")
+    try:
+        journal = Journal(out, plan_digest, files)
+        parent = journal.folder.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(parent).free + _taken(journal.result)
+        if free < wanted:
+            raise ValueError(f"no space left for {out}: it needs {wanted / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+        with contextlib.ExitStack() as stack:
+            stack.callback(journal.close)
+            journal.open()
+            stack.pop_all()
+    except OSError as error:
+        raise ValueError(f"cannot write {out}: {error.strerror}; choose another output folder") from None
+    try:
+        yield journal
+        journal.finish()
+    except OSError as error:
+        if error.errno in FULL:
+            raise ValueError(
+                f"no space left while writing {out}; free some and give the same command again: it goes on where it was"
+            ) from None
+        raise
+    except ValueError:
+        journal.remove()
+        raise
+    finally:
+        journal.close()
+
+
+def _taken(folder: pathlib.Path) -> int:
+    """Bytes on disk of an earlier try: pre-sized files take only what was written to them."""
+    return sum(os.stat(file).st_blocks * 512 for file in folder.iterdir()) if folder.is_dir() else 0

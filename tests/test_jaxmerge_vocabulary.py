@@ -1,0 +1,425 @@
+"""Models with different tokenizers: every row where it belongs, the tokenizer written, and mergekit's figures."""
+
+import json
+import pathlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tokenizers
+from safetensors.numpy import save_file
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from jaxmerge.files import vocabulary
+from jaxmerge.files.source import open_source, read
+
+D = 8
+EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+LAYER = {
+    "input_layernorm.weight": (D,),
+    "self_attn.q_proj.weight": (D, D),
+    "self_attn.k_proj.weight": (D, D),
+    "self_attn.v_proj.weight": (D, D),
+    "self_attn.o_proj.weight": (D, D),
+    "post_attention_layernorm.weight": (D,),
+    "mlp.gate_proj.weight": (16, D),
+    "mlp.up_proj.weight": (16, D),
+    "mlp.down_proj.weight": (D, 16),
+}
+
+
+def words(vocab, added=(), special=("<s>", "</s>"), marked=True):
+    """A word-level tokenizer: `vocab` in order, `added` behind it; marked: special tokens are known as such."""
+    ids = {word: i for i, word in enumerate(["<unk>", *special, *vocab])}
+    backend = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<unk>", *special] if marked else [])
+    backend.add_special_tokens([token for token in added if token.startswith("<|")])
+    backend.add_tokens([token for token in added if not token.startswith("<|")])
+    return backend
+
+
+def pieces(text, size, added=()):
+    """A byte-level BPE trained on `text`."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False, initial_alphabet=list("abcdefgĠ")
+    )
+    backend.train_from_iterator([text] * 4, trainer)
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    backend.add_special_tokens(list(added))
+    return backend
+
+
+def folder(path, backend, seed, *, rows=None, dtype: type = np.float32, tied=False, **config):
+    """A Llama of one layer that mergekit knows; `rows` of the embedding, by default one a token."""
+    path.mkdir()
+    rows = rows or (backend.get_vocab_size() if backend else 9)
+    rng = np.random.default_rng(seed)
+    shapes = {EMBED: (rows, D), NORM: (D,), **{f"model.layers.0.{name}": shape for name, shape in LAYER.items()}}
+    shapes |= {} if tied else {HEAD: (rows, D)}
+    save_file({n: rng.standard_normal(s).astype(dtype) for n, s in shapes.items()}, path / "model.safetensors")
+    sizes = {"hidden_size": D, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": rows, **sizes}
+    settings |= {"num_key_value_heads": 2, "tie_word_embeddings": tied, "torch_dtype": np.dtype(dtype).name}
+    (path / "config.json").write_text(json.dumps({**settings, **config}))
+    (path / "generation_config.json").write_text('{"eos_token_id": 2}')
+    if backend is not None:
+        backend.save(str(path / "tokenizer.json"))
+        roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        (path / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, **roles})
+        )
+    return path
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Three word-level models; <|im|> is special in two, `extra` added in one, `shared` in the second and third."""
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "base", words(["a", "b", "c", "d"], ["<|im|>"]), 0)
+    folder(tmp_path / "one", words(["d", "a", "x", "shared"], ["<|im|>", "extra"]), 1)
+    folder(tmp_path / "two", words(["shared", "y", "b"], ["<|end|>"]), 2)
+    return tmp_path
+
+
+NAMES = ("base", "one", "two")
+
+
+def sources(names=NAMES):
+    return {str(name): open_source(str(name)) for name in names}
+
+
+def ids(path):
+    return tokenizers.Tokenizer.from_file(str(pathlib.Path(path) / "tokenizer.json")).get_vocab()
+
+
+def row(model, token, name=EMBED):
+    return read(open_source(model).tensors[name])[ids(model)[token]]
+
+
+def built(options, names=NAMES, base: str | None = "base", **more):
+    opened = sources(names)
+    vocab = vocabulary.build(options, opened, base, **more)
+    return vocab, {name: vocab.apply(source) for name, source in opened.items()}
+
+
+def written(vocab, path):
+    path.mkdir()
+    vocab.write(path)
+    return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+
+
+def test_a_union_keeps_the_base_and_adds_the_rest(here):
+    vocab, opened = built("union")
+    backend = written(vocab, here / "out")
+    ours = backend.get_vocab()
+    assert {token: ours[token] for token in ids("base")} == ids("base")
+    # What the base lacks: words in the order of models and ids, then what the models had added.
+    assert sorted(ours, key=ours.get)[len(ids("base")) :] == ["x", "shared", "y", "extra", "<|end|>"]
+    assert vocab.tokenizer.vocabulary == dict(sorted(ours.items(), key=lambda pair: pair[1]))
+    assert vocab.size == len(ours) == 13
+    assert backend.encode("a shared<|end|>y", add_special_tokens=False).tokens == ["a", "shared", "<|end|>", "y"]
+    assert {t.content for t in backend.get_added_tokens_decoder().values() if t.special} >= {"<|end|>", "<|im|>", "<s>"}
+    for name in (EMBED, HEAD):
+        found = {model: read(source.tensors[name]) for model, source in opened.items()}
+        for model, array in found.items():
+            for token in ids(model):
+                assert np.array_equal(array[ours[token]], row(model, token, name))
+        assert np.array_equal(found["base"][ours["y"]], row("two", "y", name))  # one has it
+        assert np.array_equal(found["two"][ours["d"]], row("base", "d", name))  # the base has it
+        mean = (row("one", "shared", name) + row("two", "shared", name)) / 2
+        np.testing.assert_allclose(found["base"][ours["shared"]], mean, rtol=1e-6)
+    assert opened["one"].tensors[NORM] == sources()["one"].tensors[NORM]
+    assert opened["one"].config["vocab_size"] == 13
+    companions = opened["two"].companions()
+    assert companions["tokenizer.json"] == (here / "out" / "tokenizer.json").read_bytes()
+    assert companions["generation_config.json"] == b'{"eos_token_id": 2}'
+
+
+def test_without_a_base_several_models_give_their_mean(here):
+    _, opened = built("union", ("one", "base", "two"), None)
+    vocab = opened["one"].companions()["tokenizer.json"]
+    number = tokenizers.Tokenizer.from_str(vocab.decode()).token_to_id("d")
+    assert np.array_equal(read(opened["one"].tensors[EMBED])[number], row("one", "d"))
+    np.testing.assert_allclose(read(opened["two"].tensors[EMBED])[number], (row("one", "d") + row("base", "d")) / 2)
+
+
+def test_base_and_path_take_their_own_tokens(here):
+    vocab, opened = built("base")
+    assert vocab.tokenizer.vocabulary == dict(sorted(ids("base").items(), key=lambda pair: pair[1]))
+    assert vocab.tokenizer.files["tokenizer.json"] == (here / "base" / "tokenizer.json").read_bytes()
+    assert opened["base"].tensors == sources()["base"].tensors  # nothing to move: read as they are stored
+    assert np.array_equal(read(opened["two"].tensors[EMBED])[ids("base")["b"]], row("two", "b"))
+    vocab, opened = built({"source": "two"})
+    assert vocab.size == len(ids("two"))
+    assert np.array_equal(read(opened["base"].tensors[HEAD])[ids("two")["b"]], row("base", "b", HEAD))
+    (here / "bare").mkdir()
+    words(["a", "nowhere"]).save(str(here / "bare" / "tokenizer.json"))
+    vocab, opened = built({"source": "bare"})
+    assert vocab.notes == ("1 tokens are in no model, first 'nowhere'; their rows are zero",)
+    assert not read(opened["base"].tensors[EMBED])[ids("bare")["nowhere"]].any()
+
+
+def test_tokens_take_the_rows_they_are_given(here):
+    tokens = {
+        "a": {"source": "one", "force": True},
+        "b": {"source": "two"},
+        "c": {"source": {"kind": "zero"}, "force": True},
+        "d": {},
+        "<new>": {"source": {"kind": "model_token", "model": "two", "token": "</s>"}},
+        "<id>": {"source": {"kind": "model_token", "model": "one", "token_id": 3}},
+    }
+    vocab, opened = built({"source": "union", "tokens": tokens, "pad_to_multiple_of": 16})
+    ours = vocab.tokenizer.vocabulary
+    assert (len(ours), vocab.size) == (15, 16)
+    for model in NAMES:
+        found = read(opened[model].tensors[EMBED])
+        assert np.array_equal(found[ours["a"]], row("one", "a"))
+        assert np.array_equal(found[ours["b"]], row("base" if model == "base" else "two", "b"))
+        assert not found[ours["c"]].any()
+        assert np.array_equal(found[ours["d"]], row("one" if model == "one" else "base", "d"))
+        assert np.array_equal(found[ours["<new>"]], row("two", "</s>"))
+        assert np.array_equal(found[ours["<id>"]], row("one", "d"))
+        np.testing.assert_allclose(found[15], found[:15].mean(0), rtol=1e-6, atol=1e-7)
+
+
+def test_rows_are_the_same_however_they_are_read(here):
+    _, opened = built({"source": "union", "pad_to_multiple_of": 32})
+    for source in opened.values():
+        tensor = source.tensors[HEAD]
+        whole = read(tensor)
+        assert (tensor.chunked, tensor.shape, tensor.size) == (True, (32, D), 32 * D * 4)
+        for start, count in ((0, 4), (12, 100), (D * 4, D * 4), (13 * D * 4 - 4, 8), (tensor.size - 4, 4)):
+            buffer = np.empty(count, np.uint8)
+            tensor.read_into(buffer, start)
+            assert np.array_equal(buffer, whole.reshape(-1).view(np.uint8)[start : start + count])
+        assert all(model in tensor.where for model in ("one", "two"))
+
+
+def test_dtypes_are_promoted_or_given(here):
+    folder(here / "half", words(["a", "q"]), 5, dtype=ml_dtypes.bfloat16)
+    folder(here / "more", words(["q", "z"]), 6, dtype=ml_dtypes.bfloat16)
+    _, opened = built("union", ("base", "half"))
+    assert opened["half"].tensors[EMBED].dtype == np.float32
+    vocab, opened = built("union", ("half", "more", "two"), "two", dtype=np.dtype(np.float16))
+    assert {source.tensors[EMBED].dtype for source in opened.values()} == {np.dtype(np.float16)}
+    vocab, opened = built("union", ("half", "more"), None)
+    assert opened["half"].tensors[EMBED].dtype == ml_dtypes.bfloat16
+    found = read(opened["half"].tensors[EMBED])[vocab.tokenizer.vocabulary["a"]]
+    assert np.array_equal(found.view(np.uint16), row("half", "a").view(np.uint16))
+
+
+def test_a_model_without_tokenizer_counts_as_the_base(here):
+    folder(here / "mute", None, 7, rows=len(ids("base")))
+    vocab, opened = built("union", ("base", "mute", "one"))
+    assert vocab.notes == ("mute has no tokenizer.json; its rows are taken to be those of base",)
+    ours = vocab.tokenizer.vocabulary
+    stored = read(sources(("mute",))["mute"].tensors[EMBED])
+    assert np.array_equal(read(opened["mute"].tensors[EMBED])[ours["d"]], stored[ids("base")["d"]])
+
+
+def test_tokens_beyond_the_embedding_are_left_out(here):
+    folder(here / "short", words(["a", "b", "k"], ["<|gone|>"]), 8, rows=6)
+    vocab, _ = built("union", ("short", "two"), "short")
+    assert "<|gone|>" not in vocab.tokenizer.vocabulary
+    assert vocab.notes == ("short: 1 tokens have no row in its embedding; left out",)
+    folder(here / "pieces", pieces("abc abd abe cab cabcab", 24), 9, rows=17)
+    vocab, _ = built("base", ("pieces", "two"), "pieces")
+    backend = written(vocab, here / "out")
+    assert backend.get_vocab_size() == 17
+    backend.encode("cab abc")
+
+
+def test_the_written_config_agrees_with_the_tokenizer(here):
+    path = here / "one" / "tokenizer_config.json"
+    entry = {"content": "<|late|>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "added_tokens_decoder": {"9": entry}}))
+    folder(here / "wide", words(["a"]), 3)
+    (here / "wide" / "merges.txt").write_text("")
+    vocab, _ = built("union", ("wide", "one"), "wide")
+    out = written(vocab, here / "out")
+    assert "<|late|>" not in out.get_vocab()  # the ninth has no row in `one`
+    assert sorted(path.name for path in (here / "out").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert json.loads((here / "out" / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sauce": "union"}, "unknown key 'sauce' of 'tokenizer'; there are source, tokens, pad_to_multiple_of"),
+        (3, "'tokenizer' is 3, wanted a mapping"),
+        ({"source": ["union"]}, r"source of 'tokenizer' is \['union'\], wanted union, base"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0, wanted a whole number from 1"),
+        ({"tokens": ["a"]}, "tokens of 'tokenizer' is"),
+        ({"tokens": {"a": {"force": 1}}}, "force of token 'a' is 1, wanted true or false"),
+        ({"tokens": {"a": {"force": True}}}, "token 'a' has force without a source"),
+        ({"tokens": {"a": {"from": "one"}}}, "unknown key 'from' of token 'a'"),
+        (
+            {"tokens": {"a": {"source": {"kind": "one"}}}},
+            "the source of token 'a' is .*'kind': 'one'.*, wanted a model",
+        ),
+        ({"tokens": {"a": {"source": {"kind": "model_token", "model": "one"}}}}, "either 'token' or 'token_id'"),
+        ({"tokens": {"a": {"source": {"kind": "model_token", "model": "one", "token_id": "x"}}}}, "token_id a number"),
+        ({"tokens": {"a": {"source": "three"}}}, "token 'a' takes its row from 'three', which is none of the models"),
+        ({"tokens": {"q": {"source": "two"}}}, "token 'q' takes its row from 'q' of 'two', which has no such row"),
+        (
+            {"tokens": {"q": {"source": {"kind": "model_token", "model": "one", "token_id": 99}}}},
+            "from 99 of 'one', which has no such row among 9",
+        ),
+        ({"source": "nowhere"}, "model 'nowhere' is no folder or file here"),
+    ],
+)
+def test_what_is_refused(here, options, words):
+    with pytest.raises(ValueError, match=words) as error:
+        built(options)
+    assert "\n" not in str(error.value)
+
+
+def test_models_that_do_not_fit_are_refused(here):
+    folder(here / "mute", None, 7)
+    with pytest.raises(ValueError, match=r"model 'mute' has no tokenizer\.json, which the vocabulary starts from"):
+        built("base", ("mute", "one"), "mute")
+    folder(here / "wrong", words(["a"]), 3, vocab_size=30)
+    with pytest.raises(ValueError, match=r"wrong: 'model.embed_tokens.weight' has 4 rows, .* vocab_size 30"):
+        built("base", ("base", "wrong"))
+    save_file({"conv.weight": np.ones((2, 2))}, here / "two" / "model.safetensors")
+    with pytest.raises(ValueError, match="two: found no embedding"):
+        built("base")
+    vocab, _ = built("base", ("base", "one"))
+    with pytest.raises(ValueError, match="built of base, one; 'mute' is none of them"):
+        vocab.apply(open_source("mute"))
+
+
+# --- mergekit ---
+
+WEIGHTS = (0.2, 0.5, 0.9)
+FORCED = {
+    "a": {"source": "one", "force": True},
+    "c": {"source": {"kind": "zero"}, "force": True},
+    "b": {"source": "two"},
+    "<new>": {"source": {"kind": "model_token", "model": "two", "token": "</s>"}},
+    "<id>": {"source": {"kind": "model_token", "model": "one", "token_id": 3}},
+}
+KNOWN = {token: setting for token, setting in FORCED.items() if token in "abc"}
+ORACLE = {
+    "union": "union",
+    "base": "base",
+    "path": {"source": "two"},
+    "forced": {"source": "union", "tokens": FORCED},
+    # New tokens on top of source: base make mergekit stop (it takes them to be the base's own, without a row).
+    "forced base": {"source": "base", "tokens": KNOWN},
+    "padded": {"source": "union", "pad_to_multiple_of": 32},
+    "padded base": {"source": "base", "tokens": KNOWN, "pad_to_multiple_of": 7},
+}
+
+
+def compare_with_mergekit(here, options, *, base: str | None = "base", **settings):
+    """Merge linearly there and by NumPy here; rows by token, and the tokenizers."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+    from transformers import AutoTokenizer
+
+    recipe = {
+        "merge_method": "linear",
+        "models": [
+            {"model": m, "parameters": {"weight": w, "normalize": False}} for m, w in zip(NAMES, WEIGHTS, strict=True)
+        ],
+        "parameters": {"normalize": False},
+        "dtype": "float32",
+        **({"tokenizer_source": options} if isinstance(options, str) else {"tokenizer": options}),
+        **({} if base is None else {"base_model": base}),
+        **settings,
+    }
+    text = json.dumps(recipe)  # it takes a model to be a folder only where its name is a path
+    for name in NAMES:
+        text = text.replace(f': "{name}"', f': "{here / name}"')
+    text = text.replace(f'"source": "{here / "base"}"', '"source": "base"')
+    text = text.replace(f'"tokenizer_source": "{here / "base"}"', '"tokenizer_source": "base"')
+    config = MergeConfiguration.model_validate(json.loads(text))
+    run_merge(config, str(here / "theirs"), MergeOptions(allow_crimes=True, quiet=True))
+    vocab, opened = built(options, base=base, dtype=np.dtype(np.float32))
+    ours = written(vocab, here / "ours")
+    theirs = tokenizers.Tokenizer.from_file(str(here / "theirs" / "tokenizer.json"))
+    left, right = ours.get_vocab(), theirs.get_vocab()
+    assert set(left) == set(right)
+    first = ids("two" if isinstance(options, dict) and options["source"] == "two" else base or "base")
+    assert all(left[token] == right[token] for token in first if base is not None and token in left)
+    assert json.loads((here / "theirs" / "config.json").read_text())["vocab_size"] == vocab.size
+    loaded = [AutoTokenizer.from_pretrained(here / name) for name in ("ours", "theirs")]
+    assert loaded[0].get_vocab() == left
+    flags = [{t.content: (t.special, t.normalized) for t in of.added_tokens_decoder.values()} for of in loaded]
+    assert base is None or flags[0] == flags[1]  # without one, mergekit starts from any of the models
+    merged = {name: read(tensor) for name, tensor in open_source("theirs").tensors.items()}
+    for name in (EMBED, HEAD):
+        found = sum(w * read(opened[m].tensors[name]) for m, w in zip(NAMES, WEIGHTS, strict=True))
+        assert merged[name].shape == found.shape == (vocab.size, D)
+        for token, i in left.items():
+            np.testing.assert_allclose(found[i], merged[name][right[token]], rtol=1e-5, atol=1e-6, err_msg=token)
+        spare = len(left)
+        np.testing.assert_allclose(found[spare:], merged[name][spare:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ORACLE)
+def test_rows_are_mergekits(here, case):
+    compare_with_mergekit(here, ORACLE[case])
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+def test_rows_are_mergekits_with_byte_pairs_and_spare_tokens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "base", pieces("abc abd abe cab cabcab", 24, ["<|im|>", "<|gone|>"]), 0, rows=25)
+    folder(tmp_path / "one", pieces("gab gag abbag fag faggaf", 22, ["<|im|>"]), 1)
+    folder(tmp_path / "two", words(["Ġab", "y", "b"], ["plain", "<|end|>"]), 2)
+    compare_with_mergekit(tmp_path, "union")
+    for name in ("ours", "theirs"):
+        (tmp_path / name).rename(tmp_path / f"{name}-union")
+    compare_with_mergekit(tmp_path, {"source": "base", "pad_to_multiple_of": 8})
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+def test_rows_are_mergekits_without_a_base(here):
+    compare_with_mergekit(here, "union", base=None)
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", ["union", "base", {"source": "two", "pad_to_multiple_of": 4}])
+def test_rows_are_mergekits_with_spare_rows_and_special_tokens_unmarked(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    half = ml_dtypes.bfloat16
+    folder(tmp_path / "base", words(["a", "b", "c"], ["<|im|>"]), 0, rows=20, dtype=half)
+    folder(
+        tmp_path / "one", words(["d", "a"], ["<|im|>"], ["<s>", "</s>", "<pad>"], marked=False), 1, rows=16, dtype=half
+    )
+    folder(tmp_path / "two", words(["<pad>", "d", "b"], marked=False), 2, dtype=half)
+    for path in tmp_path.glob("*/tokenizer_config.json"):
+        pad = {"pad_token": "<pad>"} if path.parent.name != "base" else {}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **pad}))
+    compare_with_mergekit(tmp_path, options)
+
+
+def test_ids_of_special_tokens_follow_their_tokens(here):
+    folder(here / "swapped", words(["b", "a"], special=("</s>", "<s>")), 4)
+    for name in ("base", "swapped"):
+        path = here / name / "config.json"
+        settings = {
+            "bos_token_id": ids(name)["<s>"],
+            "eos_token_id": [ids(name)["</s>"], ids(name)["b"]],
+            "pad_token_id": None,
+        }
+        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    _, opened = built({"source": "swapped"}, ("base", "swapped"))
+    assert opened["base"].config == {**opened["swapped"].config}
+    assert opened["base"].config["eos_token_id"] == [1, 3]
+    assert json.loads(opened["base"].companions()["generation_config.json"]) == {"eos_token_id": 1}
+    vocab, opened = built({"source": "one"}, ("base", "one"))
+    assert vocab.notes == ("base: eos_token_id names 'b', which the result's tokenizer lacks; left out",)
+    assert opened["base"].config["eos_token_id"] == [2]
