@@ -5,8 +5,6 @@ A consensus is a function `(deltas, weights, *, normalize) -> array` of one leaf
 
 from __future__ import annotations
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -54,8 +52,8 @@ def _disjoint(
 ) -> Array:
     r"""Return :math:`\sum_i M_i w_i d_i` (over :math:`\sum_i M_i w_i`), M where the vote has the elected sign."""
     # A tie elects plus; a trimmed element, zero, never agrees; NaN is outvoted by nobody, but seen.
-    plus = _sum(votes) >= 0
-    agree = [~jnp.where(plus, vote <= 0, vote >= 0) for vote in votes]
+    elected = jnp.where(_sum(votes) >= 0, 1.0, -1.0).astype(deltas[0].dtype)
+    agree = [~(vote * elected <= 0) for vote in votes]
     total = _sum([jnp.where(m, w * d, 0) for m, w, d in zip(agree, weights, deltas, strict=True)])
     if not normalize:
         return total

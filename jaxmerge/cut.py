@@ -8,8 +8,9 @@ and fewer than k ≥ high, is narrowed by counting the patterns at or above a fe
 - Then guesses are interpolated between the counts at the ends of the bracket, with a margin for chance.
 - Where the sample repeats a value, as differences of bfloat16 do by the thousand, that value and its successor
   are tried: if the k-th is one of the elements equal to it, this ends the search.
-- A pass that does not narrow the bracket to a quarter is followed by one that cuts it into five equal parts: with
-  any data the search ends, after 28 passes of float32 at most. Two to six are usual.
+- After a pass that left in more than a quarter of the elements inside, the next cuts the patterns inside into five
+  equal parts. So the search ends with any data: log₄ n passes of the one kind leave out all elements, 14 of the
+  other all 2³¹ patterns. Two to six passes in all are usual.
 
 A pass serves all models and all their k. It computes the magnitudes anew from the weights as they are stored and
 writes one count a row, no element moves over a mesh, and the result is exact: the same on every mesh.
@@ -59,7 +60,7 @@ class Bracket(NamedTuple):
     rows_high: Array
     count_low: Array  # [Q] uint32: of all rows
     count_high: Array
-    stalled: Array  # [Q] bool: the last pass did not narrow it to a quarter
+    stalled: Array  # [Q] bool: the last pass did not leave out three quarters of the elements inside
     passed: Array  # () int32: passes so far
 
 
@@ -91,6 +92,9 @@ def cuts(values: Values, stored: Stored, ks: Sequence[Sequence[Array]]) -> list[
     Returns:
       For each of the N arrays, a cut for each of its counts.
     """
+    if not stored[0].size:
+        nothing = jnp.zeros((), jnp.uint32)
+        return [[Cut(nothing, nothing, nothing) for _ in counts] for counts in ks]
     which = [i for i, counts in enumerate(ks) for _ in counts]
     k = jnp.stack([jnp.asarray(count, jnp.uint32) for counts in ks for count in counts])
     stored = tuple(array.reshape(1) if not array.ndim else array for array in stored)
@@ -134,7 +138,7 @@ def search(bits: Callable[[Stored], list[Array]], stored: Stored, k: Array) -> B
             high, rows_high, count_high = (
                 jnp.where(down, t, high), jnp.where(row_down, row, rows_high), jnp.where(down, count, count_high)
             )  # fmt: skip
-        stalled = high - low > (bracket.high - bracket.low) // 4
+        stalled = count_low - count_high > (bracket.count_low - bracket.count_high) // 4
         return Bracket(low, high, rows_low, rows_high, count_low, count_high, stalled, passed + 1)
 
     def unsettled(bracket: Bracket) -> Array:
@@ -158,9 +162,9 @@ def search(bits: Callable[[Stored], list[Array]], stored: Stored, k: Array) -> B
     return jax.lax.while_loop(unsettled, step, start)
 
 
-def beyond(unsigned: np.dtype) -> np.generic:
+def beyond(unsigned: np.dtype) -> Array:
     """Return the sign bit: beyond the patterns of all magnitudes, NaN among them."""
-    return unsigned.type(1 << (8 * unsigned.itemsize - 1))
+    return jnp.asarray(np.asarray(1 << (8 * unsigned.itemsize - 1), unsigned))
 
 
 def _propose(bracket: Bracket, k: Array, sample: Array) -> Array:
@@ -202,7 +206,10 @@ def _propose(bracket: Bracket, k: Array, sample: Array) -> Array:
     )
     width, j = high - low, jnp.arange(1, TRIED + 1, dtype=low.dtype)[:, None]
     evenly = low + width // (TRIED + 1) * j + width % (TRIED + 1) * j // (TRIED + 1)
-    return jnp.clip(jnp.where(bracket.stalled, evenly, tried), low + one, high - one).T
+    tried = jnp.clip(jnp.where(bracket.stalled, evenly, tried), low + one, high - one).T
+    # The order does not matter; a sort in its body keeps XLA from running the loop on one core of a CPU, which it
+    # does with loops all of whose operations it compiles into one function (its "small" loops, whatever their size).
+    return jnp.sort(tried, axis=-1)
 
 
 def _count_rows(bits: list[Array], tried: Array, axes: int) -> Array:

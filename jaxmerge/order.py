@@ -58,14 +58,37 @@ def ranks(magnitude: Array) -> Array:
       >>> ranks(jnp.array([[0.3, 0.1, 0.2]]))
       Array([[2, 0, 1]], dtype=int32)
     """
-    rows = jax.lax.stop_gradient(magnitude)
+    rows = cut.patterns(magnitude)
     placed = jax.typeof(rows).sharding
     whole = NamedSharding(placed.mesh, PartitionSpec(*placed.spec[:-1], None))
     # A mesh with explicit axes sorts only what is whole; with automatic ones the compiler sees to it.
     rows = rows if placed.spec == whole.spec else jax.sharding.reshard(rows, whole)
-    # The inverse permutation of the sort is again a sort: two sorts of rows, no gather over the mesh.
-    ranked = jnp.argsort(jnp.argsort(rows, axis=-1), axis=-1).astype(jnp.int32)
+    position = jax.lax.broadcasted_iota(jnp.int32, rows.shape, rows.ndim - 1)
+    position = position if placed.spec == whole.spec else jax.sharding.reshard(position, whole)
+    # Integers, for a CPU sorts floats, with their NaN and two zeros, at a third of the speed.
+    _, order = jax.lax.sort((rows, position), dimension=rows.ndim - 1, num_keys=1, is_stable=True)
+    ranked = jax.lax.platform_dependent(order, tpu=_inverse_by_sort, default=_inverse_by_scatter)
     return ranked if placed.spec == whole.spec else jax.sharding.reshard(ranked, placed)
+
+
+def _inverse_by_scatter(order: Array) -> Array:
+    """Invert the permutations along the last axis."""
+
+    def invert(order: Array) -> Array:
+        return (
+            jnp.zeros_like(order)
+            .at[order]
+            .set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True, mode="promise_in_bounds")
+        )
+
+    for _ in range(order.ndim - 1):
+        invert = jax.vmap(invert)
+    return invert(order)
+
+
+def _inverse_by_sort(order: Array) -> Array:
+    """As `_inverse_by_scatter`: a TPU sorts faster than it scatters."""
+    return jnp.argsort(order, axis=-1).astype(order.dtype)
 
 
 def share(value: Any, n: int, *, name: str, least: int = 0) -> Any:

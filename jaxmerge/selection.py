@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmerge import order
 from jaxmerge.leafwise import Operands, leafwise, requires
@@ -58,11 +59,12 @@ def _arcee_fusion(x: Operands) -> Array:
     (model,), (delta,) = x.models, x.deltas
     if not delta.ndim:
         return model  # one number: its softmax is 1 in both, nothing tells them apart
-    # Computed once, so that an element at the threshold is at it for all uses (see `order.patterns`).
+    # Computed once, so that an element at the threshold is at it for all uses (see `jaxmerge.cut.cuts`).
     importance = jax.lax.optimization_barrier(jnp.abs(delta) * divergence(model, x.base))
     n = importance.size
     # Order statistics of index ⌊q(n−1)⌋ from below, which is n − index from above.
-    first, median, third = (order.kth_largest(importance, jnp.uint32(n - int(q * (n - 1)))) for q in (0.25, 0.5, 0.75))
+    ks = np.array([n - int(q * (n - 1)) for q in (0.25, 0.5, 0.75)], np.uint32)
+    first, median, third = order.kth_largest(importance, jnp.asarray(ks))
     return x.base + jnp.where(importance >= median + 1.5 * (third - first), delta, 0)
 
 

@@ -2,8 +2,8 @@ r"""Sparsifiers of task vectors, and the rescaling that makes up for what they d
 
 A sparsifier is a leaf function `(Operands, **coefficients) -> keep` with the values of its coefficients. It decides
 which elements stay; `keep(Operands) -> [(kept, keep probability or None), …]` gives them, one a model. It may be
-called again with the same operands, read again: see `jaxmerge.consensus.Deltas`. The constructors here (`trim(0.2)`, `drop(0.5)`, …) make one for
-`jaxmerge.delta_rule`; left out, a value is asked for when the rule is called.
+called again with the same operands, read again: see `jaxmerge.consensus.Deltas`. The constructors here (`trim(0.2)`,
+`drop(0.5)`, …) make one for `jaxmerge.delta_rule`; left out, a value is asked for when the rule is called.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import cut, order, passes
+from jaxmerge.draw import uniform
 from jaxmerge.leafwise import Convert, Operands
 from jaxmerge.tree import Array
 
@@ -85,13 +86,15 @@ def bernoulli(delta: Array, key: Array, density: Array) -> Array:
     The draw for flat element j is a function of (key, j) alone, so it is the same on every mesh.
     """
     # In float32 for every dtype: the same mask for the same leaf in another precision.
-    return jnp.where(jax.random.uniform(key, delta.shape, jnp.float32) < density.astype(jnp.float32), delta, 0)
+    return jnp.where(uniform(key, delta.shape) < density.astype(jnp.float32), delta, 0)
 
 
 def _drop(x: Operands, *, density: Array) -> Keep:
-    assert x.keys is not None
-    kept: list[Kept] = [(bernoulli(d, key, p), p) for d, key, p in zip(x.deltas, x.keys, density, strict=True)]
-    return lambda x: kept  # a second draw would cost more than holding the first
+    def keep(x: Operands) -> list[Kept]:
+        assert x.keys is not None
+        return [(bernoulli(d, key, p), p) for d, key, p in zip(x.deltas, x.keys, density, strict=True)]
+
+    return keep
 
 
 def drop(density: Any = REQUIRED) -> Sparsifier:

@@ -1,32 +1,53 @@
-r"""Rules on the sphere: each tensor is one vector (or its rows are), direction and length merged apart."""
+r"""Rules on the sphere: each tensor is one vector (or its rows are), direction and length merged apart.
+
+Where a tensor is one vector, all these results lie in the span of the inputs, :math:`\sum_i c_i v_i`, and the
+coefficients follow from the inner products :math:`v_i \cdot v_j` alone. So a rule is one pass for the inner products,
+arithmetic on N numbers (ten steps of a Karcher mean cost nothing), and one pass for the sum.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxmerge import passes
 from jaxmerge.leafwise import Operands, leafwise, requires
 from jaxmerge.linear import check_sum
 from jaxmerge.tree import Array, PyTree
 
 
-def _dot(a: Array, b: Array, axis: int | None) -> Array:
-    return jnp.sum(a * b, axis=axis, keepdims=axis is not None)
+def gram(vectors: Sequence[Array]) -> Array:
+    """Return the inner products of N arrays as vectors, [N, N], in one pass."""
+    count = len(vectors)
+    pairs = list(itertools.combinations_with_replacement(range(count), 2))
+    products = passes.sums([vectors[i] * vectors[j] for i, j in pairs])
+    at = {pair: n for n, pair in enumerate(pairs)}
+    return jnp.stack([jnp.stack([products[at[min(i, j), max(i, j)]] for j in range(count)]) for i in range(count)])
 
 
-def _norm(x: Array, axis: int | None) -> Array:
-    square = _dot(x, x, axis)
+def _root(square: Array) -> Array:
     # The derivative of the root at zero is infinite: take it where there is something to take. Compared with
     # zero by equality throughout, so that NaN stays NaN.
     return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
-def _unit(x: Array, axis: int | None) -> Array:
-    length = _norm(x, axis)
-    return x / jnp.where(length == 0, 1, length)
+def _or_one(length: Array) -> Array:
+    return jnp.where(length == 0, 1, length)
+
+
+def _length(products: Array, coefficients: Array) -> Array:
+    r"""Return :math:`\|\sum_i c_i v_i\|` of vectors with these inner products."""
+    # At least zero, whatever was rounded where the vectors cancel; NaN stays NaN.
+    square = (coefficients[:, None] * products * coefficients[None]).sum()
+    return _root(jnp.where(square < 0, 0, square))
+
+
+def _combine(coefficients: Array, vectors: Sequence[Array]) -> Array:
+    return sum((coefficients[i] * v for i, v in enumerate(vectors)), start=jnp.zeros_like(vectors[0]))
 
 
 def _arc(a: Array, b: Array, t: Array, cosine: Array, linear: Array) -> Array:
@@ -39,9 +60,20 @@ def _arc(a: Array, b: Array, t: Array, cosine: Array, linear: Array) -> Array:
     return from_a * a + from_b * b
 
 
+def _cosine(a: Array, b: Array, axis: int | None) -> Array:
+    """Return the cosine of two arrays as vectors, or of their vectors along an axis; 0 where one is zero."""
+    if axis is None:
+        products = gram([a, b])
+        square_a, product, square_b = products[0, 0], products[0, 1], products[1, 1]
+    else:
+        square_a, product, square_b = (jnp.sum(x * y, axis=axis, keepdims=True) for x, y in ((a, a), (a, b), (b, b)))
+    return jnp.clip(product / _or_one(_root(square_a)) / _or_one(_root(square_b)), -1, 1)
+
+
 def _slerp(x: Operands, *, t: Array) -> Array:
-    a, b = x.models
-    cosine = jnp.clip(_dot(_unit(a, None), _unit(b, None), None), -1, 1)
+    x = x.after()
+    cosine = _cosine(*x.models, None)
+    a, b = x.after(cosine).models
     return _arc(a, b, t, cosine, jnp.abs(cosine) > 0.9995)
 
 
@@ -70,12 +102,16 @@ def slerp(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=
 
 
 def _nuslerp(x: Operands, *, weights: Array, axis: int | None) -> Array:
-    a, b = x.models if x.base is None else x.deltas
+    def vectors(x: Operands) -> tuple[Array, ...]:
+        return x.models if x.base is None else x.deltas
+
+    x = x.after()
+    a, b = vectors(x)
     total = weights.sum()
     t = jnp.where(jnp.abs(total) < 1e-6, 0.5, weights[1] / jnp.where(jnp.abs(total) < 1e-6, 1, total))
-    axis = axis if a.ndim else None
-    cosine = jnp.clip(_dot(_unit(a, axis), _unit(b, axis), axis), -1, 1)
-    arc = _arc(a, b, t, cosine, 1 - jnp.square(cosine) <= 1e-16)
+    cosine = _cosine(a, b, axis if a.ndim else None)
+    x = x.after(cosine)
+    arc = _arc(*vectors(x), t, cosine, 1 - jnp.square(cosine) <= 1e-16)
     return arc if x.base is None else x.base + arc
 
 
@@ -107,24 +143,20 @@ def nuslerp(
 
 
 def _multislerp(x: Operands, *, weights: Array, normalize: bool, eps: float) -> Array:
-    vectors = x.models if x.base is None else x.deltas
-    if len(vectors) == 1:
+    if len(x.models) == 1:
         return x.models[0]
+    x = x.after()
     w = weights / weights.sum() if normalize else weights
-    lengths = [_norm(v, None) for v in vectors]
-    units = [v / (length + eps) for v, length in zip(vectors, lengths, strict=True)]
-    mean = sum((w[i] * u for i, u in enumerate(units)), start=jnp.zeros_like(units[0]))
-    size = _norm(mean, None)
-    center = mean / jnp.where(size == 0, 1, size)
-    tangent = sum(
-        (w[i] * (u - _dot(u, center, None) * center) for i, u in enumerate(units)), start=jnp.zeros_like(mean)
-    )
-    angle = _norm(tangent, None) + eps
-    length = sum(w[i] * l for i, l in enumerate(lengths))
-    point = (center * jnp.cos(angle) + tangent * (jnp.sin(angle) / angle)) * length
+    products = gram(x.models if x.base is None else x.deltas)
+    lengths = _root(jnp.diagonal(products))
+    # The mean of the directions v / (‖v‖ + eps), as coefficients of the vectors. What the tangents at the mean add is
+    # zero, for their weighted sum is the mean's own part across itself: the mean direction is the result's.
+    mean = w / (lengths + eps)
+    size = _length(products, mean)
     # Directions that balance out have no mean on the sphere: the linear mean, which is then near zero.
-    linear = sum((w[i] * v for i, v in enumerate(vectors)), start=jnp.zeros_like(mean))
-    merged = jnp.where(size < eps, linear, point)
+    coefficients = jnp.where(size < eps, w, mean / _or_one(size) * (w * lengths).sum())
+    x = x.after(coefficients)
+    merged = _combine(coefficients, x.models if x.base is None else x.deltas)
     return merged if x.base is None else x.base + merged
 
 
@@ -163,38 +195,36 @@ def multislerp(
 def _karcher(x: Operands, *, max_iter: int, tol: float) -> Array:
     if len(x.models) == 1:
         return x.models[0]
-    lengths = jnp.stack([_norm(model, None) for model in x.models])
+    x = x.after()
+    products = gram(x.models)
+    lengths = _root(jnp.diagonal(products))
     counted = (~(lengths <= tol)).astype(lengths.dtype)
     share = counted / jnp.maximum(counted.sum(), 1)
-    units = [_unit(model, None) for model in x.models]
-
-    def total(terms: list[Array]) -> Array:
-        return sum((share[i] * term for i, term in enumerate(terms)), start=jnp.zeros_like(units[0]))
-
-    mean = total(units)
-    size = _norm(mean, None)
+    # From here on in coefficients of the unit vectors, whose inner products are cosines.
+    cosines = products / _or_one(lengths)[:, None] / _or_one(lengths)[None]
+    size = _length(cosines, share)
     # Directions that balance out: start from the first that counts.
-    first = sum((jnp.where(jnp.argmax(counted) == i, u, 0) for i, u in enumerate(units)), start=jnp.zeros_like(mean))
-    mean = jnp.where(size < tol, first, mean / jnp.where(size == 0, 1, size))
+    first = (jnp.arange(lengths.size) == jnp.argmax(counted)).astype(lengths.dtype)
+    mean = jnp.where(size < tol, first, share / _or_one(size))
 
     def step(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
         mean, done = state
-        tangents = []
-        for unit in units:
-            cosine = jnp.clip(_dot(mean, unit, None), -1, 1)
-            inside = jnp.abs(cosine) < 1
-            near = ~inside | (jnp.arccos(jnp.where(inside, cosine, 0)) < tol)
-            theta = jnp.arccos(jnp.where(near, 0, cosine))
-            tangents.append(jnp.where(near, 0, theta / jnp.sin(theta)) * (unit - cosine * mean))
-        tangent = total(tangents)
-        size = _norm(tangent, None)
+        along = jnp.clip((cosines * mean[None]).sum(-1), -1, 1)
+        inside = jnp.abs(along) < 1
+        near = ~inside | (jnp.arccos(jnp.where(inside, along, 0)) < tol)
+        theta = jnp.arccos(jnp.where(near, 0, along))
+        pull = share * jnp.where(near, 0, theta / jnp.sin(theta))
+        # Each unit vector's tangent at the mean is u − (u·m) m.
+        tangent = pull - (pull * along).sum() * mean
+        size = _length(cosines, tangent)
         done = done | (size < tol)
-        moved = jnp.cos(size) * mean + jnp.sin(size) * tangent / jnp.where(size == 0, 1, size)
-        return jnp.where(done, mean, _unit(moved, None)), done
+        moved = jnp.cos(size) * mean + jnp.sin(size) * tangent / _or_one(size)
+        return jnp.where(done, mean, moved / _or_one(_length(cosines, moved))), done
 
     # A loop of fixed length, frozen once it has converged: it can be differentiated and batched.
     mean, _ = jax.lax.fori_loop(0, max_iter, step, (mean, jnp.bool_(False)))
-    return lengths.mean() * mean
+    coefficients = lengths.mean() * mean / _or_one(lengths)
+    return _combine(coefficients, x.after(coefficients).models)
 
 
 @requires(symmetric=True)

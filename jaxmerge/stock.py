@@ -8,34 +8,35 @@ import jax.numpy as jnp
 
 from jaxmerge.delta import check_compat
 from jaxmerge.leafwise import Operands, leafwise, requires
+from jaxmerge.spherical import gram
 from jaxmerge.tree import Array, PyTree
 
 
 def _model_stock(x: Operands, *, filter_wise: bool, floor: float) -> Array:
     assert x.base is not None
-    count = len(x.models)
-    axis = -1 if filter_wise and x.base.ndim else None
-    deltas = x.deltas
-
-    def dot(a: Array, b: Array) -> Array:
-        return jnp.sum(a * b, axis=axis, keepdims=axis is not None)
-
+    x = x.after()
+    count, deltas = len(x.models), x.deltas
+    if filter_wise and x.base.ndim:
+        products = jnp.stack([jnp.stack([jnp.sum(a * b, axis=-1, keepdims=True) for b in deltas]) for a in deltas])
+    else:
+        products = gram(deltas)
     cosines = []
-    for i, a in enumerate(deltas):
-        for b in deltas[i + 1 :]:
-            square_a, square_b = dot(a, a), dot(b, b)
+    for i in range(count):
+        for j in range(i + 1, count):
+            square_a, square_b = products[i, i], products[j, j]
             moved = (square_a != 0) & (square_b != 0)
             # The roots apart: their squares multiplied would leave float32's range for small deltas.
             product = jnp.sqrt(jnp.where(moved, square_a, 1)) * jnp.sqrt(jnp.where(moved, square_b, 1))
             product = jnp.maximum(product, floor) if floor else product
-            cosines.append(jnp.where(moved, jnp.clip(dot(a, b) / product, -1, 1), 0))
+            cosines.append(jnp.where(moved, jnp.clip(products[i, j] / product, -1, 1), 0))
     cosine = sum(cosines[1:], start=cosines[0]) / len(cosines)
     divisor = 1 + (count - 1) * cosine
     # Deltas that cancel: no finite estimate, keep the base.
     singular = jnp.abs(divisor) < 1e-6
     t = jnp.where(singular, 0, count * cosine / jnp.where(singular, 1, divisor))
-    mean = sum(deltas[1:], start=deltas[0]) / count
-    return x.base + t * mean
+    x = x.after(t)
+    assert x.base is not None
+    return x.base + t * (sum(x.deltas[1:], start=x.deltas[0]) / count)
 
 
 @requires(least=2, base="required", symmetric=True)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ WIDE, MLP, VOCABULARY = 8, 12, 16
 
 
 def names_of(layers, head=True):
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, WIDE)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, WIDE)}
     for l in range(layers):
         for part, shape in {
             "input_layernorm": (WIDE,),
@@ -35,7 +36,7 @@ def names_of(layers, head=True):
     return shapes | ({"lm_head.weight": (VOCABULARY, WIDE)} if head else {})
 
 
-def tensors(seed, layers=4, dtype=np.float32, head=True):
+def tensors(seed, layers=4, dtype: Any = np.float32, head=True):
     """A model near the one of seed 0, its deltas a tenth of the weights."""
     rng, base = np.random.default_rng(seed), np.random.default_rng(0)
     near = {name: base.standard_normal(shape) for name, shape in names_of(layers, head).items()}

@@ -176,22 +176,22 @@ def test_defaults_are_its_defaults():
     """What a recipe leaves out means there what it means here: the table of METHODS."""
     pytest.importorskip("torch")
     merge_methods = pytest.importorskip("mergekit.merge_methods")
-    from jaxmerge.files.recipe import DEFAULT, IGNORED, METHODS, REQUIRED
+    from jaxmerge.files.methods import IGNORED, METHODS, OURS, REQUIRED
 
-    ours_only = {"interpolate", "extrapolate", "extrapolation_merge", "imm"}
     specs = [method.spec for method in merge_methods.registered_methods()]
-    assert {spec.name for spec in specs} == set(METHODS) - ours_only
+    assert {spec.name for spec in specs} == set(METHODS) - set(OURS)
     for spec in specs:
         method = METHODS[spec.name]
-        known = {**method.each, **method.shared, **method.options}
         for parameter in spec.parameters:
             if parameter.name in (*IGNORED, *method.unused):
                 continue
-            default = known[parameter.name][1]
+            default = method.parameters[parameter.name][1]
             if parameter.required:
                 assert default is REQUIRED, (spec.name, parameter.name)
-            elif default is not DEFAULT and parameter.default is not None:
+            elif parameter.default is not None:
                 assert default == parameter.default, (spec.name, parameter.name)
+        scopes = {parameter.name: parameter.scope.value for parameter in spec.parameters}
+        assert all((scopes[name] != "shared") == (name in method.each) for name in method.parameters), spec.name
 
 
 def test_arcee_fusion_against_float64():

@@ -12,9 +12,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import yaml
-from llamas import equal, folder, load, make, merged, names_of, tensors
+from llamas import equal, folder, load, make, merged, tensors
 
-from jaxmerge.files import layers, safetensors, source
+from jaxmerge.files import layers, merge, safetensors, source
 from jaxmerge.files.chat import TEMPLATES
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
@@ -111,13 +111,13 @@ slices:
     "multislerp": f"merge_method: multislerp\nbase_model: base\n{TWO}parameters: {{normalize_weights: 'no'}}\n",
     "karcher": f"merge_method: karcher\nbase_model: base\n{BARE}parameters: {{max_iter: 5}}\n",
     "task_arithmetic": f"merge_method: task_arithmetic\nbase_model: base\n{TWO}parameters: {{lambda: [0.7, 1.2]}}\n",
-    "breadcrumbs": f"""
+    "breadcrumbs": """
 merge_method: breadcrumbs_ties
 base_model: base
 models:
-  - {{model: one, parameters: {{weight: 0.4, gamma: 0.05}}}}
-  - {{model: two, parameters: {{weight: 0.9}}}}
-parameters: {{density: 0.6, normalize: [true, false]}}
+  - {model: one, parameters: {weight: 0.4, gamma: 0.05}}
+  - {model: two, parameters: {weight: 0.9}}
+parameters: {density: 0.6, normalize: [true, false]}
 """,
     "sce": f"merge_method: sce\nbase_model: base\n{BARE}parameters: {{select_topk: 0.6}}\n",
     "model_stock": f"merge_method: model_stock\nbase_model: base\n{BARE}",
@@ -169,6 +169,78 @@ slices:
 def test_recipe(here, oracle, case):
     compat = {"compat": "mergekit"} if case in ("sce", "model_stock") else {}
     both(oracle, CASES[case] + "dtype: float32\n", compat)
+
+
+@pytest.mark.parametrize("case", ["ties", "slerp", "slices of slices", "karcher"])
+def test_recipe_through_the_command(here, oracle, case):
+    (here / "recipe.yaml").write_text(CASES[case] + "dtype: float32\n")
+    merge("recipe.yaml", "ours")
+    equal(load("ours"), oracle(CASES[case] + "dtype: float32\n"))
+    ours, its = (json.loads((here / path / "config.json").read_text()) for path in ("ours", "out"))
+    assert ours["num_hidden_layers"] == its["num_hidden_layers"]
+
+
+def test_stages(here, oracle):
+    multimerge = pytest.importorskip("mergekit.scripts.multimerge")
+    testing = pytest.importorskip("click.testing")
+    (here / "recipe.yaml").write_text("""
+merge_method: linear
+models: [{model: second, parameters: {weight: 1}}, {model: three, parameters: {weight: [0, 1]}}]
+dtype: float32
+---
+name: second
+merge_method: task_arithmetic
+base_model: first
+models: [{model: two}]
+parameters: {weight: 1.5}
+dtype: float32
+---
+name: first
+merge_method: linear
+models: [{model: one, parameters: {weight: 1}}, {model: base, parameters: {weight: 2}}]
+dtype: float32
+""")
+    options = ["recipe.yaml", "--out-path", "out", "-I", "between", "--no-copy-tokenizer", "--no-write-model-card"]
+    done = testing.CliRunner().invoke(multimerge.main, options)
+    assert done.exit_code == 0, done.output
+    merge("recipe.yaml", "ours")
+    equal(load("ours"), load("out"))
+
+
+def test_a_union_of_tokens_fills_rows_from_the_slice_they_are_in(here, oracle):
+    tokenizers = pytest.importorskip("tokenizers")
+    for seed, (name, words) in enumerate([("a", "wxyz"), ("b", "wxuv"), ("c", "wtsu"), ("d", "wtxr")]):
+        arrays = {key: a[:4] if "embed" in key or "head" in key else a for key, a in tensors(seed).items()}
+        folder(name, arrays, vocab_size=4)
+        ids = {word: i for i, word in enumerate(words)}
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="w"))
+        backend.save(f"{name}/tokenizer.json")
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w"}
+        (here / name / "tokenizer_config.json").write_text(json.dumps(config))
+    text = """
+merge_method: task_arithmetic
+base_model: a
+slices:
+  - sources:
+      - {model: a, layer_range: [0, 2]}
+      - {model: b, layer_range: [0, 2], parameters: {weight: 0.5}}
+      - {model: d, layer_range: [0, 2], parameters: {weight: 0.8}}
+  - base_model: c
+    sources:
+      - {model: b, layer_range: [1, 3], parameters: {weight: 0.7}}
+      - {model: c, layer_range: [1, 3]}
+      - {model: d, layer_range: [2, 4], parameters: {weight: 0.3}}
+tokenizer: {source: union}
+dtype: float32
+"""
+    found, its = merged(text), oracle(text)
+    make(text).companions(here)
+    ours, theirs = (tokenizers.Tokenizer.from_file(p).get_vocab() for p in ("tokenizer.json", "out/tokenizer.json"))
+    assert set(ours) == set(theirs)
+    rows = [theirs[word] for word in sorted(ours, key=lambda word: ours[word])]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        its[name] = its[name][rows]
+    equal(found, its)
 
 
 @pytest.mark.parametrize("case", ["linear", "ties", "slerp", "multislerp", "slices of slices"])

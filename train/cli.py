@@ -17,6 +17,8 @@ jaxmerge: self-improve, extrapolate and merge language models on a JAX mesh
 
   jaxmerge improve  CONFIG [key=value …]       run or resume a self-improvement run (out=DIR, --dry-run)
   jaxmerge merge    RECIPE OUT [key=value …]   merge checkpoints on disk by a recipe (mergekit's YAML is read)
+  jaxmerge inspect  BASE MODELS [key=value …]  what changed between checkpoints, per layer (picture=, json=)
+  jaxmerge extract-lora BASE TUNED OUT rank=N  the change between two checkpoints as a LoRA adapter
   jaxmerge sft      CONFIG [key=value …]       fine-tune or pretrain a model on examples
   jaxmerge sample   MODEL PROMPTS OUT [k=v …]  generate: a line of JSON a prompt in, a line out
   jaxmerge evaluate MODEL CONFIG [key=value …] accuracy of a model on a config's questions
@@ -58,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         module = (error.name or "").partition(".")[0]
         if module in ("", "jaxmerge", "train"):
             raise
-        extra = "files" if verb == "merge" else "train"
+        extra = "files" if verb in ("merge", "inspect", "extract-lora") else "train"
         print(
             f"jaxmerge {verb}: the package {module} is not installed; pip install 'jaxmerge[{extra}]'", file=sys.stderr
         )

@@ -39,7 +39,8 @@ def open_model(path: str, mesh: jax.sharding.Mesh | None = None) -> Model:
     root = next((p for p in (local, *local.parents) if (p / "model" / "config.json").is_file()), None)
     if not local.is_dir() or (local / "config.json").is_file() or root is None:
         return load_model(path, sharding=None if mesh is None else functools.partial(sharding_of, mesh))
-    if local == root:
+    # A merge written as Orbax has one model, in `weights`; a run has many, in `checkpoints`.
+    if local == root and not (local / "weights" / "_METADATA").is_file():
         found = ", ".join(sorted(str(p.parent) for p in root.glob("checkpoints/*/*/*/weights"))) or "none yet"
         raise UserError(f"{path} is a run with several models; name one of its checkpoints: {found}")
     candidates = [local, local / "weights", local / "merge" / "weights", local / "sft" / "weights"]

@@ -73,15 +73,15 @@ def format_seconds(seconds: float | None) -> str:
 class Bar:
     """The progress of one phase, in plain lines: one at most every ten seconds, and one at the end."""
 
-    def __init__(self, title: str, *, total: int, unit: str, done: int = 0):
-        self.title, self.total, self.unit, self.done = title, total, unit, done
+    def __init__(self, title: str, *, total: int, unit: str, done: int = 0, scale: int = 1):
+        self.title, self.total, self.unit, self.done, self.scale = title, total, unit, done, scale
         self.note = ""
         self._first = done  # what a resumed phase found finished: no part of the rate
         self._start = self._spoke = time.monotonic()
 
     @property
     def rate(self) -> float:
-        """Units a second since the bar was opened."""
+        """Units, as counted, a second since the bar was opened."""
         return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
 
     def advance(self, n: int = 1, *, note: str = "") -> None:
@@ -98,8 +98,15 @@ class Bar:
 
     def _print(self, ending: str) -> None:
         note = f" · {self.note}" if self.note else ""
-        count = f"{self.done:,}/{self.total:,} {self.unit}"
-        say(f"{self.title}: {count} · {self.rate:,.4g} {self.unit}/s · {ending}{note}")
+        say(f"{self.title}: {self._count()} {self.unit} · {self._speed()} · {ending}{note}")
+
+    def _count(self) -> str:
+        if self.scale == 1:
+            return f"{self.done:,}/{self.total:,}"
+        return f"{self.done / self.scale:,.2f}/{self.total / self.scale:,.2f}"
+
+    def _speed(self) -> str:
+        return f"{self.rate / self.scale:,.4g} {self.unit}/s"
 
 
 class _Silent(Bar):
@@ -114,26 +121,26 @@ class _Silent(Bar):
 class _Rich(Bar):
     """The same bar on a terminal: redrawn in place, with the rate and the time left."""
 
-    def __init__(self, title: str, *, total: int, unit: str, done: int = 0):
-        super().__init__(title, total=total, unit=unit, done=done)
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    def __init__(self, title: str, *, total: int, unit: str, done: int = 0, scale: int = 1):
+        super().__init__(title, total=total, unit=unit, done=done, scale=scale)
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[count]} {task.fields[rate]}"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", style="dim", markup=False),
         )
-        self._task = self._progress.add_task(title, total=total, completed=done, rate="", note="")
+        self._task = self._progress.add_task(title, total=total, completed=done, count="", rate="", note="")
         self._progress.start()
 
     def advance(self, n: int = 1, *, note: str = "") -> None:
         self.done += n
         self.note = note or self.note
-        rate = f"{self.rate:,.4g} {self.unit}/s"
-        self._progress.update(self._task, completed=self.done, rate=rate, note=self.note)
+        self._progress.update(
+            self._task, completed=self.done, count=f"{self._count()} {self.unit}", rate=self._speed(), note=self.note
+        )
 
     def finish(self) -> None:
         self._progress.stop()
@@ -148,7 +155,7 @@ def _rich_wanted() -> bool:
 
 
 @contextlib.contextmanager
-def progress(title: str, *, total: int, unit: str = "steps", done: int = 0) -> Iterator[Bar]:
+def progress(title: str, *, total: int, unit: str = "steps", done: int = 0, scale: int = 1) -> Iterator[Bar]:
     """Show how far a phase is, how fast it goes and how long it will take.
 
     Args:
@@ -156,13 +163,14 @@ def progress(title: str, *, total: int, unit: str = "steps", done: int = 0) -> I
       total: units in the whole phase.
       unit: the plural noun the count is of.
       done: units an earlier, interrupted process had finished.
+      scale: what `total` and `done` are divided by for the eye: 10**9 for bytes shown in GB.
 
     Example:
       >>> with progress("sample round 1", total=512, unit="samples") as bar:  # doctest: +SKIP
       ...     bar.advance(32, note="41 % correct")
     """
     kind = _Silent if not is_speaker() else _Rich if _rich_wanted() else Bar
-    bar = kind(title, total=total, unit=unit, done=done)
+    bar = kind(title, total=total, unit=unit, done=done, scale=scale)
     try:
         yield bar
     finally:

@@ -55,6 +55,6 @@ TEMPLATES = {"alpaca": _ALPACA, "chatml": _CHATML, "exaone": _EXAONE, "llama3": 
 
 
 def check_template(wanted: str) -> None:
-    """Raise unless `wanted` is "auto", a name of TEMPLATES, or by its looks a Jinja template: with a brace, not short."""
+    """Raise unless `wanted` is "auto", a name of TEMPLATES, or by its looks a template: with a brace, not short."""
     if "{" not in wanted or len(wanted) < 20:
         known(wanted, ("auto", *TEMPLATES), "chat_template")

@@ -38,6 +38,12 @@ def split(name: str) -> tuple[str, int, str] | None:
     return None if at is None else (".".join(parts[:at]), int(parts[at]), ".".join(parts[at + 1 :]))
 
 
+def container(name: str) -> str | None:
+    """Return the container of a tensor's layer; None outside the layers."""
+    parts = split(name)
+    return None if parts is None else parts[0]
+
+
 def depths(names: Iterable[str]) -> dict[str, float]:
     """Return each tensor's t = layer / (layers − 1) within its container, 0 outside; of a single layer 1, as mergekit.
 
@@ -48,7 +54,7 @@ def depths(names: Iterable[str]) -> dict[str, float]:
     names = list(names)
     counts = layer_counts(names)
     found = where.depths([name.replace(".", "/") for name in names])
-    single = {name for name in names if (parts := split(name)) is not None and counts[parts[0]] == 1}
+    single = {name for name in names if (within := container(name)) is not None and counts[within] == 1}
     return {name: 1.0 if name in single else found[name.replace(".", "/")] for name in names}
 
 
@@ -75,12 +81,12 @@ def container_of(names: Iterable[str], module: str, model: str) -> str:
     )
 
 
-def by_layer(names: Iterable[str], container: str) -> dict[int, dict[str, str]]:
+def by_layer(names: Iterable[str], within: str) -> dict[int, dict[str, str]]:
     """Return the names of a container's tensors: layer → rest of the name → name."""
     found: dict[int, dict[str, str]] = {}
     for name in names:
         parts = split(name)
-        if parts is not None and parts[0] == container:
+        if parts is not None and parts[0] == within:
             found.setdefault(parts[1], {})[parts[2]] = name
     return found
 

@@ -21,7 +21,7 @@ import pathlib
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ from jaxmerge.where import Where
 Progress = Callable[[int, int, str], None]
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": safetensors.DTYPES["BF16"], "float16": np.dtype(np.float16)}
 EXACT = 512  # up to this smaller side, or where the rank is a quarter of it, decompose exactly
+COPIED = 1 << 24  # bytes of a whole tensor at a time
 SPARE = 16  # columns of the projection beyond the rank
 ITERATIONS = 8  # at most
 SETTLED = 1e-4  # share of ‖Δ‖² that the last iteration may have added
@@ -113,13 +114,13 @@ def extract_lora(
                 delta = _delta(base.tensors[name], tuned.tensors[name])
                 a, b, facts = factor(delta.T if flipped else delta, rank, alpha / rank)
                 for key, part in zip(_keys(name), (a, b), strict=True):
-                    writer.write(key, part.astype(DTYPES[dtype]))
+                    writer.write(key, np.ascontiguousarray(part.astype(DTYPES[dtype])).reshape(-1).view(np.uint8))
                 report[name] = facts | {"relative": sizes[name]["relative"]}
                 if progress is not None:
                     progress(i + 1, len(split.factored), name)
             for key, part in layout.items():
                 if part.source is not None:
-                    writer.write(key, read(part.source))
+                    _copy(part.source, key, writer)
             writer.finish()
         (folder / safetensors.SINGLE).rename(folder / WEIGHTS)
         config = _config(base, split, rank, alpha)
@@ -259,6 +260,15 @@ def _shortened(modules: set[str], every: set[str]) -> list[str]:
     return list(names)
 
 
+def _copy(tensor: Tensor, key: str, writer: safetensors.Writer) -> None:
+    step = COPIED if tensor.chunked else max(tensor.size, 1)
+    buffer = np.empty(min(step, tensor.size), np.uint8)
+    for start in range(0, tensor.size, step):
+        part = buffer[: min(step, tensor.size - start)]
+        tensor.read_into(part, start)
+        writer.write(key, part, start)
+
+
 def _delta(base: Tensor, tuned: Tensor) -> np.ndarray:
     delta = read(tuned).astype(np.float32)
     delta -= read(base).astype(np.float32)
@@ -273,17 +283,18 @@ def factor(delta: np.ndarray, rank: int, scale: float = 1.0) -> tuple[np.ndarray
     """
     small = min(delta.shape)
     used = min(rank, small)
-    square = float(np.vdot(delta, delta))
-    # Scaled, so that the squares of tiny deltas stay in float32's range.
+    # Scaled, so that squares stay in float32's range.
     unit = float(np.abs(delta).max()) or 1.0
+    delta = delta / np.float32(unit)
+    square = float(np.vecdot(delta, delta).sum(dtype=np.float64))
     if small <= EXACT or 4 * used >= small:
         method, gain = "exact", 0.0
-        u, s, v = (np.asarray(part) for part in np.linalg.svd(delta / unit, full_matrices=False))
+        u, s, v = (np.asarray(part) for part in np.linalg.svd(delta, full_matrices=False))
     else:
         method = "randomised"
-        u, s, v, gain = _randomised(jnp.asarray(delta / unit), used)
-    s = s[:used] * unit
-    root = np.sqrt(s / scale)
+        u, s, v, gain = _randomised(jnp.asarray(delta), used)
+    s = s[:used]
+    root = np.sqrt(s) * math.sqrt(unit / scale)
     a, b = np.zeros((rank, delta.shape[1]), np.float32), np.zeros((delta.shape[0], rank), np.float32)
     a[:used], b[:, :used] = root[:, None] * v[:used], u[:, :used] * root
     explained = min(float(np.sum(np.square(s, dtype=np.float64))) / square, 1.0) if square else 1.0
@@ -293,36 +304,41 @@ def factor(delta: np.ndarray, rank: int, scale: float = 1.0) -> tuple[np.ndarray
 def _randomised(delta: jax.Array, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Iterate until the energy in the first `rank` directions settles; (U, S, Vᵀ, last gain)."""
     total = float(jnp.vdot(delta, delta))
-    basis = _start(delta, rank + SPARE)
-    u, s, v = _project(delta, basis)
-    energy, gain = float(jnp.sum(s[:rank] ** 2)), total
+    sketch = jax.random.normal(jax.random.key(0), (delta.shape[1], rank + SPARE), delta.dtype)
+    basis = _basis(delta, sketch)
+    found = _project(delta, basis)
+    energy, gain = float(jnp.sum(found.s[:rank] ** 2)), total
     for _ in range(ITERATIONS):
-        basis = _iterate(delta, basis)
-        u, s, v = _project(delta, basis)
-        now = float(jnp.sum(s[:rank] ** 2))
+        basis = _basis(delta, found.other)
+        found = _project(delta, basis)
+        now = float(jnp.sum(found.s[:rank] ** 2))
         gain, energy = (now - energy) / total, now
         if gain < SETTLED:
             break
-    return np.asarray(u), np.asarray(s), np.asarray(v), max(gain, 0.0)
+    u, v = _exactly(basis, found.u), _exactly(found.v, found.other.T)
+    return np.asarray(u), np.asarray(found.s), np.asarray(v), max(gain, 0.0)
+
+
+class _Projected(NamedTuple):
+    """QᵀΔ = u·diag(s)·v·otherᵀ, with u and v square and small."""
+
+    u: jax.Array
+    s: jax.Array
+    v: jax.Array
+    other: jax.Array
 
 
 # In float32 to the last digit also on devices whose products default to less.
 _exactly = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-@partial(jax.jit, static_argnums=1)
-def _start(delta: jax.Array, columns: int) -> jax.Array:
-    sketch = jax.random.normal(jax.random.key(0), (delta.shape[1], columns), delta.dtype)
-    return jnp.linalg.qr(_exactly(delta, sketch))[0]
-
-
 @jax.jit
-def _iterate(delta: jax.Array, basis: jax.Array) -> jax.Array:
-    other = jnp.linalg.qr(_exactly(delta.T, basis))[0]
+def _basis(delta: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.linalg.qr(_exactly(delta, other))[0]
 
 
 @jax.jit
-def _project(delta: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    u, s, v = jnp.linalg.svd(_exactly(basis.T, delta), full_matrices=False)
-    return _exactly(basis, u), s, v
+def _project(delta: jax.Array, basis: jax.Array) -> _Projected:
+    other, r = jnp.linalg.qr(_exactly(delta.T, basis))
+    u, s, v = jnp.linalg.svd(r.T)
+    return _Projected(u, s, v, other)

@@ -128,7 +128,7 @@ _TRUE, _FALSE = ("true", "yes", "on", "y", "t", "1"), ("false", "no", "off", "n"
 
 def known(word: Any, words: Sequence[str] | Mapping[str, Any], what: str) -> None:
     """Raise if `word` is not one of `words`, naming the nearest."""
-    if word in words:
+    if isinstance(word, str) and word in words:  # YAML may put anything where a word belongs
         return
     near = difflib.get_close_matches(str(word), list(words), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""

@@ -60,7 +60,8 @@ class Moments:
         total: dict[str, Any] = {
             f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)
         }
-        return Moments(**total | {"largest": np.maximum(self.largest, other.largest)})
+        total["largest"] = np.maximum(self.largest, other.largest)
+        return Moments(**total)
 
 
 def working_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:

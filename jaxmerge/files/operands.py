@@ -107,10 +107,10 @@ class FirstRows:
 
 
 def is_tied(source: Source) -> bool:
-    """Whether a model's head is its embedding: it has none, and its config does not say otherwise."""
+    """Whether a model's head is its embedding: it has none, and its config, if it has one, does not deny it."""
     text = source.config.get("text_config") or {}
-    said = source.config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
-    return said is not False and HEAD not in source.tensors and EMBEDDING in source.tensors
+    said = source.config.get("tie_word_embeddings", text.get("tie_word_embeddings", bool(source.config)))
+    return bool(said) and HEAD not in source.tensors and EMBEDDING in source.tensors
 
 
 def with_heads(sources: Mapping[str, Source], donor: str, notes: list[str], *, compat: str | None) -> dict[str, Source]:
@@ -139,12 +139,13 @@ class Matching:
         self.unlike: list[str] = []
         self.copied: list[str] = []
         self.left_out: list[str] = []
-        self.loose: tuple[str, list[str]] = ("", [])
+        self.loose: dict[str, list[str]] = {}
         self.rows: int | None = None  # of an embedding that was cut
 
     def unclaimed(self, model: str, names: list[str]) -> None:
-        """Take down the tensors of the donor that no module claims."""
-        self.loose = (model, names)
+        """Take down the tensors of a model that no module claims."""
+        if names:
+            self.loose[model] = names
 
     def unused(self, part: Slice, names: Sequence[Sequence[str]], prefixes: Sequence[str] | None = None) -> None:
         """Take down what sources have and the reference lacks; in full, names begin with the prefixes."""
@@ -226,8 +227,7 @@ class Matching:
             problems.append(f"model {model!r} does not match {ref!r}: {' and '.join(whats)}")
             if HEAD in self.extra.get((model, ref), []):
                 problems.append(f"{ref!r} ties its head to its embedding, {model!r} does not")
-        model, loose = self.loose
-        if loose:
+        for model, loose in self.loose.items():
             what = f"{listed(loose)} of {model!r} are of no module of the recipe"
             if "unused" in self.allow:
                 self.notes.append(f"{what}; left out")
@@ -242,7 +242,7 @@ class Matching:
             self.notes.append(f"{len(self.unlike)} tensors are unlike the reference's: {self.unlike[0]}")
         if problems:
             flags = list(dict.fromkeys(flags))
-            way = f"merge models of one architecture, or allow it: --allow {','.join(flags)}"
+            way = f"merge models of one architecture, or allow it: allow={','.join(flags)}"
             raise ValueError(f"{'; '.join(problems)}; {way}")
         if self.copied:
             self.notes.append(f"copied, not merged: {listed(self.copied)}")

@@ -12,9 +12,10 @@ import functools
 import math
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxmerge.files import safetensors
@@ -61,9 +62,23 @@ class Saved:
 
         try:
             stored = tensorstore.open(_spec(self.checkpoint, self.key), open=True, read=True).result()
-            tensorstore.array(array, dtype=stored.dtype, write=True).write(stored).result()
+            target = tensorstore.array(array, dtype=stored.dtype, write=True)
+            for run in _runs(self.shape, stored.chunk_layout.read_chunk.shape):
+                target[run].write(stored[run]).result()
         except ValueError as error:
             raise ValueError(f"{self.checkpoint}: array {self.key!r} is damaged: {_first_line(error)}") from None
+
+
+def _runs(shape: tuple[int, ...], piece: tuple[int | None, ...] | None) -> Iterator[tuple[slice, ...]]:
+    """Slices of two pieces along the axis cut most: they are decoded beside the array, and all would be as large."""
+    if not shape or piece is None:
+        yield ()
+        return
+    pieces = [min(part or length, length) for part, length in zip(piece, shape, strict=True)]
+    axis = max(range(len(shape)), key=lambda i: shape[i] / max(pieces[i], 1))
+    step = 2 * max(pieces[axis], 1)
+    for first in range(0, shape[axis], step):
+        yield (*[slice(None)] * axis, slice(first, min(first + step, shape[axis])))
 
 
 @functools.lru_cache(maxsize=16)
@@ -145,7 +160,7 @@ def _described(checkpoint: pathlib.Path) -> pathlib.Path:
 def write(folder: pathlib.Path, out: pathlib.Path) -> None:
     """Write a finished safetensors folder as an Orbax checkpoint: `out/weights`, and what describes it in `out/model`.
 
-    Arrays go from the mapped file to the checkpoint one after another: the memory is that of one, not of the model.
+    Arrays go from the mapped file to the checkpoint a few at a time: memory is about twice the largest.
     """
     stored = safetensors.open_folder(folder)
     tree = _nested({name: _mapped(tensor) for name, tensor in stored.items()})
@@ -188,19 +203,21 @@ def _save(tree: dict[str, Any], path: pathlib.Path) -> None:
     except ImportError:
         raise ValueError(f"{path}: {MISSING}") from None
 
-    class OneByOne(ocp.type_handlers.NumpyHandler):
-        """Waits for each array before the next; the plain handler copies and compresses all at once."""
+    class AFewAtATime(ocp.type_handlers.NumpyHandler):
+        """Waits for some arrays before the next; the plain handler copies and compresses all at once."""
 
         async def serialize(self, values, infos, args=None):
             del args
-            for value, info in zip(values, infos, strict=True):
-                saving = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
-                for future in await super().serialize([value], [info], [saving]):
+            saving = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+            for first, last in _batches([value.nbytes for value in values]):
+                for future in await super().serialize(values[first:last], infos[first:last], [saving] * (last - first)):
                     future.result()
             return []
 
-    handler = OneByOne(deepcopy_host_arrays=False)
-    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, handler))
+    handler = AFewAtATime(deepcopy_host_arrays=False)
+    # Orbax warns of a registry without jax arrays, though none is among these.
+    others = (jax.Array, ocp.type_handlers.ArrayHandler())
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, handler), others)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
             checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(tree))
@@ -208,6 +225,18 @@ def _save(tree: dict[str, Any], path: pathlib.Path) -> None:
         raise  # `new_folder` says what a full disk is
     except Exception as error:
         raise ValueError(f"{path}: the checkpoint could not be written ({_first_line(error)})") from error
+
+
+def _batches(sizes: list[int]) -> Iterator[tuple[int, int]]:
+    """Runs [first, last) of at most CHUNK_BYTES together, or one alone."""
+    first = total = 0
+    for i, size in enumerate(sizes):
+        if i > first and total + size > CHUNK_BYTES:
+            yield first, i
+            first, total = i, 0
+        total += size
+    if sizes:
+        yield first, len(sizes)
 
 
 def _first_line(error: Exception) -> str:

@@ -148,9 +148,8 @@ class _Planner:
     def jobs(self) -> list[Job]:
         modules = self.recipe.modules
         layers.check_modules(modules, {name: source.tensors for name, source in self.sources.items()})
-        donor = self.sources[self.recipe.donor]
-        unclaimed = [name for name in donor.tensors if layers.module_of(name, modules) is None]
-        self.matching.unclaimed(donor.name, unclaimed)
+        for model, source in self.sources.items():
+            self.matching.unclaimed(model, [n for n in source.tensors if layers.module_of(n, modules) is None])
         drafts = [draft for module in modules for draft in (self._whole if module.whole else self._sliced)(module)]
         matched = [self.matching.matched(draft, self.recipe.method) for draft in drafts]
         self.matching.check()
@@ -162,7 +161,8 @@ class _Planner:
         opened = [self.sources[name] for name in names]
         if self.vocabulary is not None and part in (module.slices[0], module.slices[-1]):
             # Rows that a model lacks come from the models it is merged with, not from those of another slice.
-            opened = [self.vocabulary.apply(source, among=dict.fromkeys(names)) for source in opened]
+            words = dataclasses.replace(self.vocabulary, base=part.base)
+            opened = [words.apply(source, among=dict.fromkeys(names)) for source in opened]
         claim = functools.cache(lambda name: layers.module_of(name, self.recipe.modules) == module.name)
         return [{name: tensor for name, tensor in source.tensors.items() if claim(name)} for source in opened]
 
@@ -184,6 +184,8 @@ class _Planner:
         yield from self._outside(module, parts[0], tensors[0], before=True)
         stack: list[tuple[str, int]] = []
         for part, found in zip(parts, tensors, strict=True):
+            elsewhere = [[n for n in names if layers.container(n) not in (None, container)] for names in found]
+            self.matching.unused(part, elsewhere)
             yield from self._slice(module, part, found, container, stack)
         yield from self._outside(module, parts[-1], tensors[-1], before=False)
         source = self.sources[self.recipe.donor]
@@ -233,13 +235,13 @@ class _Planner:
         recipe = self.recipe
         inputs, base = draft.roles(recipe.method)
         labels = draft.labels()
-        stored = (inputs or [draft.first])[0].stored.dtype
-        is_float = jnp.issubdtype(stored, jnp.floating)
+        is_float = jnp.issubdtype(draft.first.stored.dtype, jnp.floating)
         if draft.copied or not inputs or not is_float:
             inputs, base, method = [draft.first], None, COPY
             coefficients: dict[str, Any] = {"scale": 1.0}
         else:
             method, coefficients = recipe.method, self._coefficients(draft, inputs)
+        stored = inputs[0].stored.dtype
         out = recipe.out_dtype or recipe.dtype or (self._promoted(draft) if self.compat else stored)
         return Job(
             draft.name, draft.name.replace(".", "/"), method,
@@ -266,9 +268,9 @@ class _Planner:
             found[keyword] = self._value(parameter, default, outer, draft.name, draft.t, None)
         if method is METHODS["passthrough"]:
             found["scale"] = found["scale"][0]
-        if method.rule == "average" and found["normalize"]:
-            try:
-                check_sum(found["weights"], len(inputs), "average")
+        if method.rule in ("average", "multislerp") and found["normalize"]:
+            try:  # the rule would say so too, after hours of merging other tensors
+                check_sum(found["weights"], len(inputs), method.rule)
             except ValueError as error:
                 raise ValueError(f"tensor {draft.name!r}: {error}") from None
         if "rescale" in found:

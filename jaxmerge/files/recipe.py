@@ -39,8 +39,8 @@ import yaml
 from jaxmerge.files.chat import check_template
 from jaxmerge.files.methods import IGNORED, METHODS, REQUIRED, Method, Scope, check, known
 from jaxmerge.files.safetensors import DTYPES
-from jaxmerge.files.vocabulary import Options
-from jaxmerge.files.vocabulary import parse as parse_tokenizer
+from jaxmerge.files.tokens import Options
+from jaxmerge.files.tokens import parse as parse_tokenizer
 from jaxmerge.rules import RULES
 
 __all__ = ["IGNORED", "METHODS", "REQUIRED", "Entry", "Method", "Module", "Recipe", "Slice", "parse", "read"]
@@ -212,9 +212,6 @@ class _Parser:
         base = document.get("base_model")
         self.base = None if base is None else model_name(base, "base_model")
         self.needs = RULES[self.method.rule].needs
-        base_needed = self.needs.base == "required" or self.name == "slerp"
-        if base_needed and self.base is None and not _has_slice_bases(document):
-            raise ValueError(f"{self.name} needs a base_model")
 
     def known(self, word: Any, words: Any, what: str) -> bool:
         """Say whether `word` is known; one that is not is refused, or noted where mergekit would ignore it."""
@@ -306,9 +303,7 @@ class _Parser:
         takes_base = self.method.base_first or not self.method.base_is_input
         if takes_base and part.base is not None and part.base not in names:
             raise ValueError(f"base_model {part.base!r} is no source of {what}; add it with its layer_range")
-        if self.needs.base == "required" and base is None:
-            raise ValueError(f"{self.name} needs a base_model")
-        if self.needs.base == "none" and self.method.base_first and self.name == "slerp" and part.base is None:
+        if (self.needs.base == "required" and base is None) or (self.name == "slerp" and part.base is None):
             raise ValueError(f"{self.name} needs a base_model")
         alone = self.method.base_alone and not inputs
         count = len(inputs)
@@ -347,11 +342,6 @@ class _Parser:
                 continue
             kept[name] = check(name, setting, self.method.parameters[name][1])
         return kept
-
-
-def _has_slice_bases(document: Mapping[str, Any]) -> bool:
-    """Whether slices or modules may each name a base of their own."""
-    return document.get("slices") is not None or document.get("modules") is not None
 
 
 def _list(value: Any, name: str, form: str) -> list[Any]:

@@ -195,9 +195,9 @@ def _gguf(name: str, path: pathlib.Path) -> Source:
 
 def _folder(name: str, folder: pathlib.Path) -> Source:
     """Open a Hugging Face folder."""
-    tensors: dict[str, Tensor] = {**safetensors.open_folder(folder)}
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
         raise ValueError(f"model {name!r} is an adapter, without the model it adapts; write it as 'model+adapter'")
+    tensors: dict[str, Tensor] = {**safetensors.open_folder(folder)}
     config = read_json(folder / "config.json")
     files = tuple(sorted({pathlib.Path(tensor.where) for tensor in tensors.values()}))
     notes = drop_tied_head(name, tensors, config)

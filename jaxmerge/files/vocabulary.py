@@ -1,17 +1,10 @@
 r"""One vocabulary for models whose tokenizers differ: embeddings and heads with their rows in one order.
 
-    tokenizer:
-      source: union              # every token of every model | base: that model's | a path: that tokenizer's
-      tokens:                    # optional: where the rows of some tokens come from
-        <|im_start|>: {source: path/of/model, force: true}
-        <|pad|>: {source: {kind: zero}}
-        <|new|>: {source: {kind: model_token, model: path/of/model, token: <s>}}     # or token_id: 1
-      pad_to_multiple_of: 64     # rows after the last token, each the mean of the others
-
-Row t of model m is its own row of the token with id t in the result. Where m has no such token, or `force` says so:
-the row that `tokens` names; else the base's, if the base has the token; else the mean over the models that have it;
-else zero. These are mergekit's rules (its `tokenizer` and `tokenizer_source`), so a merge sees the same operands.
-In a union the base's ids stay, and what it lacks follows in the order of the models and of their ids.
+Row t of model m is its own row of the token with id t in the result. Where m has no such token, or `force` says so,
+it is the row that the recipe's `tokens` names (see `tokens.py`); else the base's, if the base has the token; else the
+mean over the models that have it; else zero. These are mergekit's rules (its `tokenizer` and `tokenizer_source`), so
+a merge sees the same operands. In a union the base's ids stay, and what it lacks follows in the order of the models
+and of their ids.
 """
 
 from __future__ import annotations
@@ -19,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,8 +41,8 @@ class Vocabulary:
 
     size: rows of the result's embedding, padding included. tokenizer: of the result. tokenizers: of the models. own:
     for each model and id of the result, the model's row of that token, −1 without one. given: for each id that
-    the model and row (None: zero). forced: ids whose rows are given to all. used: ids that are tokens.
-    dtype: of the tensors; by default what all models' dtypes are promoted to.
+    `tokens` names a source of, the model and row (None: zero). forced: ids whose rows are given to all. used: ids that
+    are tokens. dtype: of the tensors; by default what all models' dtypes are promoted to.
     """
 
     size: int
@@ -108,7 +102,7 @@ class Vocabulary:
         dtype = self.dtype or _widest({stored[model].dtype for model in (source.name, *models)})
         mine = self.own[source.name]
         kept = (mine >= 0) & ~self.forced
-        taken = {model: np.where(kept, -1, donors) for model, donors in self._donors(models, stored).items()}
+        taken = {model: np.where(kept, -1, donors) for model, donors in self._donors(name, models, stored).items()}
         taken[source.name] = np.where(kept, mine, taken.get(source.name, np.full(self.size, -1)))
         identity = shape[0] == self.size and np.array_equal(taken[source.name], np.arange(self.size))
         if identity and dtype == source.tensors[name].dtype:
@@ -116,7 +110,7 @@ class Vocabulary:
         parts = tuple((stored[model], numbers) for model, numbers in taken.items() if (numbers >= 0).any())
         return rows.Gathered(name, dtype, (self.size, *shape[1:]), parts, self.used)
 
-    def _donors(self, models: Sequence[str], stored: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def _donors(self, name: str, models: Sequence[str], stored: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """For each model, the rows it gives to those that lack them; several models of a row give their mean."""
         donors = {model: self.own[model].copy() for model in models}
         if self.base in donors:
@@ -130,7 +124,7 @@ class Vocabulary:
             if given is not None:
                 model, row = given
                 if model not in stored:
-                    raise ValueError(f"a token's row is to come from {model!r}, which lacks that tensor")
+                    raise ValueError(f"{name!r}: a token's row is to come from {model!r}, which lacks that tensor")
                 donors.setdefault(model, np.full(self.size, -1))[number] = row
         return donors
 
@@ -159,9 +153,11 @@ def build(
     ids = result.vocabulary
     size = max(ids.values()) + 1
     if len(ids) != len(set(ids.values())):
-        pair = [token for token, i in ids.items() if list(ids.values()).count(i) > 1][:2]
-        raise ValueError(f"{result.where}: tokens {pair} have the same id; save the tokenizer again with transformers")
-    used = np.zeros(-(-size // (options.pad_to_multiple_of or 1)) * (options.pad_to_multiple_of or 1), bool)
+        twice = Counter(ids.values()).most_common(1)[0][0]
+        pair = " and ".join(repr(token) for token, i in ids.items() if i == twice)
+        raise ValueError(f"{result.where}: tokens {pair} have one id, {twice}; save the tokenizer with transformers")
+    multiple = options.pad_to_multiple_of or 1
+    used = np.zeros(-(-size // multiple) * multiple, bool)
     used[list(ids.values())] = True
     own = {
         model: _rows(ids, tokenizers.get(model, tokenizers[first]).vocabulary, limits[model], used.size)
