@@ -97,7 +97,7 @@ def cuts(values: Values, stored: Stored, ks: Sequence[Sequence[Array]]) -> list[
         return [[Cut(nothing, nothing, nothing) for _ in counts] for counts in ks]
     which = [i for i, counts in enumerate(ks) for _ in counts]
     k = jnp.stack([jnp.asarray(count, jnp.uint32) for counts in ks for count in counts])
-    stored = tuple(array.reshape(1) if not array.ndim else array for array in stored)
+    stored = tuple(array.reshape(_rows(array)) for array in stored)
 
     def bits(stored: Stored) -> list[Array]:
         found = [patterns(value) for value in values(stored)]
@@ -109,6 +109,14 @@ def cuts(values: Values, stored: Stored, ks: Sequence[Sequence[Array]]) -> list[
     low, high = (jnp.where(k > 0, pattern, beyond(pattern.dtype)) for pattern in (bracket.low, bracket.high))
     found = iter([Cut(low[q], high[q], end[q]) for q in range(len(which))])
     return [[next(found) for _ in counts] for counts in ks]
+
+
+def _rows(array: Array) -> tuple[int, ...]:
+    """Return a shape of the same elements in the same order, of a vector with rows to count and to look at."""
+    if array.ndim > 1 or any(jax.typeof(array).sharding.spec):  # a mesh with explicit axes splits none of its own
+        return array.shape
+    rows = math.gcd(array.size, 4096)  # a power of two: where devices share a vector, each has whole rows
+    return (rows, array.size // rows) if array.size // rows >= passes.ROW else (array.size,)
 
 
 def search(bits: Callable[[Stored], list[Array]], stored: Stored, k: Array) -> Bracket:

@@ -130,6 +130,7 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
         raise UserError(f"{others[0]!r}: merge knows {', '.join(f'{key}=' for key in mine)}; the rest is in the recipe")
     if isinstance(mine["allow"], str):
         mine["allow"] = mine["allow"].split(",")
+    start_jax()
     from jaxmerge.files import merge as merge_files
 
     with own_errors(), progress_in_bytes("merge") as advance:
