@@ -35,6 +35,7 @@ from jaxmerge.files import safetensors
 HIDDEN, FFN, KEYS, VOCABULARY = 2048, 5632, 256, 32000
 BF16 = np.dtype(ml_dtypes.bfloat16)
 POOL = 1 << 24
+PEER_FLAGS = ["--no-copy-tokenizer", "--no-write-model-card"]  # a card would ask the hub who the models are
 
 # method → (models merged, takes a base, parameters of every model, parameters of all, goal × floor)
 METHODS = {
@@ -157,13 +158,19 @@ def main() -> None:
     shutil.rmtree("cache", ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(work.resolve() / "cache")
     count = sum(int(np.prod(shape)) for shape in shapes(layers).values())
-    starts = {"ours": statistics.median(timed([sys.executable, "-c", "import jaxmerge.files, train.verbs"])[0] for _ in range(3))}
+    starts = {
+        "ours": statistics.median(
+            timed([sys.executable, "-c", "import jaxmerge.files, train.verbs"])[0] for _ in range(3)
+        )
+    }
     if peer:
         python = str(pathlib.Path(peer).parent / "python")
         starts["mergekit"] = statistics.median(
             timed([python, "-c", "import mergekit.merge, mergekit.merge_methods"])[0] for _ in range(3)
         )
-    print(f"{count / 1e9:.2f} B parameters in bfloat16; start of {', '.join(f'{k} {v:.1f} s' for k, v in starts.items())}")
+    print(
+        f"{count / 1e9:.2f} B parameters in bfloat16; start of {', '.join(f'{k} {v:.1f} s' for k, v in starts.items())}"
+    )
     print("method           floor s  first s   ours s  × floor (goal)    MB    mergekit s  × ours     MB  × ours")
     for method in methods:
         text, names = recipe(method)
@@ -177,12 +184,13 @@ def main() -> None:
             runs.append(timed([*ours, "recipe.yaml", "out"]))
         for _ in range(peer_repeats if peer else 0):
             shutil.rmtree("theirs", ignore_errors=True)
-            peers.append(timed([str(peer), "recipe.yaml", "theirs", "--allow-crimes", "--no-copy-tokenizer"]))
+            peers.append(timed([str(peer), "recipe.yaml", "theirs", "--allow-crimes", *PEER_FLAGS]))
         shutil.rmtree("theirs", ignore_errors=True)
         bottom, seconds = statistics.median(floors), statistics.median(run[0] for run in runs)
         peak, goal = max(run[1] for run in (first, *runs)), METHODS[method][-1]
         ratio = (seconds - starts["ours"]) / bottom
-        line = f"{method:<16} {bottom:7.2f}  {first[0]:7.2f}  {seconds:7.2f}  {ratio:6.2f} {f'(≤ {goal})' if goal else '':<8} {peak / 1e6:6.0f}"
+        line = f"{method:<16} {bottom:7.2f}  {first[0]:7.2f}  {seconds:7.2f}  {ratio:6.2f} "
+        line += f"{f'(≤ {goal})' if goal else '':<8} {peak / 1e6:6.0f}"
         if peers:
             other, memory = statistics.median(run[0] for run in peers), max(run[1] for run in peers)
             line += f"    {other:8.1f}  {other / seconds:6.2f}  {memory / 1e6:6.0f}  {memory / peak:6.2f}"

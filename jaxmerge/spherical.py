@@ -72,7 +72,7 @@ def _cosine(a: Array, b: Array, axis: int | None) -> Array:
 
 def _slerp(x: Operands, *, t: Array) -> Array:
     x = x.after()
-    cosine = _cosine(*x.models, None)
+    cosine = _cosine(x.models[0], x.models[1], None)
     a, b = x.after(cosine).models
     return _arc(a, b, t, cosine, jnp.abs(cosine) > 0.9995)
 
@@ -111,7 +111,8 @@ def _nuslerp(x: Operands, *, weights: Array, axis: int | None) -> Array:
     t = jnp.where(jnp.abs(total) < 1e-6, 0.5, weights[1] / jnp.where(jnp.abs(total) < 1e-6, 1, total))
     cosine = _cosine(a, b, axis if a.ndim else None)
     x = x.after(cosine)
-    arc = _arc(*vectors(x), t, cosine, 1 - jnp.square(cosine) <= 1e-16)
+    a, b = vectors(x)
+    arc = _arc(a, b, t, cosine, 1 - jnp.square(cosine) <= 1e-16)
     return arc if x.base is None else x.base + arc
 
 

@@ -13,8 +13,8 @@ from jaxmerge.tree import Array, PyTree
 
 
 def _model_stock(x: Operands, *, filter_wise: bool, floor: float) -> Array:
-    assert x.base is not None
     x = x.after()
+    assert x.base is not None
     count, deltas = len(x.models), x.deltas
     if filter_wise and x.base.ndim:
         products = jnp.stack([jnp.stack([jnp.sum(a * b, axis=-1, keepdims=True) for b in deltas]) for a in deltas])

@@ -111,7 +111,9 @@ def test_values_too_large_to_square_are_no_error(here):
     run("linear", "parameters: {weight: 1}", models=("large", "one"))
     found = load_file("out/model.safetensors")["model.norm.weight"]
     np.testing.assert_allclose(found, 5e29, rtol=1e-6)
-    with pytest.raises(ValueError, match=r"of the result has \d+ NaN or infinite elements as float16, though the inputs"):
+    with pytest.raises(
+        ValueError, match=r"of the result has \d+ NaN or infinite elements as float16, though the inputs"
+    ):
         run("linear", "parameters: {weight: 1}\nout_dtype: float16", "half", models=("large", "one"))
 
 

@@ -286,8 +286,14 @@ LINEAR = "merge_method: linear\nmodels: [{model: one, parameters: {weight: 1}}]\
         ("merge_method: linear\nmodels: [{model: one}]", "linear needs the parameter 'weight' of model 'one'"),
         ("merge_method: imm\nmodels: [{model: one}]", "imm needs a base_model"),
         ("merge_method: interpolate\nmodels: [{model: one}]", "interpolate needs 2 models; found 1"),
-        ("merge_method: linear\nmodels: [{model: one+lora, parameters: {weight: 1}}]", "'one\\+lora': the adapter 'lora' is no folder"),
-        ("merge_method: linear\nmodels: [{model: none, parameters: {weight: 1}}]", "model 'none' is no folder or file here"),
+        (
+            "merge_method: linear\nmodels: [{model: one+lora, parameters: {weight: 1}}]",
+            "'one\\+lora': the adapter 'lora' is no folder",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: none, parameters: {weight: 1}}]",
+            "model 'none' is no folder or file here",
+        ),
         (LINEAR.replace("1}", "0}"), r"average: weights \[0.0\] sum to zero"),
     ],
 )
@@ -348,7 +354,7 @@ def test_no_space_and_no_place(here, monkeypatch):
     with pytest.raises(ValueError, match="cannot write"):
         merge("recipe.yaml", "file/out")
     monkeypatch.setattr(journal.shutil, "disk_usage", lambda path: _Usage())
-    with pytest.raises(ValueError, match="no space left for out: it needs 0.00 GB, 0.00 GB are free"):
+    with pytest.raises(ValueError, match=r"no space left for out: it needs 0\.00 GB, 0\.00 GB are free"):
         merge("recipe.yaml", "out")
     monkeypatch.undo()
     monkeypatch.chdir(here)

@@ -174,13 +174,17 @@ def test_an_input_that_changed_is_named(here, monkeypatch):
     for array in arrays.values():
         array += 1
     save_file(arrays, path)
-    with pytest.raises(ValueError, match=r"tensor '.*' of one/model.safetensors has changed since this merge was begun"):
+    with pytest.raises(
+        ValueError, match=r"tensor '.*' of one/model.safetensors has changed since this merge was begun"
+    ):
         merge("recipe.yaml", "out")
     write("ties")
     path.write_bytes(before)
     interrupt(monkeypatch, after=3)
     path.write_bytes(before + b" ")
-    with pytest.raises(ValueError, match=r"one/model.safetensors has changed since .* \(\d+ bytes then, \d+ bytes now\)"):
+    with pytest.raises(
+        ValueError, match=r"one/model.safetensors has changed since .* \(\d+ bytes then, \d+ bytes now\)"
+    ):
         merge("recipe.yaml", "out")
 
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.files import safetensors
-from jaxmerge.files.source import EMBEDDING, HEAD, Source, Tensor, fill_by_rows, read, read_json
+from jaxmerge.files.source import EMBEDDING, HEAD, Source, Tensor, fill_by_rows, is_tied, read, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FACTOR = re.compile(
@@ -64,7 +64,7 @@ def apply(source: Source, adapter: pathlib.Path) -> Source:
         raise ValueError(f"adapter {str(folder)!r} has no {WEIGHTS}; save it as safetensors (PEFT's default)")
     tensors = dict(source.tensors)
     lent = None
-    if _is_tied(source.config) and HEAD not in tensors and EMBEDDING in tensors:
+    if is_tied(source):
         # The adapter may name the head all the same.
         lent = tensors[HEAD] = Renamed(tensors[EMBEDDING], HEAD)
     factors, unmatched = _place(safetensors.read_header(path), tensors)
@@ -189,10 +189,6 @@ def _check_shape(target: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:
         raise ValueError(
             f"{tensor.where}: {tensor.name} has shape {list(tensor.shape)}, wanted {list(wanted)} for {target}{more}"
         )
-
-
-def _is_tied(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
 
 
 def _settle_head(

@@ -23,7 +23,7 @@ def provenance(
     notes: Sequence[str],
     plan: str,
     files: Iterable[tuple[str, Sequence[int]]],
-    device: jax.Device,
+    device: Any,
 ) -> dict[str, Any]:
     """Return the record of a merge but for what is known only after it.
 

@@ -91,7 +91,7 @@ def buffer_bytes(jobs: tuple[Job, ...]) -> int:
 class Engine:
     """The three stations. seed: of the random rules. limit: bytes of buffers. device: where the arithmetic runs."""
 
-    def __init__(self, writer: Writer, journal: Journal, *, seed: int, limit: int, device: jax.Device):
+    def __init__(self, writer: Writer, journal: Journal, *, seed: int, limit: int, device: Any):
         self.writer, self.journal, self.seed, self.device = writer, journal, seed, device
         self.in_place = device.platform == "cpu"
         self.buffers = Buffers(limit)
@@ -236,8 +236,8 @@ def check_finite(job: Job, arrays: list[np.ndarray], result: np.ndarray) -> None
             )
     if bad := _bad(result):
         raise ValueError(
-            f"tensor {job.name!r} of the result has {bad} NaN or infinite elements as {job.out_dtype}, though the inputs "
-            "have none; look at its coefficients, or choose a wider out_dtype"
+            f"tensor {job.name!r} of the result has {bad} NaN or infinite elements as {job.out_dtype}, though the "
+            "inputs have none; look at its coefficients, or choose a wider out_dtype"
         )
 
 

@@ -50,7 +50,9 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is merging into {self.out} now; wait for it, or choose another") from None
+            raise ValueError(
+                f"another process is merging into {self.out} now; wait for it, or choose another"
+            ) from None
         self._file.seek(0)
         data = self._file.read()
         # A line cut short by a crash would swallow the next one.
@@ -61,7 +63,9 @@ class Journal:
             self.done = {record["tensor"]: record for record in records[1:]}
             return
         if records:
-            self.notes.append(f"what was left of an unfinished merge into {self.out} of another recipe or version is gone")
+            self.notes.append(
+                f"what was left of an unfinished merge into {self.out} of another recipe or version is gone"
+            )
         for file in self.result.iterdir():
             file.unlink()
         self._file.truncate(0)
@@ -118,7 +122,9 @@ def stamp(file: pathlib.Path) -> tuple[str, list[int]]:
 
 
 @contextlib.contextmanager
-def unfinished(out: pathlib.Path, plan_digest: str, files: Mapping[str, Sequence[int]], wanted: int) -> Iterator[Journal]:
+def unfinished(
+    out: pathlib.Path, plan_digest: str, files: Mapping[str, Sequence[int]], wanted: int
+) -> Iterator[Journal]:
     """Yield the journal of a merge into `out`; at the end of the block the result gets its name.
 
     A full disk or an interrupt leaves what is done for the next try; an error of the inputs leaves nothing.

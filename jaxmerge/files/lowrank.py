@@ -31,7 +31,7 @@ from jaxmerge import where
 from jaxmerge.files import safetensors
 from jaxmerge.files.adapter import CONFIG, WEIGHTS
 from jaxmerge.files.compare import compare
-from jaxmerge.files.source import EMBEDDING, HEAD, Source, Tensor, read
+from jaxmerge.files.source import EMBEDDING, HEAD, Source, Tensor, is_tied, read
 from jaxmerge.where import Where
 
 Progress = Callable[[int, int, str], None]
@@ -221,7 +221,7 @@ def _layout(base: Source, tuned: Source, split: Split, rank: int, dtype: np.dtyp
         # PEFT keeps the bias of a module that it adapts inside the layer it wraps.
         key = f"{module}.base_layer.bias" if module in modules else name
         layout[f"base_model.model.{key}"] = _Part(tensor.dtype, tensor.shape, tensor)
-        if name == EMBEDDING and HEAD not in tuned.tensors:
+        if name == EMBEDDING and is_tied(tuned):
             layout[f"base_model.model.{HEAD}"] = _Part(tensor.dtype, tensor.shape, tensor)
     return layout
 
@@ -230,7 +230,7 @@ def _config(base: Source, split: Split, rank: int, alpha: float) -> dict[str, An
     every = {name.rpartition(".")[0] for name in base.tensors}
     factored = {name.removesuffix(".weight") for name in split.factored}
     whole = {name.rpartition(".")[0] for name in split.whole} - factored
-    tied = EMBEDDING in split.whole and HEAD not in base.tensors
+    tied = EMBEDDING in split.whole and is_tied(base)
     if tied:
         whole.add(HEAD.removesuffix(".weight"))
     biases = any(name.rpartition(".")[0] in factored for name in split.whole)

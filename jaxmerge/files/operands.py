@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxmerge.files.methods import Method
 from jaxmerge.files.recipe import Entry, Module, Slice
-from jaxmerge.files.source import EMBEDDING, HEAD, Source, Tensor
+from jaxmerge.files.source import EMBEDDING, HEAD, Source, Tensor, is_tied
 from jaxmerge.files.vocabulary import INPUTS, OUTPUTS
 from jaxmerge.rules import RULES
 
@@ -104,13 +104,6 @@ class FirstRows:
 
     def read_into(self, buffer: np.ndarray, start: int = 0) -> None:
         self.tensor.read_into(buffer, start)
-
-
-def is_tied(source: Source) -> bool:
-    """Whether a model's head is its embedding: it has none, and its config, if it has one, does not deny it."""
-    text = source.config.get("text_config") or {}
-    said = source.config.get("tie_word_embeddings", text.get("tie_word_embeddings", bool(source.config)))
-    return bool(said) and HEAD not in source.tensors and EMBEDDING in source.tensors
 
 
 def with_heads(sources: Mapping[str, Source], donor: str, notes: list[str], *, compat: str | None) -> dict[str, Source]:

@@ -206,6 +206,13 @@ def _folder(name: str, folder: pathlib.Path) -> Source:
     return Source(name, folder, tensors, config, files, notes, functools.partial(companions_of, folder))
 
 
+def is_tied(source: Source) -> bool:
+    """Whether a model's head is its embedding: it has none, and its config, if it has one, does not deny it."""
+    text = source.config.get("text_config") or {}
+    said = source.config.get("tie_word_embeddings", text.get("tie_word_embeddings", bool(source.config)))
+    return bool(said) and HEAD not in source.tensors and EMBEDDING in source.tensors
+
+
 def drop_tied_head(name: str, tensors: dict[str, Tensor], config: Mapping[str, Any]) -> tuple[str, ...]:
     """Take a head that the config ties to the embedding out of `tensors`: it is the same and written only once.
 

@@ -1,0 +1,108 @@
+"""The verbs that work on checkpoints: merge, inspect, extract-lora."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from train.cli import main
+
+SHAPES = {
+    "model.embed_tokens.weight": (16, 8),
+    **{f"model.layers.{l}.mlp.{kind}_proj.weight": (8, 8) for l in range(2) for kind in ("up", "down")},
+    "model.norm.weight": (8,),
+}
+RECIPE = "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: one}]\nparameters: {weight: 0.5}\n"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = {t: np.random.default_rng(0).standard_normal(shape).astype(np.float32) for t, shape in SHAPES.items()}
+    for seed, name in enumerate(["base", "one", "two"]):
+        rng = np.random.default_rng(seed)
+        change = {t: 0.1 * rng.standard_normal(a.shape).astype(np.float32) * bool(seed) for t, a in base.items()}
+        model(tmp_path / name, {t: a + change[t] for t, a in base.items()})
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def model(path, arrays):
+    path.mkdir()
+    save_file(arrays, path / "model.safetensors")
+    (path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+
+
+def test_merge_says_what_it_will_do_and_does_it(here, capsys):
+    assert main(["merge", "recipe.yaml", "out", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "task_arithmetic: 6 tensors, 0.00 GB in, 0.00 GB out in 1 file" in said
+    assert "of memory" in said
+    assert not (here / "out").exists()
+    assert main(["merge", "recipe.yaml", "out", "device=cpu"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "out"
+    base, one, out = (load_file(f"{name}/model.safetensors") for name in ("base", "one", "out"))
+    for name in SHAPES:
+        np.testing.assert_allclose(out[name], (base[name] + one[name]) / 2, rtol=1e-5, atol=1e-6)
+    assert main(["merge", "recipe.yaml", "out"]) == 0
+    assert "out is there already" in capsys.readouterr().out
+
+
+def test_merge_passes_on_what_a_recipe_does_not_say(here, capsys):
+    arrays = load_file("one/model.safetensors")
+    del arrays["model.norm.weight"]
+    model(here / "short", arrays | {"more": np.ones(2, np.float32)})
+    (here / "recipe.yaml").write_text(RECIPE.replace("one", "short"))
+    assert main(["merge", "recipe.yaml", "out"]) == 2
+    assert "allow=missing" in capsys.readouterr().err
+    assert main(["merge", "recipe.yaml", "out", "allow=missing,unused"]) == 0
+    assert set(load_file("out/model.safetensors")) == set(SHAPES)
+    for words, said in [
+        (["compat=paper"], "compat='paper', wanted None or 'mergekit'"),
+        (["allow=all"], "allow='all', wanted some of missing, unused, shapes"),
+        (["format=zip"], "format='zip', wanted one of safetensors, orbax"),
+        (["device=abacus"], "device='abacus' is not here; there are cpu"),
+        (["shards=3"], "'shards=3': merge knows seed=, compat=, allow=, format=, device=, max_shard_bytes="),
+    ]:
+        assert main(["merge", "recipe.yaml", "other", *words]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_merge_writes_orbax_that_merges_again(here, capsys):
+    assert main(["merge", "recipe.yaml", "plain"]) == 0
+    assert main(["merge", "recipe.yaml", "saved", "format=orbax"]) == 0
+    (here / "back.yaml").write_text("merge_method: passthrough\nmodels: [{model: saved}]\n")
+    assert main(["merge", "back.yaml", "back"]) == 0, capsys.readouterr().err
+    plain, back = load_file("plain/model.safetensors"), load_file("back/model.safetensors")
+    assert set(plain) == set(back)
+    assert all(np.array_equal(plain[name], back[name]) for name in plain)
+    assert not [path for path in here.iterdir() if path.name.startswith(".")]
+
+
+def test_inspect_prints_draws_and_writes(here, capsys):
+    assert main(["inspect", "base", "one,two", "picture=change.svg", "json=change.json"]) == 0
+    said = capsys.readouterr().out
+    assert "model/layers/1" in said
+    assert "A · B" in said
+    found = json.loads(pathlib.Path("change.json").read_text())
+    base, one = load_file("base/model.safetensors"), load_file("one/model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    wanted = float(np.linalg.norm(one[name] - base[name]))
+    assert found["tensors"][name]["models"][0]["norm"] == pytest.approx(wanted, rel=1e-5)
+    assert pathlib.Path("change.svg").read_text().startswith("<svg")
+    assert main(["inspect", "base", "nowhere"]) == 2
+    assert "model 'nowhere' is no folder or file here" in capsys.readouterr().err
+
+
+def test_extract_lora_and_back(here, capsys):
+    assert main(["extract-lora", "base", "one", "adapter", "rank=8"]) == 0
+    assert "rank 8: 100.0 % of the change" in capsys.readouterr().out
+    (here / "back.yaml").write_text("merge_method: passthrough\nmodels: [{model: base+adapter}]\n")
+    assert main(["merge", "back.yaml", "back"]) == 0, capsys.readouterr().err
+    one, back = load_file("one/model.safetensors"), load_file("back/model.safetensors")
+    for name in SHAPES:
+        np.testing.assert_allclose(back[name], one[name], atol=2e-6)
+    assert main(["extract-lora", "base", "one", "again"]) == 2
+    assert "no rank=: wanted rank=N" in capsys.readouterr().err
