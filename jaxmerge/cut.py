@@ -8,8 +8,9 @@ and fewer than k ≥ high, is narrowed by counting the patterns at or above a fe
 - Then guesses are interpolated between the counts at the ends of the bracket, with a margin for chance.
 - Where the sample repeats a value, as differences of bfloat16 do by the thousand, that value and its successor
   are tried: if the k-th is one of the elements equal to it, this ends the search.
-- After a pass that left in more than a quarter of the elements inside, the next cuts the patterns inside into five
-  equal parts. So the search ends with any data: log₄ n passes of the one kind leave out all elements, 14 of the
+- After a pass that left in more than a quarter of the elements inside, the next tries the roundest number inside, the
+  one of most trailing zeros, and its successor, and the roundest on either side: differences of weights of few bits
+  are such numbers. So the search ends with any data: log₄ n passes of the one kind leave out all elements, 16 of the
   other all 2³¹ patterns. Two to six passes in all are usual.
 
 A pass serves all models and all their k. It computes the magnitudes anew from the weights as they are stored and
@@ -204,20 +205,29 @@ def _propose(bracket: Bracket, k: Array, sample: Array) -> Array:
     def around(far: float, wide: Array) -> Array:
         return jnp.where(bracket.passed == 0, sampled(rank + far * by_chance), interpolated(share + wide))
 
+    # The low end was a value of the sample: if that is repeated, the k-th may well be it, and its successor tells.
+    heavy = (bracket.passed > 0) & (last > first + 1) & (sampled(first) == low) & (sampled(first + 1) == low)
     tried = jnp.stack(
         [
-            around(-4, -margin),
+            jnp.where(heavy, low + one, around(-4, -margin)),
             jnp.where(repeated, guess, around(-0.5, -spread)),
             jnp.where(repeated, guess + one, around(0.5, spread)),
             around(4, margin),
         ]
     )
-    width, j = high - low, jnp.arange(1, TRIED + 1, dtype=low.dtype)[:, None]
-    evenly = low + width // (TRIED + 1) * j + width % (TRIED + 1) * j // (TRIED + 1)
-    tried = jnp.clip(jnp.where(bracket.stalled, evenly, tried), low + one, high - one).T
+    middle = _roundest(low, high)
+    halves = jnp.stack([middle, middle + one, _roundest(low, middle), _roundest(middle, high)])
+    tried = jnp.clip(jnp.where(bracket.stalled, halves, tried), low + one, high - one).T
     # The order does not matter; a sort in its body keeps XLA from running the loop on one core of a CPU, which it
     # does with loops all of whose operations it compiles into one function (its "small" loops, whatever their size).
     return jnp.sort(tried, axis=-1)
+
+
+def _roundest(low: Array, high: Array) -> Array:
+    """Return the pattern of most trailing zeros between low and high; low where there is none."""
+    last = jnp.maximum(high - 1, low)
+    below = (~np.zeros((), low.dtype) >> np.ones((), low.dtype)) >> jax.lax.clz(low ^ last)
+    return last & ~below
 
 
 def _count_rows(bits: list[Array], tried: Array, axes: int) -> Array:
