@@ -9,9 +9,9 @@ and fewer than k ≥ high, is narrowed by counting the patterns at or above a fe
 - Where the sample repeats a value, as differences of bfloat16 do by the thousand, that value and its successor
   are tried: if the k-th is one of the elements equal to it, this ends the search.
 - After a pass that left in more than a quarter of the elements inside, the next tries the roundest number inside, the
-  one of most trailing zeros, and its successor, and the roundest on either side: differences of weights of few bits
-  are such numbers. So the search ends with any data: log₄ n passes of the one kind leave out all elements, 16 of the
-  other all 2³¹ patterns. Two to six passes in all are usual.
+  one of most trailing zeros, its successor, the roundest on either side, and a new low end's successor: differences
+  of weights of few bits are such numbers. So the search ends with any data: log₄ n passes of the one kind leave out
+  all elements, 31 of the other all patterns of 32 bits. One to six passes in all are usual.
 
 A pass serves all models and all their k. It computes the magnitudes anew from the weights as they are stored and
 writes one count a row, no element moves over a mesh, and the result is exact: the same on every mesh.
@@ -62,6 +62,7 @@ class Bracket(NamedTuple):
     count_low: Array  # [Q] uint32: of all rows
     count_high: Array
     stalled: Array  # [Q] bool: the last pass did not leave out three quarters of the elements inside
+    fresh: Array  # [Q] bool: the low end's successor has not been tried
     passed: Array  # () int32: passes so far
 
 
@@ -135,7 +136,7 @@ def search(bits: Callable[[Stored], list[Array]], stored: Stored, k: Array) -> B
         # compute the magnitudes once, before the loop, and hold them all.
         tried, read = jax.lax.optimization_barrier((_propose(bracket, k, sample), stored))
         rows = _count_rows(bits(read), tried, axes)
-        low, high, rows_low, rows_high, count_low, count_high, _, passed = bracket
+        low, high, rows_low, rows_high, count_low, count_high, _, _, passed = bracket
         for j in range(TRIED):
             t, row = tried[:, j], rows[:, j]
             count = row.sum(axis=tuple(range(1, row.ndim)), dtype=jnp.uint32)
@@ -148,7 +149,9 @@ def search(bits: Callable[[Stored], list[Array]], stored: Stored, k: Array) -> B
                 jnp.where(down, t, high), jnp.where(row_down, row, rows_high), jnp.where(down, count, count_high)
             )  # fmt: skip
         stalled = count_low - count_high > (bracket.count_low - bracket.count_high) // 4
-        return Bracket(low, high, rows_low, rows_high, count_low, count_high, stalled, passed + 1)
+        untried = jnp.all(tried != bracket.low[:, None] + 1, axis=-1)
+        fresh = (low > bracket.low) | (bracket.fresh & untried)
+        return Bracket(low, high, rows_low, rows_high, count_low, count_high, stalled, fresh, passed + 1)
 
     def unsettled(bracket: Bracket) -> Array:
         return jnp.any((bracket.high - bracket.low > 1) & (bracket.count_low != k))
@@ -166,6 +169,7 @@ def search(bits: Callable[[Stored], list[Array]], stored: Stored, k: Array) -> B
         count_low=jnp.full(k.shape, math.prod(shape), jnp.uint32),
         count_high=jnp.zeros(k.shape, jnp.uint32),
         stalled=jnp.zeros(k.shape, bool),
+        fresh=jnp.zeros(k.shape, bool),
         passed=jnp.int32(0),
     )
     return jax.lax.while_loop(unsettled, step, start)
@@ -216,7 +220,8 @@ def _propose(bracket: Bracket, k: Array, sample: Array) -> Array:
         ]
     )
     middle = _roundest(low, high)
-    halves = jnp.stack([middle, middle + one, _roundest(low, middle), _roundest(middle, high)])
+    last = jnp.where(bracket.fresh, low + one, _roundest(middle, high))
+    halves = jnp.stack([middle, middle + one, _roundest(low, middle), last])
     tried = jnp.clip(jnp.where(bracket.stalled, halves, tried), low + one, high - one).T
     # The order does not matter; a sort in its body keeps XLA from running the loop on one core of a CPU, which it
     # does with loops all of whose operations it compiles into one function (its "small" loops, whatever their size).

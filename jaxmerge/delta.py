@@ -17,8 +17,10 @@ from jaxmerge.sparsify import (
     Sparsifier,
     check_rescale,
     drop,
+    expected,
+    keep_all,
+    l1_factor,
     rank_drop,
-    rescale_kept,
     trim,
     two_sided_trim,
     variance_select,
@@ -31,14 +33,18 @@ Consensus = Callable[..., Array]
 def _delta(x: Operands, *, weights, scale, sparsify, rescale, consensus, normalize, **coefficients) -> Array:
     # Weights that are computed are computed once: passes that repeat the computation could round it otherwise.
     x = x.after()
-    assert x.base is not None
-    keep = None if sparsify is None else sparsify(x, **coefficients)
+    keep = keep_all if sparsify is None else sparsify(x, **coefficients)
+    factors = None
+    if rescale == "l1":
+        factors = [l1_factor(kept, delta) for (kept, _), delta in zip(keep(x), x.deltas, strict=True)]
+        x = x.after(*factors)
 
     def scaled(x: Operands) -> tuple[Array, ...]:
-        if keep is None:
-            return x.deltas
-        return tuple(rescale_kept(k, d, p, rescale) for (k, p), d in zip(keep(x), x.deltas, strict=True))
+        if factors is not None:
+            return tuple(kept * factor for (kept, _), factor in zip(keep(x), factors, strict=True))
+        return tuple(expected(kept, p) if rescale == "inverse" else kept for kept, p in keep(x))
 
+    assert x.base is not None
     return x.base + scale * consensus(agree.Deltas(scaled, x), weights, normalize=normalize)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxmerge.leafwise import Operands, leafwise, requires
 from jaxmerge.linear import _interpolate
-from jaxmerge.sparsify import bernoulli, rescale_kept
+from jaxmerge.sparsify import bernoulli, expected
 from jaxmerge.tree import Array, PyTree, is_concrete
 
 
@@ -30,7 +30,7 @@ def _dropped(x: Operands, *, alpha: Array, drop: Array) -> Array:
     shares = (alpha, 1 - alpha)
     total = jnp.zeros_like(x.base)
     for i, delta in enumerate(x.deltas):
-        kept = rescale_kept(bernoulli(delta, x.keys[i], 1 - drop), delta, 1 - drop, "inverse")
+        kept = expected(bernoulli(delta, x.keys[i], 1 - drop), 1 - drop)
         total = total + shares[i] * kept
     return x.base + total
 

@@ -65,9 +65,10 @@ class Operands(NamedTuple):
         """Return these operands, read again from what is stored once `results` are there.
 
         The compiler then computes from them anew: it holds nothing from before, and weights that are themselves
-        computed it computes once, not again with another rounding.
+        computed it computes once, not again with another rounding. Random numbers it draws anew, the same.
         """
-        return self.reread(jax.lax.optimization_barrier((self.stored, results))[0])
+        stored, keys, _ = jax.lax.optimization_barrier((self.stored, self.keys, results))
+        return self.reread(stored)._replace(keys=keys)
 
     @property
     def deltas(self) -> tuple[Array, ...]:

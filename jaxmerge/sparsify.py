@@ -45,6 +45,11 @@ def _deltas(x: Operands) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
     return lambda stored: x.reread(stored).deltas
 
 
+def keep_all(x: Operands) -> list[Kept]:
+    """Keep what there is: a rule without a sparsifier."""
+    return [(d, None) for d in x.deltas]
+
+
 def _trim(x: Operands, *, density: Array) -> Keep:
     cuts = cut.cuts(_deltas(x), x.stored, [[k] for k in density])
 
@@ -157,20 +162,16 @@ def variance_select(select_topk: Any = REQUIRED) -> Sparsifier:
     )
 
 
-def rescale_kept(kept: Array, delta: Array, probability: Array | None, how: str | None) -> Array:
-    r"""Make up for dropped elements.
+def expected(kept: Array, probability: Array | None) -> Array:
+    """Divide by the keep probability, so that the expectation is the delta; zero where nothing is kept ("inverse")."""
+    assert probability is not None
+    return kept / jnp.where(probability > 0, probability, 1)
 
-    "inverse": divide by the keep probability, so that the expectation is delta (the papers').
-    "l1": multiply by :math:`\|\delta\|_1 / \|\mathrm{kept}\|_1` of the tensor (mergekit's).
-    None: leave as is. Where nothing is kept the result is zero.
-    """
-    if how is None:
-        return kept
-    if how == "inverse":
-        assert probability is not None
-        return kept / jnp.where(probability > 0, probability, 1)
+
+def l1_factor(kept: Array, delta: Array) -> Array:
+    r"""Return :math:`\|\delta\|_1 / \|\mathrm{kept}\|_1` of the tensor, 1 where nothing is kept ("l1", mergekit's)."""
     before, after = passes.sums([jnp.abs(delta), jnp.abs(kept)])
-    return kept * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
+    return jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
 
 
 def check_rescale(how: Any, sparsifier: Sparsifier | None) -> None:

@@ -199,7 +199,7 @@ print(peak - before)
     ],
 )
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path, monkeypatch, method, rest):
-    """At most (inputs + 1) times the largest tensor as stored, and 300 MB; three times the tensors, the same."""
+    """At most (inputs + 1) times the largest tensor as stored, and 300 MB; SCE holds its variance in float32 besides."""
     monkeypatch.chdir(tmp_path)
     shape, layers = (8192, 8192), 6
     for seed, name in enumerate(["base", "one", "two"]):
@@ -217,4 +217,4 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path, monkeypatch, method, 
     assert ran.returncode == 0, ran.stderr
     peak = int(ran.stdout)
     print(f"{method}: {peak / 1e6:.0f} MB above the start, {time.monotonic() - start:.1f} s")
-    assert peak <= (inputs + 1) * largest + 300e6
+    assert peak <= (inputs + 1 + 2 * (method == "sce")) * largest + 300e6

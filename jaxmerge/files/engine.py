@@ -247,8 +247,10 @@ def _bad(array: np.ndarray) -> int:
 
 def _precision(job: Job) -> contextlib.AbstractContextManager[Any]:
     # 64-bit floats would be halved on their way into jax.
-    dtypes: list[Any] = [job.dtype, job.out_dtype, *(operand.tensor.dtype for operand in job.operands)]
-    return jax.enable_x64(True) if np.dtype(np.float64) in dtypes else contextlib.nullcontext()
+    given = [job.dtype, job.out_dtype, *(operand.tensor.dtype for operand in job.operands)]
+    # NumPy takes None for float64.
+    wide = any(dtype is not None and np.dtype(dtype) == np.float64 for dtype in given)
+    return jax.enable_x64(True) if wide else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
