@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ..models.attention import KV, visible
 from ..models.config import ModelConfig
-from ..models.decoder import KV, Params, bind, visible
+from ..models.decoder import Params, bind
 from .sample import choose
 
 CHUNK = 4

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from ..models.attention import visible
 from ..models.config import ModelConfig
-from ..models.decoder import Params, bind, visible
+from ..models.decoder import Params, bind
 
 
 def token_logprobs(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,12 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from .attention import KV, attend, visible, write
 from .config import ModelConfig
+from .matmul import matmul_t
+from .rope import rope_table, rotate
 
 Params = dict[str, Any]
-
-
-class KV(NamedTuple):
-    """Keys and values of one layer, [B, K, S, H]: heads before positions, which CPUs read 7 × faster."""
-
-    k: jax.Array
-    v: jax.Array
 
 
 class Linear(nnx.Module):
@@ -135,61 +131,6 @@ class Decoder(nnx.Module):
         return matmul_t(hidden, weight, dtype)
 
 
-def matmul_t(x: jax.Array, weight: jax.Array, dtype) -> jax.Array:
-    """x [..., in] · weight [out, in]ᵀ, float32 out. Flattened: 3-D weight gradients are 2 × slower on CPU."""
-    flat = x.reshape(-1, x.shape[-1]).astype(dtype)
-    y = lax.dot_general(flat, weight.astype(dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
-
-
-def attend(q: jax.Array, kv: KV, mask: jax.Array) -> jax.Array:
-    """Scaled dot-product attention, queries grouped over shared key/value heads.
-
-    q [B, N, T, H], kv [B, K, S, H], mask [B, T, S] (True = visible) → [B, N, T, H], softmax in float32.
-    """
-    B, N, T, H = q.shape
-    K = kv.k.shape[1]
-    q = q.reshape(B, K, N // K * T, H)
-    scores = jnp.einsum("bkth,bksh->bkts", q, kv.k, preferred_element_type=jnp.float32) * H**-0.5
-    scores = scores.reshape(B, K, N // K, T, -1)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).reshape(B, K, N // K * T, -1).astype(kv.v.dtype)
-    out = jnp.einsum("bkts,bksh->bkth", weights, kv.v, preferred_element_type=jnp.float32)
-    return out.reshape(B, N, T, H)
-
-
-def write(cache: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
-    """Put new [B, K, 1, H] at position at[b] of cache [B, K, S, H], row by row."""
-    return cache.at[jnp.arange(cache.shape[0]), :, at].set(new[:, :, 0], mode="drop", unique_indices=True)
-
-
-def inverse_frequencies(c: ModelConfig) -> np.ndarray:
-    r"""Rotary frequencies :math:`\theta^{-2i/H}`, [H/2] float32, after linear or llama3 scaling."""
-    inv = 1.0 / c.rope_theta ** (np.arange(0, c.head_dim, 2, dtype=np.float64) / c.head_dim)
-    s = c.rope_scaling
-    if s is not None and s.kind == "linear":
-        inv = inv / s.factor
-    elif s is not None and s.kind == "llama3":
-        # In turns of the original context: below low_freq_factor scaled, above high_freq_factor kept.
-        turns = s.original_max_position_embeddings * inv / (2 * np.pi)
-        keep = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
-        inv = inv * keep + inv / s.factor * (1 - keep)
-    return inv.astype(np.float32)
-
-
-def rope_table(c: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of position × frequency, [B, T, 1, H/2]: computed once, used by every layer."""
-    angle = positions.astype(jnp.float32)[..., None, None] * jnp.asarray(inverse_frequencies(c))
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate x [B, T, heads, H]: element i pairs with i + H/2 (the Hugging Face order, not interleaved)."""
-    cos, sin = rope
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
 @functools.lru_cache(maxsize=16)
 def definition(c: ModelConfig) -> tuple[nnx.GraphDef, Params]:
     """The graph definition and the shapes of the parameters; nothing is allocated."""
@@ -220,15 +161,6 @@ def init(c: ModelConfig, key: jax.Array) -> Params:
         return c.initializer_range * jax.random.normal(k, shape.shape)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes(c))
-
-
-def visible(positions: jax.Array, segments: jax.Array | None = None) -> jax.Array:
-    """Causal mask [B, T, T]; with segment ids [B, T], packed sequences do not see each other."""
-    index = jnp.arange(positions.shape[1])
-    mask = jnp.broadcast_to(index[:, None] >= index[None, :], (*positions.shape, positions.shape[1]))
-    if segments is not None:
-        mask &= segments[:, :, None] == segments[:, None, :]
-    return mask
 
 
 def forward(c: ModelConfig, params: Params, tokens, *, positions=None, segments=None, dtype=jnp.float32):
