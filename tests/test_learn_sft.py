@@ -11,9 +11,10 @@ import pytest
 
 from train.checkpoint import SftCheckpoints
 from train.config import Mesh, Sft
+from train.learn.batches import batches, steps_of, to_rows
 from train.learn.objective import loss_sums
 from train.learn.optim import learning_rate
-from train.learn.sft import Checkpoints, batches, fine_tune, init_state, make_step, steps_of, to_rows
+from train.learn.sft import Checkpoints, fine_tune, init_state, make_step
 from train.log import UserError
 from train.mesh import make_mesh
 from train.models.source import random_model

@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 import jaxmerge
 from train.config import Mesh, Sft
 from train.generate.rollout import Prompt, Settings, rollout
-from train.learn.sft import Rows, fine_tune, init_state, make_step
+from train.learn.batches import Rows
+from train.learn.sft import fine_tune, init_state, make_step
 from train.log import UserError
 from train.mesh import batch_sharding, make_mesh, replicated, sharding_of, shardings
 from train.models.decoder import shapes

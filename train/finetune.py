@@ -14,8 +14,9 @@ from . import checkpoint, export
 from .config import Finetune, Improve
 from .improve import check_same_config
 from .journal import Journal, write_durably
+from .learn.batches import Rows, steps_of, to_rows
 from .learn.dataset import read_jsonl, write_jsonl
-from .learn.sft import Rows, fine_tune, steps_of, to_rows
+from .learn.sft import fine_tune
 from .log import UserError, progress, say
 from .mesh import make_mesh
 from .models.hf import save_hf

@@ -18,8 +18,9 @@ import jaxmerge
 from . import checkpoint, evaluate, export, round
 from .config import Merge, Sampling, Selection, Sft
 from .generate.rollout import Settings
+from .learn.batches import steps_of, to_rows
 from .learn.dataset import read_jsonl, write_jsonl, write_version
-from .learn.sft import fine_tune, steps_of, to_rows
+from .learn.sft import fine_tune
 from .log import UserError, progress, say
 from .mesh import sharding_of
 from .models.load import load_model
