@@ -109,17 +109,26 @@ def drop(density: Any = REQUIRED) -> Sparsifier:
 
 
 def _rank_drop(x: Operands, *, density: Array, epsilon: Array) -> Keep:
-    assert x.keys is not None
-    kept: list[Kept] = []
-    for i, d in enumerate(x.deltas):
-        columns = d.shape[-1] if d.ndim else 1
-        # In [0, 1] over the row, ½ where a row has one element.
-        rank = order.ranks(jnp.abs(d)).astype(d.dtype) / (columns - 1) if columns > 1 else 0.5
-        p = jnp.clip(density[i] + epsilon[i] * (2 * rank - 1), 0, 1)
-        # Density 0 and 1 mean what they say, whatever epsilon.
-        p = jnp.where(density[i] <= 0, 0, jnp.where(density[i] >= 1, 1, p))
-        kept.append((bernoulli(d, x.keys[i], p), p))
-    return lambda x: kept
+    ranks: list[Array] = []
+    columns = x.models[0].shape[-1] if x.models[0].ndim else 1
+    for i in range(len(x.models) if columns > 1 else 0):
+        # One model after the other: a sort holds five arrays of its own. What is kept of it are two bytes an element.
+        found = order.ranks(jnp.abs(x.after(*ranks[-1:]).deltas[i]))
+        ranks.append(found.astype(jnp.uint16 if columns <= 2**16 else jnp.uint32))
+
+    def keep(x: Operands) -> list[Kept]:
+        assert x.keys is not None
+        kept: list[Kept] = []
+        for i, d in enumerate(x.deltas):
+            # In [0, 1] over the row, ½ where a row has one element.
+            rank = ranks[i].astype(d.dtype) / (columns - 1) if columns > 1 else 0.5
+            p = jnp.clip(density[i] + epsilon[i] * (2 * rank - 1), 0, 1)
+            # Density 0 and 1 mean what they say, whatever epsilon.
+            p = jnp.where(density[i] <= 0, 0, jnp.where(density[i] >= 1, 1, p))
+            kept.append((bernoulli(d, x.keys[i], p), p))
+        return kept
+
+    return keep
 
 
 def rank_drop(density: Any = REQUIRED, epsilon: Any = 0.15) -> Sparsifier:
