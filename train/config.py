@@ -103,6 +103,56 @@ class Selection:
 
 
 @dataclasses.dataclass(frozen=True)
+class Step:
+    """How one update of fine-tuning is computed."""
+
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """auto: the device's kernel where it can do what the model asks (cudnn on GPUs, splash on TPUs), else xla."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What the backward pass computes again instead of keeping: nothing, every layer, or all but matrix products."""
+    masters: Literal["float32", "bfloat16"] = "float32"
+    """Weights between the steps; bfloat16 halves them and loses updates below 1/256 of a weight. Moments: float32."""
+    logits_at_once: int = 1024
+    """Tokens whose logits [·, V] are held at a time, a device's rows together."""
+    clip: float = 1.0
+    """Largest global gradient norm."""
+    weight_decay: float = 0.0
+    decay: tuple[str, ...] = ()
+    """Parameters that decay, as path patterns; () is all but norms and biases."""
+    ema: float = 0.0
+    """Above 0: return the exponential moving average of the weights with this decay, at most (1 + n)/(10 + n)."""
+    spike: float = 0.0
+    """Above 0: skip an update whose loss exceeds this many times the median of the last 32."""
+    max_skipped: int = 3
+    """Stop when this many updates in a row were skipped: loss or gradient not finite, or a spike."""
+
+    def __post_init__(self):
+        at_least(self, "sft.step", clip=0, logits_at_once=1, spike=0, max_skipped=1)
+        if not 0 <= self.ema < 1:
+            raise UserError(f"sft.step.ema is {self.ema}; it must lie in [0, 1)")
+        if 0 < self.spike <= 1:
+            raise UserError(f"sft.step.spike is {self.spike}; it must be above 1, or 0 for never")
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """What is measured while fine-tuning, and where it is written beside steps.jsonl."""
+
+    held_out: int = 0
+    """Examples kept out of the training, drawn by the seed, to measure the loss on."""
+    evaluate_every: int = 50
+    """Steps between two measurements of the held-out loss; it is also measured at the end."""
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the metrics of every step go besides."""
+    trace_from: int = 0
+    """First step of a profiler trace (from 1), written to `trace/`; 0 traces nothing."""
+    trace_steps: int = 3
+
+    def __post_init__(self):
+        at_least(self, "sft.watch", held_out=0, evaluate_every=1, trace_from=0, trace_steps=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Sft:
     """Supervised fine-tuning: AdamW, warm-up then cosine, loss on the completion only."""
 
@@ -114,11 +164,12 @@ class Sft:
     warmup: float = 0.03
     """Share of the steps over which the rate rises from 0."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    """Largest global gradient norm."""
     max_length: int = 512
-    """Longer examples are dropped and counted."""
+    """Longest example, in tokens; with packing also the length of a row."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """What happens to longer examples: left out, or cut at max_length. Counted either way."""
+    packing: bool = False
+    """Put several examples into a row; `batch` counts rows. The loss stays that of the examples one by one."""
     loss: Literal["completion", "all"] = "completion"
     start: Literal["merged", "original"] = "merged"
     """What a round is fine-tuned from: the last merged model or the original one."""
@@ -126,9 +177,11 @@ class Sft:
     """Checkpoints kept a round, equally spaced, the last at the end; exme picks its two among them."""
     checkpoint_every: int = 200
     """Steps between resumable checkpoints: what a kill can lose."""
+    step: Step = Step()
+    watch: Watch = Watch()
 
     def __post_init__(self):
-        at_least(self, "sft", epochs=1, batch=1, clip=0, max_length=2, snapshots=1, checkpoint_every=1)
+        at_least(self, "sft", epochs=1, batch=1, max_length=2, snapshots=1, checkpoint_every=1)
         if self.learning_rate < 0 or not 0 <= self.warmup <= 1:
             raise UserError(
                 f"sft: learning_rate is {self.learning_rate} (≥ 0), warmup is {self.warmup} (a share, 0 to 1)"
@@ -284,15 +337,55 @@ class Improve:
         ours = getattr(self, name)
         override = getattr(self.methods[method], name)
         where = f"methods.{method}.{name}"
-        return build(type(ours), {**to_dict(ours), **check_known(type(ours), override, where)}, where)
+        values = to_dict(ours)
+        for key, value in check_known(type(ours), override, where).items():
+            nested = dataclasses.is_dataclass(getattr(ours, key)) and isinstance(value, Mapping)
+            values[key] = {**values[key], **value} if nested else value
+        return build(type(ours), values, where)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One source of a mixture: a file, the folder of a TFDS version, or reasoning-gym families."""
+
+    path: str = ""
+    families: tuple[FamilySpec, ...] = ()
+    rate: float | None = None
+    """Share of the examples drawn, relative to the other parts'. null for all parts: each example once an epoch."""
+    format: str | None = None
+    split: str = "train"
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if bool(self.path) == bool(self.families):
+            raise UserError("data.parts: a part has either a path or families, not both and not neither")
+        if self.families and (self.format is not None or self.ignore):
+            raise UserError("data.parts: format and ignore are of files; a part with families has neither")
+        if self.rate is not None and not (self.rate > 0 and math.isfinite(self.rate)):
+            raise UserError(f"data.parts: the rate of {self.path or 'a suite'} is {self.rate}; give a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Examples of `jaxmerge sft`: a file, or text generated by the miniature's recipe."""
+    """Examples of `jaxmerge sft`: files, a mixture of sources, or text generated by the miniature's recipe."""
 
     path: str = ""
-    """JSON lines of {"prompt", "completion"} or {"messages"} (the last message is learnt)."""
+    """JSON lines (prompt and completion, messages, Alpaca, GSM8K, MBPP, multiple choice: told by the keys), or the
+    folder of a TFDS version: a set of ours, the samples of a run, or math_qa, ai2_arc, openbookqa, lbpp."""
+    parts: tuple[Part, ...] = ()
+    """Instead of `path`: several sources, mixed at their rates."""
+    draws: int | None = None
+    """Examples of an epoch of a mixture; null goes on until every example of every part has come once."""
+    format: str | None = None
+    """Of the lines of `path`; null tells it by their keys."""
+    split: str = "train"
+    """Of a TFDS version."""
+    ignore: tuple[str, ...] = ()
+    """Keys of the lines to pass over; other unknown keys are errors."""
+    learn: Literal["assistant", "last"] = "assistant"
+    """Turns of a conversation with a loss: all of the assistant's, or the last alone."""
+    chat_template: str = ""
+    """A Jinja file to render conversations with in place of the model's own template; saved with the tuned model."""
     pretraining_tokens: int = 0
     """Instead of `path`: this many tokens of worked problems in rows of `row`, every token learnt."""
     ingredients: tuple[Ingredient, ...] = ()
@@ -302,10 +395,23 @@ class Data:
     """Config of an improve run none of whose questions may appear in the generated text."""
 
     def __post_init__(self):
-        if bool(self.path) == bool(self.pretraining_tokens):
-            raise UserError("data: give either data.path or data.pretraining_tokens, not both and not neither")
+        if bool(self.path) + bool(self.parts) + bool(self.pretraining_tokens) != 1:
+            raise UserError("data: give one of data.path, data.parts and data.pretraining_tokens")
         if self.pretraining_tokens and not self.ingredients:
             raise UserError("data.pretraining_tokens needs data.ingredients: families with their shares")
+        if self.parts and (self.format is not None or self.ignore or self.split != "train"):
+            raise UserError("data.format, data.split and data.ignore are of data.path; give them to each of data.parts")
+        rated = sum(part.rate is not None for part in self.parts)
+        if rated not in (0, len(self.parts)):
+            raise UserError(f"data.parts: {rated} of {len(self.parts)} parts have a rate; give all one, or none")
+        if self.draws is not None:
+            at_least(self, "data", draws=1)
+
+    @property
+    def sources(self) -> tuple[Part, ...]:
+        """The parts; `path` is one."""
+        one = Part(self.path, format=self.format, split=self.split, ignore=self.ignore) if self.path else None
+        return self.parts if one is None else (one,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,6 +423,30 @@ class Finetune:
     sft: Sft = Sft()
     mesh: Mesh = Mesh()
     seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionOptions:
+    """Keys of `jaxmerge evaluate MODEL FILE.jsonl`."""
+
+    task: Literal["gsm8k", "choice", "problem"] | None = None
+    """How answers are judged; null tells it by the keys of the lines."""
+    limit: int | None = None
+    """Questions, from the beginning of the file; null takes all."""
+    prompt: Literal["chat", "cot"] = "chat"
+    """gsm8k: in words through the chat template, or after the eight worked examples of Wei et al."""
+    extract: Literal["flexible", "strict"] = "flexible"
+    """gsm8k: the last number, or the one after `####` or `The answer is`."""
+    split: str = "train"
+    """Of a TFDS version in place of a file."""
+    max_new_tokens: int = 512
+    slots: int = 64
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        at_least(self, "evaluate", max_new_tokens=1, slots=1)
+        if self.limit is not None:
+            at_least(self, "evaluate", limit=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from pathlib import Path
@@ -14,15 +15,16 @@ from . import checkpoint, export
 from .config import Finetune, Improve
 from .improve import check_same_config
 from .journal import Journal, write_durably
-from .learn.batches import Rows, steps_of, to_rows
-from .learn.dataset import read_jsonl, write_jsonl
+from .learn.batches import Rows, RowSource, steps_of, to_drawn, to_rows
+from .learn.dataset import write_jsonl
 from .learn.sft import fine_tune
-from .log import UserError, progress, say
+from .log import format_percent, progress, say
 from .mesh import make_mesh
 from .models.hf import save_hf
 from .models.load import Model
 from .models.source import load_source
 from .resolve import fingerprint, load, to_dict
+from .round import DATE
 from .tasks import PAD_ID, build_suite, held_out, pretraining_rows
 
 PHASE = "sft"
@@ -49,7 +51,13 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
     """Train and commit; the record."""
     mesh = make_mesh(config.mesh)
     model = load_source(config.model, mesh, seed=config.seed)
-    rows = read_rows(config, model)
+    if config.data.chat_template:
+        from .data.sources import with_template
+
+        model = dataclasses.replace(model, tokenizer=with_template(model.tokenizer, config.data.chat_template))
+    rows, notes = read_rows(config, model, folder / "data")
+    for line in describe_rows(rows, notes):
+        say(line)
     partial = journal.folder(PHASE)
     start = time.perf_counter()
     with progress(name, total=steps_of(rows, config.sft), unit="steps") as bar:
@@ -74,8 +82,8 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
             "kind": "sft",
             "seconds": time.perf_counter() - start,
             "steps": len(log),
-            "examples": len(rows.tokens),
-            "dropped": rows.dropped,
+            **rows.summary(),
+            "data": notes,
             "tokens": int(sum(m["targets"] for m in log)),
             "loss_first": log[0]["loss"],
             "loss_last": log[-1]["loss"],
@@ -84,8 +92,12 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
     )
 
 
-def read_rows(config: Finetune, model: Model) -> Rows:
-    """The examples of `config.data` as arrays."""
+def read_rows(config: Finetune, model: Model, home: Path) -> tuple[RowSource, list[dict[str, Any]]]:
+    """The examples of `config.data` as rows, and what each source gave.
+
+    Args:
+      home: folder where files and suites are kept as TFDS versions.
+    """
     data = config.data
     if data.pretraining_tokens:
         excluded: frozenset[str] = frozenset()
@@ -95,24 +107,31 @@ def read_rows(config: Finetune, model: Model) -> Rows:
         tokens = pretraining_rows(
             data.ingredients, data.pretraining_tokens, seed=config.seed, excluded=excluded, row=data.row
         ).astype(np.int32)
-        return Rows(tokens, (tokens != PAD_ID).astype(np.float32))
-    examples = [to_example(model, line, f"{data.path} line {i}") for i, line in enumerate(read_jsonl(data.path), 1)]
-    return to_rows(examples, config.sft, model.tokenizer.pad_id or 0)
+        return Rows(tokens, (tokens != PAD_ID).astype(np.float32), lengths=(tokens != PAD_ID).sum(axis=1)), []
+    # Imported here: TFDS takes seconds, and text made on the spot does not need it.
+    from .data.sources import load_sources
+
+    examples, notes = load_sources(data, model.tokenizer, home=home, seed=config.seed, date_string=DATE)
+    pad = model.tokenizer.pad_id or 0
+    if len(examples) == 1 and data.draws is None:
+        return to_rows(examples[0], config.sft, pad, seed=config.seed), notes
+    rates = [part.rate for part in data.sources if part.rate is not None]
+    return to_drawn(examples, config.sft, pad, rates=rates, draws=data.draws, seed=config.seed), notes
 
 
-def to_example(model: Model, line: dict[str, Any], where: str) -> dict[str, Any]:
-    """Tokens of a line; what is learnt is the completion, or the last message, and the end after it."""
-    tokenizer = model.tokenizer
-    if "messages" in line:
-        if not isinstance(line["messages"], list) or len(line["messages"]) < 2:
-            raise UserError(f"{where}: messages must be a list of two or more; the last is learnt")
-        *context, last = line["messages"]
-        prompt, completion, rendered = tokenizer.chat(context), last["content"], True
-    elif "prompt" in line and "completion" in line:
-        prompt, completion, rendered = line["prompt"], line["completion"], False
-    else:
-        raise UserError(f"{where}: found the keys {sorted(line)}; wanted prompt and completion, or messages")
-    if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise UserError(f"{where}: prompt and completion must be texts")
-    head = tokenizer.encode(prompt, special=not rendered)
-    return {"tokens": head + tokenizer.encode(completion) + [tokenizer.eos_ids[0]], "prompt_length": len(head)}
+def describe_rows(rows: RowSource, notes: list[dict[str, Any]]) -> list[str]:
+    """What is learnt from, for the person watching: sources, how full the rows are, what was left out or cut."""
+    lines = [
+        f"{note['source']}: {note['examples']:,} examples, {note['tokens']:,} tokens"
+        + ("" if note["rate"] is None else f", rate {note['rate']:g}")
+        for note in notes
+    ]
+    found = rows.summary()
+    line = (
+        f"{found['examples']:,} examples an epoch in {found['rows']:,} rows, {format_percent(found['efficiency'])} full"
+    )
+    if "unpacked" in found and found["examples"] != found["rows"]:
+        line += f" ({format_percent(found['unpacked'])} unpacked)"
+    if found["dropped"] or found["truncated"]:
+        line += f"; longer than sft.max_length: {found['dropped']} dropped, {found['truncated']} cut"
+    return [*lines, line]

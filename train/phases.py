@@ -139,7 +139,9 @@ def select(run: Run, phase: Phase, folder: Path) -> Row:
 
 def sft(run: Run, phase: Phase, folder: Path) -> Row:
     config: Sft = phase.settings
-    rows = to_rows(run.read_examples(run.todo[phase.inputs["data"]]), config, run.model.tokenizer.pad_id or 0)
+    seed = run.config.seed * 1000 + phase.round
+    examples = run.read_examples(run.todo[phase.inputs["data"]])
+    rows = to_rows(examples, config, run.model.tokenizer.pad_id or 0, seed=seed)
     home = run.checkpoints(phase.name)
     kept = checkpoint.SftCheckpoints(home / "state", home / "snapshots")
     with progress(phase.name, total=steps_of(rows, config), unit="steps") as bar:
@@ -149,7 +151,7 @@ def sft(run: Run, phase: Phase, folder: Path) -> Row:
             rows,
             config,
             mesh=run.mesh,
-            seed=run.config.seed * 1000 + phase.round,
+            seed=seed,
             dtype=run.config.model.dtype,
             checkpoints=kept,
             on_step=lambda m: bar.advance(1, note=f"loss {m['loss']:.3f}"),
@@ -159,8 +161,7 @@ def sft(run: Run, phase: Phase, folder: Path) -> Row:
     return {
         "steps": len(log),
         "epochs": config.epochs,
-        "examples": len(rows.tokens),
-        "dropped": rows.dropped,
+        **rows.summary(),
         "tokens": int(sum(m["targets"] for m in log)),
         "learning_rate": config.learning_rate,
         "loss": [[m["step"], m["loss"]] for m in log[::thin]],

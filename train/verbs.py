@@ -57,16 +57,27 @@ def sft(words: Words, assignments: Words, dry: bool) -> int:
     """sft CONFIG [key=value …]
 
     Fine-tune or pretrain a model on examples; resumes the unfinished run in its folder; out=DIR places it.
+    Or without a config: `sft MODEL DATA OUT [key=value …]`, DATA being JSON lines (messages, prompt and completion,
+    Alpaca, GSM8K, MBPP, multiple choice: told by their keys) or the folder of a TFDS version.
+    Keys: sft.epochs=3 sft.batch=64 sft.learning_rate=2e-5 sft.packing=false sft.max_length=512 sft.overlong=drop
+    data.learn=assistant data.format=null data.ignore=[] data.chat_template=FILE, and all others of a config.
     """
     del dry
     from .config import Finetune
 
     mine, others = take(assignments, out=None)
-    config = load(Finetune, words[0], others)
+    out = Path(str(mine["out"])) if mine["out"] else None
+    if len(words) == 3:
+        if out is not None:
+            raise UserError(f"out={out}: the third word, {words[2]}, is the folder of the run already")
+        out = Path(words[2])
+        config = build(Finetune, override({"model": {"path": words[0]}, "data": {"path": words[1]}}, others))
+    else:
+        config = load(Finetune, words[0], others)
     start_jax(config.mesh)
     from .finetune import finetune
 
-    finetune(config, name=Path(words[0]).stem, out=Path(str(mine["out"])) if mine["out"] else None)
+    finetune(config, name=out.name if len(words) == 3 and out else Path(words[0]).stem, out=out)
     return 0
 
 
@@ -93,20 +104,69 @@ def evaluate(words: Words, assignments: Words, dry: bool) -> int:
     """evaluate MODEL CONFIG [key=value …]
 
     Accuracy of MODEL on the questions of an improve config (its tasks and evaluation blocks); out=FILE writes JSON.
+    Or of one file: CONFIG may be JSON lines (GSM8K, multiple choice, or problem and answer: told by their keys) or the
+    folder of a TFDS version. Keys then: task=null limit=null prompt=chat extract=flexible split=train
+    max_new_tokens=512 slots=64 dtype=float32
     """
     del dry
-    from .config import Improve
+    from .config import Improve, QuestionOptions
 
     mine, others = take(assignments, out=None)
-    config = load(Improve, words[1], others)
-    start_jax(config.mesh)
-    from .answer import evaluate_model
+    if Path(words[1]).suffix in (".jsonl", ".json") or Path(words[1]).is_dir():
+        settings = options(others, QuestionOptions)
+        start_jax()
+        from .examine import examine
 
-    result = evaluate_model(words[0], config)
+        result = examine(words[0], Path(words[1]), settings)
+    else:
+        config = load(Improve, words[1], others)
+        start_jax(config.mesh)
+        from .answer import evaluate_model
+
+        result = evaluate_model(words[0], config)
     if mine["out"]:
         from .journal import write_durably
 
         write_durably(Path(str(mine["out"])), json.dumps(result, indent=1))
+    return 0
+
+
+def harness(words: Words, assignments: Words, dry: bool) -> int:
+    """harness MODEL TASKS [key=value …]
+
+    Evaluate MODEL on tasks of EleutherAI's lm-evaluation-harness (several with commas between), in process.
+    Keys: include=DIR (a folder with tasks as YAML files), num_fewshot=null limit=null chat=false slots=64 dtype=float32
+    out=FILE (writes the results as JSON)
+    """
+    del dry
+    mine, others = take(
+        assignments, include=None, num_fewshot=None, limit=None, chat=False, slots=64, dtype="float32", out=None
+    )
+    if others:
+        raise UserError(f"{others[0]!r}: harness knows {', '.join(f'{key}=' for key in mine)}")
+    start_jax()
+    from .export import open_model
+    from .harness import evaluate as go
+
+    found = go(
+        open_model(words[0]),
+        words[1].split(","),
+        dtype=mine["dtype"],
+        slots=mine["slots"],
+        include_path=mine["include"],
+        num_fewshot=mine["num_fewshot"],
+        limit=mine["limit"],
+        apply_chat_template=mine["chat"],
+    )
+    for task, metrics in found["results"].items():
+        for metric, value in metrics.items():
+            if isinstance(value, float):
+                say(f"{task}  {metric}  {value:.4f}")
+    if mine["out"]:
+        from .journal import write_durably
+
+        kept = {key: found[key] for key in ("results", "configs", "versions", "n-shot", "n-samples")}
+        write_durably(Path(str(mine["out"])), json.dumps(kept, indent=1, default=str))
     return 0
 
 
@@ -308,6 +368,7 @@ VERBS: dict[str, Callable[[Words, Words, bool], int]] = {
     "sft": sft,
     "sample": sample,
     "evaluate": evaluate,
+    "harness": harness,
     "export": export,
     "report": report,
     "doctor": doctor,

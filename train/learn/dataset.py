@@ -75,11 +75,7 @@ def write_version(
     try:
         scratch.mkdir(parents=True)
         written = _write_tfds(scratch, name, version, rows, origin)
-        sums = {path.name: _checksum(path) for path in sorted(written.iterdir())}
-        _write_bytes(written / CHECKSUMS, (json.dumps(sums, indent=2) + "\n").encode())
-        for path in written.iterdir():
-            _sync(path)
-        _sync(written)
+        write_checksums(written)
         os.rename(written, folder)
         _sync(folder.parent)
     except OSError as error:
@@ -98,7 +94,7 @@ def read_version(data_dir: PathLike, name: str, version: str) -> tuple[list[Exam
     if not folder.is_dir():
         there = sorted(p.name for p in folder.parent.glob("[0-9]*")) if folder.parent.is_dir() else []
         raise UserError(f"{folder}: no such dataset version; there are: {', '.join(there) or 'none'}")
-    _check_files(folder)
+    check_files(folder)
     tfds = _import_tfds()
     builder = tfds.builder_from_directory(str(folder))
     source = builder.as_data_source(split="train") if builder.info.splits["train"].num_examples else ()
@@ -201,7 +197,16 @@ def _check_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"provenance: {error}; it holds JSON values only (no arrays, no NaN)") from error
 
 
-def _check_files(folder: pathlib.Path) -> None:
+def write_checksums(folder: pathlib.Path) -> None:
+    """Sync the files of a version, then write their sizes and digests beside them: its last file."""
+    sums = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
+    for path in folder.iterdir():
+        _sync(path)
+    _write_bytes(folder / CHECKSUMS, (json.dumps(sums, indent=2) + "\n").encode())
+    _sync(folder)
+
+
+def check_files(folder: pathlib.Path) -> None:
     """Compare every file with the checksums written beside it, so that damage is an error that names the file."""
     listing = folder / CHECKSUMS
     try:
@@ -252,6 +257,11 @@ def read_jsonl(path: PathLike, *, required: Collection[str] = ()) -> list[dict[s
     Raises:
       UserError: the file is not there, or a line (named by number) is no JSON object or lacks a key.
     """
+    return [row for _, row in numbered_jsonl(path, required=required)]
+
+
+def numbered_jsonl(path: PathLike, *, required: Collection[str] = ()) -> list[tuple[int, dict[str, Any]]]:
+    """As `read_jsonl`, each object with the number of its line."""
     path = pathlib.Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -275,7 +285,7 @@ def read_jsonl(path: PathLike, *, required: Collection[str] = ()) -> list[dict[s
         missing = [key for key in required if key not in row]
         if missing:
             raise UserError(f"{path}:{number}: missing {', '.join(missing)}; found the keys {', '.join(row) or 'none'}")
-        rows.append(row)
+        rows.append((number, row))
     return rows
 
 

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from ..log import UserError
 if TYPE_CHECKING:
     import tokenizers
 
+MARKS = ("\uf8fe", "\uf8ff")
+"""Private characters that stand around an assistant's words while a template is rendered."""
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -134,15 +137,37 @@ class Tokenizer:
           add_generation_prompt: end with the opening of an answer.
           variables: further names the template reads.
         """
+        return self._render(messages, marks=False, add_generation_prompt=add_generation_prompt, **variables)
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the chat template says itself what an assistant wrote: `{% generation %}…{% endgeneration %}`."""
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template or "") is not None
+
+    def chat_spans(self, messages: Sequence[Mapping[str, Any]], **variables) -> tuple[str, list[tuple[int, int]]]:
+        """Render a conversation, and where in the text the template says that an assistant wrote (start, end)."""
+        for i, message in enumerate(messages):
+            if any(mark in str(message.get("content", "")) for mark in MARKS):
+                raise UserError(f"message {i} holds the private character U+F8FE or U+F8FF; take it out")
+        marked = self._render(messages, marks=True, add_generation_prompt=False, **variables)
+        pieces, spans, length, start = re.split(f"([{''.join(MARKS)}])", marked), [], 0, 0
+        for piece in pieces:
+            if piece == MARKS[0]:
+                start = length
+            elif piece == MARKS[1]:
+                spans.append((start, length))
+            else:
+                length += len(piece)
+        return "".join(p for p in pieces if p not in MARKS), spans
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], *, marks: bool, **variables) -> str:
         if self.chat_template is None:
             raise UserError("this tokenizer has no chat template; give a few-shot prompt instead of a chat")
         import jinja2
 
         given = {"messages": [dict(m) for m in messages], "tools": None, "documents": None, **self.special}
         try:
-            return _compile(self.chat_template).render(
-                add_generation_prompt=add_generation_prompt, **{**given, **variables}
-            )
+            return _compile(self.chat_template, marks).render(**{**given, **variables})
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template refuses these messages: {error}") from error
 
@@ -213,8 +238,12 @@ def _one_template(template, folder) -> str | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _compile(template: str):
-    """The environment of transformers: sandboxed, blocks trimmed, loop controls, and its few names."""
+def _compile(template: str, marks: bool = False):
+    """The environment of transformers: sandboxed, blocks trimmed, loop controls, and its few names.
+
+    Args:
+      marks: put `MARKS` around what stands in generation blocks.
+    """
     import jinja2
     import jinja2.ext
     import jinja2.nodes
@@ -228,6 +257,9 @@ def _compile(template: str):
         def parse(self, parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            if marks:
+                start, end = (jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)]) for mark in MARKS)
+                body = [start, *body, end]
             return jinja2.nodes.Scope(body).set_lineno(line)
 
     def raise_exception(message: str):

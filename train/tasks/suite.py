@@ -10,6 +10,7 @@ from typing import Any
 
 from ..log import UserError
 from .compact import CompactTask
+from .local import local_task
 from .reasoning import InstructTask
 from .task import (
     DOMAINS,
@@ -133,7 +134,7 @@ def build_suite(specs: Sequence[FamilySpec], *, seed: int, style: Style) -> Suit
         raise UserError(f"tasks: style is {style!r}; choose one of {', '.join(STYLES)}")
     if not specs:
         raise UserError("tasks: no families given; list at least one with domain id")
-    tasks: dict[str, Task] = {s.family: TASKS[style](s.family) for s in specs}
+    tasks: dict[str, Task] = {s.family: task_of(s.family, style) for s in specs}
     taken: dict[str, set[str]] = {s.family: set() for s in specs}
     drawn: dict[tuple[int, Split], list[Question]] = {}
     for split in DRAW_ORDER:
@@ -146,6 +147,16 @@ def build_suite(specs: Sequence[FamilySpec], *, seed: int, style: Style) -> Suit
     if twice:  # two texts with one digest: 2^-48 a pair
         raise UserError(f"tasks: two questions share the id {twice[0]}; choose another seed")
     return Suite(style=style, seed=seed, specs=tuple(specs), all=tuple(questions), tasks=tasks)
+
+
+def task_of(family: str, style: Style) -> Task:
+    """The task of a family: one whose questions stand in a file, or a generator's."""
+    task = local_task(family)
+    if task is None:
+        return TASKS[style](family)
+    if style != "instruct":
+        raise UserError(f"tasks: family {family} is asked in words; set tasks.style to instruct")
+    return task
 
 
 def draw_seed(seed: int, *parts: object) -> int:

@@ -102,7 +102,7 @@ class Task(Protocol):
     unjudged: Counter[str]
 
     def draw(self, args: Mapping[str, Any], seed: int, size: int) -> Iterator[tuple[str, str, str | None, dict]]:
-        """Yield up to `size` of (text, answer, solution, entry), the same for the same seed."""
+        """Yield up to `size` of (text, answer, solution, entry), the same for the same seed; a file gives all."""
         ...
 
     def prompt(self, question: Question) -> Prompt:

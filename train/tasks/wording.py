@@ -32,6 +32,28 @@ def shots(question: Question, examples: Sequence[Question]) -> str:
     return solved + SHOT_OPEN.format(text=question.text.strip())
 
 
+def lettered(question: str, choices: Sequence[str]) -> str:
+    """Put the choices under a question, each behind its letter.
+
+    Example:
+      >>> print(lettered("Which is a metal?", ["iron", "wood"]))
+      Which is a metal?
+      A. iron
+      B. wood
+    """
+    lines = [f"{chr(ord('A') + i)}. {choice.strip()}" for i, choice in enumerate(choices)]
+    return "\n".join([question.strip(), *lines])
+
+
+def untemplated(texts: Sequence[str]) -> str:
+    """A prompt for a model without a chat template: what system and user say, an empty line after each."""
+    return "".join(f"{text.strip()}\n\n" for text in texts)
+
+
+GSM8K = "{text}\nSolve it step by step and end with a line `#### ` and the number."
+CHOICE = "{text}\nAnswer with the letter of the right choice alone."
+PROBLEM = "{text}\nPut the final answer in \\boxed{{}}."
+
 _MARK = re.compile(r"answer\s*(?:is)?\s*(?:\*\*|__)?\s*[:=]\s*(?:\*\*|__)?[ \t]*([^\n]+)", re.IGNORECASE)
 _MARK_LINES = re.compile(r"answer\s*:[ \t]*\n?", re.IGNORECASE)
 _TAG = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.IGNORECASE | re.DOTALL)

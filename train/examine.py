@@ -1,0 +1,115 @@
+"""`jaxmerge evaluate MODEL FILE`: accuracy of a model on the questions of one file, without a config."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from . import choices, evaluate, round
+from .config import QuestionOptions
+from .export import open_model
+from .generate.rollout import Settings, rollout
+from .learn.dataset import numbered_jsonl
+from .log import UserError, format_percent, print_table, progress, say
+from .models.load import Model
+from .tasks import FamilySpec, Question, Suite, build_suite
+from .tasks.cot import STOP
+from .tasks.local import LOCAL
+
+TASK_OF = {"gsm8k": "gsm8k", "choices": "choice", "problem": "problem"}
+
+
+def examine(path: str, source: Path, options: QuestionOptions) -> dict[str, Any]:
+    """Ask a model every question of `source`; print the accuracy, return it with every answer.
+
+    Multiple choice is also scored by likelihood (acc, acc_norm), which needs no chat template.
+    """
+    suite = open_suite(source, options)
+    questions = list(suite.all)
+    model = open_model(path)
+    family = suite.specs[0].family
+    asked = family != "choice" or model.tokenizer.has_chat_template
+    if family != "choice" and not asked_plainly(options, family) and not model.tokenizer.has_chat_template:
+        way = "prompt=cot" if family == "gsm8k" else "a model with one"
+        raise UserError(f"{path}: this model has no chat template to ask {family} questions with; take {way}")
+    result: dict[str, Any] = {"name": path, "finished": True, "rows": [], "paired": []}
+    result["majority"] = suite.majority_baselines()
+    if asked:
+        result |= answer(model, suite, questions, options, name=Path(path).name)
+        print_table(result)
+        if failures := suite.unjudged():
+            say(f"could not be judged, and so counted as wrong: {failures}")
+    if family == "choice":
+        with progress("score", total=sum(len(q.entry["choices"]) for q in questions), unit="choices") as bar:
+            result["scored"] = choices.choose(model, questions, dtype=options.dtype, on_batch=bar.advance)
+        result["likelihood"] = choices.summary(result["scored"])
+        for name, row in result["likelihood"].items():
+            low, high = format_percent(row["low"]), format_percent(row["high"])
+            say(f"{name} {format_percent(row['accuracy'])} [{low}, {high}], n = {row['n']}")
+    for row in result["majority"]:
+        say(f"always answering {row['answer']!r} would give {format_percent(row['accuracy'])}")
+    return result
+
+
+def asked_plainly(options: QuestionOptions, family: str) -> bool:
+    return family == "gsm8k" and options.prompt == "cot"
+
+
+def open_suite(source: Path, options: QuestionOptions) -> Suite:
+    """The questions of a file or of the folder of a TFDS version, each once."""
+    from .data.formats import detect
+
+    family = options.task
+    if family is None:
+        if source.is_dir():
+            raise UserError(f"{source}: a TFDS version does not say how answers are judged; set task=")
+        lines = numbered_jsonl(source)
+        form = detect(lines[0][1]) if lines else ""
+        if form not in TASK_OF:
+            raise UserError(
+                f"{source}: lines of the format {form or '(none)'} cannot be asked; wanted {', '.join(TASK_OF)}"
+            )
+        family = TASK_OF[form]
+    if family != "gsm8k" and (options.prompt, options.extract) != ("chat", "flexible"):
+        raise UserError(f"prompt= and extract= are of gsm8k questions; these are judged as {family}: leave them out")
+    settings = {key: getattr(options, key) for key in LOCAL[family].settings}
+    args = {"path": str(source), "split": options.split, **settings}
+    task = LOCAL[family](family)
+    count = len({text for text, *_ in task.draw(args, 0, 0)})
+    count = min(count, options.limit or count)
+    return build_suite([FamilySpec(family, "id", args, test=count)], seed=0, style="instruct")
+
+
+def answer(
+    model: Model, suite: Suite, questions: list[Question], options: QuestionOptions, *, name: str
+) -> dict[str, Any]:
+    """Greedy answers to every question: rows of accuracy, and the answers with their scores."""
+    family = suite.specs[0].family
+    stop = (STOP,) if asked_plainly(options, family) else ()
+    settings = Settings(
+        max_new_tokens=options.max_new_tokens, slots=options.slots, dtype=options.dtype, stop=stop
+    )  # fmt: skip
+    prompts = round.prompts(suite, model.tokenizer, questions)
+    start = time.perf_counter()
+    with progress("evaluate", total=len(prompts), unit="questions") as bar:
+        samples = rollout(
+            model.config,
+            model.params,
+            model.tokenizer,
+            prompts,
+            settings,
+            jax.random.key(0),
+            on_sample=lambda tokens: bar.advance(1),
+        )
+    texts = [{"question_id": s.prompt_id, "text": s.text, "reason": s.reason} for s in samples]
+    scored = round.verify(suite, {q.id: q for q in questions}, texts)
+    scores = {row["question_id"]: float(row["score"] == 1.0) for row in scored}
+    seconds = time.perf_counter() - start
+    return {
+        "rows": evaluate.rows(questions, scores, method=name, round=0, seconds=seconds),
+        "answers": scored,
+        "unfinished": sum(row["reason"] == "length" for row in scored),
+    }

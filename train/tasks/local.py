@@ -1,0 +1,185 @@
+"""Questions from files on this machine: GSM8K, multiple choice, and free-form answers compared as mathematics.
+
+A family is `gsm8k`, `choice` or `problem`, or one of these with a name of its own behind a colon (`choice:arc_easy`);
+its args say where the questions are:
+
+    {family: gsm8k, domain: id, train: 64, test: 100, args: {path: gsm8k.jsonl, prompt: chat, extract: flexible}}
+
+`path` is a JSONL file or the folder of a TFDS version (then with `split`). Questions come in the order of the file, so
+`test: 100` takes the first hundred that are not asked for elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..log import UserError
+from . import cot, letters, numbers, wording
+from .task import Prompt, Question
+
+
+class LocalTask:
+    """One family whose questions stand in a file."""
+
+    formats: ClassVar[tuple[str, ...]] = ()
+    settings: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Further args with their possible values, the first being the default."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.unjudged: Counter[str] = Counter()
+
+    def draw(self, args: Mapping[str, Any], seed: int, size: int) -> Iterator[tuple[str, str, str | None, dict]]:
+        """Yield (text, answer, solution, entry) of every question of the file, whatever the seed."""
+        del seed, size
+        chosen = self.options(args)
+        for record in read(str(args["path"]), str(args.get("split", "train")), self.formats):
+            entry = {"question": record.question, "choices": list(record.choices), **chosen}
+            yield self.text(record), record.answer, record.solution or None, entry
+
+    def text(self, record: Any) -> str:
+        """What makes a question that question."""
+        return record.question
+
+    def options(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings, checked."""
+        known = {"path", "split", *self.settings}
+        unknown = sorted(set(args) - known)
+        if unknown:
+            raise UserError(
+                f"tasks: family {self.name} has no setting {unknown[0]!r}; its settings: {', '.join(sorted(known))}"
+            )
+        if not isinstance(args.get("path"), (str, os.PathLike)):
+            raise UserError(f"tasks: family {self.name} needs args: {{path: FILE.jsonl}}, found {dict(args)}")
+        for key, values in self.settings.items():
+            if args.get(key, values[0]) not in values:
+                raise UserError(f"tasks: family {self.name}: {key} is {args[key]!r}; choose one of {', '.join(values)}")
+        return {key: args.get(key, values[0]) for key, values in self.settings.items()}
+
+    def prompt(self, question: Question) -> Prompt:
+        raise NotImplementedError
+
+    def verify(self, question: Question, text: str) -> float | None:
+        """Judge a completion: 1.0 right, 0.0 wrong, None if it could not be judged. Never raises."""
+        try:
+            # A model that was given examples may go on with a question of its own.
+            for mark in (cot.STOP, *wording.STOP_STRINGS):
+                text = text.partition(mark)[0]
+            return float(self.right(question, text))
+        except Exception as error:  # recorded, never hidden: a verifier may not stop a run
+            self.unjudged[type(error).__name__] += 1
+            return None
+
+    def right(self, question: Question, text: str) -> bool:
+        raise NotImplementedError
+
+
+class Gsm8kTask(LocalTask):
+    """Word problems whose answer is a number. `prompt: cot` gives the eight usual examples, `chat` asks in words."""
+
+    formats = ("gsm8k", "problem")
+    settings: ClassVar = {"prompt": ("chat", "cot"), "extract": ("flexible", "strict")}
+
+    def prompt(self, question: Question) -> Prompt:
+        if question.entry["prompt"] == "cot":
+            return cot.prompt(question.text)
+        return [{"role": "user", "content": wording.GSM8K.format(text=question.text.strip())}]
+
+    def right(self, question: Question, text: str) -> bool:
+        extract = {"flexible": numbers.flexible, "strict": numbers.strict}[question.entry["extract"]]
+        return numbers.same(extract(text), question.answer)
+
+
+class ChoiceTask(LocalTask):
+    """Multiple choice, answered with a letter. (`train/choices.py` scores the choices by their likelihood.)"""
+
+    formats = ("choices",)
+
+    def text(self, record: Any) -> str:
+        return wording.lettered(record.question, record.choices)
+
+    def prompt(self, question: Question) -> Prompt:
+        return [{"role": "user", "content": wording.CHOICE.format(text=question.text)}]
+
+    def right(self, question: Question, text: str) -> bool:
+        return letters.extract_letter(text, len(question.entry["choices"])) == question.answer
+
+
+class ProblemTask(LocalTask):
+    """Free-form answers, compared as mathematics by `math-verify`: 1/2, 0.5 and \\frac{1}{2} are one."""
+
+    formats = ("problem", "gsm8k")
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        mathematics()  # missing, it is named before any compute
+
+    def prompt(self, question: Question) -> Prompt:
+        return [{"role": "user", "content": wording.PROBLEM.format(text=question.text.strip())}]
+
+    def right(self, question: Question, text: str) -> bool:
+        return equal_mathematics(text, question.answer)
+
+
+def equal_mathematics(text: str, gold: str, *, seconds: int = 5) -> bool:
+    r"""Whether the last answer in a text equals `gold` as mathematics.
+
+    Args:
+      text: a completion; `\boxed{…}`, `$…$` or a plain number or formula in it counts.
+      gold: the answer alone.
+      seconds: for reading and for comparing, each. The limit is an alarm signal, so this runs in the main thread only.
+
+    Raises:
+      TimeoutError, or what the comparison raised.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("math-verify keeps its time limit by an alarm signal: call it in the main thread")
+    parse, verify = mathematics()
+    limits = {"parsing_timeout": seconds, "raise_on_error": True}
+    wanted = parse(gold if "$" in gold or "\\boxed" in gold else f"${gold}$", **limits)
+    if not wanted:
+        raise ValueError(f"the gold answer {gold!r} is no mathematics")
+    found = parse(text, **limits)
+    return bool(found) and verify(wanted, found, timeout_seconds=seconds, raise_on_error=True)
+
+
+@functools.cache
+def mathematics() -> tuple[Any, Any]:
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise UserError(
+            f"tasks: comparing free-form answers needs math-verify ({error}); pip install 'jaxmerge[math]'"
+        ) from error
+    return parse, verify
+
+
+@functools.lru_cache(maxsize=8)
+def read(path: str, split: str, formats: tuple[str, ...]) -> tuple[Any, ...]:
+    """Records of a file or folder, of the formats a task understands; read once a process."""
+    from ..data.builders import read_folder, read_records
+    from ..data.formats import detect
+    from ..learn.dataset import numbered_jsonl
+
+    if Path(path).is_dir():
+        return tuple(read_folder(path, split))
+    lines = numbered_jsonl(path)
+    form = detect(lines[0][1]) if lines else ""
+    if form not in formats:
+        raise UserError(f"{path}: its lines are of the format {form or '(none)'}; wanted {' or '.join(formats)}")
+    return tuple(read_records(path, form))
+
+
+LOCAL: dict[str, type[LocalTask]] = {"gsm8k": Gsm8kTask, "choice": ChoiceTask, "problem": ProblemTask}
+
+
+def local_task(family: str) -> LocalTask | None:
+    """The task of a family whose questions stand in a file; None where the family is a generator's."""
+    kind = family.partition(":")[0]
+    return LOCAL[kind](family) if kind in LOCAL else None
