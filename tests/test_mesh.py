@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxmerge
-from train.config import Mesh, Sft
+from train.config import Mesh, Sft, Step
 from train.generate.rollout import Prompt, Settings, rollout
 from train.learn.batches import Rows
 from train.learn.sft import fine_tune, init_state, make_step
@@ -21,7 +21,7 @@ SIZES = {
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.3,
 }  # fmt: skip
 MESHES = {"1×1×1": Mesh(), "8×1×1": Mesh(data=8), "2×2×2": Mesh(data=2, fsdp=2, tensor=2)}
-SFT = Sft(learning_rate=1e-3, epochs=1, batch=8, weight_decay=0.01)
+SFT = Sft(learning_rate=1e-3, epochs=1, batch=8, step=Step(weight_decay=0.01))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def assert_placed(tree, mesh):
 @pytest.mark.parametrize("biased", [False, True])
 def test_the_table_covers_every_parameter(tied, biased):
     config = random_config(
-        SIZES | {"tie_word_embeddings": tied, "attention_bias": biased, "mlp_bias": biased}
+        SIZES | {"tie_word_embeddings": tied, "qkv_bias": biased, "o_bias": biased, "mlp_bias": biased}
     )  # fmt: skip
     tree = shapes(config)
     places = shardings(make_mesh(MESHES["2×2×2"]), tree)
@@ -157,7 +157,7 @@ def test_fine_tuning_gives_the_same_losses(tuned, on, name):
 
 def test_accumulation_on_a_mesh_gives_the_same_losses(tuned, on, rows):
     mesh, model = on("2×2×2")
-    config = Sft(learning_rate=1e-3, epochs=1, batch=8, weight_decay=0.01, micro_batch=4)
+    config = Sft(learning_rate=1e-3, epochs=1, batch=8, step=Step(weight_decay=0.01), micro_batch=4)
     _, log = fine_tune(model.config, model.params, rows, config, mesh=mesh, seed=2)
     np.testing.assert_allclose([m["loss"] for m in log], [m["loss"] for m in tuned("1×1×1")[1]], atol=1e-4)
 
@@ -166,7 +166,7 @@ def test_the_moments_lie_where_their_parameters_lie(on, rows):
     """At the start and after a step: Adam's moments replicated would cost twice the model on every device."""
     mesh, model = on("2×2×2")
     state = init_state(SFT, model.params, mesh)
-    step = make_step(model.config, Sft(learning_rate=0.0, epochs=1, batch=8, weight_decay=0.01), "float32")
+    step = make_step(model.config, Sft(learning_rate=0.0, epochs=1, batch=8, step=Step(weight_decay=0.01)), "float32")
     batch = {"tokens": rows.tokens[:8], "weights": rows.weights[:8]}
     after, _ = step(init_state(SFT, model.params, mesh), jax.device_put(batch, batch_sharding(mesh, 8)), jnp.float32(0))
     for s in (state, after):

@@ -20,10 +20,13 @@ BATCH = PartitionSpec(("data", "fsdp"))
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     # [out, in]: heads, mlp columns and vocabulary over `tensor`, the other axis over `fsdp`.
     (
-        r"(q_proj|k_proj|v_proj|gate_proj|up_proj|embed_tokens|lm_head)/weight$",
+        r"(q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|embed_tokens|lm_head)/weight$",
         PartitionSpec("tensor", "fsdp"),
     ),
     (r"(o_proj|down_proj)/weight$", PartitionSpec("fsdp", "tensor")),
+    # The rank of an adapter is everywhere.
+    (r"lora_A/weight$", PartitionSpec(None, "fsdp")),
+    (r"lora_B/weight$", PartitionSpec("fsdp", None)),
     (r"(norm/weight|/bias)$", PartitionSpec()),
 )
 
@@ -62,6 +65,8 @@ def sharding_of(mesh: jax.sharding.Mesh, path: str, shape: tuple[int, ...]) -> N
     """Where the parameter at `path` lies; an uncovered path or an indivisible axis is an error naming both."""
     for pattern, spec in RULES:
         if re.search(pattern, path):
+            if "/stacked/" in path:  # the layers, one after another
+                spec = PartitionSpec(None, *spec)
             for size, axis in zip(shape, spec, strict=False):
                 if axis is not None and size % mesh.shape[axis]:
                     raise UserError(

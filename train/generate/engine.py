@@ -19,7 +19,8 @@ from jax import lax
 
 from ..models.attention import KV, visible
 from ..models.config import ModelConfig
-from ..models.decoder import Params, bind
+from ..models.decoder import Params, bind, count_up
+from ..models.stacked import unstack_layers
 from .sample import choose
 
 CHUNK = 4
@@ -66,9 +67,9 @@ def bucket(n: int, step: int = 32) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def prefill(config: ModelConfig, params: Params, tokens: jax.Array, *, dtype: str):
-    """Caches of right-padded prompts [P, T]: one KV of [P, K, T, H] a layer."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+def prefill(config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, *, dtype: str):
+    """Caches of right-padded prompts [P, T], `lengths` [P] tokens long: one KV of [P, K, T, H] a layer."""
+    positions = count_up(tokens.shape, lengths)
     _, caches = bind(config, params)(tokens, positions, visible(positions), dtype=jnp.dtype(dtype))
     return caches
 
@@ -122,6 +123,15 @@ class Slot:
     tokens: list[int]
     logprobs: list[float]
 
+    @property
+    def so_far(self) -> tuple[int, ...]:
+        """What is prefilled when this goes (back) into a slot."""
+        return (*self.request.prompt, *self.tokens) if self.tokens else self.request.prompt
+
+    @property
+    def length(self) -> int:
+        return len(self.request.prompt) + len(self.tokens)
+
 
 class Engine:
     """Generates completions for requests with a fixed set of shapes.
@@ -147,11 +157,14 @@ class Engine:
     ):
         self.config, self.how, self.slots = config, how, slots
         dtype = jnp.dtype(how.dtype)
+        # Scanning over stacked layers would copy a layer's cache at every step.
+        params = unstack_layers(params)
         # Cast once a round, not at every step; in float32 this is the same array.
         self.params = params if dtype == jnp.float32 else jax.jit(cast, static_argnums=1)(params, dtype)
         self.eos = frozenset(eos)
         self.temperature = jnp.float32(temperature)
         self.stop = stop
+        self.turn = turn_of(config)
         self.decoded = 0
         """Slot-steps run, useful or not: occupancy = useful tokens / decoded."""
 
@@ -160,11 +173,14 @@ class Engine:
 
         Requests of one prompt should stand together: they then share one prefill.
         """
-        queue = deque(requests)
+        queue = deque(Slot(r, [], []) for r in requests)
         if not queue:
             return
-        longest = max(len(r.prompt) for r in queue)
-        length = bucket(max(len(r.prompt) + r.max_new_tokens for r in queue) + CHUNK)
+        longest = max(len(s.request.prompt) for s in queue)
+        most = max(len(s.request.prompt) + s.request.max_new_tokens for s in queue)
+        if self.turn is not None and longest < self.turn < most:
+            longest = self.turn
+        length = bucket(most + CHUNK)
         width = min(bucket(longest, 16), length)
         N = self.slots
         caches = empty_caches(self.config, N, length, self.how.dtype)
@@ -179,10 +195,10 @@ class Engine:
                 waiting = [queue.popleft() for _ in range(min(len(free), len(queue)))]
                 ready = self.prefilled(waiting, queue, ready, width)
                 caches = self.place(caches, waiting, free, ready)
-                for n, request in zip(free, waiting, strict=False):
-                    active[n] = Slot(request, [], [])
-                    last[n], at[n] = request.prompt[-1], len(request.prompt) - 1
-                    steps[n], keys[n] = 0, request.key
+                for n, slot in zip(free, waiting, strict=False):
+                    active[n] = slot
+                    last[n], at[n] = slot.so_far[-1], slot.length - 1
+                    steps[n], keys[n] = len(slot.tokens), slot.request.key
             caches, tokens, logprobs = decode(
                 self.config, self.params, caches, last, at, steps, keys, self.temperature, how=self.how
             )
@@ -199,9 +215,12 @@ class Engine:
                 if done is not None:
                     active[n] = None
                     yield done
+                elif slot.length == self.turn:
+                    active[n] = None
+                    queue.appendleft(slot)
 
     def extend(self, slot: Slot, tokens: np.ndarray, logprobs: np.ndarray) -> Completion | None:
-        """Append a chunk to a slot; a Completion once it ended."""
+        """Append a chunk to a slot, up to its turn; a Completion once it ended."""
         request = slot.request
         for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True):
             slot.tokens.append(token)
@@ -216,6 +235,8 @@ class Engine:
                 reason = "length"
             if reason:
                 return Completion(request.id, tuple(slot.tokens), tuple(slot.logprobs), reason)
+            if slot.length == self.turn:
+                return None
         return None
 
     def prefilled(self, waiting, queue, ready, width):
@@ -224,29 +245,29 @@ class Engine:
         Computed PREFILL at a time, the batch filled up with the next prompts of the queue; a prompt some of
         whose samples still wait keeps its cache, the others are dropped.
         """
-        wanted = list(dict.fromkeys(r.prompt for r in waiting))
+        wanted = list(dict.fromkeys(s.so_far for s in waiting))
         missing = [p for p in wanted if p not in ready]
         if not missing:
             return ready
         ready = {p: ready[p] for p in wanted if p in ready}
-        ahead = dict.fromkeys(r.prompt for r in list(queue)[: 4 * self.slots])
+        ahead = dict.fromkeys(s.so_far for s in list(queue)[: 4 * self.slots])
         spare = [p for p in ahead if p not in ready and p not in missing]
         count = bucket(len(missing), PREFILL)
         missing += spare[: count - len(missing)]
         for start in range(0, len(missing), PREFILL):
             batch = missing[start : start + PREFILL]
-            tokens = np.zeros((PREFILL, width), np.int32)
+            tokens, lengths = np.zeros((PREFILL, width), np.int32), np.ones(PREFILL, np.int32)
             for row, prompt in enumerate(batch):
-                tokens[row, : len(prompt)] = prompt
-            caches = prefill(self.config, self.params, tokens, dtype=self.how.dtype)
+                tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
+            caches = prefill(self.config, self.params, tokens, lengths, dtype=self.how.dtype)
             ready |= {prompt: (caches, row) for row, prompt in enumerate(batch)}
         return ready
 
     def place(self, caches, waiting, free, ready):
         """Copy each waiting request's prompt cache into its slot, one call a prefill batch."""
         batches: dict[int, tuple[tuple[KV, ...], list[int], list[int]]] = {}
-        for n, request in zip(free, waiting, strict=False):
-            prompts, row = ready[request.prompt]
+        for n, slot in zip(free, waiting, strict=False):
+            prompts, row = ready[slot.so_far]
             _, slots, rows = batches.setdefault(id(prompts), (prompts, [], []))
             slots.append(n)
             rows.append(row)
@@ -255,6 +276,12 @@ class Engine:
             into = np.array(slots + [self.slots] * padding, np.int32)  # out of range: skipped
             caches = fill(caches, prompts, into, np.array(rows + [0] * padding, np.int32))
         return caches
+
+
+def turn_of(config: ModelConfig) -> int | None:
+    """Length at which LongRoPE turns all keys by other frequencies: the sequence is then prefilled again."""
+    scaling = config.rope_scaling
+    return scaling.original_max_position_embeddings + 1 if scaling is not None and scaling.kind == "longrope" else None
 
 
 def cast(params: Params, dtype) -> Params:

@@ -105,10 +105,10 @@ def check_lengths(config: ModelConfig, prompts: Sequence[Prompt], settings: Sett
         wanted = len(prompt.tokens) + settings.max_new_tokens
         if not prompt.tokens:
             raise UserError(f"prompt {prompt.id!r} is empty; a prompt has at least one token")
-        if wanted > config.max_position_embeddings:
+        if wanted > config.context:
             raise UserError(
                 f"prompt {prompt.id!r} has {len(prompt.tokens)} tokens; with max_new_tokens={settings.max_new_tokens} "
-                f"that is {wanted}, and the model ends at {config.max_position_embeddings}; lower max_new_tokens or "
+                f"that is {wanted}, and the model ends at {config.context}; lower max_new_tokens or "
                 "shorten the prompt"
             )
 

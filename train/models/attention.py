@@ -15,20 +15,47 @@ class KV(NamedTuple):
     v: jax.Array
 
 
-def attend(q: jax.Array, kv: KV, mask: jax.Array) -> jax.Array:
-    """Scaled dot-product attention, queries grouped over shared key/value heads.
+def attend(
+    q: jax.Array, kv: KV, mask: jax.Array, *, scale: float | None = None, softcap: float | None = None
+) -> jax.Array:
+    """Scaled dot-product attention, queries grouped over shared key/value heads; softmax in float32.
 
-    q [B, N, T, H], kv [B, K, S, H], mask [B, T, S] (True = visible) → [B, N, T, H], softmax in float32.
+    Args:
+      q: [B, N, T, H]. kv: [B, K, S, H].
+      mask: [B, T, S], True = visible.
+      scale: of the scores; None is 1/√H.
+      softcap: c bounds the scores smoothly, c·tanh(score / c); None leaves them.
+
+    Returns:
+      [B, N, T, H].
     """
     B, N, T, H = q.shape
     K = kv.k.shape[1]
     q = q.reshape(B, K, N // K * T, H)
-    scores = jnp.einsum("bkth,bksh->bkts", q, kv.k, preferred_element_type=jnp.float32) * H**-0.5
+    scores = jnp.einsum("bkth,bksh->bkts", q, kv.k, preferred_element_type=jnp.float32)
+    scores = cap(scores * (H**-0.5 if scale is None else scale), softcap)
     scores = scores.reshape(B, K, N // K, T, -1)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).reshape(B, K, N // K * T, -1).astype(kv.v.dtype)
     out = jnp.einsum("bkts,bksh->bkth", weights, kv.v, preferred_element_type=jnp.float32)
     return out.reshape(B, N, T, H)
+
+
+def cap(x: jax.Array, limit: float | None) -> jax.Array:
+    r"""Bound smoothly: :math:`c \tanh(x / c)`; None leaves x as it is."""
+    return x if limit is None else limit * jnp.tanh(x / limit)
+
+
+def within(mask: jax.Array, window: int | None, at: jax.Array | None = None) -> jax.Array:
+    """The mask [B, T, S] of a layer whose queries see `window` keys, themselves included; None is all.
+
+    Args:
+      at: [B] index of the query of each row while decoding; None: query t has index t.
+    """
+    if window is None:
+        return mask
+    query = jnp.arange(mask.shape[1])[None] if at is None else at[:, None]
+    return mask & (query[:, :, None] - jnp.arange(mask.shape[2]) < window)
 
 
 def write(cache: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:

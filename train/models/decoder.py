@@ -1,10 +1,14 @@
-"""The Llama decoder as Flax NNX modules whose attributes are the Hugging Face tensor names.
+"""The decoder as Flax NNX modules whose attributes are the Hugging Face tensor names; every family is this one.
 
 The modules hold no state of their own: `params` is the nested dict of `design`-wide Params, merged with
 the (cached) graph definition inside the jitted function, so one pytree goes through sampling, training
 and merging unchanged. Key/value caches are arguments and results, never module variables.
 
-Shapes: B batch, T time, S cache length, D model, N heads, K key/value heads, G = N/K, H head, F mlp, V vocab.
+The layers are unrolled, `layers = {"0": …, "1": …}`, or stacked, `layers = {"stacked": …}` with a leading axis L
+(stacked.py), and then scanned: one block is compiled, whatever L.
+
+Shapes: B batch, T time, S cache length, D model, N heads, K key/value heads, G = N/K, H head, R rotated part of it,
+F mlp, V vocab, L layers.
 """
 
 from __future__ import annotations
@@ -19,15 +23,24 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from .attention import KV, attend, visible, write
+from . import lora
+from .attention import KV, attend, cap, visible, within, write
 from .config import ModelConfig
 from .matmul import matmul_t
 from .rope import rope_table, rotate
 
 Params = dict[str, Any]
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class Linear(nnx.Module):
+    side: lora.Side | None = None
+    """A LoRA path beside the weight, put there by `bind`."""
+
     def __init__(self, out_features: int, in_features: int, bias: bool = False):
         self.weight = nnx.Param(jnp.zeros((out_features, in_features)))
         self.bias = nnx.Param(jnp.zeros((out_features,))) if bias else None
@@ -35,61 +48,92 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, dtype) -> jax.Array:
         """x [..., in] → [..., out] in float32; operands in `dtype`, accumulation in float32."""
         y = matmul_t(x, self.weight[...], dtype)
+        if self.side is not None:
+            y = y + self.side(x, dtype)
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, c: ModelConfig):
         self.weight = nnx.Param(jnp.ones((size,)))
-        self.eps = eps
+        self.eps, self.offset = c.rms_norm_eps, float(c.unit_offset_norms)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return x * scale * self.weight[...].astype(jnp.float32)
+        return x * scale * (self.offset + self.weight[...].astype(jnp.float32))
 
 
 class Attention(nnx.Module):
     def __init__(self, c: ModelConfig):
         self.config = c
-        self.q_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, c.attention_bias)
-        self.k_proj = Linear(c.num_key_value_heads * c.head_dim, c.hidden_size, c.attention_bias)
-        self.v_proj = Linear(c.num_key_value_heads * c.head_dim, c.hidden_size, c.attention_bias)
-        self.o_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, c.attention_bias)
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        if c.fused_projections:
+            self.qkv_proj = Linear(q + 2 * kv, c.hidden_size, c.qkv_bias)
+        else:
+            self.q_proj = Linear(q, c.hidden_size, c.qkv_bias)
+            self.k_proj = Linear(kv, c.hidden_size, c.qkv_bias)
+            self.v_proj = Linear(kv, c.hidden_size, c.qkv_bias)
+        self.o_proj = Linear(c.hidden_size, q, c.o_bias)
+        self.q_norm = RMSNorm(c.head_dim, c) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c) if c.qk_norm else None
 
     def __call__(self, x, rope, mask, cache: KV | None, at, dtype) -> tuple[jax.Array, KV]:
         """x [B, T, D], mask [B, T, S] → ([B, T, D], keys and values [B, K, S, H])."""
         c = self.config
         B, T, _ = x.shape
-        q = self.q_proj(x, dtype).reshape(B, T, c.num_attention_heads, c.head_dim)
-        k = self.k_proj(x, dtype).reshape(B, T, c.num_key_value_heads, c.head_dim)
-        v = self.v_proj(x, dtype).reshape(B, T, c.num_key_value_heads, c.head_dim)
+        q, k, v = (y.reshape(B, T, -1, c.head_dim) for y in self.project(x, dtype))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q, rope).swapaxes(1, 2)
         kv = KV(rotate(k, rope).swapaxes(1, 2).astype(dtype), v.swapaxes(1, 2).astype(dtype))
         if cache is not None:
             kv = KV(write(cache.k, kv.k, at), write(cache.v, kv.v, at))
-        heads = attend(q.astype(dtype), kv, mask)
+        scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
+        heads = attend(q.astype(dtype), kv, mask, scale=scale, softcap=c.attn_logit_softcapping)
         return self.o_proj(heads.swapaxes(1, 2).reshape(B, T, -1), dtype), kv
+
+    def project(self, x, dtype) -> list[jax.Array]:
+        c = self.config
+        if not c.fused_projections:
+            return [projection(x, dtype) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        return jnp.split(self.qkv_proj(x, dtype), [q, q + kv], axis=-1)
 
 
 class MLP(nnx.Module):
     def __init__(self, c: ModelConfig):
-        self.gate_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
-        self.up_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
+        self.config = c
+        if c.fused_projections:
+            self.gate_up_proj = Linear(2 * c.intermediate_size, c.hidden_size, c.mlp_bias)
+        else:
+            self.gate_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
+            self.up_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
         self.down_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
 
     def __call__(self, x, dtype):
-        return self.down_proj(jax.nn.silu(self.gate_proj(x, dtype)) * self.up_proj(x, dtype), dtype)
+        if self.config.fused_projections:
+            gate, up = jnp.split(self.gate_up_proj(x, dtype), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x, dtype), self.up_proj(x, dtype)
+        return self.down_proj(ACTIVATIONS[self.config.activation](gate) * up, dtype)
 
 
 class Block(nnx.Module):
     def __init__(self, c: ModelConfig):
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.config = c
+        self.input_layernorm = RMSNorm(c.hidden_size, c)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c)
         self.mlp = MLP(c)
+        if c.post_norms:
+            self.pre_feedforward_layernorm = RMSNorm(c.hidden_size, c)
+            self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c)
 
     def __call__(self, x, rope, mask, cache, at, dtype):
         y, kv = self.self_attn(self.input_layernorm(x), rope, mask, cache, at, dtype)
+        if self.config.post_norms:
+            x = x + self.post_attention_layernorm(y)
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), dtype)), kv
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x), dtype), kv
 
@@ -100,47 +144,122 @@ class Embedding(nnx.Module):
 
 
 class Trunk(nnx.Module):
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, names: tuple[str, ...]):
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
         # Keys are strings because a parameter's path is its Hugging Face name.
-        self.layers = nnx.Dict({str(i): Block(c) for i in range(c.num_hidden_layers)})
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.layers = nnx.Dict({name: Block(c) for name in names})
+        self.norm = RMSNorm(c.hidden_size, c)
 
 
 class Decoder(nnx.Module):
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, names: tuple[str, ...]):
         self.config = c
-        self.model = Trunk(c)
+        self.model = Trunk(c, names)
         self.lm_head = None if c.tie_word_embeddings else Linear(c.vocab_size, c.hidden_size)
 
-    def __call__(self, tokens, positions, mask, caches=None, at=None, *, dtype=jnp.float32):
-        """tokens, positions [B, T]; mask [B, T, S] → (hidden [B, T, D], one KV a layer)."""
+    def __call__(self, tokens, positions, mask, caches=None, at=None, *, dtype=jnp.float32, remat="none"):
+        """Run the layers.
+
+        Args:
+          tokens, positions: [B, T]. Padding carries the position of the last token before it.
+          mask: [B, T, S], causality × segments; windows are applied here, layer by layer.
+          caches, at: while decoding, one KV a layer (of stacked layers: one KV of [L, B, K, S, H]) and the index
+            of each row's token, [B].
+          remat: what is computed again in the backward pass: "none", everything in a block ("full"), or all but
+            the results of its matrix products ("dots").
+
+        Returns:
+          (hidden [B, T, D] float32, keys and values as in `caches`).
+        """
         c, m = self.config, self.model
         x = jnp.take(m.embed_tokens.weight[...], tokens, axis=0).astype(jnp.float32)
-        rope = rope_table(c, positions)
+        if c.scaled_embedding:
+            x = x * c.hidden_size**0.5
+        kinds = dict.fromkeys(c.layers)
+        views = {kind: (rope_table(c, positions, kind[1]), within(mask, kind[0], at)) for kind in kinds}
+        if "stacked" in m.layers:
+            x, kvs = scan(c, m.layers["stacked"], x, views, caches, at, dtype, remat)
+            return m.norm(x), kvs
         kvs = []
-        for i in range(c.num_hidden_layers):
+        for i, kind in enumerate(c.layers):
+            graph, leaves = nnx.split(m.layers[str(i)])
             cache = None if caches is None else caches[i]
-            x, kv = m.layers[str(i)](x, rope, mask, cache, at, dtype)
+            x, kv = runner(graph, dtype, remat)(leaves, x, *views[kind], cache, at)
             kvs.append(kv)
         return m.norm(x), tuple(kvs)
 
     def head(self, hidden: jax.Array, dtype) -> jax.Array:
         """hidden [..., D] → logits [..., V], float32. A tied head is the embedding, transposed."""
-        weight = (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
-        return matmul_t(hidden, weight, dtype)
+        if self.lm_head is None:
+            logits = matmul_t(hidden, self.model.embed_tokens.weight[...], dtype)
+        else:
+            logits = self.lm_head(hidden, dtype)
+        return cap(logits, self.config.final_logit_softcapping)
 
 
-@functools.lru_cache(maxsize=16)
-def definition(c: ModelConfig) -> tuple[nnx.GraphDef, Params]:
-    """The graph definition and the shapes of the parameters; nothing is allocated."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(c)))
+def runner(graph, dtype, remat: str, *, scanned: bool = False):
+    """A block as a function of its leaves, so that all of it can be computed again or scanned over."""
+
+    def run(leaves, x, rope, mask, cache, at):
+        return nnx.merge(graph, leaves)(x, rope, mask, cache, at, dtype)
+
+    if remat == "none":
+        return run
+    if remat not in REMAT:
+        raise ValueError(f"remat={remat!r} is not known; known: none, {', '.join(REMAT)}")
+    # In a scan nothing could merge the two computations; elsewhere XLA would.
+    return jax.checkpoint(run, policy=REMAT[remat], prevent_cse=not scanned)
+
+
+def scan(c: ModelConfig, blocks: Block, x, views, caches, at, dtype, remat: str):
+    """The stacked layers, one after another; where layers differ, each picks its view by index."""
+    graph, leaves = nnx.split(blocks)
+    run = runner(graph, dtype, remat, scanned=True)
+    kinds = list(views)
+    stacked = jax.tree.map(lambda *v: jnp.stack(v), *views.values()) if len(kinds) > 1 else None
+    which = jnp.asarray([kinds.index(kind) for kind in c.layers])
+
+    def view(kind):
+        return views[kinds[0]] if stacked is None else jax.tree.map(lambda v: v[kind], stacked)
+
+    def fresh(x, layer):
+        leaves, kind = layer
+        return run(leaves, x, *view(kind), None, at)
+
+    def cached(carry, layer):
+        (x, caches), (leaves, kind, i) = carry, layer
+        # Carried whole and written in place: caches as scanned inputs and outputs are copied at every step.
+        cache = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), caches)
+        x, kv = run(leaves, x, *view(kind), cache, at)
+        return (x, jax.tree.map(lambda a, new: lax.dynamic_update_index_in_dim(a, new, i, 0), caches, kv)), None
+
+    if caches is None:
+        return lax.scan(fresh, x, (leaves, which))
+    (x, caches), _ = lax.scan(cached, (x, caches), (leaves, which, jnp.arange(c.num_hidden_layers)))
+    return x, caches
+
+
+def is_stacked(params: Params) -> bool:
+    """Whether the layers have the leading axis L; also of adapters, which may have no layers."""
+    return "stacked" in params.get("model", {}).get("layers", {})
+
+
+@functools.lru_cache(maxsize=32)
+def definition(c: ModelConfig, stacked: bool = False) -> tuple[nnx.GraphDef, Params]:
+    """The graph definition and the shapes of the (unrolled) parameters; nothing is allocated."""
+    names = ("stacked",) if stacked else tuple(str(i) for i in range(c.num_hidden_layers))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(c, names)))
     return graph, nnx.to_pure_dict(state)
 
 
 def bind(c: ModelConfig, params: Params) -> Decoder:
-    """The decoder with these parameters in place; free inside `jit`."""
-    return nnx.merge(definition(c)[0], nnx.State(params))
+    """The decoder with these parameters in place; free inside `jit`. LoRA sides (lora.py) come along."""
+    plain, sides = lora.detach(params)
+    decoder = nnx.merge(definition(c, is_stacked(plain))[0], nnx.State(plain))
+    for path, leaves in sides.items():
+        module = functools.reduce(lambda m, key: m[key] if isinstance(m, nnx.Dict) else getattr(m, key), path, decoder)
+        module.side = lora.Side(leaves)
+    return decoder
 
 
 def shapes(c: ModelConfig) -> Params:
@@ -154,7 +273,7 @@ def init(c: ModelConfig, key: jax.Array) -> Params:
     def leaf(path, shape):
         name = "/".join(entry.key for entry in path)
         if name.endswith("norm/weight"):
-            return jnp.ones(shape.shape)
+            return jnp.full(shape.shape, 0.0 if c.unit_offset_norms else 1.0)
         if name.endswith("bias"):
             return jnp.zeros(shape.shape)
         k = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
@@ -163,10 +282,21 @@ def init(c: ModelConfig, key: jax.Array) -> Params:
     return jax.tree_util.tree_map_with_path(leaf, shapes(c))
 
 
-def forward(c: ModelConfig, params: Params, tokens, *, positions=None, segments=None, dtype=jnp.float32):
-    """Logits [B, T, V] float32 of right-padded tokens [B, T]; padding after a sequence cannot change it."""
+def count_up(shape: tuple[int, int], lengths=None) -> jax.Array:
+    """Positions [B, T] from 0; after a row's `lengths` [B] (None: no padding) the last one is repeated."""
+    positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+    return positions if lengths is None else jnp.minimum(positions, jnp.maximum(lengths - 1, 0)[:, None])
+
+
+def forward(c: ModelConfig, params: Params, tokens, *, lengths=None, positions=None, segments=None, dtype=jnp.float32):
+    """Logits [B, T, V] float32 of right-padded tokens [B, T]; padding after a sequence cannot change it.
+
+    Args:
+      lengths: [B], tokens before the padding: rotary scalings that look at a sequence's length need it.
+      positions, segments: [B, T] of packed rows: positions start again in each segment.
+    """
     if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        positions = count_up(tokens.shape, lengths)
     decoder = bind(c, params)
     hidden, _ = decoder(tokens, positions, visible(positions, segments), dtype=dtype)
     return decoder.head(hidden, dtype)

@@ -26,6 +26,7 @@ from ..log import UserError
 from .config import ModelConfig
 from .decoder import Params, shapes
 from .hf_config import config_from_hf, config_to_hf
+from .stacked import unstack_layers
 
 # --- reading -----------------------------------------------------------------------------------------------
 
@@ -233,7 +234,7 @@ def save_hf(
     tokenizer_from: SavesTokenizer | None = None,
     max_shard_bytes: int = 4 * 2**30,
 ) -> None:
-    """Write a Hugging Face folder that transformers loads, whole or not at all.
+    """Write a Hugging Face folder that transformers loads, whole or not at all; stacked layers are unstacked.
 
     Args:
       folder: must not exist, or be empty. Everything is written beside it, synced, then renamed into place.
@@ -241,7 +242,7 @@ def save_hf(
       tokenizer_from: a `Tokenizer`; its files go into the folder.
       max_shard_bytes: of one safetensors file, and of host memory; more becomes shards with an index.
     """
-    folder = pathlib.Path(folder)
+    folder, params = pathlib.Path(folder), unstack_layers(params)
     have, want = ({n: tuple(leaf.shape) for n, leaf in named(tree)} for tree in (params, shapes(config)))
     if have != want:
         differ = [name for name in {**want, **have} if have.get(name) != want.get(name)]
@@ -250,8 +251,8 @@ def save_hf(
         stored = np.dtype(dtype).name
         attributes = {**config_to_hf(config), "dtype": stored, "torch_dtype": stored}
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
-        _write_json(temporary / "config.json", attributes)
-        _write_json(temporary / "generation_config.json", {name: attributes[name] for name in tokens})
+        write_json(temporary / "config.json", attributes)
+        write_json(temporary / "generation_config.json", {name: attributes[name] for name in tokens})
         _write_tensors(temporary, params, dtype, max_shard_bytes)
         if tokenizer_from is not None:
             tokenizer_from.save(temporary)
@@ -281,10 +282,10 @@ def _write_tensors(folder: pathlib.Path, params: Params, dtype, max_shard_bytes:
         where.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": where}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: pathlib.Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

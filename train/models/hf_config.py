@@ -1,33 +1,21 @@
 """config.json of Hugging Face to ModelConfig and back.
 
 Every attribute is either understood, known to leave the logits alone (IRRELEVANT, HARMLESS), or refused by
-name and value: a model that loads computes what its authors computed.
+name and value: a model that loads computes what its authors computed. families.py says what each family has.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from ..log import UserError
-from .config import ModelConfig, RopeScaling
+from .config import ACTIVATIONS, FULL, SLIDING, ModelConfig
+from .families import COMMON, FAMILIES, FIELDS, Family, every, rope_layers
+from .hf_rope import read_rope, write_rope
 
-# What an absent attribute means. Mistral is the same computation as Llama once its window is off.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048, "sliding_window": None},
-    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-}
-SHARED_DEFAULTS: dict[str, Any] = {
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -48,11 +36,13 @@ IRRELEVANT = {
 # Attributes that would change the computation, with the values at which they do not.
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
-    "architectures": (["LlamaForCausalLM"], ["MistralForCausalLM"], None),
+    "attention_bias": (False,),
     "attention_dropout": (0, None),
-    "hidden_act": ("silu",),
+    "hidden_act": ACTIVATIONS,
+    "hidden_activation": ACTIVATIONS,
     "is_decoder": (False, True),
     "is_encoder_decoder": (False,),
+    "mlp_bias": (False,),
     "partial_rotary_factor": (1, None),
     "pretraining_tp": (1, None),
     "pruned_heads": ({},),
@@ -61,11 +51,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
     "torchscript": (False,),
     "use_bfloat16": (False,),
-}
-ROPE_KEYS = {
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "use_sliding_window": (False,),
 }
 
 
@@ -75,54 +61,82 @@ def config_from_hf(attributes: Mapping[str, Any], *, source: str | os.PathLike[s
     Old style (`rope_theta` with `rope_scaling`) and new style (`rope_parameters`) alike.
 
     Args:
-      attributes: the JSON object; `model_type` llama, or mistral without a sliding window (the same model).
+      attributes: the JSON object; `model_type` is one of FAMILIES.
       source: the file's name, for error messages.
 
     Raises:
       UserError: an unknown family or attribute, or a known one with a value that is not implemented.
     """
-    family = attributes.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"{source}: model_type {family!r} is not known; known: {', '.join(FAMILIES)}")
-    given = {**SHARED_DEFAULTS, **FAMILIES[family], **attributes}
-    _refuse_unknown(given, source)
+    name = attributes.get("model_type")
+    if name not in FAMILIES:
+        raise UserError(f"{source}: model_type {name!r} is not known; known: {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    given = {**COMMON, **family.absent, **attributes}
+    _refuse_unknown(given, family, source)
 
-    missing = [name for name in SIZES[:5] if given.get(name) is None]
+    missing = [size for size in SIZES[:5] if given.get(size) is None]
     if missing:
-        raise UserError(f"{source}: {', '.join(missing)} missing; a {family} config must give these sizes")
+        raise UserError(f"{source}: {', '.join(missing)} missing; a {name} config must give these sizes")
     if given.get("num_key_value_heads") is None:
         given["num_key_value_heads"] = given["num_attention_heads"]
-    if given.get("head_dim") is None:
+    if given.get("head_dim") is None and isinstance(given["hidden_size"], int):
         given["head_dim"] = given["hidden_size"] // given["num_attention_heads"]
     _check_types(given, source)
-    theta, scaling = _read_rope(given, source)
+    fields = dict(family.fixed)
+    for attribute, names in FIELDS.items():
+        if attribute in family.absent or attribute in COMMON:
+            fields |= dict.fromkeys(names, given[attribute])
     try:
         return ModelConfig(
-            **{name: given[name] for name in SIZES},
+            **{size: given[size] for size in SIZES},
+            family=name,
             rms_norm_eps=float(given["rms_norm_eps"]),
-            rope_theta=theta,
-            rope_scaling=scaling,
             tie_word_embeddings=bool(given["tie_word_embeddings"]),
-            attention_bias=bool(given["attention_bias"]),
-            mlp_bias=bool(given["mlp_bias"]),
             initializer_range=float(given["initializer_range"]),
             bos_token_id=_token_id(given["bos_token_id"]),
             eos_token_id=token_ids(given["eos_token_id"]),
             pad_token_id=_token_id(given["pad_token_id"]),
+            **{field: float(x) if type(x) is int else x for field, x in fields.items()},
+            **_read_layers(given, family, source),
+            **read_rope(given, family, source),
         )
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
 
 
-def _refuse_unknown(given: Mapping[str, Any], source) -> None:
-    understood = {*SHARED_DEFAULTS, *SIZES, "rope_theta", "rope_scaling", "rope_parameters"}
+def _read_layers(given: Mapping[str, Any], family: Family, source) -> dict[str, Any]:
+    """Windows and rotations of the layers; in the fewest words: lists that say the same of all layers are ()."""
+    window = given.get("sliding_window") if given.get("use_sliding_window", True) else None
+    types = given.get("layer_types")
+    inferred = family.slides(given, window)
+    if types is None or "layer_types" not in family.absent:
+        if types is not None and list(types) != inferred:
+            raise UserError(f"{source}: not understood: layer_types = {types!r} (implemented: {inferred!r})")
+        types = inferred
+    if len(types) != given["num_hidden_layers"]:
+        raise UserError(
+            f"{source}: layer_types has {len(types)} entries for {given['num_hidden_layers']} layers; give one each"
+        )
+    if SLIDING in types and window is None:
+        raise UserError(f"{source}: layer_types has {SLIDING!r}, but no sliding_window is switched on; give one")
+    rotates = rope_layers(given)
+    return {
+        "sliding_window": window if SLIDING in types else None,
+        "layer_types": tuple(types) if len(set(types)) > 1 or not {*types} <= {SLIDING, FULL} else (),
+        "rope_layers": () if all(rotates) else tuple(rotates),
+    }
+
+
+def _refuse_unknown(given: Mapping[str, Any], family: Family, source) -> None:
+    understood = {*COMMON, *family.absent, *SIZES, "rope_theta", "rope_scaling", "rope_parameters", "layer_types"}
+    understood -= {"hidden_act", "hidden_activation"}
+    harmless = {**HARMLESS, "architectures": ([family.architecture], None), **family.harmless}
     bad = []
     for name, value in given.items():
-        # transformers writes one type a layer for models that mix windows.
-        full = name == "layer_types" and (value is None or set(value) == {"full_attention"})
-        if name in understood or name in IRRELEVANT or full or value in HARMLESS.get(name, ()):
+        fits = harmless.get(name, ())
+        if name in understood or name in IRRELEVANT or fits == "any" or value in fits:
             continue
-        wanted = f" (implemented: {HARMLESS[name][0]!r})" if name in HARMLESS else ""
+        wanted = f" (implemented: {fits[0]!r})" if fits else ""
         bad.append(f"{name} = {value!r}{wanted}")
     if bad:
         raise UserError(
@@ -135,63 +149,41 @@ def _check_types(given: Mapping[str, Any], source) -> None:
     def is_number(x, *kinds):
         return isinstance(x, kinds) and not isinstance(x, bool)
 
-    def is_ids(x):
-        return x is None or is_number(x, int) or (isinstance(x, list) and all(is_number(i, int) for i in x))
+    def or_null(fits):
+        return lambda x: x is None or fits(x)
 
+    def is_whole(x):
+        return is_number(x, int)
+
+    def is_real(x):
+        return is_number(x, int, float)
+
+    def are(kind, extra=()):
+        return lambda x: isinstance(x, list | tuple) and all(isinstance(i, kind) or i in extra for i in x)
+
+    def is_ids(x):
+        return is_whole(x) or (isinstance(x, list) and all(is_whole(i) for i in x))
+
+    flags = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
     expected = {
-        "a whole number": (SIZES, lambda x: is_number(x, int)),
-        "a number": (("rms_norm_eps", "initializer_range"), lambda x: is_number(x, int, float)),
-        "true or false": (("tie_word_embeddings", "attention_bias", "mlp_bias"), lambda x: isinstance(x, bool)),
-        "a whole number or null": (("bos_token_id", "pad_token_id"), lambda x: x is None or is_number(x, int)),
-        "whole numbers or null": (("eos_token_id",), is_ids),
-        "an object or null": (("rope_scaling", "rope_parameters"), lambda x: x is None or isinstance(x, dict)),
-        "a number or null": (("rope_theta",), lambda x: x is None or is_number(x, int, float)),
-    }
+        "a whole number": ((*SIZES, "max_window_layers", "no_rope_layer_interval", "sliding_window_pattern"), is_whole),
+        "a number": (("rms_norm_eps", "initializer_range", "query_pre_attn_scalar"), is_real),
+        "true or false": (flags, lambda x: isinstance(x, bool)),
+        "a whole number or null": (("bos_token_id", "pad_token_id", "sliding_window"), or_null(is_whole)),
+        "whole numbers or null": (("eos_token_id",), or_null(is_ids)),
+        "an object or null": (("rope_scaling", "rope_parameters"), or_null(lambda x: isinstance(x, dict))),
+        "a number or null": (
+            ("rope_theta", "rope_local_base_freq", "attn_logit_softcapping", "final_logit_softcapping",
+             "partial_rotary_factor"),
+            or_null(is_real),
+        ),
+        "names or null": (("layer_types",), or_null(are(str))),
+        "a list of 0 and 1, or null": (("no_rope_layers",), or_null(are((), (0, 1)))),
+    }  # fmt: skip
     for wanted, (names, fits) in expected.items():
         for name in names:
-            if not fits(given.get(name)):
+            if (name in given or name in SIZES) and not fits(given.get(name)):
                 raise UserError(f"{source}: {name} is {given.get(name)!r}; expected {wanted}")
-
-
-def _read_rope(given: Mapping[str, Any], source) -> tuple[float, RopeScaling | None]:
-    """θ and scaling, from either style; a config that gives both must say the same twice."""
-    old = {**(given.get("rope_scaling") or {})}
-    if given.get("rope_theta") is not None:
-        old["rope_theta"] = given["rope_theta"]
-    new = {**(given.get("rope_parameters") or {})}
-    old, new = (_normal_rope(style, source) for style in (old, new))
-    if given.get("rope_parameters") and (given.get("rope_scaling") or "rope_theta" in given) and old != new:
-        raise UserError(
-            f"{source}: rope_parameters {new} and rope_theta with rope_scaling {old} differ; keep one of them"
-        )
-    rope = new if given.get("rope_parameters") else old
-    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
-    try:
-        return theta, None if kind == "default" else RopeScaling(kind, **rope)
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from error
-
-
-def _normal_rope(rope: dict[str, Any], source) -> dict[str, Any]:
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    if rope.get("partial_rotary_factor") in (1, None):
-        rope.pop("partial_rotary_factor", None)
-    theta = rope.pop("rope_theta", 10000.0)
-    if not isinstance(theta, int | float) or theta <= 0:
-        raise UserError(f"{source}: rope_theta is {theta!r}; expected a positive number")
-    if kind not in ROPE_KEYS:
-        raise UserError(f"{source}: rope scaling {kind!r} is not known; known: {', '.join(ROPE_KEYS)}")
-    if rope.keys() != ROPE_KEYS[kind]:
-        raise UserError(
-            f"{source}: rope scaling {kind!r} takes {sorted(ROPE_KEYS[kind]) or 'nothing else'}, found {sorted(rope)}"
-        )
-    bad = {name: value for name, value in rope.items() if not isinstance(value, int | float)}
-    if bad:
-        raise UserError(f"{source}: rope scaling {kind!r} takes numbers, found {bad}")
-    whole = "original_max_position_embeddings"
-    numbers = {name: int(value) if name == whole else float(value) for name, value in rope.items()}
-    return {"rope_theta": float(theta), "rope_type": kind, **numbers}
 
 
 def _token_id(value: int | None) -> int | None:
@@ -205,25 +197,57 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Write the attributes of a config.json that old readers and new ones understand alike.
+    """Write the attributes of a config.json of its own family that old readers and new ones understand alike.
 
-    Rotary settings stand twice, as `rope_parameters` and as `rope_theta` with `rope_scaling`. The family is
-    always llama. `config_from_hf(config_to_hf(c)) == c`.
+    Rotary settings stand twice, as `rope_parameters` and as `rope_theta` with `rope_scaling`.
+    `config_from_hf(config_to_hf(c)) == c`; a config that its family has no words for is refused.
     """
-    s, eos = config.rope_scaling, config.eos_token_id
-    scaling = None if s is None else {"rope_type": s.kind, **{k: getattr(s, k) for k in ROPE_KEYS[s.kind]}}
-    scaling = scaling and dict(sorted(scaling.items()))
-    same = (*SIZES, "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias", "initializer_range")
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    if config.family not in FAMILIES:
+        raise UserError(f"model config: family {config.family!r} is not known; known: {', '.join(FAMILIES)}")
+    family, eos = FAMILIES[config.family], config.eos_token_id
+    same = (*SIZES, "rms_norm_eps", "tie_word_embeddings", "initializer_range")
+    written = {
+        "architectures": [family.architecture],
+        "model_type": config.family,
         **{name: getattr(config, name) for name in same},
-        "hidden_act": "silu",
-        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
+        **{name: getattr(config, fields[0]) for name, fields in FIELDS.items() if name in {**COMMON, **family.absent}},
+        **_write_layers(config, family),
+        **write_rope(config, family),
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         "pad_token_id": config.pad_token_id,
         "use_cache": True,
     }
+    if written.get("query_pre_attn_scalar", 0) is None:
+        written["query_pre_attn_scalar"] = config.head_dim
+    elif isinstance(x := written.get("query_pre_attn_scalar"), float) and x.is_integer():
+        written["query_pre_attn_scalar"] = int(x)  # transformers wants a whole one
+    read = config_from_hf(written, source=f"model config ({config.family})")
+    if differ := [name for name, value in _said(config).items() if _said(read)[name] != value]:
+        named = ", ".join(f"{name}={getattr(config, name)!r}" for name in differ)
+        raise UserError(f"model config: the family {config.family!r} has no {named}; choose another family")
+    return written
+
+
+def _said(config: ModelConfig) -> dict[str, Any]:
+    """What a config says, apart from how: the layers one by one, the divisor of the scores."""
+    said = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    del said["layer_types"], said["rope_layers"], said["local_rope_theta"]
+    scalar = config.query_pre_attn_scalar or config.head_dim
+    return {**said, "sliding_window": config.layers, "query_pre_attn_scalar": float(scalar)}
+
+
+def _write_layers(config: ModelConfig, family: Family) -> dict[str, Any]:
+    kinds = config.layers
+    types = [FULL if window is None else SLIDING for window, _ in kinds]
+    window = config.sliding_window if SLIDING in types else None
+    if window is None and family.slides is not every:
+        window = family.absent["sliding_window"]  # of no layer, but transformers wants a number
+    values = {
+        "sliding_window": window,
+        "use_sliding_window": SLIDING in types,
+        "max_window_layers": types.index(SLIDING) if SLIDING in types else len(types),
+        "layer_types": types,
+        "no_rope_layers": [int(rope != "none") for _, rope in kinds],
+    }
+    return {name: value for name, value in values.items() if name in family.absent}

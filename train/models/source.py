@@ -15,6 +15,8 @@ from ..resolve import build
 from ..tasks import EOS_ID, PAD_ID, SYMBOLS, write_tokenizer
 from .config import ModelConfig
 from .decoder import init, shapes
+from .families import FAMILIES
+from .hf_config import config_to_hf
 from .load import Model, load_model
 from .tokenizer import Tokenizer
 
@@ -32,10 +34,13 @@ def load_source(source: Source, mesh: jax.sharding.Mesh, *, seed: int) -> Model:
 
 
 def random_config(sizes: dict) -> ModelConfig:
-    """Sizes of a model over the symbols of the miniature."""
+    """Sizes of a model over the symbols of the miniature, with what its family fixes; one that can be exported."""
     values = {"vocab_size": len(SYMBOLS), "eos_token_id": [EOS_ID], "bos_token_id": EOS_ID, "pad_token_id": PAD_ID}
+    family = FAMILIES.get(str(sizes.get("family", "llama")))
     try:
-        return build(ModelConfig, values | sizes, "model.random")
+        config = build(ModelConfig, values | (family.fixed if family else {}) | sizes, "model.random")
+        config_to_hf(config)
+        return config
     except ValueError as error:
         raise UserError(f"model.random: {error}") from None
 

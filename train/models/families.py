@@ -1,0 +1,207 @@
+"""The families of models: what each calls things in config.json, and what it switches on in the decoder.
+
+A new family is an entry of FAMILIES, and a flag of ModelConfig for what it does that no other does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .config import FULL, SLIDING
+
+Attributes = Mapping[str, Any]
+
+# What an attribute means in every family, where config.json has none.
+COMMON: dict[str, Any] = {
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+# Attribute → the fields of ModelConfig that it sets, where the family has it.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "hidden_act": ("activation",),
+    "hidden_activation": ("activation",),
+    "attention_bias": ("qkv_bias", "o_bias"),
+    "mlp_bias": ("mlp_bias",),
+    "query_pre_attn_scalar": ("query_pre_attn_scalar",),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+}
+
+
+# --- which layers have a window, where config.json does not list them --------------------------------------
+
+
+def every(given: Attributes, window: int | None) -> list[str]:
+    return [FULL if window is None else SLIDING] * given["num_hidden_layers"]
+
+
+def upper(given: Attributes, window: int | None) -> list[str]:
+    first = given["max_window_layers"] if window is not None else given["num_hidden_layers"]
+    return [SLIDING if i >= first else FULL for i in range(given["num_hidden_layers"])]
+
+
+def all_but_every_nth(given: Attributes, window: int | None) -> list[str]:
+    del window
+    n = given.get("sliding_window_pattern") or 2
+    return [SLIDING if (i + 1) % n else FULL for i in range(given["num_hidden_layers"])]
+
+
+def without_rope(given: Attributes, window: int | None) -> list[str]:
+    return [SLIDING if window is not None and not rotates else FULL for rotates in rope_layers(given)]
+
+
+def rope_layers(given: Attributes) -> list[bool]:
+    """Which layers rotate: `no_rope_layers` says 1 of those that do."""
+    count = given["num_hidden_layers"]
+    if (listed := given.get("no_rope_layers")) is not None:
+        return [bool(x) for x in listed]
+    interval = given.get("no_rope_layer_interval")
+    return [not interval or bool((i + 1) % interval) for i in range(count)]
+
+
+# --- the families ------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One `model_type`.
+
+    architecture: the class that transformers loads it as.
+    absent: its attributes beside the common ones, with what they mean where config.json has none.
+    fixed: fields of ModelConfig that no attribute of the family names.
+    slides: (attributes, window) → the kind of each layer.
+    harmless: attribute → values at which it changes nothing; "any" whatever its value.
+    """
+
+    architecture: str
+    absent: dict[str, Any]
+    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    slides: Callable[[Attributes, int | None], list[str]] = every
+    theta: float = 10000.0
+    harmless: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+QWEN_SIZES = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "bos_token_id": None, "eos_token_id": None}
+GEMMA = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "layer_types": None,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+GEMMA_FIXED = {"post_norms": True, "unit_offset_norms": True, "scaled_embedding": True}
+# transformers reads hidden_activation, and writes the other beside it.
+GEMMA_HARMLESS = {"hidden_act": "any", "cache_implementation": "any", "use_bidirectional_attention": (False, None)}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(  # also SmolLM2
+        "LlamaForCausalLM",
+        {"max_position_embeddings": 2048, "num_key_value_heads": None, "attention_bias": False, "mlp_bias": False},
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    "qwen2": Family(  # also Qwen2.5
+        "Qwen2ForCausalLM",
+        {**QWEN_SIZES, **QWEN_WINDOWS},
+        fixed={"qkv_bias": True},
+        slides=upper,
+        harmless={"attention_bias": "any", "use_mrope": (False,)},
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        {**QWEN_SIZES, **QWEN_WINDOWS, "head_dim": 128, "attention_bias": False},
+        fixed={"qk_norm": True},
+        slides=upper,
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        {
+            **GEMMA,
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        fixed=GEMMA_FIXED,
+        slides=all_but_every_nth,
+        harmless=GEMMA_HARMLESS,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        {
+            **GEMMA,
+            "max_position_embeddings": 131072,
+            "rope_local_base_freq": None,
+            "sliding_window_pattern": 6,
+            "final_logit_softcapping": None,
+        },
+        fixed={**GEMMA_FIXED, "qk_norm": True},
+        slides=all_but_every_nth,
+        theta=1e6,
+        # transformers has the attribute and caps no scores by it.
+        harmless={**GEMMA_HARMLESS, "attn_logit_softcapping": (None,), "_sliding_window_pattern": "any"},
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        {
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "layer_types": None,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+            "pad_token_id": 128004,
+        },
+        slides=without_rope,
+        theta=2e6,
+        harmless={"max_window_layers": "any", "pretraining_tp": "any"},
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        {
+            "max_position_embeddings": 4096,
+            "num_key_value_heads": None,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "original_max_position_embeddings": 4096,
+            "partial_rotary_factor": 1.0,
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+            "pad_token_id": 32000,
+        },
+        fixed={"fused_projections": True},
+        # The code that auto_map names is what transformers has built in.
+        harmless={
+            "auto_map": "any",
+            "embd_pdrop": (0,),
+            "full_attn_mod": (1,),
+            "interpolate_factor": (1,),
+            "lm_head_bias": (False,),
+            "resid_pdrop": (0,),
+        },
+    ),
+}
+LOCAL_THETA = 10000.0
+"""θ of Gemma 3's layers with a window, where config.json does not say."""
