@@ -144,7 +144,11 @@ def write_tasks(folder):
     r = np.random.default_rng(1)
     sums = [tuple(int(x) for x in r.integers(1, 90, 2)) for _ in range(24)]
     choices = [
-        {"question": f"{a}+{b}?", "choices": [str(a + b), f"{a}+{b}={a + b}#{a + b}", str(a * b), "x"], "gold": 3 if i % 3 else 1}
+        {
+            "question": f"{a}+{b}?",
+            "choices": [str(a + b), f"{a}+{b}={a + b}#{a + b}", str(a * b), "abcdefghijklmnopqrstuvwxyz"[i]],
+            "gold": 3 if i % 3 else 1,
+        }
         for i, (a, b) in enumerate(sums)
     ]
     texts = [{"text": f"{a}+{b}?{a}+{b}={a + b}#{a + b};" * (1 + i % 9)} for i, (a, b) in enumerate(sums[:12])]
