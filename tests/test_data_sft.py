@@ -56,7 +56,7 @@ def finetune_of(**given):
 def test_every_format_is_accepted(tmp_path, model, row):
     path = write(tmp_path / "data.jsonl", [row, row])
     config = finetune_of(data={"path": str(path)}, sft={"max_length": 500})
-    rows, notes = read_rows(config, model, tmp_path / "home")
+    rows, _, notes = read_rows(config, model, tmp_path / "home")
     assert rows.summary()["examples"] == notes[0]["examples"] == 2
     assert rows.take(np.array([0]), 0)["weights"].sum() > 0
 
@@ -157,7 +157,7 @@ def test_real_and_synthetic_examples_are_mixed_at_their_rates(tmp_path, model):
         "draws": 16,
     }
     config = finetune_of(data=data, sft={"epochs": 2})
-    rows, notes = read_rows(config, model, tmp_path / "home")
+    rows, _, notes = read_rows(config, model, tmp_path / "home")
     assert [note["examples"] for note in notes] == [3, 8, 4]
     for epoch in rows.epochs:
         numbers = [i for row in epoch for i in row]
@@ -165,7 +165,7 @@ def test_real_and_synthetic_examples_are_mixed_at_their_rates(tmp_path, model):
     assert "rate 0.5" in describe_rows(rows, notes)[1]
     both = build(Data, {"parts": [{**p, "rate": None} for p in data["parts"]]})
     config = Finetune(model=config.model, data=both)
-    rows, _ = read_rows(config, model, tmp_path / "home")
+    rows, _, _ = read_rows(config, model, tmp_path / "home")
     assert sorted(i for row in rows.epochs[0] for i in row) == list(range(15))
 
 

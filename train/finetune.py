@@ -16,8 +16,8 @@ from .config import Finetune, Improve
 from .improve import check_same_config
 from .journal import Journal, write_durably
 from .learn.batches import Rows, RowSource, steps_of, to_drawn, to_rows
-from .learn.dataset import write_jsonl
-from .learn.sft import fine_tune
+from .learn.sft import fine_tune, one_epoch
+from .learn.watch import hold_out, speed_of
 from .log import format_percent, progress, say
 from .mesh import make_mesh
 from .models.hf import save_hf
@@ -25,6 +25,7 @@ from .models.load import Model
 from .models.source import load_source
 from .resolve import fingerprint, load, to_dict
 from .round import DATE
+from .sinks import open_sinks
 from .tasks import PAD_ID, build_suite, held_out, pretraining_rows
 
 PHASE = "sft"
@@ -55,12 +56,21 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
         from .data.sources import with_template
 
         model = dataclasses.replace(model, tokenizer=with_template(model.tokenizer, config.data.chat_template))
-    rows, notes = read_rows(config, model, folder / "data")
+    rows, held_out, notes = read_rows(config, model, folder / "data")
     for line in describe_rows(rows, notes):
         say(line)
     partial = journal.folder(PHASE)
     start = time.perf_counter()
-    with progress(name, total=steps_of(rows, config.sft), unit="steps") as bar:
+    steps, sinks = partial / "steps.jsonl", config.sft.watch.sinks
+    with (
+        open_sinks(steps, sinks, folder=folder, name=name, config=to_dict(config)) as write,
+        progress(name, total=steps_of(rows, config.sft), unit="steps") as bar,
+    ):
+
+        def on_step(metrics: dict[str, float]) -> None:
+            bar.advance(1, note=f"loss {metrics['loss']:.3f}")
+            write(metrics)
+
         params, log = fine_tune(
             model.config,
             model.params,
@@ -69,10 +79,11 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
             mesh=mesh,
             seed=config.seed,
             dtype=config.model.dtype,
+            held_out=held_out,
             checkpoints=checkpoint.SftCheckpoints(folder / "checkpoints" / PHASE / "state"),
-            on_step=lambda m: bar.advance(1, note=f"loss {m['loss']:.3f}"),
+            trace_to=folder / "trace",
+            on_step=on_step,
         )
-    write_jsonl(partial / "steps.jsonl", log)
     export.describe(model, folder / "model")
     shutil.rmtree(folder / "hf", ignore_errors=True)
     save_hf(folder / "hf", model.config, params, tokenizer_from=model.tokenizer)
@@ -87,13 +98,14 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
             "tokens": int(sum(m["targets"] for m in log)),
             "loss_first": log[0]["loss"],
             "loss_last": log[-1]["loss"],
+            **speed_of(log),
             "digest": checkpoint.digest(params),
         },
     )
 
 
-def read_rows(config: Finetune, model: Model, home: Path) -> tuple[RowSource, list[dict[str, Any]]]:
-    """The examples of `config.data` as rows, and what each source gave.
+def read_rows(config: Finetune, model: Model, home: Path) -> tuple[RowSource, RowSource | None, list[dict[str, Any]]]:
+    """The examples of `config.data` as rows, those held out, and what each source gave.
 
     Args:
       home: folder where files and suites are kept as TFDS versions.
@@ -107,16 +119,25 @@ def read_rows(config: Finetune, model: Model, home: Path) -> tuple[RowSource, li
         tokens = pretraining_rows(
             data.ingredients, data.pretraining_tokens, seed=config.seed, excluded=excluded, row=data.row
         ).astype(np.int32)
-        return Rows(tokens, (tokens != PAD_ID).astype(np.float32), lengths=(tokens != PAD_ID).sum(axis=1)), []
+        (learnt,), held = hold_out([range(len(tokens))], config.sft.watch.held_out, seed=config.seed)
+        return text_rows(tokens[learnt]), text_rows(tokens[held]) if held else None, []
     # Imported here: TFDS takes seconds, and text made on the spot does not need it.
     from .data.sources import load_sources
 
     examples, notes = load_sources(data, model.tokenizer, home=home, seed=config.seed, date_string=DATE)
     pad = model.tokenizer.pad_id or 0
+    examples, held = hold_out(examples, config.sft.watch.held_out, seed=config.seed)
+    unseen = to_rows(held, one_epoch(config.sft), pad, seed=config.seed) if held else None
     if len(examples) == 1 and data.draws is None:
-        return to_rows(examples[0], config.sft, pad, seed=config.seed), notes
+        return to_rows(examples[0], config.sft, pad, seed=config.seed), unseen, notes
     rates = [part.rate for part in data.sources if part.rate is not None]
-    return to_drawn(examples, config.sft, pad, rates=rates, draws=data.draws, seed=config.seed), notes
+    rows = to_drawn(examples, config.sft, pad, rates=rates, draws=data.draws, seed=config.seed)
+    return rows, unseen, notes
+
+
+def text_rows(tokens: np.ndarray) -> Rows:
+    """Rows of plain text, every token learnt."""
+    return Rows(tokens, (tokens != PAD_ID).astype(np.float32), lengths=(tokens != PAD_ID).sum(axis=1))
 
 
 def describe_rows(rows: RowSource, notes: list[dict[str, Any]]) -> list[str]:

@@ -32,12 +32,15 @@ def set_quiet(quiet: bool) -> bool:
 
 
 def is_speaker() -> bool:
-    """Whether this process may print: it is not quiet, and it is the first of a multi-host run.
+    """Whether this process may print: it is not quiet, and it is the first of a multi-host run."""
+    return not _quiet and is_first_process()
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process, or the first of a multi-host run.
 
     Starts no backend: in a single process `jax.process_index()` would claim the devices just to print a line.
     """
-    if _quiet:
-        return False
     if "jax" not in sys.modules:
         return True
     import jax

@@ -20,13 +20,15 @@ from .config import Merge, Sampling, Selection, Sft
 from .generate.rollout import Settings
 from .learn.batches import steps_of, to_rows
 from .learn.dataset import read_jsonl, write_jsonl, write_version
-from .learn.sft import fine_tune
+from .learn.sft import fine_tune, one_epoch
+from .learn.watch import hold_out, speed_of
 from .log import UserError, progress, say
 from .mesh import sharding_of
 from .models.load import load_model
 from .plan import BASE, Phase
 from .resolve import build, to_dict
 from .run import Row, Run, dataset_of
+from .sinks import open_sinks
 
 
 def load(run: Run, phase: Phase, folder: Path) -> Row:
@@ -141,10 +143,21 @@ def sft(run: Run, phase: Phase, folder: Path) -> Row:
     config: Sft = phase.settings
     seed = run.config.seed * 1000 + phase.round
     examples = run.read_examples(run.todo[phase.inputs["data"]])
-    rows = to_rows(examples, config, run.model.tokenizer.pad_id or 0, seed=seed)
+    (learnt,), held = hold_out([examples], config.watch.held_out, seed=seed)
+    pad = run.model.tokenizer.pad_id or 0
+    rows = to_rows(learnt, config, pad, seed=seed)
     home = run.checkpoints(phase.name)
     kept = checkpoint.SftCheckpoints(home / "state", home / "snapshots")
-    with progress(phase.name, total=steps_of(rows, config), unit="steps") as bar:
+    steps, root = folder / "steps.jsonl", run.journal.root
+    with (
+        open_sinks(steps, config.watch.sinks, folder=root, name=phase.name, config=to_dict(run.config)) as write,
+        progress(phase.name, total=steps_of(rows, config), unit="steps") as bar,
+    ):
+
+        def on_step(metrics: dict[str, float]) -> None:
+            bar.advance(1, note=f"loss {metrics['loss']:.3f}")
+            write(metrics)
+
         params, log = fine_tune(
             run.model.config,
             run.weights(phase.inputs["model"]),
@@ -153,10 +166,11 @@ def sft(run: Run, phase: Phase, folder: Path) -> Row:
             mesh=run.mesh,
             seed=seed,
             dtype=run.config.model.dtype,
+            held_out=to_rows(held, one_epoch(config), pad, seed=seed) if held else None,
             checkpoints=kept,
-            on_step=lambda m: bar.advance(1, note=f"loss {m['loss']:.3f}"),
+            trace_to=root / "trace" / phase.name,
+            on_step=on_step,
         )
-    write_jsonl(folder / "steps.jsonl", log)
     thin = max(1, len(log) // 200)
     return {
         "steps": len(log),
@@ -167,6 +181,7 @@ def sft(run: Run, phase: Phase, folder: Path) -> Row:
         "loss": [[m["step"], m["loss"]] for m in log[::thin]],
         "loss_first": log[0]["loss"],
         "loss_last": log[-1]["loss"],
+        **speed_of(log),
         **run.keep_weights(phase, params),
     }
 

@@ -9,22 +9,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from ..config import Sft
-from ..log import UserError
+from ..config import Sft, Step
+from ..log import UserError, say
 from ..mesh import batch_sharding, replicated, shardings
 from ..models.config import ModelConfig
-from ..models.decoder import Params
-from .batches import Rows, batches, steps_of
-from .objective import loss_sums
-from .optim import learning_rate, transform
+from ..models.decoder import Params, is_stacked
+from ..models.fused import choose
+from .batches import RowSource, batches, steps_of
+from .objective import Compute, loss_sums
+from .optim import ema_keep, learning_rate, transform
+from .speed import batch_flops, peak_flops, tokens_of
+from .watch import skipped, spike_limit, tracing
 
 
 class State(NamedTuple):
@@ -32,13 +37,25 @@ class State(NamedTuple):
 
     params: Params
     moments: Any
+    average: Params | None
+    """Exponential moving average of the weights, float32; None where it is not asked for."""
+    skipped: jax.Array
+    """Updates not made, [in all, in a row] int32."""
 
 
 def init_state(config: Sft, params: Params, mesh: jax.sharding.Mesh) -> State:
     """A state that owns a copy of `params`; Adam's moments lie where their parameters lie."""
-    where = state_shardings(config, params, mesh)
-    copy = jax.jit(lambda p: State(jax.tree.map(jnp.copy, p), transform(config).init(p)), out_shardings=where)
-    return copy(params)
+    masters = jnp.dtype(config.step.masters)
+
+    def make(params):
+        return State(
+            jax.tree.map(lambda p: jnp.array(p, masters, copy=True), params),
+            transform(config).init(wide(params)),
+            jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params) if config.step.ema else None,
+            jnp.zeros(2, jnp.int32),
+        )
+
+    return jax.jit(make, out_shardings=state_shardings(config, params, mesh))(params)
 
 
 def state_shardings(config: Sft, params: Params, mesh: jax.sharding.Mesh) -> State:
@@ -51,42 +68,93 @@ def state_shardings(config: Sft, params: Params, mesh: jax.sharding.Mesh) -> Sta
         ours,
         transform_non_params=lambda _: replicated(mesh),
     )
-    return State(ours, moments)
+    return State(ours, moments, ours if config.step.ema else None, replicated(mesh))
+
+
+def wide(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def compute_of(config: Sft, model: ModelConfig, params: Params, mesh: jax.sharding.Mesh, dtype: str) -> Compute:
+    """How a run computes its loss: what `config.step` says, its attention chosen for the mesh's devices."""
+    one = mesh if mesh.size > 1 else None  # on one device no mesh is in the way of a kernel, nor of the compile cache
+    platform = mesh.devices.flat[0].platform
+    try:
+        attention = choose(
+            config.step.attention, model, platform=platform, dtype=dtype, stacked=is_stacked(params), mesh=one
+        )
+    except ValueError as error:
+        raise UserError(f"sft.step.{error}") from None
+    one = None if attention == "xla" else one
+    return Compute(dtype, config.step.remat, config.step.logits_at_once, attention, one)
+
+
+def make_step(model: ModelConfig, config: Sft, how: Compute | str) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+    """The jitted update `(state, batch, rate, keep=0, limit=inf) → (state, metrics)`; `state` is donated.
+
+    rate: the learning rate. keep: of the weights' average, see `ema_keep`. limit: a mean loss above it, or one that
+    is not finite, or such a gradient, leaves the state as it was, and is counted.
+
+    One function for all settings that differ only in what it does not read.
+
+    Args:
+      how: a dtype's name is a `Compute` of that dtype, the rest as in `config.step`, and plain attention.
+    """
+    if isinstance(how, str):
+        how = Compute(how, config.step.remat, config.step.logits_at_once)
+    read = Sft(
+        batch=config.batch,
+        micro_batch=config.micro_batch,
+        step=dataclasses.replace(
+            Step(), clip=config.step.clip, weight_decay=config.step.weight_decay, decay=config.step.decay
+        ),
+    )
+    return _make_step(model, read, how)
 
 
 @functools.lru_cache(maxsize=8)
-def make_step(model: ModelConfig, config: Sft, dtype: str) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-    """The jitted update `(state, batch, rate) → (state, metrics)`; `state` is donated."""
+def _make_step(model: ModelConfig, config: Sft, how: Compute):
     tx = transform(config)
     micro = config.micro_batch or config.batch
 
-    def mean_gradient(params, batch):
-        def sums(params, part):
-            loss, weight = loss_sums(model, params, part, dtype=jnp.dtype(dtype))
-            return loss, weight
+    def sums(params, part):
+        return loss_sums(model, params, part, how)
 
+    def mean_gradient(params, batch):
         gradient = jax.value_and_grad(sums, has_aux=True)
         if micro == config.batch:
             (loss, weight), grads = gradient(params, batch)
         else:
             parts = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), batch)
-            zero = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params))
-            add = functools.partial(jax.tree.map, jnp.add)
-            (loss, weight), grads = jax.lax.scan(lambda c, part: (add(c, gradient(params, part)), None), zero, parts)[0]
+            zero = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+
+            def add(total, part):
+                (loss, weight), grads = gradient(params, part)
+                return jax.tree.map(jnp.add, total, ((loss, weight), wide(grads))), None
+
+            (loss, weight), grads = jax.lax.scan(add, zero, parts)[0]
         total = jnp.maximum(weight, 1e-6)
-        return loss, weight, jax.tree.map(lambda g: g / total, grads)
+        return loss, weight, jax.tree.map(lambda g: g.astype(jnp.float32) / total, grads)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: State, batch: dict[str, jax.Array], rate: jax.Array):
+    def step(state: State, batch: dict[str, jax.Array], rate: jax.Array, keep=0.0, limit=math.inf):
         loss, weight, grads = mean_gradient(state.params, batch)
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limit * jnp.maximum(weight, 1e-6))
+        masters = wide(state.params)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32 count
-            updates, moments = tx.update(grads, state.moments, state.params)
-        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-        return State(params, moments), {
-            "loss": loss,
-            "weight": weight,
-            "gradient_norm": optax.tree.norm(grads),
-        }
+            updates, moments = tx.update(grads, state.moments, masters)
+        params = jax.tree.map(lambda p, u: p - rate * u, masters, updates)
+        average = state.average
+        if average is not None:
+            average = jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, average, params)
+        params = jax.tree.map(lambda new, old: new.astype(old.dtype), params, state.params)
+        counts = jnp.where(good, state.skipped * jnp.array([1, 0]), state.skipped + 1)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (params, moments, average), (*state[:2], state.average)
+        )
+        sums = {"loss": loss, "weight": weight, "gradient_norm": norm, "skipped": counts}
+        return State(*kept, counts), sums
 
     return step
 
@@ -109,57 +177,110 @@ class Checkpoints:
 def fine_tune(
     model: ModelConfig,
     params: Params,
-    rows: Rows,
+    rows: RowSource,
     config: Sft,
     *,
     mesh: jax.sharding.Mesh,
     seed: int,
     dtype: str = "float32",
+    held_out: RowSource | None = None,
     checkpoints: Checkpoints | None = None,
+    trace_to: pathlib.Path | None = None,
     on_step: Callable[[dict[str, float]], None] = lambda metrics: None,
 ) -> tuple[Params, list[dict[str, float]]]:
-    """Train a copy of `params` on `rows`; returns the tuned parameters and the metrics of every step.
+    """Train a copy of `params` on `rows`.
 
-    A loss that is not finite stops the run with a UserError naming the step.
+    Args:
+      held_out: rows whose loss is measured every `config.watch.evaluate_every` steps and at the end.
+      trace_to: folder of a profiler trace, where `config.watch.trace_from` asks for one.
+      on_step: called with the metrics of every update made, those before a checkpoint gone on from included.
+
+    Returns:
+      The tuned parameters (their average, with `config.step.ema`) in the dtype of `params`, and the metrics of every
+      update made: step, loss (a target), targets, gradient_norm, learning_rate, skipped (updates so far), seconds,
+      tokens_per_second (up to each row's last target), mfu (of every position computed), and held_out_loss where
+      it was measured.
+
+    Raises:
+      UserError: `max_skipped` updates in a row, or the last one, were not finite or spikes.
     """
     checkpoints = checkpoints or Checkpoints()
-    state = init_state(config, params, mesh)
-    restored, start, log = checkpoints.restore(state)
-    state = restored if restored is not None else state
-    step, total = (
-        make_step(model, dataclasses.replace(config, learning_rate=0.0), dtype),
-        steps_of(rows, config),
-    )
+    total = steps_of(rows, config)
     if config.snapshots > total:
         raise UserError(f"sft.snapshots is {config.snapshots}, but there are only {total} steps; lower it")
     snapshots = {round(total * (i + 1) / config.snapshots): i for i in range(config.snapshots)}
+    state = init_state(config, params, mesh)
+    restored, start, log = checkpoints.restore(state)
+    state = restored if restored is not None else state
+    how = compute_of(config, model, params, mesh, dtype)
+    say(f"attention: {how.attention}")
+    step = make_step(model, config, how)
     where = batch_sharding(mesh, config.micro_batch or config.batch)
+    peak, _ = peak_flops(dtype, mesh.size)
     for metrics in log:
         on_step(metrics)
-    clock = time.perf_counter()
-    for number, batch in enumerate(batches(rows, config, seed=seed, start=start), start):
-        rate = learning_rate(config, number, total)
-        state, sums = step(state, jax.device_put(batch, where), jnp.float32(rate))
-        loss, weight, norm = (float(sums[name]) for name in ("loss", "weight", "gradient_norm"))
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise UserError(
-                f"sft: the loss is {loss} and the gradient's norm {norm} at step {number + 1} of {total} (learning "
-                f"rate {rate:.3g}); lower sft.learning_rate"
-            )
-        now = time.perf_counter()
-        metrics = {
-            "step": number + 1,
-            "loss": loss / max(weight, 1e-6),
-            "targets": weight,
-            "gradient_norm": norm,
-            "learning_rate": rate,
-            "seconds": now - clock,
-        }
-        clock = now
-        log.append(metrics)
-        on_step(metrics)
-        if number + 1 in snapshots and number + 1 < total:
-            checkpoints.snapshot(state.params, snapshots[number + 1])
-        if (number + 1) % config.checkpoint_every == 0 and number + 1 < total:
-            checkpoints.save(state, number + 1, log)
-    return state.params, log
+    with tracing(config.watch, trace_to) as before:
+        clock = time.perf_counter()
+        for number, batch in enumerate(batches(rows, config, seed=seed, start=start), start):
+            before(number + 1)
+            rate, keep = learning_rate(config, number, total), ema_keep(config, number)
+            limit = spike_limit(config.step.spike, log)
+            arguments = map(np.float32, (rate, keep, limit))
+            state, sums = step(state, jax.device_put(batch, where), *arguments)
+            loss, weight, norm = (float(sums[name]) for name in ("loss", "weight", "gradient_norm"))
+            loss, (never_made, in_a_row) = loss / max(weight, 1e-6), sums["skipped"].tolist()
+            now = time.perf_counter()
+            seconds, clock = now - clock, now
+            if in_a_row:
+                told = {"loss": loss, "norm": norm, "limit": limit, "rate": rate, "step": number + 1, "total": total}
+                skipped(in_a_row, **told, config=config.step)
+            else:
+                metrics = {
+                    "step": number + 1,
+                    "loss": loss,
+                    "targets": weight,
+                    "gradient_norm": norm,
+                    "learning_rate": rate,
+                    "skipped": never_made,
+                    "seconds": seconds,
+                    "tokens_per_second": tokens_of(batch) / seconds,
+                }
+                if math.isfinite(peak):
+                    metrics["mfu"] = batch_flops(model, batch) / seconds / peak
+                if held_out is not None and ((number + 1) % config.watch.evaluate_every == 0 or number + 1 == total):
+                    metrics["held_out_loss"] = mean_loss(model, result(state), held_out, config, how, mesh=mesh)
+                    clock = time.perf_counter()  # the next step is not charged for it
+                log.append(metrics)
+                on_step(metrics)
+            if number + 1 in snapshots and number + 1 < total:
+                checkpoints.snapshot(result(state), snapshots[number + 1])
+            if (number + 1) % config.checkpoint_every == 0 and number + 1 < total:
+                checkpoints.save(state, number + 1, log)
+    return jax.tree.map(lambda ours, given: ours.astype(given.dtype), result(state), params), log
+
+
+def result(state: State) -> Params:
+    """The weights a run is for: their average where it is kept."""
+    return state.params if state.average is None else state.average
+
+
+def one_epoch(config: Sft) -> Sft:
+    """The settings of rows that are gone through once, as held-out ones are."""
+    return dataclasses.replace(config, epochs=1)
+
+
+def mean_loss(
+    model: ModelConfig, params: Params, rows: RowSource, config: Sft, how: Compute, *, mesh: jax.sharding.Mesh
+) -> float:
+    """Σ w·(−log p) / Σ w over all rows, `micro_batch` at a time."""
+    size = config.micro_batch or config.batch
+    once = dataclasses.replace(one_epoch(config), batch=size, micro_batch=None)
+    where = batch_sharding(mesh, size)
+    sums = [_evaluate(model, params, jax.device_put(batch, where), how) for batch in batches(rows, once, seed=0)]
+    loss, weight = np.sum(np.array(jax.device_get(sums), np.float64), axis=0)
+    return float(loss / max(weight, 1e-6))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _evaluate(model: ModelConfig, params: Params, batch: dict[str, jax.Array], how: Compute):
+    return loss_sums(model, params, batch, how)

@@ -1,0 +1,118 @@
+"""Where the metrics of a run's steps go, one protocol for all: JSON lines always, TensorBoard and W&B on request."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from .log import UserError, is_first_process
+
+
+class Sink(Protocol):
+    """Takes the metrics of every step, in order. A resumed run gives those before its checkpoint once more."""
+
+    def write(self, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """A file with a line a step, begun anew: what an interrupted process wrote comes again."""
+
+    def __init__(self, path: pathlib.Path):
+        self.file = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115  # closed by `close`
+
+    def write(self, metrics: Mapping[str, float]) -> None:
+        self.file.write(json.dumps(dict(metrics), allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+class TensorBoard:
+    """Scalars under `tensorboard/`; `tensorboard --logdir RUN` shows them."""
+
+    def __init__(self, folder: pathlib.Path, *, name: str, config: Mapping[str, Any]):
+        del config
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise UserError(_missing("tensorboard", "tensorboardX", error)) from error
+        # purge_step: of an interrupted process's events those from step 1 on are not shown.
+        self.writer = SummaryWriter(str(folder / "tensorboard" / name), purge_step=1)
+
+    def write(self, metrics: Mapping[str, float]) -> None:
+        for key, value in metrics.items():
+            if key != "step":
+                self.writer.add_scalar(key, value, int(metrics["step"]))
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """A Weights & Biases run below the run's folder; WANDB_MODE=offline keeps it there."""
+
+    def __init__(self, folder: pathlib.Path, *, name: str, config: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(_missing("wandb", "wandb", error)) from error
+        # The same id whenever the run goes on; steps already sent are not sent again.
+        identity = f"{folder.resolve().name}-{name}".replace("/", "-")
+        project = os.environ.get("WANDB_PROJECT", "jaxmerge")
+        self.run = wandb.init(
+            project=project, name=name, id=identity, resume="allow", dir=str(folder), config=dict(config)
+        )
+
+    def write(self, metrics: Mapping[str, float]) -> None:
+        if metrics["step"] >= self.run.step:
+            self.run.log({k: v for k, v in metrics.items() if k != "step"}, step=int(metrics["step"]))
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _missing(sink: str, package: str, error: ImportError) -> str:
+    return f"sft.watch.sinks: {sink} needs {package} ({error}); pip install 'jaxmerge[{sink}]'"
+
+
+SINKS: dict[str, Callable[..., Sink]] = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+@contextlib.contextmanager
+def open_sinks(
+    steps: pathlib.Path, names: Sequence[str], *, folder: pathlib.Path, name: str, config: Mapping[str, Any]
+) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """Yield the function that writes a step's metrics everywhere; only the first process writes.
+
+    Args:
+      steps: the file of JSON lines, written first.
+      names: of SINKS.
+      folder: of the run. name: of the phase, which tells those of one run apart.
+      config: plain data, kept with the run where the sink can.
+    """
+    unknown = [sink for sink in names if sink not in SINKS]
+    if unknown:
+        raise UserError(f"sft.watch.sinks: {unknown[0]!r} is not known; known: {', '.join(SINKS)}")
+    if not is_first_process():
+        yield lambda metrics: None
+        return
+    with contextlib.ExitStack() as stack:
+        sinks: list[Sink] = [JsonLines(steps)]
+        stack.callback(sinks[0].close)
+        for sink in names:
+            sinks.append(SINKS[sink](folder, name=name, config=config))
+            stack.callback(sinks[-1].close)
+
+        def write(metrics: Mapping[str, float]) -> None:
+            for sink in sinks:
+                sink.write(metrics)
+
+        yield write
