@@ -8,7 +8,7 @@ import pytest
 
 from train.choices import choose, summary
 from train.config import Mesh
-from train.generate.score import STEPS, by_length, encode_pair, padded, rows_of, score
+from train.generate.score import STEPS, TOKENS_AT_ONCE, arrays, by_length, encode_pair, score
 from train.log import UserError
 from train.mesh import make_mesh
 from train.models.decoder import forward
@@ -67,14 +67,15 @@ def test_greedy_is_what_greedy_decoding_writes(model, pairs):
 
 
 def test_every_pair_is_in_one_batch_of_few_shapes(pairs):
-    many = [p for p in pairs for _ in range(20)]
+    r = np.random.default_rng(1)
+    many = [([1] * a, [2] * b) for a, b in zip(r.integers(1, 900, 700), r.integers(1, 100, 700), strict=True)]
     batches = list(by_length(many))
-    assert sorted(i for b in batches for i in b) == list(range(180))
-    shapes = {(padded(max(len(many[i][0]) + len(many[i][1]) - 1 for i in b)),
-               padded(max(len(many[i][1]) for i in b))) for b in batches}  # fmt: skip
-    assert len(shapes) <= 9
-    assert {n for shape in shapes for n in shape} <= set(STEPS)
-    assert all(len(b) <= rows_of(32) for b in batches)
+    assert sorted(i for b in batches for i in b) == list(range(700))
+    shapes = {tuple(array.shape for array in arrays(many, batch)) for batch in batches}
+    assert len(shapes) < 12
+    for tokens, targets, _ in (arrays(many, batch) for batch in batches):
+        assert tokens.size <= 2 * TOKENS_AT_ONCE
+        assert {tokens.shape[1] - 1, targets.shape[1]} <= set(STEPS)
 
 
 def test_what_cannot_be_scored_is_refused(model):

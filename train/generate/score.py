@@ -24,7 +24,7 @@ TOKENS_AT_ONCE = 4096
 """Positions of a batch, padding included."""
 LOGITS_AT_ONCE = 1024
 """Positions whose logits are held at a time."""
-STEPS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+STEPS = (8, 32, 64, 128, 256, 512, 1024)
 """Lengths that sequences are padded to; above the last, multiples of it."""
 
 
@@ -82,30 +82,21 @@ def score(
 
 
 def by_length(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[list[int]]:
-    """Numbers of the pairs that share a batch: of equal padded sizes, the longest first."""
-    sizes = [(padded(len(a) + len(b) - 1), padded(len(b))) for a, b in pairs]
-    order = sorted(range(len(pairs)), key=lambda i: (*(-n for n in sizes[i]), i))
+    """Numbers of the pairs that share a batch: neighbours in length, the longest first."""
+    order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]) - len(pairs[i][1]), i))
     start = 0
     while start < len(order):
-        size = sizes[order[start]]
-        width = rows_of(size[0])
-        stop = start
-        while stop < len(order) and stop < start + width and sizes[order[stop]] == size:
-            stop += 1
-        yield order[start:stop]
-        start = stop
-
-
-def rows_of(length: int) -> int:
-    """Rows of a batch of this length."""
-    return max(1, min(64, TOKENS_AT_ONCE // length))
+        context, continuation = pairs[order[start]]
+        width = max(1, min(64, TOKENS_AT_ONCE // padded(len(context) + len(continuation) - 1)))
+        yield order[start : start + width]
+        start += width
 
 
 def arrays(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch: Sequence[int]):
-    """(tokens [B, T + 1], targets [B, K], lengths [B]) of a batch, filled up with rows of nothing."""
+    """(tokens [B, T + 1], targets [B, K], lengths [B]) of a batch, each size one of few; rows may hold nothing."""
     length = padded(max(len(pairs[i][0]) + len(pairs[i][1]) - 1 for i in batch))
-    width = padded(max(len(pairs[i][1]) for i in batch))
-    B = rows_of(length)
+    width = min(length, padded(max(len(pairs[i][1]) for i in batch)))
+    B = 1 << (len(batch) - 1).bit_length()
     tokens, targets = np.zeros((B, length + 1), np.int32), np.zeros((B, width), np.int32)
     lengths = np.ones(B, np.int32)
     for row, i in enumerate(batch):
