@@ -233,7 +233,7 @@ def test_a_bfloat16_export_is_what_transformers_rounds_to(name, tmp_path):
 def test_the_verb_sample_says_what_transformers_does(name, reference, tmp_path):
     """From outside: a folder that transformers wrote, prompts in, greedy texts out."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     attributes = {**FAMILY_CASES[name], "vocab_size": len(SYMBOLS), "max_position_embeddings": 96}
     folder = tmp_path / "model"
@@ -245,7 +245,7 @@ def test_the_verb_sample_says_what_transformers_does(name, reference, tmp_path):
     assert cli.main([*words, "temperature=0", "max_new_tokens=32", "chat=false", "dtype=float32"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # (Auto has one of its own for qwen2)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     for text, row in zip(texts, rows, strict=True):
         ids = tokenizer(text, return_tensors="pt")

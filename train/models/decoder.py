@@ -224,13 +224,15 @@ def scan(c: ModelConfig, blocks: Block, x, views, caches, at, dtype, remat: str)
 
     def fresh(x, layer):
         leaves, kind = layer
-        return run(leaves, x, *view(kind), None, at)
+        rope, mask = view(kind)
+        return run(leaves, x, rope, mask, None, at)
 
     def cached(carry, layer):
         (x, caches), (leaves, kind, i) = carry, layer
+        rope, mask = view(kind)
         # Carried whole and written in place: caches as scanned inputs and outputs are copied at every step.
         cache = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), caches)
-        x, kv = run(leaves, x, *view(kind), cache, at)
+        x, kv = run(leaves, x, rope, mask, cache, at)
         return (x, jax.tree.map(lambda a, new: lax.dynamic_update_index_in_dim(a, new, i, 0), caches, kv)), None
 
     if caches is None:
@@ -282,7 +284,7 @@ def init(c: ModelConfig, key: jax.Array) -> Params:
     return jax.tree_util.tree_map_with_path(leaf, shapes(c))
 
 
-def count_up(shape: tuple[int, int], lengths=None) -> jax.Array:
+def count_up(shape: tuple[int, ...], lengths=None) -> jax.Array:
     """Positions [B, T] from 0; after a row's `lengths` [B] (None: no padding) the last one is repeated."""
     positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
     return positions if lengths is None else jnp.minimum(positions, jnp.maximum(lengths - 1, 0)[:, None])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -98,7 +98,7 @@ def detach(params: Params) -> tuple[Params, dict[Path, Params]]:
         if "side" in tree:
             sides[path] = tree["side"]
         return {
-            key: walk(value, (*path, key)) if isinstance(value, Mapping) else value
+            key: walk(value, (*path, key)) if isinstance(value, dict) else value
             for key, value in tree.items()
             if key != "side"
         }
@@ -127,7 +127,7 @@ def modules(params: Params, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     if weight is not None and not path[-1].endswith("norm"):
         yield path, weight
     for key, value in params.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             yield from modules(value, (*path, key))
 
 
@@ -141,7 +141,7 @@ def pairs(adapter: Params, path: Path = ()) -> Iterator[tuple[Path, jax.Array, j
 
 
 def copy_dicts(tree: Params) -> Params:
-    return {key: copy_dicts(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+    return {key: copy_dicts(value) if isinstance(value, dict) else value for key, value in tree.items()}
 
 
 def at(tree: Params, path: Path) -> Params:

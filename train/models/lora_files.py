@@ -78,9 +78,7 @@ def load_lora(folder: str | os.PathLike[str], *, dtype=jnp.float32) -> tuple[Lor
         "alpha_pattern": ({},), "fan_in_fan_out": (False,), "modules_to_save": (None, []), "lora_bias": (False,),
     }  # fmt: skip
     if bad := [f"{k} = {config[k]!r}" for k, fits in plain.items() if config.get(k, fits[0]) not in (*fits, None)]:
-        raise UserError(
-            f"{folder / CONFIG}: {'; '.join(bad)} is not implemented here; merge the adapter with PEFT first"
-        )
+        raise UserError(f"{folder / CONFIG}: {'; '.join(bad)} is not known here; merge the adapter with PEFT first")
     adapter: Params = {}
     for name, value in load_file(folder / WEIGHTS).items():
         path = tuple(name.removeprefix(PREFIX).split("."))

@@ -36,7 +36,7 @@ def rope_table(c: ModelConfig, positions: jax.Array, kind: Rope = "global") -> t
     """cos and sin of position × frequency, [B, T, 1, R/2]: computed once, used by every layer of a kind."""
     scaling = None if kind == "local" else c.rope_scaling
     theta = c.local_rope_theta if kind == "local" and c.local_rope_theta is not None else c.rope_theta
-    scale = default if scaling is None else SCALINGS[scaling.kind]
+    scale: Callable[..., Frequencies] = default if scaling is None else SCALINGS[scaling.kind]
     inverse, factor = scale(c, theta, scaling, positions)
     if kind == "none":
         # Rotation by nothing, exactly: layers that do not rotate have the shape of those that do.
@@ -73,7 +73,7 @@ def powers(c: ModelConfig, theta) -> np.ndarray:
     return 1.0 / theta ** (np.arange(0, c.rotary_dim, 2, dtype=np.float64) / c.rotary_dim)
 
 
-def default(c: ModelConfig, theta: float, s: None, positions) -> Frequencies:
+def default(c: ModelConfig, theta: float, s: RopeScaling | None, positions) -> Frequencies:
     del s, positions
     return powers(c, theta), 1.0
 
