@@ -49,6 +49,7 @@ class Operands(NamedTuple):
     extra: tuple[Array, ...] = ()
     stored: tuple[Array, ...] = ()  # the models and the base, if there is one, as they came: see `reread`
     widen: Callable[[Array], Array] = lambda array: array
+    on_one_device: bool = False  # known to be: blocks of it may be taken in a loop, which would gather a mesh
 
     def reread(self, stored: tuple[Array, ...]) -> Operands:
         """Return these operands with models and base widened from `stored`, in the order of `self.stored`.
@@ -230,6 +231,7 @@ def leafwise(
             options=frozen,
             is_stacked=is_stacked,
             dtypes=_DTYPES.get(),
+            on_one_device=all(_on_one_device(model[i]) for model in trees.models),
         )
         out.append(_keep_sharding(merged, first))
     return jax.tree.unflatten(trees.treedef, out)
@@ -252,8 +254,13 @@ def dtypes(cast: Any = None, out: Any = None) -> Iterator[None]:
 _DTYPES: contextvars.ContextVar[tuple[Any, Any]] = contextvars.ContextVar("dtypes", default=(None, None))
 
 
-@functools.partial(jax.jit, static_argnames=("count", "leaf", "options", "is_stacked", "dtypes"))
-def _run(models, base, key, path_salt, name_salts, coefficients, *, count, leaf, options, is_stacked, dtypes):
+STATIC = ("count", "leaf", "options", "is_stacked", "dtypes", "on_one_device")
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
+def _run(
+    models, base, key, path_salt, name_salts, coefficients, *, count, leaf, options, is_stacked, dtypes, on_one_device
+):
     cast, out = dtypes
     dtype = tree.wide(cast or models[0].dtype)
 
@@ -264,7 +271,7 @@ def _run(models, base, key, path_salt, name_salts, coefficients, *, count, leaf,
         widened = tuple(widen(model) for model in models)
         stored = models[:count] if base is None else (*models[:count], base)
         wide_base = None if base is None else widen(base)
-        operands = Operands(widened[:count], wide_base, keys, widened[count:], stored, widen)
+        operands = Operands(widened[:count], wide_base, keys, widened[count:], stored, widen, on_one_device)
         values = {
             name: value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value
             for name, value in coefficients.items()
@@ -303,6 +310,12 @@ def _array(values: Any, size: int, convert: Convert | None) -> Any:
             return values
     dtype = np.float64 if jax.config.jax_enable_x64 else np.float32  # type: ignore[attr-defined]
     return jnp.asarray(values, dtype) if isinstance(values, jax.Array) else np.asarray(values, dtype)
+
+
+def _on_one_device(leaf: Any) -> bool:
+    if isinstance(leaf, Tracer):
+        return False  # where it lies is not known yet
+    return not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1
 
 
 def _on_device(leaf: Any) -> Any:

@@ -23,6 +23,7 @@ from jaxmerge.leafwise import Convert, Operands
 from jaxmerge.tree import Array
 
 RESCALES = ("inverse", "l1", None)
+RANKED = 2**20  # elements whose ranks are sorted out at once
 REQUIRED: Any = "required"
 Kept = tuple[Array, Array | None]
 Keep = Callable[[Operands], list[Kept]]
@@ -108,13 +109,24 @@ def drop(density: Any = REQUIRED) -> Sparsifier:
     return Sparsifier("drop", _drop, {"density": density}, {"density": chance}, random=True)
 
 
+def _ranks(x: Operands, model: int) -> Array:
+    """Ranks of the magnitudes of one model's deltas within their rows: two bytes an element where they do."""
+    shape = x.models[0].shape
+
+    def ranks(stored: tuple[Array, ...]) -> Array:
+        found = order.ranks(jnp.abs(x.reread(stored).deltas[model]))
+        return found.astype(jnp.uint16 if shape[-1] <= 2**16 else jnp.uint32)
+
+    if not x.on_one_device:
+        return ranks(x.stored)
+    # A sort holds five arrays of its own: of a block of rows, not of the leaf.
+    rows = tuple(array.reshape(-1, shape[-1]) for array in x.stored)
+    return jax.lax.map(ranks, rows, batch_size=max(1, RANKED // shape[-1])).reshape(shape)
+
+
 def _rank_drop(x: Operands, *, density: Array, epsilon: Array) -> Keep:
-    ranks: list[Array] = []
     columns = x.models[0].shape[-1] if x.models[0].ndim else 1
-    for i in range(len(x.models) if columns > 1 else 0):
-        # One model after the other: a sort holds five arrays of its own. What is kept of it are two bytes an element.
-        found = order.ranks(jnp.abs(x.after(*ranks[-1:]).deltas[i]))
-        ranks.append(found.astype(jnp.uint16 if columns <= 2**16 else jnp.uint32))
+    ranks = [_ranks(x, i) for i in range(len(x.models))] if columns > 1 else []
 
     def keep(x: Operands) -> list[Kept]:
         assert x.keys is not None
