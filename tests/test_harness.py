@@ -10,6 +10,7 @@ from train.harness import Requests
 from train.log import UserError
 from train.mesh import make_mesh
 from train.models.hf import save_hf
+from train.models.load import load_model
 from train.models.source import random_model
 
 SIZES = {
@@ -107,6 +108,9 @@ def test_the_harness_says_of_our_model_what_it_says_of_transformers(tmp_path, mo
 
     folder = tmp_path / "model"
     save_hf(folder, model.config, model.params, tokenizer_from=model.tokenizer)
+    add_bos(folder)
+    model = load_model(folder)
+    assert model.tokenizer.encode("1", special=True) != model.tokenizer.encode("1")
     tasks = write_tasks(tmp_path)
     found = {}
     for name, lm in {
@@ -133,6 +137,21 @@ def test_the_harness_says_of_our_model_what_it_says_of_transformers(tmp_path, mo
     choice = ours["results"]["local_choice"]
     assert 0 < choice["acc,none"] < 1
     assert choice["acc,none"] != choice["acc_norm,none"]
+
+
+def add_bos(folder):
+    """Make the tokenizer begin every text with a BOS, as Llama's does; the harness has rules for that."""
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    (bos,) = [t for t in values["added_tokens"] if t["content"] == "\n"]
+    piece = {"SpecialToken": {"id": "\n", "type_id": 0}}
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [piece, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [piece, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"\n": {"id": "\n", "ids": [bos["id"]], "tokens": ["\n"]}},
+    }
+    path.write_text(json.dumps(values))
 
 
 def logprobs(responses):

@@ -136,15 +136,18 @@ class Requests:
         tokenizer = self.model.tokenizer
         encoded = []
         for context, continuation in pairs:
-            head, tail = encode_pair(tokenizer, context, continuation) if context else ([], [])
-            if not context:
-                tail = tokenizer.encode(continuation)
-            encoded.append(self.fit(head or [self.prefix], tail))
+            if context:
+                head, tail = encode_pair(tokenizer, context, continuation, special=self.special(context))
+            else:
+                head, tail = [self.prefix], tokenizer.encode(continuation)
+                if tail[:1] == head:  # the text brings the prefix along
+                    tail = tail[1:]
+            encoded.append(self.fit(head, tail))
         return [(s.logprob, s.greedy) for s in self.score(encoded)]
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
         """log p of whole texts, in windows of the model's length; every token is scored once."""
-        windows = [list(self.windows(self.model.tokenizer.encode(text))) for text in texts]
+        windows = [list(self.windows(self.encode(text))) for text in texts]
         scored = iter(self.score([pair for text in windows for pair in text]))
         return [sum(next(scored).logprob for _ in text) for text in windows]
 
@@ -163,10 +166,7 @@ class Requests:
                 raise UserError(
                     f"max_gen_toks={settings[key].max_new_tokens}, and the model ends at {self.max_length}; lower it"
                 )
-            prompts = [
-                Prompt(str(i), tuple(self.model.tokenizer.encode(requests[i][0], special=True)[-room:]))
-                for i in members
-            ]
+            prompts = [Prompt(str(i), tuple(self.encode(requests[i][0])[-room:])) for i in members]
             samples = rollout(
                 self.model.config,
                 self.model.params,
@@ -206,6 +206,13 @@ class Requests:
         return self.model.tokenizer.chat(messages, date_string=DATE)
 
     # --- tokens ---
+
+    def special(self, text: str) -> bool:
+        """Whether the tokenizer may put its BOS before a text: not before one that begins with it."""
+        return not text.startswith(self.model.tokenizer.decode([self.prefix], special=True))
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.tokenizer.encode(text, special=self.special(text))
 
     def score(self, pairs):
         return score(self.model.config, self.model.params, pairs, dtype=self.dtype)

@@ -125,7 +125,7 @@ def chairman(quotas: Sequence[int]) -> np.ndarray:
 
     Example:
       >>> chairman([3, 1]).tolist()
-      [0, 1, 0, 0]
+      [0, 0, 1, 0]
     """
     K, P = len(quotas), sum(quotas)
     if K == 1:

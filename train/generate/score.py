@@ -134,13 +134,18 @@ def score_batch(config: ModelConfig, params: Params, tokens, targets, lengths, *
     return logprobs.reshape(labels.shape), greedy.reshape(labels.shape)
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+def encode_pair(
+    tokenizer: Tokenizer, context: str, continuation: str, *, special: bool = True
+) -> tuple[list[int], list[int]]:
     """Tokens of a context and of what follows it: both tokenised together, split where the context's own end.
 
     Spaces that end the context begin the continuation instead, as tokenizers have it.
+
+    Args:
+      special: put what the tokenizer does by itself around a text, such as a BOS.
     """
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
-    head = tokenizer.encode(context, special=True)
-    return head, tokenizer.encode(context + continuation, special=True)[len(head) :]
+    head = tokenizer.encode(context, special=special)
+    return head, tokenizer.encode(context + continuation, special=special)[len(head) :]
