@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.config import Mesh, Sft, Step
-from train.learn.sft import init_state, make_step
+from train.learn.sft import compute_of, init_state, make_step
 from train.learn.speed import peak_flops, step_flops
 from train.mesh import batch_sharding, make_mesh
 from train.models.config import ModelConfig
@@ -74,7 +74,8 @@ class Ours:
         sft = Sft(batch=len(batch["tokens"]), step=Step(clip=CLIP))
         self.state = init_state(sft, params, mesh)
         self.batch = jax.device_put(batch, batch_sharding(mesh, sft.batch))
-        self.function = make_step(config, sft, dtype)
+        self.how = compute_of(sft, config, params, mesh, dtype)
+        self.function = make_step(config, sft, self.how)
 
     def step(self) -> float:
         self.state, sums = self.function(self.state, self.batch, jnp.float32(RATE))
@@ -123,7 +124,7 @@ class Theirs:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        return float(loss)
+        return loss.item()
 
 
 def turn(side, seconds: float) -> float:
@@ -230,7 +231,7 @@ def main() -> None:
             if peer == "yes":
                 line += f"  {medians[1]:9,.0f}  ({speeds[1][0]:,.0f}–{speeds[1][-1]:,.0f})"
                 line += f"  {medians[0] / medians[1]:5.2f} (≥ {BARS[dtype]})"
-            print(line + f"   [peak {source}]", flush=True)
+            print(line + f"   [attention {ours.how.attention}; peak {source}]", flush=True)
             del ours, sides
     print(
         "compiling: s to the first step (XLA s, programs), first process → second process (XLA s, from the cache)"

@@ -14,7 +14,7 @@ from train.config import Mesh, Sft, Step, Watch
 from train.learn.batches import batches, steps_of, to_rows
 from train.learn.objective import Compute, loss_sums
 from train.learn.optim import learning_rate
-from train.learn.sft import Checkpoints, fine_tune, init_state, make_step, mean_loss
+from train.learn.sft import Checkpoints, compute_of, fine_tune, init_state, make_step, mean_loss
 from train.log import UserError
 from train.mesh import make_mesh
 from train.models.source import random_model
@@ -358,7 +358,8 @@ def test_the_rate_warms_up_and_falls_along_a_cosine():
 
 
 def test_two_rates_share_one_compilation(model, rows, mesh, undisturbed, caplog):
-    step: Any = make_step(model.config, dataclasses.replace(SFT, learning_rate=0.0), "float32")
+    how = compute_of(SFT, model.config, model.params, mesh, "float32")
+    step: Any = make_step(model.config, dataclasses.replace(SFT, learning_rate=0.0), how)
     before = step._cache_size()
     assert before > 0
     changed = dataclasses.replace(SFT, learning_rate=1e-5)

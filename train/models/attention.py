@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from . import fused
+
 
 class KV(NamedTuple):
     """Keys and values of one layer, [B, K, S, H]: heads before positions, which CPUs read 7 × faster."""
@@ -16,13 +18,13 @@ class KV(NamedTuple):
 
 
 def attend(
-    q: jax.Array, kv: KV, mask: jax.Array, *, scale: float | None = None, softcap: float | None = None
+    q: jax.Array, kv: KV, mask: jax.Array | fused.Causal, *, scale: float | None = None, softcap: float | None = None
 ) -> jax.Array:
     """Scaled dot-product attention, queries grouped over shared key/value heads; softmax in float32.
 
     Args:
       q: [B, N, T, H]. kv: [B, K, S, H].
-      mask: [B, T, S], True = visible.
+      mask: [B, T, S], True = visible; or a `Causal`, which names the implementation (fused.py).
       scale: of the scores; None is 1/√H.
       softcap: c bounds the scores smoothly, c·tanh(score / c); None leaves them.
 
@@ -30,10 +32,13 @@ def attend(
       [B, N, T, H].
     """
     B, N, T, H = q.shape
+    scale = H**-0.5 if scale is None else scale
+    if isinstance(mask, fused.Causal):
+        return fused.attend(q, kv.k, kv.v, mask, scale=scale, softcap=softcap)
     K = kv.k.shape[1]
     q = q.reshape(B, K, N // K * T, H)
     scores = jnp.einsum("bkth,bksh->bkts", q, kv.k, preferred_element_type=jnp.float32)
-    scores = cap(scores * (H**-0.5 if scale is None else scale), softcap)
+    scores = cap(scores * scale, softcap)
     scores = scores.reshape(B, K, N // K, T, -1)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).reshape(B, K, N // K * T, -1).astype(kv.v.dtype)
@@ -46,12 +51,14 @@ def cap(x: jax.Array, limit: float | None) -> jax.Array:
     return x if limit is None else limit * jnp.tanh(x / limit)
 
 
-def within(mask: jax.Array, window: int | None, at: jax.Array | None = None) -> jax.Array:
+def within(mask: jax.Array | fused.Causal, window: int | None, at: jax.Array | None = None):
     """The mask [B, T, S] of a layer whose queries see `window` keys, themselves included; None is all.
 
     Args:
       at: [B] index of the query of each row while decoding; None: query t has index t.
     """
+    if isinstance(mask, fused.Causal):
+        return mask.within(window)
     if window is None:
         return mask
     query = jnp.arange(mask.shape[1])[None] if at is None else at[:, None]

@@ -1,4 +1,4 @@
-"""Attention kernels of accelerators behind one choice: cuDNN's on NVIDIA GPUs, splash attention on TPUs.
+"""Attention for training behind one choice: cuDNN's on NVIDIA GPUs, splash attention on TPUs, tiles on CPUs.
 
 The plain path (`attend` in attention.py) holds the scores, [B, N, T, T]; a kernel holds a tile of them. A kernel wants
 to know what the mask [B, T, T] says in words, so training hands the decoder a `Causal` in the mask's place.
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from . import tiled
 from .config import ModelConfig
 
 LANES = 128
@@ -30,7 +31,7 @@ class Causal:
 
     Attributes:
       segments: [B, T] ids, equal for the tokens of one packed sequence; None: a row is one sequence.
-      kernel: "cudnn" or "splash".
+      kernel: "tiled", "cudnn" or "splash".
       window: keys a query sees, itself included; None is all.
       mesh: a kernel runs a device's rows and heads on that device; None where there is one device.
       interpret: run splash attention without a TPU, slowly: for tests.
@@ -49,7 +50,7 @@ class Causal:
 def choose(
     wanted: str, config: ModelConfig, *, platform: str, dtype, stacked: bool = False, mesh: jax.sharding.Mesh | None
 ) -> str:
-    """The attention of a run, "xla", "cudnn" or "splash": what is wanted, or for "auto" the best there is.
+    """The attention of a run, "xla" or one of OBSTACLES: what is wanted, or for "auto" the best there is.
 
     Raises:
       ValueError: a kernel is wanted that cannot do this, saying why.
@@ -76,6 +77,15 @@ def obstacle(kernel: str, config: ModelConfig, platform: str, dtype, stacked: bo
     return None
 
 
+def _tiled_obstacle(config: ModelConfig, platform: str, dtype) -> str | None:
+    del dtype
+    if platform != "cpu":
+        return f"tiles pay on CPUs, this is {platform}"
+    if config.attn_logit_softcapping is not None:
+        return f"tiles know no soft cap of the scores, the model's is {config.attn_logit_softcapping}"
+    return None
+
+
 def _cudnn_obstacle(config: ModelConfig, platform: str, dtype) -> str | None:
     if platform not in GPUS:
         return f"cuDNN runs on NVIDIA GPUs, this is {platform}"
@@ -97,18 +107,19 @@ def _splash_obstacle(config: ModelConfig, platform: str, dtype) -> str | None:
     return None
 
 
-OBSTACLES = {"cudnn": _cudnn_obstacle, "splash": _splash_obstacle}
+OBSTACLES = {"tiled": _tiled_obstacle, "cudnn": _cudnn_obstacle, "splash": _splash_obstacle}
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: Causal, *, scale: float, softcap: float | None) -> jax.Array:
     """As `attention.attend`: q [B, N, T, H], k and v [B, K, T, H] → [B, N, T, H], by a kernel."""
-    if seen.kernel == "cudnn":
-        if softcap is not None:
-            raise ValueError(f"cuDNN's attention has no soft cap, found {softcap}; take attention=xla")
-        kernel = functools.partial(_cudnn, scale=scale, window=seen.window)
-    else:
-        kernel = functools.partial(_splash, scale=scale, softcap=softcap, window=seen.window, interpret=seen.interpret)
-    if seen.kernel == "cudnn" or seen.mesh is None or seen.mesh.size == 1:  # cuDNN's is partitioned by jax
+    if seen.kernel != "splash" and softcap is not None:
+        raise ValueError(f"{seen.kernel} attention has no soft cap, found {softcap}; take attention=xla")
+    if seen.kernel == "tiled":
+        return tiled.attend(q, k, v, seen.segments, scale=scale, window=seen.window)
+    if seen.kernel == "cudnn":  # jax partitions it over a mesh by itself
+        return _cudnn(q, k, v, seen.segments, scale=scale, window=seen.window)
+    kernel = functools.partial(_splash, scale=scale, softcap=softcap, window=seen.window, interpret=seen.interpret)
+    if seen.mesh is None or seen.mesh.size == 1:
         return kernel(q, k, v, seen.segments)
     rows, heads = PartitionSpec(("data", "fsdp")), PartitionSpec(("data", "fsdp"), "tensor")
     segments = () if seen.segments is None else (seen.segments,)
