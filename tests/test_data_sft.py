@@ -12,11 +12,15 @@ from test_data_formats import ALPACA, CHAT, CHOICES, GSM8K, MBPP, write
 from test_models_tokenizer import byte_level
 
 from train import cli, verbs
-from train.config import Data, Finetune, Mesh, Part
+from train.config import Finetune, Mesh, QuestionOptions
 from train.data import sources
+from train.data.builders import ReasoningGym, prepare
+from train.data.settings import Data, Part
 from train.data.sources import load_sources
+from train.examine import open_suite
 from train.finetune import describe_rows, read_rows
 from train.learn.dataset import read_jsonl, write_version
+from train.learn.sft import Checkpoints, fine_tune
 from train.log import UserError
 from train.mesh import make_mesh
 from train.models.decoder import init
@@ -211,6 +215,44 @@ def test_what_a_source_does_not_have_is_refused(tmp_path, model):
         load_sources(Data(parts=(Part(families=families),)), model.tokenizer, home=tmp_path / "f", seed=0)
 
 
+def test_a_packed_and_mixed_run_that_is_stopped_ends_as_the_undisturbed_one(tmp_path, model):
+    """Bit for bit, from a checkpoint within the second epoch."""
+    data = {
+        "parts": [
+            {"path": str(write(tmp_path / f"{name}.jsonl", rows)), "rate": rate}
+            for name, rows, rate in (
+                ("a", [{**ALPACA, "output": "x" * n} for n in range(1, 9)], 0.5),
+                ("b", [CHAT] * 3, 1),
+            )
+        ]
+    }
+    config = finetune_of(data=data, sft={"epochs": 2, "batch": 2, "packing": True, "max_length": 400})
+
+    class Memory(Checkpoints):
+        kept: tuple | None = None
+
+        def restore(self, like):
+            return self.kept or (None, 0, [])
+
+        def save(self, state, step, metrics):
+            if self.kept is None:
+                self.kept = (jax.tree.map(np.array, state), step, [dict(m) for m in metrics])
+
+    def tune(kept, home):
+        rows, *_ = read_rows(config, model, home)
+        half = max(1, -(-rows.count(0) // 2)) + 1
+        sft = dataclasses.replace(config.sft, checkpoint_every=half)
+        mesh = make_mesh(Mesh())
+        return fine_tune(model.config, model.params, rows, sft, mesh=mesh, seed=0, checkpoints=kept)[0], half
+
+    memory = Memory()
+    whole, half = tune(memory, tmp_path / "one")
+    assert memory.kept is not None
+    assert memory.kept[1] == half
+    again, _ = tune(memory, tmp_path / "two")
+    jax.tree.map(np.testing.assert_array_equal, whole, again)
+
+
 # --- evaluating on a file ---
 
 
@@ -243,3 +285,24 @@ def test_a_base_model_is_asked_by_examples_or_likelihood(tmp_path, folder, capsy
     out = tmp_path / "c.json"
     assert cli.main(["evaluate", str(base), str(path), f"out={out}"]) == 0
     assert json.loads(out.read_text())["rows"] == []
+
+
+def test_every_key_of_evaluating_a_file_is_read(tmp_path, folder):
+    """What each changes; the ones of the engine are the engine's own (tests/test_cli.py)."""
+    rows = [{**GSM8K, "question": f"{i}?"} for i in range(4)]
+    path = write(tmp_path / "g.jsonl", rows)
+    assert len(open_suite(path, QuestionOptions()).all) == 4
+    assert len(open_suite(path, QuestionOptions(limit=3)).all) == 3
+    assert open_suite(path, QuestionOptions()).specs[0].family == "gsm8k"
+    suite = open_suite(path, QuestionOptions(prompt="cot", extract="strict"))
+    assert suite.prompt(suite.all[0]).startswith("Q: There are 15 trees")
+    assert suite.verify(suite.all[0], "72") == 0.0
+    as_problem = open_suite(path, QuestionOptions(task="problem"))
+    assert as_problem.specs[0].family == "problem"
+    families = (FamilySpec("chain_sum", "id", {}, train=2, test=3),)
+    version = prepare(ReasoningGym(families=families, seed=0, data_dir=tmp_path / "data"))
+    assert len(open_suite(version, QuestionOptions(task="gsm8k", split="test")).all) == 3
+    with pytest.raises(UserError, match="does not say how answers are judged; set task="):
+        open_suite(version, QuestionOptions())
+    with pytest.raises(UserError, match="limit is 0; it must be at least 1"):
+        QuestionOptions(limit=0)

@@ -136,12 +136,7 @@ def test_letters_are_found(text, letter):
 
 # --- free-form answers ---
 
-mathematics = pytest.mark.skipif(
-    importlib.util.find_spec("math_verify") is None, reason="needs: pip install 'jaxmerge[math]'"
-)
 
-
-@mathematics
 def test_free_form_answers_are_compared_as_mathematics(tmp_path):
     suite = suite_of("problem", write(tmp_path / "p.jsonl", PROBLEMS), 3)
     half, roots, circle = suite.all
@@ -157,7 +152,6 @@ def test_free_form_answers_are_compared_as_mathematics(tmp_path):
         assert suite.verify(question, question.solution.replace("Answer: ", "$") + "$") == 1.0
 
 
-@mathematics
 def test_mathematics_outside_the_main_thread_is_unjudged_not_wrong(tmp_path):
     suite = suite_of("problem", write(tmp_path / "p.jsonl", PROBLEMS), 3)
     found = []
@@ -168,7 +162,6 @@ def test_mathematics_outside_the_main_thread_is_unjudged_not_wrong(tmp_path):
     assert suite.unjudged() == {"problem": {"RuntimeError": 1}}
 
 
-@mathematics
 def test_a_gold_answer_that_is_no_mathematics_is_an_error():
     with pytest.raises(ValueError, match="is no mathematics"):
         equal_mathematics("\\boxed{1}", "")

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import Data, Part
 from ..learn import dataset
 from ..log import UserError
 from ..models.tokenizer import Tokenizer
 from .builders import JsonLines, ReasoningGym, prepare, read_folder
 from .chat import encode
 from .records import Record
+from .settings import Data, Part
 
 Example = dict[str, Any]
 
