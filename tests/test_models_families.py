@@ -157,14 +157,47 @@ def run_engine(config, params, prompts, new: int):
 
 @pytest.mark.parametrize("name", ["mistral", "qwen3", "gemma3", "smollm3_windows", "phi3_long", "phi3_short"])
 def test_greedy_decoding_equals_whole_passes(name, expected):
-    """Windows in the cache, rotations by kind of layer, caps: at every step the argmax of a pass without a cache."""
+    """Windows in the cache, rotations by kind of layer, caps: at every step the argmax of a pass without a cache.
+
+    phi3_long: the second sequence passes the context of 16 tokens on its way, and all its keys are turned anew.
+    """
     config, params, _ = expected[name]
-    prompts = [IDS[0, :5].tolist(), IDS[1, :21].tolist()]
+    prompts = [IDS[0, :5].tolist(), IDS[1, :12].tolist(), IDS[1, :21].tolist()]
     for prompt, new in zip(prompts, run_engine(config, params, prompts, 9), strict=True):
         ids = np.zeros((2, 40), np.int32)
         ids[:, : len(prompt) + len(new)] = [*prompt, *new]
-        whole = logits(config, params, ids, lengths=[len(prompt) + len(new)] * 2)[0]
-        assert list(new) == whole[len(prompt) - 1 : len(prompt) + len(new) - 1].argmax(-1).tolist()
+        lengths = [len(prompt) + len(new)] * 2
+        if name == "phi3_long" and len(prompt) == 12:
+            steps = [logits(config, params, ids, lengths=[n] * 2)[0, n - 1] for n in range(12, 21)]
+            assert relative(logits(config, params, ids, lengths=lengths)[0, 13], steps[2]) > 0.01
+        else:
+            steps = logits(config, params, ids, lengths=lengths)[0, len(prompt) - 1 : lengths[0] - 1]
+        assert list(new) == np.argmax(steps, axis=-1).tolist()
+
+
+def test_a_sequence_that_turns_is_sampled_as_if_it_had_not_been_put_back(expected):
+    """Keys go on with the step they stand at, neighbours do not matter, a limit at the turn ends there."""
+    config, params, _ = expected["phi3_long"]
+    how = Decoding(greedy=False)
+
+    def run(prompts, new, slots):
+        engine = Engine(config, params, slots=slots, how=how, eos=(), temperature=1.0)
+        made = [Request(i, tuple(p), np.array([i, 7], np.uint32), new) for i, p in enumerate(prompts)]
+        return {c.id: c for c in engine.run(made)}
+
+    prompts = [IDS[i % 2, : 4 + i].tolist() for i in range(12)]
+    few, many = run(prompts, 14, 8), run(prompts, 14, 16)
+    assert {i: c.tokens for i, c in few.items()} == {i: c.tokens for i, c in many.items()}
+    assert {len(c.tokens) for c in few.values()} == {14}
+    short = run(prompts, 5, 16)
+    assert {i: c.tokens for i, c in short.items()} == {i: c.tokens[:5] for i, c in many.items()}
+    for i, c in many.items():  # log-probabilities of a whole pass at each step's own length
+        for step in (0, 9, 13):
+            n = len(prompts[i]) + step
+            ids = np.zeros((2, 40), np.int32)
+            ids[:, :n] = [*prompts[i], *c.tokens[:step]]
+            row = jax.nn.log_softmax(logits(config, params, ids, lengths=[n] * 2)[0, n - 1])
+            assert abs(float(row[c.tokens[step]]) - c.logprobs[step]) < 1e-4
 
 
 # --- config.json ---

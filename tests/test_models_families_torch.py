@@ -149,14 +149,19 @@ def test_random_configs_equal_transformers_both_ways(family, seed, reference, tm
     assert relative(theirs(back, IDS), theirs(model, IDS)) < 1e-6
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_continuations_are_identical(family, reference):
+GREEDY = {family: random_attributes(family, 2) for family in FAMILIES} | {
+    # Contexts of 16, 48 and 24 tokens: prompts before them, continuations that go past them, and prompts after them.
+    name: FAMILY_CASES[name]
+    for name in ("phi3_long", "phi3_short", "llama_dynamic")
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_greedy_continuations_are_identical(name, reference):
     import torch
 
-    attributes = random_attributes(family, 2)
-    model = reference(attributes)
-    prompts = [IDS[0, :3].tolist(), IDS[1, :19].tolist(), IDS[0, :38].tolist()]
-    config = config_of(attributes)
+    model, config = reference(GREEDY[name]), config_of(GREEDY[name])
+    prompts = [IDS[0, :3].tolist(), IDS[1, :15].tolist(), IDS[0, :38].tolist()]
     found = run_engine(config, weights(config), prompts, 12)
     for prompt, tokens in zip(prompts, found, strict=True):
         out = copy.deepcopy(model).generate(
@@ -229,7 +234,7 @@ def test_a_bfloat16_export_is_what_transformers_rounds_to(name, tmp_path):
         assert torch.equal(stored, torch.tensor(np.asarray(leaf)).to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("name", ["gemma3", "phi3_long", "qwen2"])
+@pytest.mark.parametrize("name", ["gemma3", "phi3_long"])
 def test_the_verb_sample_says_what_transformers_does(name, reference, tmp_path):
     """From outside: a folder that transformers wrote, prompts in, greedy texts out."""
     import torch
@@ -245,7 +250,7 @@ def test_the_verb_sample_says_what_transformers_does(name, reference, tmp_path):
     assert cli.main([*words, "temperature=0", "max_new_tokens=32", "chat=false", "dtype=float32"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
 
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # (Auto has one of its own for qwen2)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     for text, row in zip(texts, rows, strict=True):
         ids = tokenizer(text, return_tensors="pt")

@@ -83,6 +83,28 @@ def test_gradients_reach_a_and_b_and_no_other():
         np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()), err_msg=name)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["unrolled", "stacked"])
+def test_no_gradient_of_a_frozen_matrix_is_computed(layout, dtype):
+    """Operations of forward and backward: two thirds of what all weights take, and the small factors."""
+    config = config_of({**FAMILY_CASES["mistral"], "hidden_size": 128, "intermediate_size": 512})
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes(config))
+    params = stack_layers(params) if layout == "stacked" else params
+    adapter = init_lora(Lora(rank=2), params, KEY)
+
+    def loss(params):
+        return forward(config, params, jnp.asarray(IDS), dtype=jnp.dtype(dtype)).sum()
+
+    def operations(f, *arguments):
+        return jax.jit(jax.grad(f)).lower(*arguments).compile().cost_analysis()["flops"]
+
+    whole = operations(loss, params)
+    side = operations(lambda a, p: loss(attach(LORA, p, a)), adapter, params)
+    merged = operations(lambda a, p: loss(merge_lora(LORA, p, a)), adapter, params)
+    assert side < 0.8 * whole
+    assert side < 0.8 * merged
+
+
 def test_the_scale_is_alpha_over_rank():
     config, params = model("phi3")
     adapter = trained(init_lora(LORA, params, KEY))
