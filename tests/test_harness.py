@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from train.config import Mesh
-from train.harness import Requests
+from train.harness import Requests, evaluate
 from train.log import UserError
 from train.mesh import make_mesh
 from train.models.hf import save_hf
@@ -104,24 +104,22 @@ def test_the_harness_says_of_our_model_what_it_says_of_transformers(tmp_path, mo
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from train.harness import adapt
-
     folder = tmp_path / "model"
     save_hf(folder, model.config, model.params, tokenizer_from=model.tokenizer)
     add_bos(folder)
     model = load_model(folder)
     assert model.tokenizer.encode("1", special=True) != model.tokenizer.encode("1")
     tasks = write_tasks(tmp_path)
-    found = {}
-    for name, lm in {
-        "ours": adapt(model, slots=8),
-        "theirs": HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4, max_length=96),
-    }.items():
-        results = lm_eval.simple_evaluate(
-            lm, tasks=tasks, task_manager=TaskManager(include_path=str(tmp_path)), bootstrap_iters=0, log_samples=True
-        )
-        found[name] = results
-    ours, theirs = found["ours"], found["theirs"]
+    options = {"bootstrap_iters": 0, "log_samples": True}
+    ours = evaluate(model, tasks, slots=8, include_path=str(tmp_path), **options)
+    lm = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4, max_length=96)
+    manager = TaskManager(include_path=str(tmp_path))
+    theirs = lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=manager, **options)
+    with pytest.raises(UserError, match=r"no task 'local_choices' among .*; did you mean local_choice\?"):
+        evaluate(model, ["local_choices"], include_path=str(tmp_path))
+    (tmp_path / "sums.jsonl").rename(tmp_path / "gone.jsonl")
+    with pytest.raises(UserError, match="the data of a task could not be read"):
+        evaluate(model, ["local_generate"], include_path=str(tmp_path))
     assert set(ours["results"]) == set(tasks)
     for task in tasks:
         numbers = {k: v for k, v in ours["results"][task].items() if isinstance(v, float)}

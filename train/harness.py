@@ -8,9 +8,11 @@ Its tasks and its metrics; our model, tokenizer and engine. Needs the package `l
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -50,12 +52,19 @@ def evaluate(
     """
     lm_eval = load("lm_eval")
     manager = load("lm_eval.tasks").TaskManager(include_path=include_path)
-    return lm_eval.simple_evaluate(
-        model=adapt(model, dtype=dtype, slots=slots, seed=seed),
-        tasks=list(tasks),
-        task_manager=manager,
-        **given,
-    )
+    known = set(manager.all_tasks)
+    for name in tasks:
+        if isinstance(name, str) and name not in known and not Path(name).exists():
+            where = f" and those of {include_path}" if include_path else ""
+            near = difflib.get_close_matches(name, known, 1, 0.6)
+            hint = f"; did you mean {near[0]}?" if near else "; include_path= adds a folder with tasks"
+            raise UserError(f"no task {name!r} among the harness's{where}{hint}")
+    try:
+        return lm_eval.simple_evaluate(
+            model=adapt(model, dtype=dtype, slots=slots, seed=seed), tasks=list(tasks), task_manager=manager, **given
+        )
+    except (ConnectionError, FileNotFoundError) as error:
+        raise UserError(f"the data of a task could not be read: {' '.join(str(error).split())}") from error
 
 
 def load(name: str) -> Any:
