@@ -52,7 +52,19 @@ def refused(capsys, *words: object) -> str:
 def test_help_and_version(capsys):
     assert cli.main(["--help"]) == 0
     usage = capsys.readouterr().out
-    verbs = ("improve", "merge", "inspect", "extract-lora", "sft", "sample", "evaluate", "export", "report", "doctor")
+    verbs = (
+        "improve",
+        "merge",
+        "inspect",
+        "extract-lora",
+        "sft",
+        "sample",
+        "evaluate",
+        "harness",
+        "export",
+        "report",
+        "doctor",
+    )
     for verb in verbs:
         assert f"jaxmerge {verb}" in usage
         assert cli.main([verb, "--help"]) == 0

