@@ -186,7 +186,7 @@ def test_impossible_settings_are_refused():
         ({"dropout": 1.0}, "dropout"),
         ({"targets": ()}, "empty"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             Lora(**settings)
 
 

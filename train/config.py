@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from .data.settings import Data
 from .log import UserError
+from .models.config import Lora
 from .resolve import at_least, build, check_known, to_dict
 from .tasks.task import FamilySpec
 
@@ -179,6 +180,9 @@ class Sft:
     """Steps between resumable checkpoints: what a kill can lose."""
     step: Step = Step()
     watch: Watch = Watch()
+    lora: Lora | None = None
+    """Train low-rank adapters {rank, alpha, targets, dropout} beside frozen weights and merge them at the end; null:
+    train all weights."""
 
     def __post_init__(self):
         at_least(self, "sft", epochs=1, batch=1, max_length=2, snapshots=1, checkpoint_every=1)

@@ -82,6 +82,7 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
             held_out=held_out,
             checkpoints=checkpoint.SftCheckpoints(folder / "checkpoints" / PHASE / "state"),
             trace_to=folder / "trace",
+            adapter_to=folder / "adapter",
             on_step=on_step,
         )
     export.describe(model, folder / "model")

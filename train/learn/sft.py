@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,7 +26,10 @@ from ..mesh import batch_sharding, replicated, shardings
 from ..models.config import ModelConfig
 from ..models.decoder import Params, is_stacked
 from ..models.fused import choose
+from ..models.lora_files import save_lora
+from . import frozen as adapters
 from .batches import RowSource, batches, steps_of
+from .frozen import Frozen
 from .objective import Compute, loss_sums
 from .optim import ema_keep, learning_rate, transform
 from .speed import batch_flops, peak_flops, tokens_of
@@ -36,6 +40,7 @@ class State(NamedTuple):
     """What a step changes; donated to it."""
 
     params: Params
+    """The weights, or with `sft.lora` the adapter beside them."""
     moments: Any
     average: Params | None
     """Exponential moving average of the weights, float32; None where it is not asked for."""
@@ -90,10 +95,11 @@ def compute_of(config: Sft, model: ModelConfig, params: Params, mesh: jax.shardi
 
 
 def make_step(model: ModelConfig, config: Sft, how: Compute | str) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-    """The jitted update `(state, batch, rate, keep=0, limit=inf) → (state, metrics)`; `state` is donated.
+    """The jitted update `(state, batch, rate, keep=0, limit=inf, frozen=None) → (state, metrics)`; `state` is donated.
 
     rate: the learning rate. keep: of the weights' average, see `ema_keep`. limit: a mean loss above it, or one that
-    is not finite, or such a gradient, leaves the state as it was, and is counted.
+    is not finite, or such a gradient, leaves the state as it was, and is counted. frozen: with `config.lora`, the
+    weights beside the adapter.
 
     One function for all settings that differ only in what it does not read.
 
@@ -105,6 +111,7 @@ def make_step(model: ModelConfig, config: Sft, how: Compute | str) -> Callable[.
     read = Sft(
         batch=config.batch,
         micro_batch=config.micro_batch,
+        lora=config.lora,
         step=dataclasses.replace(
             Step(), clip=config.step.clip, weight_decay=config.step.weight_decay, decay=config.step.decay
         ),
@@ -117,10 +124,12 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute):
     tx = transform(config)
     micro = config.micro_batch or config.batch
 
-    def sums(params, part):
-        return loss_sums(model, params, part, how)
+    def mean_gradient(params, batch, frozen):
+        def sums(params, part):
+            if config.lora is not None:
+                params = adapters.joined(config.lora, frozen, params, part)
+            return loss_sums(model, params, part, how)
 
-    def mean_gradient(params, batch):
         gradient = jax.value_and_grad(sums, has_aux=True)
         if micro == config.batch:
             (loss, weight), grads = gradient(params, batch)
@@ -137,8 +146,15 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute):
         return loss, weight, jax.tree.map(lambda g: g.astype(jnp.float32) / total, grads)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: State, batch: dict[str, jax.Array], rate: jax.Array, keep=0.0, limit=math.inf):
-        loss, weight, grads = mean_gradient(state.params, batch)
+    def step(
+        state: State,
+        batch: dict[str, jax.Array],
+        rate: jax.Array,
+        keep=0.0,
+        limit=math.inf,
+        frozen: Frozen | None = None,
+    ):
+        loss, weight, grads = mean_gradient(state.params, batch, frozen)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limit * jnp.maximum(weight, 1e-6))
         masters = wide(state.params)
@@ -186,12 +202,14 @@ def fine_tune(
     held_out: RowSource | None = None,
     checkpoints: Checkpoints | None = None,
     trace_to: pathlib.Path | None = None,
+    adapter_to: pathlib.Path | None = None,
     on_step: Callable[[dict[str, float]], None] = lambda metrics: None,
 ) -> tuple[Params, list[dict[str, float]]]:
-    """Train a copy of `params` on `rows`.
+    """Train a copy of `params` on `rows`; with `config.lora` an adapter beside them, merged at the end.
 
     Args:
       held_out: rows whose loss is measured every `config.watch.evaluate_every` steps and at the end.
+      adapter_to: folder that PEFT reads, where `config.lora` trains an adapter; None writes none.
       trace_to: folder of a profiler trace, where `config.watch.trace_from` asks for one.
       on_step: called with the metrics of every update made, those before a checkpoint gone on from included.
 
@@ -209,7 +227,15 @@ def fine_tune(
     if config.snapshots > total:
         raise UserError(f"sft.snapshots is {config.snapshots}, but there are only {total} steps; lower it")
     snapshots = {round(total * (i + 1) / config.snapshots): i for i in range(config.snapshots)}
-    state = init_state(config, params, mesh)
+    lora, frozen, trained = config.lora, None, params
+    if lora is not None:
+        trained, frozen = adapters.freeze(lora, params, mesh, seed=seed)
+        say(f"LoRA: {adapters.share(params, trained):.2%} of the model's size is trained")
+    state = init_state(config, trained, mesh)
+
+    def whole(trained: Params) -> Params:
+        return trained if lora is None or frozen is None else adapters.merged(lora, frozen, trained)
+
     restored, start, log = checkpoints.restore(state)
     state = restored if restored is not None else state
     how = compute_of(config, model, params, mesh, dtype)
@@ -226,7 +252,8 @@ def fine_tune(
             rate, keep = learning_rate(config, number, total), ema_keep(config, number)
             limit = spike_limit(config.step.spike, log)
             arguments = map(np.float32, (rate, keep, limit))
-            state, sums = step(state, jax.device_put(batch, where), *arguments)
+            batch = batch if lora is None else adapters.numbered(batch, number)
+            state, sums = step(state, jax.device_put(batch, where), *arguments, frozen)
             loss, weight, norm = (float(sums[name]) for name in ("loss", "weight", "gradient_norm"))
             loss, (never_made, in_a_row) = loss / max(weight, 1e-6), sums["skipped"].tolist()
             now = time.perf_counter()
@@ -245,18 +272,21 @@ def fine_tune(
                     "seconds": seconds,
                     "tokens_per_second": tokens_of(batch) / seconds,
                 }
-                if math.isfinite(peak):
+                if math.isfinite(peak) and lora is None:  # the count of operations is of training all weights
                     metrics["mfu"] = batch_flops(model, batch) / seconds / peak
                 if held_out is not None and ((number + 1) % config.watch.evaluate_every == 0 or number + 1 == total):
-                    metrics["held_out_loss"] = mean_loss(model, result(state), held_out, config, how, mesh=mesh)
+                    metrics["held_out_loss"] = mean_loss(model, whole(result(state)), held_out, config, how, mesh=mesh)
                     clock = time.perf_counter()  # the next step is not charged for it
                 log.append(metrics)
                 on_step(metrics)
             if number + 1 in snapshots and number + 1 < total:
-                checkpoints.snapshot(result(state), snapshots[number + 1])
+                checkpoints.snapshot(whole(result(state)), snapshots[number + 1])
             if (number + 1) % config.checkpoint_every == 0 and number + 1 < total:
                 checkpoints.save(state, number + 1, log)
-    return jax.tree.map(lambda ours, given: ours.astype(given.dtype), result(state), params), log
+    if lora is not None and adapter_to is not None:
+        shutil.rmtree(adapter_to, ignore_errors=True)
+        save_lora(adapter_to, lora, result(state), params)
+    return jax.tree.map(lambda ours, given: ours.astype(given.dtype), whole(result(state)), params), log
 
 
 def result(state: State) -> Params:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from ..log import UserError
+
 ROPE_KINDS = ("linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -180,11 +182,11 @@ class Lora:
 
     def __post_init__(self):
         if self.rank < 1:
-            raise ValueError(f"lora.rank is {self.rank}; it must be at least 1")
+            raise UserError(f"lora.rank is {self.rank}; it must be at least 1")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout is {self.dropout}; it must be in [0, 1)")
+            raise UserError(f"lora.dropout is {self.dropout}; it must be in [0, 1)")
         if not self.targets:
-            raise ValueError("lora.targets is empty; give a pattern of module paths, such as _proj$")
+            raise UserError("lora.targets is empty; give a pattern of module paths, such as _proj$")
 
     @property
     def scale(self) -> float:
