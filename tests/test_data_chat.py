@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 from test_models_tokenizer import byte_level
 
-from train.data.chat import encode, encode_spans, prefix_spans
+from train.data import chat
+from train.data.chat import encode_spans, prefix_spans
 from train.data.formats import read_row
 from train.data.records import Record, turns
 from train.log import UserError
@@ -34,6 +35,11 @@ CHAT = read_row(
         ]
     }
 )
+
+
+def encode(tokenizer, record, **given):
+    (encoded,) = chat.encode(tokenizer, record, **given)
+    return encoded
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +87,12 @@ def test_what_stands_before_an_answer_is_what_the_model_is_given(tokenizer):
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     forgetful = dataclasses.replace(tokenizer, chat_template=FORGETFUL)
     thought = Record((*turns("a", "<think>x</think>b"), *turns("c", "<think>y</think>d")))
-    with pytest.raises(UserError, match=r"not prefix-stable: .* turn 1 .* Set data\.learn=last"):
+    with pytest.raises(UserError, match=r"not prefix-stable: .* turn 1 .* Set data\.learn=each"):
         encode(forgetful, thought)
     assert learnt(tokenizer, encode(forgetful, thought, learn="last")) == ["<think>y</think>d<|im_end|>"]
+    each = chat.encode(forgetful, thought, learn="each")
+    assert [learnt(tokenizer, e) for e in each] == [["<think>x</think>b<|im_end|>"], ["<think>y</think>d<|im_end|>"]]
+    assert "x</think>" not in tokenizer.decode(each[1].tokens)
     assert learnt(tokenizer, encode(forgetful, CHAT)) == ["Hi\n<|im_end|>", "It is 42.<|im_end|>"]
 
 
@@ -92,7 +101,8 @@ def test_an_answer_whose_first_token_would_join_the_prompts_last(tokenizer):
     text = "Hello world, the naïve café"
     whole = tokenizer.encode(text)
     cut = next(k for k in range(1, len(text)) if tokenizer.encode(text[:k]) != whole[: len(tokenizer.encode(text[:k]))])
-    encoded = encode_spans(tokenizer, text, [(cut, len(text))])
+    encoded, ended = encode_spans(tokenizer, text, [(cut, len(text))])
+    assert not ended
     assert encoded.tokens == [*tokenizer.encode(text[:cut]), *tokenizer.encode(text[cut:]), tokenizer.eos_ids[0]]
     assert encoded.tokens[:-1] != whole
     assert learnt(tokenizer, encoded) == [text[cut:] + "<|im_end|>"]
@@ -106,6 +116,17 @@ def test_an_answer_without_an_end_gets_one(tokenizer):
     )
     encoded = encode(bare, Record(turns("Hi", "Hello")))
     assert learnt(tokenizer, encoded) == ["Hello\n<|im_end|>"]
+
+
+def test_a_template_that_always_opens_another_answer(tokenizer):
+    """Where a turn ends in an EOS, that is the end of what is learnt; where it does not, nothing says where it is."""
+    eager = dataclasses.replace(
+        tokenizer, chat_template=CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
+    )
+    assert learnt(tokenizer, encode(eager, Record(turns("Hi", "Hello")))) == ["Hello<|im_end|>"]
+    endless = dataclasses.replace(eager, special={"eos_token": "<|endoftext|>"}, eos_ids=(0,))
+    with pytest.raises(UserError, match="opens another answer after the last one"):
+        encode(endless, Record(turns("Hi", "Hello")))
 
 
 def test_plain_texts_and_models_without_a_template(tokenizer):

@@ -138,6 +138,10 @@ def test_learning_the_last_turn_alone(tmp_path, model):
         config = finetune_of(data={"path": str(data), "learn": learn})
         learnt.append(read_rows(config, model, tmp_path / learn)[0].take(np.array([0]), 0)["weights"].sum())
     assert learnt[0] > learnt[1] > 0
+    config = finetune_of(data={"path": str(data), "learn": "each"})
+    rows, *_ = read_rows(config, model, tmp_path / "each")
+    assert rows.summary()["examples"] == 2
+    assert rows.take(np.array([0, 1]), 0)["weights"].sum() == learnt[0]
 
 
 def samples(tmp_path, model, text="2"):

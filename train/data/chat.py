@@ -17,7 +17,7 @@ from ..models.tokenizer import Tokenizer
 from ..tasks import wording
 from .records import Message, Record
 
-Learn = Literal["assistant", "last"]
+Learn = Literal["assistant", "last", "each"]
 Span = tuple[int, int]
 
 
@@ -29,19 +29,27 @@ class Encoded:
     learnt: list[int]
 
 
-def encode(tokenizer: Tokenizer, record: Record, *, learn: Learn = "assistant", **variables: Any) -> Encoded:
-    """Tokens of a record and which are learnt.
+def encode(tokenizer: Tokenizer, record: Record, *, learn: Learn = "assistant", **variables: Any) -> list[Encoded]:
+    """Tokens of a record and which are learnt: one example, or with `each` one for every turn of the assistant.
 
     Args:
-      learn: `assistant` learns every turn of the assistant, `last` the last one alone.
+      learn: `assistant` learns every turn of the assistant, `last` the last one alone, `each` every turn in an
+        example of its own, which ends with it: so a template may render earlier turns as it likes.
       variables: further names the chat template reads.
 
     Raises:
       UserError: nothing in the record can be learnt, or the template is not prefix-stable for it.
     """
     messages = shown(record)
-    if not any(m["role"] == "assistant" and m["content"] for m in messages):
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m["content"]]
+    if not turns:
         raise UserError("no assistant's turn to learn from")
+    if learn == "each":
+        return [_encode(tokenizer, record, messages[: i + 1], "last", **variables) for i in turns]
+    return [_encode(tokenizer, record, messages, learn, **variables)]
+
+
+def _encode(tokenizer: Tokenizer, record: Record, messages: list[Message], learn: Learn, **variables: Any) -> Encoded:
     if record.plain or not tokenizer.has_chat_template:
         return encode_plain(tokenizer, messages, plain=record.plain)
     if messages[-1]["role"] != "assistant":
@@ -53,7 +61,15 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: Learn = "assistant", 
             raise UserError(f"the chat template marks {len(spans)} generations in {wanted} turns of the assistant")
     else:
         text, spans = prefix_spans(tokenizer, messages, learn=learn, **variables)
-    return encode_spans(tokenizer, text, spans)
+    encoded, ended = encode_spans(tokenizer, text, spans)
+    # A template may open another answer whether it is asked to or not; then its end must not be taken for ours.
+    if not ended and tokenizer.chat(messages, True, **variables) == text:
+        raise UserError(
+            "the chat template opens another answer after the last one, and ends no turn with one of the model's"
+            f" end-of-sequence tokens ({', '.join(map(str, tokenizer.eos_ids))}); set data.chat_template to one that"
+            " heeds add_generation_prompt"
+        )
+    return encoded
 
 
 def shown(record: Record) -> list[Message]:
@@ -97,19 +113,22 @@ def prefix_spans(
             raise UserError(
                 f"the chat template is not prefix-stable: with later turns it renders turn {i} otherwise than without"
                 f" them (first at {text[max(0, at - 20) : at + 20]!r}), so what the assistant wrote cannot be told"
-                " exactly. Set data.learn=last, or data.chat_template to one with {% generation %} marks"
+                " exactly. Set data.learn=each, or data.chat_template to one with {% generation %} marks"
             )
         spans.append((len(before), len(after)))
     return text, spans
 
 
-def encode_spans(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> Encoded:
+def encode_spans(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> tuple[Encoded, bool]:
     """Tokens of a text and which lie in its spans, so that what stands before a span is what a model would be given.
 
     The whole text is tokenised at once if the ends of the spans are ends of tokens, and each span's beginning gives
     the tokens it gives alone; otherwise in pieces, if these decode to the same text. What a span
     holds after its last end-of-sequence token (a template's newline) is not learnt; an answer at the end of the text
     that has no such token gets one.
+
+    Returns:
+      (tokens, whether the last answer had its end).
     """
     edges = [edge for span in spans for edge in span]
     whole = tokenizer.encode(text)
@@ -117,14 +136,14 @@ def encode_spans(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> Enco
     bounds = [len(head) for head in heads]
     if any(head != whole[: len(head)] for head in heads):
         whole, bounds = encode_pieces(tokenizer, text, edges)
-    learnt = [0] * len(whole)
+    learnt, ended = [0] * len(whole), True
     for start, end in zip(bounds[::2], bounds[1::2], strict=True):
         ends = [i for i in range(start, end) if whole[i] in tokenizer.eos_ids]
         stop = ends[-1] + 1 if ends else end
         learnt[start:stop] = [1] * (stop - start)
         if not ends and end == len(whole):
-            whole, learnt = [*whole, tokenizer.eos_ids[0]], [*learnt, 1]
-    return Encoded(whole, learnt)
+            whole, learnt, ended = [*whole, tokenizer.eos_ids[0]], [*learnt, 1], False
+    return Encoded(whole, learnt), ended
 
 
 def encode_pieces(tokenizer: Tokenizer, text: str, edges: Sequence[int]) -> tuple[list[int], list[int]]:

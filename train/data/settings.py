@@ -50,8 +50,9 @@ class Data:
     """Of a TFDS version."""
     ignore: tuple[str, ...] = ()
     """Keys of the lines to pass over; other unknown keys are errors."""
-    learn: Literal["assistant", "last"] = "assistant"
-    """Turns of a conversation with a loss: all of the assistant's, or the last alone."""
+    learn: Literal["assistant", "last", "each"] = "assistant"
+    """Turns of a conversation with a loss: all of the assistant's; the last alone; or all, each in an example that
+    ends with it, for templates that render earlier turns otherwise (Qwen3's, which drops their reasoning)."""
     chat_template: str = ""
     """A Jinja file to render conversations with in place of the model's own template; saved with the tuned model."""
     pretraining_tokens: int = 0

@@ -113,7 +113,8 @@ def tokenise(
     examples = []
     for number, record in enumerate(records, start=1):
         try:
-            examples.append(dataclasses.asdict(encode(tokenizer, record, learn=data.learn, **variables)))
+            for e in encode(tokenizer, record, learn=data.learn, **variables):
+                examples.append({"tokens": e.tokens, "learnt": e.learnt})
         except UserError as error:
             raise UserError(f"{where}, example {number}: {error}") from error
     return examples
