@@ -111,6 +111,8 @@ class Step:
     """auto: tiled on CPUs, cudnn on GPUs, splash on TPUs where it can do what the model asks, else xla."""
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass computes again instead of keeping: nothing, every layer, or all but matrix products."""
+    layers: Literal["unrolled", "stacked"] = "unrolled"
+    """stacked: one layer is compiled and run over all, which compiles many times faster; unrolled may run faster."""
     masters: Literal["float32", "bfloat16"] = "float32"
     """Weights between the steps; bfloat16 halves them and loses updates below 1/256 of a weight. Moments: float32."""
     logits_at_once: int = 1024

@@ -4,24 +4,63 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import optax
+import jax.numpy as jnp
 
 from jaxmerge.where import matches
 
-from ..config import Sft
+from ..config import Sft, Step
 from ..log import UserError
 
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 
-def transform(config: Sft) -> optax.GradientTransformation:
-    """Clip, Adam moments, decoupled weight decay where `decays` says; the caller multiplies by −learning rate."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.step.clip),
-        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
-        optax.add_decayed_weights(config.step.weight_decay, mask=lambda params: decay_mask(params, config.step.decay)),
-    )
+
+class Moments(NamedTuple):
+    """Adam's running means of the gradient and of its square, float32, like the parameters; updates made so far."""
+
+    mu: Any
+    nu: Any
+    count: jax.Array
+
+
+def start(params: Any) -> Moments:
+    mu, nu = (jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params) for _ in range(2))
+    return Moments(mu, nu, jnp.zeros((), jnp.int32))
+
+
+def adamw(
+    config: Step, params: Any, moments: Moments, grads: Any, *, norm: jax.Array, rate: jax.Array, good: jax.Array
+) -> tuple[Any, Moments]:
+    r"""Adam with decoupled weight decay of the clipped gradient :math:`g \min(1, c / \lVert g \rVert)`.
+
+    .. math:: \theta \leftarrow \theta - \eta \left(\frac{m / (1 - \beta_1^n)}{\sqrt{v / (1 - \beta_2^n)} + \epsilon}
+       + \lambda \theta\right)
+
+    Written out instead of taken from optax: where an update may not be made (`good` false leaves all as it was),
+    the moments are chosen first and the parameters made of the chosen ones, so that XLA writes all of them in place;
+    choosing between optax's results it copied two of the three, which made the update 3.7 × slower on a CPU.
+
+    Args:
+      norm: of the gradient, all parameters together. rate: η.
+
+    References:
+      Loshchilov and Hutter, "Decoupled Weight Decay Regularization", https://arxiv.org/abs/1711.05101
+    """
+    scale = jnp.where(norm > config.clip, config.clip / norm, 1.0)
+    count = moments.count + good.astype(jnp.int32)
+    mu = jax.tree.map(lambda m, g: jnp.where(good, BETA_1 * m + (1 - BETA_1) * (scale * g), m), moments.mu, grads)
+    nu = jax.tree.map(lambda v, g: jnp.where(good, BETA_2 * v + (1 - BETA_2) * (scale * g) ** 2, v), moments.nu, grads)
+    n = count.astype(jnp.float32)
+    first, second = 1 - BETA_1**n, 1 - BETA_2**n
+
+    def leaf(p, m, v, decays: bool):
+        wide = p.astype(jnp.float32)
+        step = m / first / (jnp.sqrt(v / second) + EPSILON) + (config.weight_decay * wide if decays else 0.0)
+        return jnp.where(good, (wide - rate * step).astype(p.dtype), p)
+
+    return jax.tree.map(leaf, params, mu, nu, decay_mask(params, config.decay)), Moments(mu, nu, count)
 
 
 def decays(path: str, patterns: tuple[str, ...] = ()) -> bool:

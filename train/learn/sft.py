@@ -27,11 +27,12 @@ from ..models.config import ModelConfig
 from ..models.decoder import Params, is_stacked
 from ..models.fused import choose
 from ..models.lora_files import save_lora
+from ..models.stacked import stack_layers, unstack_layers
 from . import frozen as adapters
 from .batches import RowSource, batches, steps_of
 from .frozen import Frozen
 from .objective import Compute, loss_sums
-from .optim import ema_keep, learning_rate, transform
+from .optim import Moments, adamw, ema_keep, learning_rate, start
 from .speed import batch_flops, peak_flops, tokens_of
 from .watch import skipped, spike_limit, tracing
 
@@ -41,7 +42,7 @@ class State(NamedTuple):
 
     params: Params
     """The weights, or with `sft.lora` the adapter beside them."""
-    moments: Any
+    moments: Moments
     average: Params | None
     """Exponential moving average of the weights, float32; None where it is not asked for."""
     skipped: jax.Array
@@ -55,7 +56,7 @@ def init_state(config: Sft, params: Params, mesh: jax.sharding.Mesh) -> State:
     def make(params):
         return State(
             jax.tree.map(lambda p: jnp.array(p, masters, copy=True), params),
-            transform(config).init(wide(params)),
+            start(params),
             jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params) if config.step.ema else None,
             jnp.zeros(2, jnp.int32),
         )
@@ -64,16 +65,9 @@ def init_state(config: Sft, params: Params, mesh: jax.sharding.Mesh) -> State:
 
 
 def state_shardings(config: Sft, params: Params, mesh: jax.sharding.Mesh) -> State:
-    """Without these, `jit(tx.init)` would silently replicate the moments."""
-    tx, ours = transform(config), shardings(mesh, params)
-    moments = optax.tree_map_params(
-        tx,
-        lambda _, where: where,
-        jax.eval_shape(tx.init, params),
-        ours,
-        transform_non_params=lambda _: replicated(mesh),
-    )
-    return State(ours, moments, ours if config.step.ema else None, replicated(mesh))
+    """Without these, `jit` would silently replicate the moments."""
+    ours, count = shardings(mesh, params), replicated(mesh)
+    return State(ours, Moments(ours, ours, count), ours if config.step.ema else None, count)
 
 
 def wide(tree: Any) -> Any:
@@ -121,7 +115,6 @@ def make_step(model: ModelConfig, config: Sft, how: Compute | str) -> Callable[.
 
 @functools.lru_cache(maxsize=8)
 def _make_step(model: ModelConfig, config: Sft, how: Compute):
-    tx = transform(config)
     micro = config.micro_batch or config.batch
 
     def mean_gradient(params, batch, frozen):
@@ -157,20 +150,14 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute):
         loss, weight, grads = mean_gradient(state.params, batch, frozen)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limit * jnp.maximum(weight, 1e-6))
-        masters = wide(state.params)
-        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an int32 count
-            updates, moments = tx.update(grads, state.moments, masters)
-        params = jax.tree.map(lambda p, u: p - rate * u, masters, updates)
+        params, moments = adamw(config.step, state.params, state.moments, grads, norm=norm, rate=rate, good=good)
         average = state.average
         if average is not None:
-            average = jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, average, params)
-        params = jax.tree.map(lambda new, old: new.astype(old.dtype), params, state.params)
+            keep = jnp.where(good, keep, 1.0)
+            average = jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, average, wide(params))
         counts = jnp.where(good, state.skipped * jnp.array([1, 0]), state.skipped + 1)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (params, moments, average), (*state[:2], state.average)
-        )
         sums = {"loss": loss, "weight": weight, "gradient_norm": norm, "skipped": counts}
-        return State(*kept, counts), sums
+        return State(params, moments, average, counts), sums
 
     return step
 
@@ -231,14 +218,20 @@ def fine_tune(
     if lora is not None:
         trained, frozen = adapters.freeze(lora, params, mesh, seed=seed)
         say(f"LoRA: {adapters.share(params, trained):.2%} of the model's size is trained")
+    if config.step.layers == "stacked":
+        trained = placed(stack_layers, trained, mesh)
+        frozen = frozen and Frozen(placed(stack_layers, frozen.params, mesh), frozen.key)
     state = init_state(config, trained, mesh)
+    del trained  # the state has a copy
 
     def whole(trained: Params) -> Params:
-        return trained if lora is None or frozen is None else adapters.merged(lora, frozen, trained)
+        if lora is not None and frozen is not None:
+            trained = adapters.merged(lora, frozen, trained)
+        return placed(unstack_layers, trained, mesh) if is_stacked(trained) else trained
 
     restored, start, log = checkpoints.restore(state)
     state = restored if restored is not None else state
-    how = compute_of(config, model, params, mesh, dtype)
+    how = compute_of(config, model, state.params, mesh, dtype)
     say(f"attention: {how.attention}")
     step = make_step(model, config, how)
     where = batch_sharding(mesh, config.micro_batch or config.batch)
@@ -287,6 +280,11 @@ def fine_tune(
         shutil.rmtree(adapter_to, ignore_errors=True)
         save_lora(adapter_to, lora, result(state), params)
     return jax.tree.map(lambda ours, given: ours.astype(given.dtype), whole(result(state)), params), log
+
+
+def placed(change: Callable[[Params], Params], params: Params, mesh: jax.sharding.Mesh) -> Params:
+    """`change(params)`, where the mesh has it."""
+    return jax.jit(change, out_shardings=shardings(mesh, jax.eval_shape(change, params)))(params)
 
 
 def result(state: State) -> Params:

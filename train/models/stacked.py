@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from ..log import UserError
 from .decoder import Params, is_stacked
 
 
@@ -12,7 +13,13 @@ def stack_layers(params: Params) -> Params:
     """`layers/0/…`, `layers/1/…` → `layers/stacked/…` with a leading axis L; stacked ones are returned as they are."""
     if is_stacked(params):
         return params
-    layers = params["model"]["layers"]
+    layers = params.get("model", {}).get("layers", {})
+    kinds = {str(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), layer)) for layer in layers.values()}
+    if len(kinds) != 1 or layers.keys() != {str(i) for i in range(len(layers))}:
+        raise UserError(
+            f"layers {', '.join(layers) or 'are none'}: only alike ones, from 0 on, can be stacked (an adapter of some "
+            "layers cannot); leave them unrolled"
+        )
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layers[str(i)] for i in range(len(layers))))
     return with_layers(params, {"stacked": stacked})
 
