@@ -126,6 +126,23 @@ def test_on_eight_devices_as_on_one(rows, tuned):
     assert jax.tree.all(same)
 
 
+@pytest.mark.parametrize("config", [SFT, ADAPTED], ids=["whole", "lora"])
+def test_stacked_layers_train_as_unrolled_ones(config, rows):
+    """On a mesh; what comes back is unrolled, and lies where the weights did."""
+    mesh = make_mesh(Mesh(data=1, fsdp=2, tensor=2))
+    model = random_model(SIZES | {"num_hidden_layers": 3}, mesh, seed=0)
+    config = dataclasses.replace(config, epochs=1)
+    stacked = dataclasses.replace(config, step=dataclasses.replace(config.step, layers="stacked"))
+    params, log = tune(model, rows, stacked, mesh)
+    wanted, plain = tune(model, rows, config, mesh)
+    np.testing.assert_allclose([m["loss"] for m in log], [m["loss"] for m in plain], rtol=1e-4)
+    assert jax.tree.structure(params) == jax.tree.structure(wanted)
+    for (name, a), (_, b), (_, c) in zip(named(params), named(wanted), named(model.params), strict=True):
+        # Adam's first steps have the size of the rate wherever a gradient is not 0: rounding may turn a sign.
+        assert float(jnp.abs(a - b).mean()) < 0.1 * max(float(jnp.abs(b - c).mean()), 1e-6), name
+        assert a.sharding.is_equivalent_to(c.sharding, a.ndim)
+
+
 def test_bfloat16_weights_stay_bfloat16(model, rows, mesh):
     low = dataclasses.replace(model, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params))
     params, log = tune(low, rows, ADAPTED, mesh)

@@ -8,10 +8,13 @@ from test_models_families import FAMILY_CASES, IDS, config_of, logits, relative,
 from test_models_hf import BASE
 
 from train.config import Mesh
+from train.log import UserError
 from train.mesh import make_mesh, shardings
 from train.models.attention import KV, visible
+from train.models.config import Lora
 from train.models.decoder import bind, count_up, forward, shapes
 from train.models.hf import load_hf, save_hf
+from train.models.lora import init_lora
 from train.models.stacked import stack_layers, unstack_layers
 
 # Alike layers; two kinds of window; local and global θ; some layers without rotation; fused, looking at lengths.
@@ -93,6 +96,13 @@ def test_saving_unstacks(tmp_path):
     config, params = model("qwen2")
     save_hf(tmp_path / "out", config, stack_layers(params))
     assert_equal(load_hf(tmp_path / "out")[1], params)
+
+
+def test_layers_that_differ_are_refused():
+    _, params = model("qwen2")
+    part = init_lora(Lora(2, 4.0, ("layers/1/.*q_proj",)), params, jax.random.key(0))
+    with pytest.raises(UserError, match="layers 1: only alike ones, from 0 on, can be stacked"):
+        stack_layers(part)
 
 
 # --- what the backward pass computes again ---
