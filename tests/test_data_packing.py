@@ -14,6 +14,7 @@ from train.learn.batches import Drawn, batches, steps_of, to_drawn, to_rows
 from train.learn.objective import loss_sums
 from train.log import UserError
 from train.mesh import make_mesh
+from train.models.config import RopeScaling
 from train.models.source import random_model
 from train.tasks.characters import PAD_ID
 
@@ -85,6 +86,20 @@ def test_packed_and_unpacked_loss_and_gradient_are_the_same(examples, loss):
     (packed, g), (unpacked, h) = (total(model, to_rows(examples, c, PAD_ID, seed=1), c) for c in configs)
     assert packed == pytest.approx(unpacked, rel=2e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), g, h)
+
+
+def test_scalings_that_look_at_a_sequences_length_see_that_of_the_segment(examples):
+    """longrope changes its frequencies at 16 tokens: rows hold longer and shorter examples side by side."""
+    model = random_model(SIZES, make_mesh(Mesh()), seed=0)
+    scaling = RopeScaling(
+        "longrope", factor=8.0, original_max_position_embeddings=16, short_factor=(1.0,) * 8, long_factor=(3.0,) * 8
+    )
+    longer = dataclasses.replace(model, config=dataclasses.replace(model.config, rope_scaling=scaling))
+    sums = [total(longer, to_rows(examples, c, PAD_ID, seed=1), c)[0] for c in (SFT, UNPACKED)]
+    assert sums[0] == pytest.approx(sums[1], rel=2e-6)
+    plain = dataclasses.replace(scaling, long_factor=scaling.short_factor)
+    other = dataclasses.replace(model, config=dataclasses.replace(model.config, rope_scaling=plain))
+    assert total(other, to_rows(examples, SFT, PAD_ID, seed=1), SFT)[0][0] != pytest.approx(sums[0][0], rel=1e-4)
 
 
 def test_a_neighbour_in_the_row_changes_nothing(examples):
