@@ -194,6 +194,9 @@ def test_splits_of_one_file_share_no_question(tmp_path):
     suite = build_suite([spec], seed=0, style="instruct")
     assert [q.text for q in suite.questions("test")] == ["0?", "1?", "2?"]
     assert len({q.id for q in suite.all}) == 10
+    write(path, [{**GSM8K, "question": f"new {i}?"} for i in range(10)])  # in the same process
+    suite = build_suite([spec], seed=0, style="instruct")
+    assert suite.questions("test")[0].text == "new 0?"
 
 
 def test_a_tfds_version_is_a_file_too(tmp_path):

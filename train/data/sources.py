@@ -78,7 +78,8 @@ def open_part(part: Part, home: Path, seed: int) -> tuple[list[Record] | Path, P
 def prepare_once(builder: JsonLines | ReasoningGym, home: Path) -> Path:
     """Write the dataset; refused if `home` holds one made from something else."""
     folder = Path(builder.data_dir)
-    others = [p for p in home.glob("*/*/*/dataset_info.json") if p.parent != folder]
+    # Without checksums it is what a killed writer left.
+    others = [p for p in home.glob(f"*/*/*/{dataset.CHECKSUMS}") if p.parent != folder]
     if others:
         raise UserError(
             f"{others[0].parent} was made from other contents than are there now ({folder.parent.name});"

@@ -39,7 +39,9 @@ class LocalTask:
         """Yield (text, answer, solution, entry) of every question of the file, whatever the seed."""
         del seed, size
         chosen = self.options(args)
-        for record in read(str(args["path"]), str(args.get("split", "train")), self.formats):
+        path = Path(str(args["path"]))
+        written = path.stat().st_mtime_ns if path.exists() else 0
+        for record in read(path, str(args.get("split", "train")), self.formats, written):
             entry = {"question": record.question, "choices": list(record.choices), **chosen}
             yield self.text(record), record.answer, record.solution or None, entry
 
@@ -161,13 +163,14 @@ def mathematics() -> tuple[Any, Any]:
 
 
 @functools.lru_cache(maxsize=8)
-def read(path: str, split: str, formats: tuple[str, ...]) -> tuple[Any, ...]:
-    """Records of a file or folder, of the formats a task understands; read once a process."""
+def read(path: Path, split: str, formats: tuple[str, ...], written: int) -> tuple[Any, ...]:
+    """Records of a file or folder, of the formats a task understands; read once unless it is written again."""
+    del written
     from ..data.builders import read_folder, read_records
     from ..data.formats import detect
     from ..learn.dataset import numbered_jsonl
 
-    if Path(path).is_dir():
+    if path.is_dir():
         return tuple(read_folder(path, split))
     lines = numbered_jsonl(path)
     form = detect(lines[0][1]) if lines else ""
