@@ -42,15 +42,36 @@ def rope_table(c: ModelConfig, positions: jax.Array, kind: Rope = "global") -> t
         # Rotation by nothing, exactly: layers that do not rotate have the shape of those that do.
         inverse, factor = np.zeros(c.rotary_dim // 2, np.float32), 1.0
     angle = positions.astype(jnp.float32)[..., None, None] * jnp.asarray(inverse, jnp.float32)
-    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+    return pin(jnp.cos(angle) * factor), pin(jnp.sin(angle) * factor)
+
+
+def pin(table: jax.Array) -> jax.Array:
+    """The same numbers, computed once: a product with the identity, exact in full precision.
+
+    XLA otherwise fuses cos and sin into every use and computes them once a head and layer, forward and backward: a
+    tenth of a training step of 11 M parameters on a CPU, where it drops optimization barriers before it fuses.
+    """
+    return jnp.matmul(table, jnp.eye(table.shape[-1], dtype=table.dtype), precision=lax.Precision.HIGHEST)
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate the first R elements of x [B, T, heads, H]: i pairs with i + R/2 (Hugging Face's order)."""
-    cos, sin = rope
+    return _rotate(x, *rope)
+
+
+@jax.custom_vjp
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+# The gradient of a rotation is the rotation back; autodiff adds up padded slices, 5 × slower on a CPU. The angles
+# are no parameters.
+_rotate.defvjp(
+    lambda x, cos, sin: (_rotate(x, cos, sin), (cos, sin)),
+    lambda rope, g: (_rotate(g, rope[0], -rope[1]), None, None),
+)
 
 
 def sequence_lengths(positions: jax.Array) -> jax.Array:
