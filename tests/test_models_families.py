@@ -92,7 +92,7 @@ def in_tree_order(config):
     return [".".join(entry.key for entry in path) for path, _ in paths]
 
 
-@pytest.mark.parametrize("name", ["gemma3", "phi3_long", "qwen3_windows"])
+@pytest.mark.parametrize("name", ["gemma3", "phi3_long"])
 def test_every_tensor_changes_the_logits(name, expected):
     config, params, _ = expected[name]
     loss = jax.jit(jax.grad(lambda p: jnp.square(forward(config, p, jnp.asarray(IDS))).mean()))
@@ -186,11 +186,11 @@ def test_a_sequence_that_turns_is_sampled_as_if_it_had_not_been_put_back(expecte
         return {c.id: c for c in engine.run(made)}
 
     prompts = [IDS[i % 2, : 4 + i].tolist() for i in range(12)]
-    few, many = run(prompts, 14, 8), run(prompts, 14, 16)
-    assert {i: c.tokens for i, c in few.items()} == {i: c.tokens for i, c in many.items()}
-    assert {len(c.tokens) for c in few.values()} == {14}
-    short = run(prompts, 5, 16)
-    assert {i: c.tokens for i, c in short.items()} == {i: c.tokens[:5] for i, c in many.items()}
+    many, few = run(prompts, 14, 8), run(prompts[:5], 14, 8)  # twelve in eight slots: some wait for others
+    assert {i: c.tokens for i, c in few.items()} == {i: many[i].tokens for i in few}
+    assert {len(c.tokens) for c in many.values()} == {14}
+    short = run(prompts, 13, 8)  # the first prompt, of 4 tokens, turns at 17: with its last
+    assert {i: c.tokens for i, c in short.items()} == {i: c.tokens[:13] for i, c in many.items()}
     for i, c in many.items():  # log-probabilities of a whole pass at each step's own length
         for step in (0, 9, 13):
             n = len(prompts[i]) + step

@@ -118,15 +118,14 @@ def gradient_of(config, params, remat):
     return jax.jit(jax.grad(loss)), loss
 
 
-@pytest.mark.parametrize(("name", "layout"), [("phi3", "unrolled"), ("gemma3", "stacked")])
-def test_gradients_are_the_same_whatever_is_computed_again(name, layout):
-    config, params = model(name)
+@pytest.mark.parametrize(("layout", "remat"), [("unrolled", "full"), ("stacked", "dots")])
+def test_gradients_are_the_same_whatever_is_computed_again(layout, remat):
+    config, params = model("qwen2")
     params = stack_layers(params) if layout == "stacked" else params
     wanted = gradient_of(config, params, "none")[0](params)
-    for remat in ("full", "dots"):
-        found = gradient_of(config, params, remat)[0](params)
-        worst = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max() / (jnp.abs(b).max() + 1e-9)), found, wanted)
-        assert max(jax.tree.leaves(worst)) < 1e-4
+    found = gradient_of(config, params, remat)[0](params)
+    worst = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max() / (jnp.abs(b).max() + 1e-9)), found, wanted)
+    assert max(jax.tree.leaves(worst)) < 1e-4
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "stacked"])
