@@ -66,9 +66,16 @@ def test_every_format_is_accepted(tmp_path, model, row):
 
 
 def run(folder, data, out, *assignments):
-    words = [str(folder), str(data), str(out)]
     settings = ["sft.epochs=1", "sft.batch=2", "sft.max_length=500", *assignments]
-    return verbs.sft(words, settings, False)
+    return verbs.sft([str(folder), str(data), str(out)], settings, False)
+
+
+def test_the_command_takes_a_model_a_file_and_a_folder(tmp_path, folder, capsys):
+    data = write(tmp_path / "a.jsonl", [ALPACA] * 2)
+    assert cli.main(["sft", str(folder), str(data), str(tmp_path / "out"), "sft.epochs=1", "sft.batch=2"]) == 0
+    assert (tmp_path / "out" / "hf" / "config.json").exists()
+    assert cli.main(["sft", str(folder), str(data)]) == 2
+    assert "wanted CONFIG or MODEL DATA OUT" in capsys.readouterr().err
 
 
 def record_of(out):

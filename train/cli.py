@@ -82,15 +82,17 @@ def run(function: Callable[..., int | None], verb: str, words: list[str]) -> int
     positionals = [w for w in words if w not in flags and w not in assignments]
     doc = (function.__doc__ or "").strip()
     if "--help" in flags or "-h" in positionals:
-        print(f"jaxmerge {verb} {doc}")
+        print(f"jaxmerge {doc}")
         return 0
     allowed = {"--dry-run"} if "--dry-run" in doc else set()
     for flag in flags:
         if flag not in allowed:
             raise UserError(f"no flag {flag}; options are written key=value" + (" (or --dry-run)" if allowed else ""))
-    wanted = [w for w in doc.splitlines()[0].split() if w.isupper()]
-    if len(positionals) != len(wanted):
-        raise UserError(f"wanted {' '.join(wanted) or 'no arguments'}, found {' '.join(positionals) or 'none'}")
+    # A verb may be given in several ways: `sft CONFIG | MODEL DATA OUT [key=value …]`.
+    ways = [[w for w in way.split() if w.isupper()] for way in doc.splitlines()[0].split(" | ")]
+    if len(positionals) not in map(len, ways):
+        wanted = " or ".join(" ".join(way) or "no arguments" for way in ways)
+        raise UserError(f"wanted {wanted}, found {' '.join(positionals) or 'none'}")
     return function(positionals, assignments, "--dry-run" in flags) or 0
 
 

@@ -54,11 +54,11 @@ def improve(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def sft(words: Words, assignments: Words, dry: bool) -> int:
-    """sft CONFIG [key=value …]
+    """sft CONFIG | MODEL DATA OUT [key=value …]
 
     Fine-tune or pretrain a model on examples; resumes the unfinished run in its folder; out=DIR places it.
-    Or without a config: `sft MODEL DATA OUT [key=value …]`, DATA being JSON lines (messages, prompt and completion,
-    Alpaca, GSM8K, MBPP, multiple choice: told by their keys) or the folder of a TFDS version.
+    Without a config, DATA is JSON lines (messages, prompt and completion, Alpaca, GSM8K, MBPP, multiple choice: told
+    by their keys) or the folder of a TFDS version, and OUT the folder of the run.
     Keys: sft.epochs=3 sft.batch=64 sft.learning_rate=2e-5 sft.packing=false sft.max_length=512 sft.overlong=drop
     data.learn=assistant data.format=null data.ignore=[] data.chat_template=FILE, and all others of a config.
     """
