@@ -233,9 +233,7 @@ def main() -> None:
                 line += f"  {medians[0] / medians[1]:5.2f} (≥ {BARS[dtype]})"
             print(line + f"   [attention {ours.how.attention}; peak {source}]", flush=True)
             del ours, sides
-    print(
-        "compiling: s to the first step (XLA s, programs), first process → second process (XLA s, from the cache)"
-    )
+    print("compiling: s to the first step (XLA s, programs), first process → second process (XLA s, from the cache)")
     for name in models:
         for dtype in dtypes:
             one, two = compile_twice(name, dtype, batch, length)

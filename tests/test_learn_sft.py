@@ -403,7 +403,7 @@ def program(model, examples, mesh, config) -> str:
 def test_no_setting_is_forgotten():
     assert {f.name for f in dataclasses.fields(Sft)} >= {*CHANGES, "start", "step", "watch"}
     assert {f.name for f in dataclasses.fields(Step)} == {
-        *STEPS, "attention", "masters", "decay", "ema", "remat", "logits_at_once", "spike", "max_skipped"
+        *STEPS, "attention", "layers", "masters", "decay", "ema", "remat", "logits_at_once", "spike", "max_skipped"
     }  # fmt: skip
 
 

@@ -185,8 +185,9 @@ def test_tensorboard_and_wandb_get_the_same_metrics(tmp_path, monkeypatch):
         calls.append(("init", settings["id"], settings["config"], settings["resume"]))
         return Run()
 
-    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for module, content in (("tensorboardX", {"SummaryWriter": SummaryWriter}), ("wandb", {"init": init})):
+        fake = types.SimpleNamespace(**content, __spec__=object())  # what is not installed here, but for one test
+        monkeypatch.setitem(sys.modules, module, fake)
     write_all(["tensorboard", "wandb"], tmp_path)
     assert calls == [
         ("open", str(tmp_path / "tensorboard" / "plain/sft"), 1),
@@ -200,8 +201,8 @@ def test_tensorboard_and_wandb_get_the_same_metrics(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("sink", "module"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, sink, module):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"{sink} needs {module} .*pip install 'jaxmerge\[{sink}\]'"):
+    monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"{sink} needs {module}, .*pip install 'jaxmerge\[{sink}\]'"):
         write_all([sink], tmp_path)
 
 

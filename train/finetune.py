@@ -25,7 +25,7 @@ from .models.load import Model
 from .models.source import load_source
 from .resolve import fingerprint, load, to_dict
 from .round import DATE
-from .sinks import open_sinks
+from .sinks import check_sinks, open_sinks
 from .tasks import PAD_ID, build_suite, held_out, pretraining_rows
 
 PHASE = "sft"
@@ -50,6 +50,7 @@ def finetune(config: Finetune, *, name: str, out: Path | None = None) -> Path:
 
 def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[str, Any]:
     """Train and commit; the record."""
+    check_sinks(config.sft.watch.sinks)
     mesh = make_mesh(config.mesh)
     model = load_source(config.model, mesh, seed=config.seed)
     if config.data.chat_template:

@@ -14,13 +14,14 @@ from typing import Any
 import yaml
 
 from . import summary
-from .config import Improve
+from .config import Improve, Sft
 from .journal import Journal, write_durably
 from .log import UserError
 from .phases import STEPS
 from .plan import plan
 from .resolve import differences, fingerprint, to_dict
 from .run import Run
+from .sinks import check_sinks
 
 
 def improve(config: Improve, *, name: str, out: Path | None = None, command: str = "") -> Path:
@@ -42,6 +43,9 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
         summary.show(finished, folder)
         return folder
     todo, outcomes = plan(config)
+    for phase in todo.phases:
+        if isinstance(phase.settings, Sft):
+            check_sinks(phase.settings.watch.sinks)
     with Journal(folder) as journal:
         write_durably(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
         journal.reconcile(phase.name for phase in todo.phases)

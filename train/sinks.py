@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -40,10 +41,8 @@ class TensorBoard:
 
     def __init__(self, folder: pathlib.Path, *, name: str, config: Mapping[str, Any]):
         del config
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise UserError(_missing("tensorboard", "tensorboardX", error)) from error
+        from tensorboardX import SummaryWriter  # type: ignore[import-not-found]  # optional
+
         # purge_step: of an interrupted process's events those from step 1 on are not shown.
         self.writer = SummaryWriter(str(folder / "tensorboard" / name), purge_step=1)
 
@@ -60,10 +59,8 @@ class WandB:
     """A Weights & Biases run below the run's folder; WANDB_MODE=offline keeps it there."""
 
     def __init__(self, folder: pathlib.Path, *, name: str, config: Mapping[str, Any]):
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(_missing("wandb", "wandb", error)) from error
+        import wandb  # type: ignore[import-not-found]  # optional
+
         # The same id whenever the run goes on; steps already sent are not sent again.
         identity = f"{folder.resolve().name}-{name}".replace("/", "-")
         project = os.environ.get("WANDB_PROJECT", "jaxmerge")
@@ -79,11 +76,21 @@ class WandB:
         self.run.finish()
 
 
-def _missing(sink: str, package: str, error: ImportError) -> str:
-    return f"sft.watch.sinks: {sink} needs {package} ({error}); pip install 'jaxmerge[{sink}]'"
-
-
 SINKS: dict[str, Callable[..., Sink]] = {"tensorboard": TensorBoard, "wandb": WandB}
+
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+def check_sinks(names: Sequence[str]) -> None:
+    """Raise a UserError, before any compute, if a sink is unknown or its package is not installed."""
+    for sink in names:
+        if sink not in SINKS:
+            raise UserError(f"sft.watch.sinks: {sink!r} is not known; known: {', '.join(SINKS)}")
+        if importlib.util.find_spec(PACKAGES[sink]) is None:
+            raise UserError(
+                f"sft.watch.sinks: {sink} needs {PACKAGES[sink]}, which is not installed;"
+                f" pip install 'jaxmerge[{sink}]'"
+            )
 
 
 @contextlib.contextmanager
@@ -98,9 +105,7 @@ def open_sinks(
       folder: of the run. name: of the phase, which tells those of one run apart.
       config: plain data, kept with the run where the sink can.
     """
-    unknown = [sink for sink in names if sink not in SINKS]
-    if unknown:
-        raise UserError(f"sft.watch.sinks: {unknown[0]!r} is not known; known: {', '.join(SINKS)}")
+    check_sinks(names)
     if not is_first_process():
         yield lambda metrics: None
         return

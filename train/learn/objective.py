@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +123,10 @@ class Head:
         return ("model", "embed_tokens", "weight") if self.config.tie_word_embeddings else ("lm_head", "weight")
 
     def weight(self, params: Params) -> jax.Array:
-        return functools.reduce(lambda node, name: node[name], self.path, params)
+        node: Any = params
+        for name in self.path:
+            node = node[name]
+        return node
 
     def __call__(self, weight: jax.Array, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] of hidden [..., D]: the decoder's own, caps included, with no other parameter in place."""
@@ -188,7 +192,7 @@ def _over_chunks(head, at_once, weight, hidden, labels, weights, *, gradient: bo
 
     if count == 1:
         (loss, d_weight), (each, d_hidden) = chunk((jnp.float32(0), jnp.float32(0)), (hidden, labels, weights))
-        return loss, each, d_weight.astype(weight.dtype) if gradient else None, d_hidden
+        return loss, each, None if d_weight is None else d_weight.astype(weight.dtype), d_hidden
 
     def split(x):
         x = jnp.pad(x, ((0, 0), (0, count * width - K), *((0, 0),) * (x.ndim - 2)))
@@ -199,4 +203,6 @@ def _over_chunks(head, at_once, weight, hidden, labels, weights, *, gradient: bo
 
     start = (jnp.float32(0), jnp.zeros(weight.shape, jnp.float32) if gradient else None)
     (loss, d_weight), (each, d_hidden) = jax.lax.scan(chunk, start, tuple(map(split, (hidden, labels, weights))))
-    return (loss, join(each), *((d_weight.astype(weight.dtype), join(d_hidden)) if gradient else (None, None)))
+    if d_weight is None:
+        return loss, join(each), None, None
+    return loss, join(each), d_weight.astype(weight.dtype), join(d_hidden)

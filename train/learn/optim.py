@@ -22,7 +22,7 @@ class Moments(NamedTuple):
 
     mu: Any
     nu: Any
-    count: jax.Array
+    updates: Any
 
 
 def start(params: Any) -> Moments:
@@ -49,7 +49,7 @@ def adamw(
       Loshchilov and Hutter, "Decoupled Weight Decay Regularization", https://arxiv.org/abs/1711.05101
     """
     scale = jnp.where(norm > config.clip, config.clip / norm, 1.0)
-    count = moments.count + good.astype(jnp.int32)
+    count = moments.updates + good.astype(jnp.int32)
     mu = jax.tree.map(lambda m, g: jnp.where(good, BETA_1 * m + (1 - BETA_1) * (scale * g), m), moments.mu, grads)
     nu = jax.tree.map(lambda v, g: jnp.where(good, BETA_2 * v + (1 - BETA_2) * (scale * g) ** 2, v), moments.nu, grads)
     n = count.astype(jnp.float32)

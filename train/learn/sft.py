@@ -45,7 +45,7 @@ class State(NamedTuple):
     moments: Moments
     average: Params | None
     """Exponential moving average of the weights, float32; None where it is not asked for."""
-    skipped: jax.Array
+    skipped: Any
     """Updates not made, [in all, in a row] int32."""
 
 

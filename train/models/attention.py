@@ -32,13 +32,13 @@ def attend(
       [B, N, T, H].
     """
     B, N, T, H = q.shape
-    scale = H**-0.5 if scale is None else scale
+    factor: float = H**-0.5 if scale is None else scale
     if isinstance(mask, fused.Causal):
-        return fused.attend(q, kv.k, kv.v, mask, scale=scale, softcap=softcap)
+        return fused.attend(q, kv.k, kv.v, mask, scale=factor, softcap=softcap)
     K = kv.k.shape[1]
     q = q.reshape(B, K, N // K * T, H)
     scores = jnp.einsum("bkth,bksh->bkts", q, kv.k, preferred_element_type=jnp.float32)
-    scores = cap(scores * scale, softcap)
+    scores = cap(scores * factor, softcap)
     scores = scores.reshape(B, K, N // K, T, -1)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).reshape(B, K, N // K * T, -1).astype(kv.v.dtype)

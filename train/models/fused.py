@@ -161,7 +161,7 @@ def _splash(
 
         ids = jnp.pad(segments, ((0, 0), (0, more)), constant_values=-1)
         out = jax.vmap(kernel)(q, k, v, SegmentIds(ids, ids))
-    return out[:, :, :T].astype(jnp.float32)
+    return jnp.asarray(out)[:, :, :T].astype(jnp.float32)  # residuals, which it can return beside, are not asked for
 
 
 def _splash_kernel(heads: int, length: int, window: int | None, softcap: float | None, interpret: bool):
