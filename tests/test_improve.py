@@ -54,7 +54,7 @@ def jaxmerge(*words: object, point: str | None = None, calls: int = 1, code: int
 def timeless(value):
     """Metrics without what a clock says."""
     if isinstance(value, dict):
-        clocks = ("seconds", "tokens_per_second", "phase_seconds", "command")
+        clocks = ("seconds", "tokens_per_second", "mfu", "phase_seconds", "command")
         return {k: timeless(v) for k, v in value.items() if k not in clocks}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
