@@ -240,12 +240,12 @@ def _count_rows(bits: list[Array], tried: Array, axes: int) -> Array:
     ones = [(b >= tried[q, j]).astype(jnp.uint32) for q, b in enumerate(bits) for j in range(TRIED)]
     if math.prod(bits[0].shape[axes:]) < 1 << 16:
         # Two counts of a row fit one word: half the sums.
-        ones = [one | (other << 16) for one, other in zip(ones[::2], ones[1::2], strict=True)]
-        words = jnp.stack(passes.row_sums(ones, axes))
-        rows = jnp.stack([words & 0xFFFF, words >> 16], axis=1)
+        words = passes.row_sums([one | (other << 16) for one, other in zip(ones[::2], ones[1::2], strict=True)], axes)
+        counts = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     else:
-        rows = jnp.stack(passes.row_sums(ones, axes))
-    return rows.reshape(*tried.shape, *bits[0].shape[:axes])
+        counts = passes.row_sums(ones, axes)
+    # Stacked, not reshaped: a mesh with explicit axes splits no axis beside one of its own, in jax 0.10.
+    return jnp.stack([jnp.stack(counts[q * TRIED : (q + 1) * TRIED]) for q in range(len(bits))])
 
 
 def _end(bits: Callable[[Stored], list[Array]], stored: Stored, k: Array, bracket: Bracket) -> Array:
