@@ -16,7 +16,7 @@ from .learn.dataset import read_jsonl, write_jsonl
 from .log import UserError, print_table, progress
 from .mesh import make_mesh
 from .models.load import Model
-from .tasks import STOP_STRINGS, build_suite
+from .tasks import STOP_STRINGS, Question, Suite, build_suite
 
 
 def sample_file(path: str, source: Path, out: Path, options: SampleOptions) -> int:
@@ -96,7 +96,26 @@ def evaluate_model(path: str, config: Improve) -> dict[str, Any]:
         slots=block.slots,
         dtype=config.model.dtype,
     )
-    prompts = round.prompts(suite, model.tokenizer, questions, config.tasks.few_shot)
+    rows, _ = ask(
+        model, suite, questions, settings, seed=config.seed, name=Path(path).name, few_shot=config.tasks.few_shot
+    )
+    result = {"name": path, "finished": True, "rows": rows, "paired": [], "majority": suite.majority_baselines()}
+    print_table(result)
+    return result
+
+
+def ask(
+    model: Model,
+    suite: Suite,
+    questions: list[Question],
+    settings: Settings,
+    *,
+    seed: int,
+    name: str,
+    few_shot: int = 0,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Answer every question once: rows of accuracy under `name`, and the answers with their scores."""
+    prompts = round.prompts(suite, model.tokenizer, questions, few_shot)
     start = time.perf_counter()
     with progress("evaluate", total=len(prompts), unit="questions") as bar:
         samples = rollout(
@@ -105,14 +124,11 @@ def evaluate_model(path: str, config: Improve) -> dict[str, Any]:
             model.tokenizer,
             prompts,
             settings,
-            jax.random.key(config.seed),
+            jax.random.key(seed),
             on_sample=lambda tokens: bar.advance(1),
         )
-    answers = [{"question_id": s.prompt_id, "text": s.text} for s in samples]
-    scored = round.verify(suite, {q.id: q for q in questions}, answers)
-    seconds = time.perf_counter() - start
+    texts = [{"question_id": s.prompt_id, "text": s.text, "reason": s.reason} for s in samples]
+    scored = round.verify(suite, {q.id: q for q in questions}, texts)
     scores = {row["question_id"]: float(row["score"] == 1.0) for row in scored}
-    rows = evaluate.rows(questions, scores, method=Path(path).name, round=0, seconds=seconds)
-    result = {"name": path, "finished": True, "rows": rows, "paired": [], "majority": suite.majority_baselines()}
-    print_table(result)
-    return result
+    seconds = time.perf_counter() - start
+    return evaluate.rows(questions, scores, method=name, round=0, seconds=seconds), scored

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from . import choices, evaluate, round
+from . import choices
+from .answer import ask
 from .config import QuestionOptions
 from .export import open_model
-from .generate.rollout import Settings, rollout
+from .generate.rollout import Settings
 from .learn.dataset import numbered_jsonl
 from .log import UserError, format_percent, print_table, progress, say
 from .models.load import Model
@@ -92,24 +90,5 @@ def answer(
     settings = Settings(
         max_new_tokens=options.max_new_tokens, slots=options.slots, dtype=options.dtype, stop=stop
     )  # fmt: skip
-    prompts = round.prompts(suite, model.tokenizer, questions)
-    start = time.perf_counter()
-    with progress("evaluate", total=len(prompts), unit="questions") as bar:
-        samples = rollout(
-            model.config,
-            model.params,
-            model.tokenizer,
-            prompts,
-            settings,
-            jax.random.key(0),
-            on_sample=lambda tokens: bar.advance(1),
-        )
-    texts = [{"question_id": s.prompt_id, "text": s.text, "reason": s.reason} for s in samples]
-    scored = round.verify(suite, {q.id: q for q in questions}, texts)
-    scores = {row["question_id"]: float(row["score"] == 1.0) for row in scored}
-    seconds = time.perf_counter() - start
-    return {
-        "rows": evaluate.rows(questions, scores, method=name, round=0, seconds=seconds),
-        "answers": scored,
-        "unfinished": sum(row["reason"] == "length" for row in scored),
-    }
+    rows, scored = ask(model, suite, questions, settings, seed=0, name=name)
+    return {"rows": rows, "answers": scored, "unfinished": sum(row["reason"] == "length" for row in scored)}
