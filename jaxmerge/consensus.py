@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxmerge import passes
 from jaxmerge.leafwise import Operands
-from jaxmerge.tree import Array
+from jaxmerge.tree import Array, or_one
 
 
 class Deltas(tuple[Array, ...]):
@@ -37,14 +37,10 @@ def _sum(terms: list[Array]) -> Array:
     return sum(terms[1:], start=terms[0])
 
 
-def _or_one(divisor: Array) -> Array:
-    return jnp.where(divisor == 0, 1, divisor)
-
-
 def weighted_sum(deltas: tuple[Array, ...], weights: Array, *, normalize: bool) -> Array:
     r"""Return :math:`\sum_i w_i d_i`, divided by :math:`\sum_i w_i` if `normalize`."""
     total = _sum([w * d for w, d in zip(weights, deltas, strict=True)])
-    return total / _or_one(weights.sum()) if normalize else total
+    return total / or_one(weights.sum()) if normalize else total
 
 
 def _disjoint(
@@ -58,7 +54,7 @@ def _disjoint(
     if not normalize:
         return total
     divisor = _sum([jnp.where(m, w, 0) for m, w in zip(agree, weights, strict=True)])
-    return total / (jnp.maximum(divisor, floor) if floor else _or_one(divisor))
+    return total / (jnp.maximum(divisor, floor) if floor else or_one(divisor))
 
 
 def elect_sign(deltas: tuple[Array, ...], weights: Array, *, normalize: bool) -> Array:
@@ -88,8 +84,8 @@ def elect_sign_by_energy(deltas: Deltas, weights: Array, *, normalize: bool) -> 
     energy = _energies(deltas)
     deltas = deltas.after(energy)
     largest = jnp.max(energy)
-    energy = energy / _or_one(largest)
-    return _disjoint(deltas, weights * energy / _or_one(energy.sum()), list(deltas), normalize)
+    energy = energy / or_one(largest)
+    return _disjoint(deltas, weights * energy / or_one(energy.sum()), list(deltas), normalize)
 
 
 def elect_sign_by_energy_mergekit(deltas: Deltas, weights: Array, *, normalize: bool) -> Array:

@@ -220,8 +220,8 @@ def _propose(bracket: Bracket, k: Array, sample: Array) -> Array:
         ]
     )
     middle = _roundest(low, high)
-    last = jnp.where(bracket.fresh, low + one, _roundest(middle, high))
-    halves = jnp.stack([middle, middle + one, _roundest(low, middle), last])
+    other = jnp.where(bracket.fresh, low + one, _roundest(middle, high))
+    halves = jnp.stack([middle, middle + one, _roundest(low, middle), other])
     tried = jnp.clip(jnp.where(bracket.stalled, halves, tried), low + one, high - one).T
     # The order does not matter; a sort in its body keeps XLA from running the loop on one core of a CPU, which it
     # does with loops all of whose operations it compiles into one function (its "small" loops, whatever their size).

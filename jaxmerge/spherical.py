@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxmerge import passes
 from jaxmerge.leafwise import Operands, leafwise, requires
 from jaxmerge.linear import check_sum
-from jaxmerge.tree import Array, PyTree
+from jaxmerge.tree import Array, PyTree, or_one
 
 
 def gram(vectors: Sequence[Array]) -> Array:
@@ -33,10 +33,6 @@ def _root(square: Array) -> Array:
     # The derivative of the root at zero is infinite: take it where there is something to take. Compared with
     # zero by equality throughout, so that NaN stays NaN.
     return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
-
-
-def _or_one(length: Array) -> Array:
-    return jnp.where(length == 0, 1, length)
 
 
 def _length(products: Array, coefficients: Array) -> Array:
@@ -67,7 +63,7 @@ def _cosine(a: Array, b: Array, axis: int | None) -> Array:
         square_a, product, square_b = products[0, 0], products[0, 1], products[1, 1]
     else:
         square_a, product, square_b = (jnp.sum(x * y, axis=axis, keepdims=True) for x, y in ((a, a), (a, b), (b, b)))
-    return jnp.clip(product / _or_one(_root(square_a)) / _or_one(_root(square_b)), -1, 1)
+    return jnp.clip(product / or_one(_root(square_a)) / or_one(_root(square_b)), -1, 1)
 
 
 def _slerp(x: Operands, *, t: Array) -> Array:
@@ -155,7 +151,7 @@ def _multislerp(x: Operands, *, weights: Array, normalize: bool, eps: float) -> 
     mean = w / (lengths + eps)
     size = _length(products, mean)
     # Directions that balance out have no mean on the sphere: the linear mean, which is then near zero.
-    coefficients = jnp.where(size < eps, w, mean / _or_one(size) * (w * lengths).sum())
+    coefficients = jnp.where(size < eps, w, mean / or_one(size) * (w * lengths).sum())
     x = x.after(coefficients)
     merged = _combine(coefficients, x.models if x.base is None else x.deltas)
     return merged if x.base is None else x.base + merged
@@ -202,11 +198,11 @@ def _karcher(x: Operands, *, max_iter: int, tol: float) -> Array:
     counted = (~(lengths <= tol)).astype(lengths.dtype)
     share = counted / jnp.maximum(counted.sum(), 1)
     # From here on in coefficients of the unit vectors, whose inner products are cosines.
-    cosines = products / _or_one(lengths)[:, None] / _or_one(lengths)[None]
+    cosines = products / or_one(lengths)[:, None] / or_one(lengths)[None]
     size = _length(cosines, share)
     # Directions that balance out: start from the first that counts.
     first = (jnp.arange(lengths.size) == jnp.argmax(counted)).astype(lengths.dtype)
-    mean = jnp.where(size < tol, first, share / _or_one(size))
+    mean = jnp.where(size < tol, first, share / or_one(size))
 
     def step(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
         mean, done = state
@@ -219,12 +215,12 @@ def _karcher(x: Operands, *, max_iter: int, tol: float) -> Array:
         tangent = pull - (pull * along).sum() * mean
         size = _length(cosines, tangent)
         done = done | (size < tol)
-        moved = jnp.cos(size) * mean + jnp.sin(size) * tangent / _or_one(size)
-        return jnp.where(done, mean, moved / _or_one(_length(cosines, moved))), done
+        moved = jnp.cos(size) * mean + jnp.sin(size) * tangent / or_one(size)
+        return jnp.where(done, mean, moved / or_one(_length(cosines, moved))), done
 
     # A loop of fixed length, frozen once it has converged: it can be differentiated and batched.
     mean, _ = jax.lax.fori_loop(0, max_iter, step, (mean, jnp.bool_(False)))
-    coefficients = lengths.mean() * mean / _or_one(lengths)
+    coefficients = lengths.mean() * mean / or_one(lengths)
     return _combine(coefficients, x.after(coefficients).models)
 
 

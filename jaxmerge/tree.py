@@ -103,6 +103,11 @@ def wide(dtype: Any) -> np.dtype:
     return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
 
 
+def or_one(divisor: Array) -> Array:
+    """Return a divisor that is never zero: 1 where it is, for quotients of what is then zero too."""
+    return jnp.where(divisor == 0, 1, divisor)
+
+
 def align(models: Sequence[PyTree], base: PyTree | None = None, *, labels: Sequence[str] | None = None) -> Aligned:
     """Lay `models` and `base` side by side, or raise a ValueError that names the first leaf that differs.
 

@@ -12,10 +12,9 @@ from train.config import Mesh
 from train.generate import engine as engines
 from train.generate.engine import CHUNK, Decoding, Engine, Request, bucket
 from train.generate.rollout import Prompt, Settings, batched, rollout, sample_keys
-from train.learn.objective import token_logprobs
 from train.log import UserError
 from train.mesh import make_mesh
-from train.models.decoder import forward
+from train.models.decoder import forward, logprobs
 from train.models.source import random_model
 from train.tasks.characters import EOS_ID, encode
 
@@ -85,7 +84,8 @@ def test_logprobs_equal_a_teacher_forced_pass(model, prompts, sampled):
     tokens = np.zeros((len(sampled), 48), np.int32)
     for row, s in zip(tokens, sampled, strict=True):
         row[: len(given[s.prompt_id]) + len(s.tokens)] = given[s.prompt_id] + s.tokens
-    forced = np.asarray(jax.jit(token_logprobs, static_argnums=0)(model.config, model.params, jnp.asarray(tokens)))
+    logits = jax.jit(forward, static_argnums=0)(model.config, model.params, jnp.asarray(tokens[:, :-1]))
+    forced = np.asarray(logprobs(logits, jnp.asarray(tokens[:, 1:])))
     for row, s in zip(forced, sampled, strict=True):
         start = len(given[s.prompt_id]) - 1
         np.testing.assert_allclose(s.logprobs, row[start : start + len(s.tokens)], atol=1e-4)

@@ -7,6 +7,7 @@ import pathlib
 import ml_dtypes
 import numpy as np
 import pytest
+from llamas import Reluctant
 from safetensors.numpy import save_file
 
 from jaxmerge.files import adapter
@@ -113,22 +114,6 @@ def test_any_run_of_elements_is_what_the_whole_has(tmp_path, base, dtype):
             buffer = np.empty((stop - start) * width, np.uint8)
             tensor.read_into(buffer, start * width)
             assert np.array_equal(buffer.view(tensor.dtype), whole[start:stop])
-
-
-class Reluctant:
-    """A tensor whose every read costs as much as reading all."""
-
-    chunked = False
-
-    def __init__(self, tensor):
-        self.tensor, self.reads = tensor, 0
-
-    def __getattr__(self, name):
-        return getattr(self.tensor, name)
-
-    def read_into(self, buffer, start=0):
-        self.reads += 1
-        self.tensor.read_into(buffer, start)
 
 
 def test_a_base_that_cannot_be_read_in_parts_is_read_once(tmp_path, base, monkeypatch):

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ET
 import ml_dtypes
 import numpy as np
 import pytest
+from llamas import Reluctant
 from safetensors.numpy import save_file
 
 from jaxmerge.files import compare as compare_module
@@ -178,22 +179,6 @@ def test_neither_chunks_nor_threads_matter(three, monkeypatch):
         result.pop("seconds")
     assert one == four
     near(one["overall"], whole["overall"])
-
-
-class Reluctant:
-    """A tensor whose every read costs as much as reading all."""
-
-    chunked = False
-
-    def __init__(self, tensor):
-        self.tensor, self.reads = tensor, 0
-
-    def __getattr__(self, name):
-        return getattr(self.tensor, name)
-
-    def read_into(self, buffer, start=0):
-        self.reads += 1
-        self.tensor.read_into(buffer, start)
 
 
 def test_a_tensor_that_cannot_be_read_in_parts_is_read_once(three, monkeypatch):

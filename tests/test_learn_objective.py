@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.learn.objective import Compute, Head, loss_sums, nll_sum, restart, token_logprobs, unpacked_positions
-from train.models.decoder import init
+from train.learn.objective import Compute, Head, loss_sums, nll_sum, restart, unpacked_positions
+from train.models.decoder import forward, init, logprobs
 from train.models.source import random_config
 
 SIZES = {
@@ -33,8 +33,9 @@ def batch_of(vocabulary: int, seed: int = 0):
 
 def plain(config, params, batch, dtype):
     """The formula with all logits at once, by autodiff."""
-    logprobs = token_logprobs(config, params, jnp.asarray(batch["tokens"]), dtype=dtype)
-    return -jnp.sum(logprobs * batch["weights"][:, 1:])
+    tokens = jnp.asarray(batch["tokens"])
+    found = logprobs(forward(config, params, tokens[:, :-1], dtype=dtype), tokens[:, 1:])
+    return -jnp.sum(found * batch["weights"][:, 1:])
 
 
 def close(found, wanted, rtol):

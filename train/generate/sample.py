@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..models.decoder import logprobs
+
 BLOCK = 256
 """Columns summed at once: the inversion walks V / BLOCK sums, then one block."""
 
@@ -88,5 +90,4 @@ def choose(logits, keys, steps, temperature, *, greedy: bool, top_k: int = 0, to
     else:
         uniform = jax.vmap(lambda key, step: jax.random.uniform(jax.random.fold_in(key, step)))(keys, steps)
         tokens = invert(restrict(logits / temperature, top_k=top_k, top_p=top_p), uniform)
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+    return tokens, logprobs(logits, tokens)

@@ -17,7 +17,7 @@ from jax import lax
 from ..log import UserError
 from ..models.attention import visible
 from ..models.config import ModelConfig
-from ..models.decoder import Params, bind
+from ..models.decoder import Params, bind, count_up, logprobs
 from ..models.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 4096
@@ -71,11 +71,11 @@ def score(
     results: list[Scored | None] = [None] * len(pairs)
     for batch in by_length(pairs):
         tokens, targets, lengths = arrays(pairs, batch)
-        logprobs, greedy = score_batch(config, params, tokens, targets, lengths, dtype=dtype)
+        found, greedy = score_batch(config, params, tokens, targets, lengths, dtype=dtype)
         for row, i in enumerate(batch):
             n = len(pairs[i][1])
             # Summed in float64 on the host: a sum over a thousand tokens keeps the digits of its parts.
-            total = float(np.asarray(logprobs[row, :n], np.float64).sum())
+            total = float(np.asarray(found[row, :n], np.float64).sum())
             results[i] = Scored(total, bool(np.asarray(greedy[row, :n]).all()))
         on_batch(len(batch))
     return [r for r in results if r is not None]
@@ -116,8 +116,7 @@ def score_batch(config: ModelConfig, params: Params, tokens, targets, lengths, *
       tokens: [B, T + 1]. targets: [B, K] positions ≥ 1 of tokens, filled up with 0.
       lengths: [B] tokens that are read; positions after them keep the last one's.
     """
-    T = tokens.shape[1] - 1
-    positions = jnp.minimum(jnp.arange(T)[None], lengths[:, None] - 1)
+    positions = count_up((tokens.shape[0], tokens.shape[1] - 1), lengths)
     decoder = bind(config, params)
     hidden, _ = decoder(tokens[:, :-1], positions, visible(positions), dtype=jnp.dtype(dtype))
     hidden = jnp.take_along_axis(hidden, jnp.maximum(targets - 1, 0)[..., None], axis=1)
@@ -126,12 +125,11 @@ def score_batch(config: ModelConfig, params: Params, tokens, targets, lengths, *
     def judge(part):
         h, label = part
         logits = decoder.head(h, jnp.dtype(dtype))
-        chosen = jnp.take_along_axis(logits, label[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == label
+        return logprobs(logits, label), jnp.argmax(logits, axis=-1) == label
 
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    logprobs, greedy = lax.map(judge, (flat, ids), batch_size=min(LOGITS_AT_ONCE, ids.size))
-    return logprobs.reshape(labels.shape), greedy.reshape(labels.shape)
+    found, greedy = lax.map(judge, (flat, ids), batch_size=min(LOGITS_AT_ONCE, ids.size))
+    return found.reshape(labels.shape), greedy.reshape(labels.shape)
 
 
 def encode_pair(

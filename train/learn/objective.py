@@ -11,37 +11,8 @@ import jax.numpy as jnp
 
 from ..models.attention import visible
 from ..models.config import ModelConfig
-from ..models.decoder import Params, bind, shapes
+from ..models.decoder import Params, bind, logprobs, shapes
 from ..models.fused import Causal
-
-
-def token_logprobs(
-    config: ModelConfig, params: Params, tokens: jax.Array, *, targets=None, segments=None, dtype=jnp.float32
-):
-    """log p(token t | tokens before it), float32, of right-padded tokens [B, T].
-
-    Args:
-      targets: [B, K] positions t ≥ 1 to judge; None judges all, K = T − 1. The head, a fifth of a small model's
-        work, and its logits are computed for these alone.
-
-    Returns:
-      [B, K].
-    """
-    B, T = tokens.shape
-    if targets is None:
-        targets = jnp.broadcast_to(jnp.arange(1, T), (B, T - 1))
-    positions = jnp.broadcast_to(jnp.arange(T - 1), (B, T - 1))
-    decoder = bind(config, params)
-    seen = visible(positions, None if segments is None else segments[:, :-1])
-    hidden, _ = decoder(tokens[:, :-1], positions, seen, dtype=dtype)
-    if targets.shape[1] < T - 1:
-        hidden = jnp.take_along_axis(hidden, jnp.maximum(targets - 1, 0)[..., None], axis=1)
-    return logprobs(decoder.head(hidden, dtype), jnp.take_along_axis(tokens, targets, axis=1))
-
-
-def logprobs(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """log softmax(logits [..., V]) at labels [...]."""
-    return jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

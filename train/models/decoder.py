@@ -290,6 +290,11 @@ def count_up(shape: tuple[int, ...], lengths=None) -> jax.Array:
     return positions if lengths is None else jnp.minimum(positions, jnp.maximum(lengths - 1, 0)[:, None])
 
 
+def logprobs(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """log softmax(logits [..., V]) at labels [...]."""
+    return jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+
+
 def forward(c: ModelConfig, params: Params, tokens, *, lengths=None, positions=None, segments=None, dtype=jnp.float32):
     """Logits [B, T, V] float32 of right-padded tokens [B, T]; padding after a sequence cannot change it.
 
