@@ -36,7 +36,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.config import Mesh, Sft, Step
+from train.config import Mesh, Sft
+from train.learn.settings import Step
 from train.learn.sft import compute_of, init_state, make_step
 from train.learn.speed import peak_flops, step_flops
 from train.mesh import batch_sharding, make_mesh

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from train.checkpoint import SftCheckpoints
-from train.config import Mesh, Sft, Step, Watch
+from train.config import Mesh, Sft
 from train.learn.batches import batches, steps_of, to_rows
 from train.learn.objective import Compute, loss_sums
 from train.learn.optim import learning_rate
+from train.learn.settings import Step, Watch
 from train.learn.sft import Checkpoints, compute_of, fine_tune, init_state, make_step, mean_loss
 from train.log import UserError
 from train.mesh import make_mesh

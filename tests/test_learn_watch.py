@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from train import sinks
-from train.config import Step, Watch
 from train.learn import speed, watch
 from train.learn.objective import loss_sums
+from train.learn.settings import Step, Watch
 from train.log import UserError
 from train.models.decoder import init
 from train.models.source import random_config

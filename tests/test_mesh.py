@@ -7,9 +7,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxmerge
-from train.config import Mesh, Sft, Step
+from train.config import Mesh, Sft
 from train.generate.rollout import Prompt, Settings, rollout
 from train.learn.batches import Rows
+from train.learn.settings import Step
 from train.learn.sft import fine_tune, init_state, make_step
 from train.log import UserError
 from train.mesh import batch_sharding, make_mesh, replicated, sharding_of, shardings

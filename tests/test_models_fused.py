@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.config import Mesh, Sft, Step
+from train.config import Mesh, Sft
+from train.learn.settings import Step
 from train.learn.sft import compute_of
 from train.log import UserError
 from train.mesh import make_mesh

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from .data.settings import Data
+from .learn.settings import Sft
 from .log import UserError
-from .models.config import Lora
 from .resolve import at_least, build, check_known, to_dict
 from .tasks.task import FamilySpec
 
@@ -101,99 +101,6 @@ class Selection:
             raise UserError(f"selection.real_ratio is {self.real_ratio}; it must lie in [0, 1]")
         if self.per_question is not None:
             at_least(self, "selection", per_question=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """How one update of fine-tuning is computed."""
-
-    attention: Literal["auto", "xla", "tiled", "cudnn", "splash"] = "auto"
-    """auto: tiled on CPUs, cudnn on GPUs, splash on TPUs where it can do what the model asks, else xla."""
-    remat: Literal["none", "full", "dots"] = "none"
-    """What the backward pass computes again instead of keeping: nothing, every layer, or all but matrix products."""
-    layers: Literal["unrolled", "stacked"] = "unrolled"
-    """stacked: one layer is compiled and run over all, which compiles many times faster; unrolled may run faster."""
-    masters: Literal["float32", "bfloat16"] = "float32"
-    """Weights between the steps; bfloat16 halves them and loses updates below 1/256 of a weight. Moments: float32."""
-    logits_at_once: int = 1024
-    """Tokens whose logits [·, V] are held at a time, a device's rows together."""
-    clip: float = 1.0
-    """Largest global gradient norm."""
-    weight_decay: float = 0.0
-    decay: tuple[str, ...] = ()
-    """Parameters that decay, as path patterns; () is all but norms and biases."""
-    ema: float = 0.0
-    """Above 0: return the exponential moving average of the weights with this decay, at most (1 + n)/(10 + n)."""
-    spike: float = 0.0
-    """Above 0: skip an update whose loss exceeds this many times the median of the last 32."""
-    max_skipped: int = 3
-    """Stop when this many updates in a row were skipped: loss or gradient not finite, or a spike."""
-
-    def __post_init__(self):
-        at_least(self, "sft.step", clip=0, logits_at_once=1, spike=0, max_skipped=1)
-        if not 0 <= self.ema < 1:
-            raise UserError(f"sft.step.ema is {self.ema}; it must lie in [0, 1)")
-        if 0 < self.spike <= 1:
-            raise UserError(f"sft.step.spike is {self.spike}; it must be above 1, or 0 for never")
-
-
-@dataclasses.dataclass(frozen=True)
-class Watch:
-    """What is measured while fine-tuning, and where it is written beside steps.jsonl."""
-
-    held_out: int = 0
-    """Examples kept out of the training, drawn by the seed, to measure the loss on."""
-    evaluate_every: int = 50
-    """Steps between two measurements of the held-out loss; it is also measured at the end."""
-    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where the metrics of every step go besides."""
-    trace_from: int = 0
-    """First step of a profiler trace (from 1), written to `trace/`; 0 traces nothing."""
-    trace_steps: int = 3
-
-    def __post_init__(self):
-        at_least(self, "sft.watch", held_out=0, evaluate_every=1, trace_from=0, trace_steps=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sft:
-    """Supervised fine-tuning: AdamW, warm-up then cosine, loss on the completion only."""
-
-    learning_rate: float = 2e-5
-    epochs: int = 3
-    batch: int = 64
-    micro_batch: int | None = None
-    """Rows a forward pass; the batch is accumulated from them. null: the batch at once."""
-    warmup: float = 0.03
-    """Share of the steps over which the rate rises from 0."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    max_length: int = 512
-    """Longest example, in tokens; with packing also the length of a row."""
-    overlong: Literal["drop", "truncate"] = "drop"
-    """What happens to longer examples: left out, or cut at max_length. Counted either way."""
-    packing: bool = False
-    """Put several examples into a row; `batch` counts rows. The loss stays that of the examples one by one."""
-    loss: Literal["completion", "all"] = "completion"
-    start: Literal["merged", "original"] = "merged"
-    """What a round is fine-tuned from: the last merged model or the original one."""
-    snapshots: int = 1
-    """Checkpoints kept a round, equally spaced, the last at the end; exme picks its two among them."""
-    checkpoint_every: int = 200
-    """Steps between resumable checkpoints: what a kill can lose."""
-    step: Step = Step()
-    watch: Watch = Watch()
-    lora: Lora | None = None
-    """Train low-rank adapters {rank, alpha, targets, dropout} beside frozen weights and merge them at the end; null:
-    train all weights."""
-
-    def __post_init__(self):
-        at_least(self, "sft", epochs=1, batch=1, max_length=2, snapshots=1, checkpoint_every=1)
-        if self.learning_rate < 0 or not 0 <= self.warmup <= 1:
-            raise UserError(
-                f"sft: learning_rate is {self.learning_rate} (≥ 0), warmup is {self.warmup} (a share, 0 to 1)"
-            )
-        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
-            raise UserError(f"sft.micro_batch is {self.micro_batch}; it must divide sft.batch={self.batch}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +213,7 @@ class Improve:
     seed: int = 0
     sampling: Sampling = Sampling()
     selection: Selection = Selection()
-    sft: Sft = Sft()
+    sft: Sft = dataclasses.field(default_factory=Sft)
     merge: Merge = Merge()
     evaluation: Evaluation = Evaluation()
     mesh: Mesh = Mesh()
@@ -356,7 +263,7 @@ class Finetune:
 
     model: Source
     data: Data
-    sft: Sft = Sft()
+    sft: Sft = dataclasses.field(default_factory=Sft)
     mesh: Mesh = Mesh()
     seed: int = 0
 

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..config import Sft
 from ..data.mixture import Mixture, shard
 from ..data.packing import fill, pack
 from ..log import UserError
+from .settings import Sft
 
 Batch = dict[str, np.ndarray]
 WINDOW = 4096

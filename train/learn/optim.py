@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from jaxmerge.where import matches
 
-from ..config import Sft, Step
 from ..log import UserError
+from .settings import Sft, Step
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ..config import Sft, Step
 from ..log import UserError, say
 from ..mesh import batch_sharding, replicated, shardings
 from ..models.config import ModelConfig
@@ -33,6 +32,7 @@ from .batches import RowSource, batches, steps_of
 from .frozen import Frozen
 from .objective import Compute, loss_sums
 from .optim import Moments, adamw, ema_keep, learning_rate, start
+from .settings import Sft, Step
 from .speed import batch_flops, peak_flops, tokens_of
 from .watch import skipped, spike_limit, tracing
 

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from ..config import Step, Watch
 from ..log import UserError, say
+from .settings import Step, Watch
 
 T = TypeVar("T")
 WINDOW = 32  # accepted losses whose median a spike is measured by
