@@ -45,7 +45,7 @@ class GaveUp(Exception):
 def state(launch: Launch, shell: Shell) -> State:
     """The state now; a gcloud that fails otherwise than by NOT_FOUND is asked again for a while."""
     try:
-        data = json.loads(shell.need(commands.describe(launch), tries=6)).get("state") or {}
+        data = json.loads(shell.need(commands.describe(launch), tries=10)).get("state") or {}
     except Failed as failed:
         if absent(failed.result.error):
             return State(ABSENT)
@@ -82,7 +82,7 @@ def remove(launch: Launch, shell: Shell) -> None:
         if now.name == ABSENT:
             return
         shell.sleep(wait_of(attempt))
-        if now.name != "DELETING" and attempt % 6 == 5:
+        if now.name not in LEAVING:  # deleting was refused while the node was being taken away
             shell.run(commands.delete(launch))
     raise GaveUp(f"{launch.name} is not deleted after an hour or more; see the console", 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import time
@@ -68,7 +69,7 @@ class Shell:
             if result.code == 0:
                 return result.out
             if attempt + 1 < tries and not final(result.error):
-                self.sleep(5 * 2**attempt)
+                self.sleep(min(5 * 2**attempt, 120))
             else:
                 raise Failed(command, result)
         raise ValueError(f"tries is {tries}; it must be at least 1")
@@ -103,20 +104,28 @@ class DryShell(Shell):
         return Result(0, "", "")
 
 
+# Names of runs stand in these texts too, so that a bare word or number says nothing: `quota-test`, `demo-404`.
+_ABSENT = re.compile(r"NOT_FOUND|was not found|not found: 404|matched no objects")
+_DENIED = re.compile(
+    r"PERMISSION_DENIED|INVALID_ARGUMENT|UNAUTHENTICATED|does not have permission|(?<![\w-])403(?![\w-])"
+    r"|gcloud auth login|unrecognized arguments|has not been used in project"
+)
+_QUOTA = re.compile(r"(?<![\w-])quota(?![\w-])|quota_?exceeded", re.IGNORECASE)
+
+
 def absent(error: str) -> bool:
     """Whether gcloud's error says that the thing is not there."""
-    return any(text in error for text in ("NOT_FOUND", "not found", "matched no objects", "404"))
+    return bool(_ABSENT.search(error))
 
 
 def denied(error: str) -> bool:
     """Whether gcloud's error is the user's to mend: no rights, no log-in, arguments it does not take."""
-    texts = ("PERMISSION_DENIED", "INVALID_ARGUMENT", "UNAUTHENTICATED", "does not have permission", "403")
-    return any(text in error for text in (*texts, "gcloud auth login", "unrecognized arguments", "is not enabled"))
+    return bool(_DENIED.search(error))
 
 
 def quota(error: str) -> bool:
-    """Whether gcloud's error, or a request's, is a quota's."""
-    return "quota" in error.lower()
+    """Whether gcloud's error, or a request's reason, is a quota's."""
+    return bool(_QUOTA.search(error))
 
 
 def final(error: str) -> bool:
