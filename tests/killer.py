@@ -39,7 +39,7 @@ def killing(function, calls: int, *, after: bool = False, when=lambda *a: True):
 
 def arm(point: str, calls: int) -> None:
     from train import checkpoint, journal, phases, round, run
-    from train.learn import dataset, sft
+    from train.learn import dataset, shares
 
     if point == "sampling":  # between two sampling batches
         run.write_jsonl = killing(run.write_jsonl, calls, after=True, when=lambda p, r: "sample" in str(p))
@@ -50,7 +50,7 @@ def arm(point: str, calls: int) -> None:
     elif point == "data written":  # the examples are there, the phase is not committed
         phases.write_version = killing(dataset.write_version, calls, after=True)
     elif point == "training":  # in the middle of a fine-tuning run, between two checkpoints
-        sft.batches = dying_batches(sft.batches, calls)
+        shares.batches = dying_batches(shares.batches, calls)
     elif point == "saving state":  # Orbax wrote the state of step `calls` partly
         checkpoint.ocp.CheckpointManager.save = dying_save(checkpoint.ocp.CheckpointManager.save, calls)
     elif point == "weights saved":  # tuned weights are on disk, the phase is not committed

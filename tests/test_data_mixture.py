@@ -1,11 +1,9 @@
 """The stream of a mixture: its laws, for one process and for several, from the start and from the middle."""
 
-import itertools
-
 import numpy as np
 import pytest
 
-from train.data.mixture import Mixture, chairman, permutation, shard
+from train.data.mixture import Mixture, chairman, permutation
 from train.log import UserError
 
 
@@ -30,20 +28,6 @@ def test_a_resumed_reader_sees_what_the_undisturbed_one_does(mixture):
         again = Mixture(mixture.sizes, mixture.rates, mixture.seed)  # nothing kept from before
         assert listed(again, start, 300) == whole[start:]
     assert listed(mixture, 5, 5) == []
-
-
-@pytest.mark.parametrize("mixture", MIXTURES)
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_together_see_what_one_sees(mixture, processes):
-    whole = listed(mixture, 0, 96)
-    shares = []
-    for batch in range(0, 96, 8):
-        shares += [listed(mixture, *shard(batch, batch + 8, p, processes)) for p in range(processes)]
-    assert list(itertools.chain(*shares)) == whole
-    with pytest.raises(UserError, match="cannot be shared evenly by 3 processes"):
-        shard(0, 8, 0, 3)
-    with pytest.raises(UserError, match="process 2 of 2"):
-        shard(0, 8, 2, 2)
 
 
 @pytest.mark.parametrize("mixture", [m for m in MIXTURES if m.rates])

@@ -162,7 +162,8 @@ def test_resumed_and_shared_batches_are_the_same(examples):
             again = to_drawn([examples[:10], examples[10:]], config, PAD_ID, rates=(0.5, 0.5), seed=2)
             for a, b in zip(batches(again, config, seed=0, start=start), whole[start:], strict=True):
                 jax.tree.map(np.testing.assert_array_equal, a, b)
-        shares = [list(batches(rows, config, seed=0, process=p, processes=2)) for p in (0, 1)]
+        halves = np.split(np.arange(config.batch), 2)
+        shares = [list(batches(rows, config, seed=0, share=part)) for part in halves]
         for left, right, batch in zip(*shares, whole, strict=True):
             jax.tree.map(lambda a, b, c: np.testing.assert_array_equal(np.concatenate([a, b]), c), left, right, batch)
 
@@ -170,7 +171,8 @@ def test_resumed_and_shared_batches_are_the_same(examples):
 def test_rows_without_a_mixture_are_shared_too(examples):
     rows = to_rows(examples, dataclasses.replace(UNPACKED, batch=6), PAD_ID)
     config = dataclasses.replace(UNPACKED, batch=6)
-    shares = [list(batches(rows, config, seed=0, process=p, processes=3)) for p in range(3)]
+    thirds = np.split(np.arange(6), 3)
+    shares = [list(batches(rows, config, seed=0, share=part)) for part in thirds]
     for parts in zip(*shares, batches(rows, config, seed=0), strict=True):
         jax.tree.map(lambda *x: np.testing.assert_array_equal(np.concatenate(x[:-1]), x[-1]), *parts)
 

@@ -330,11 +330,11 @@ def test_a_skipped_update_is_told_and_left_out_of_the_log(model, examples, mesh,
     config = with_step(dataclasses.replace(SFT, epochs=4, learning_rate=1e-2), spike=1.5)
     rows = to_rows(examples, config, PAD_ID)
 
-    def spoil(rows, config, *, seed, start=0):
-        for number, batch in enumerate(batches(rows, config, seed=seed, start=start), start):
+    def spoil(rows, config, *, seed, start=0, share=None):
+        for number, batch in enumerate(batches(rows, config, seed=seed, start=start, share=share), start):
             yield batch | ({"tokens": 63 - batch["tokens"]} if number == 12 else {})
 
-    monkeypatch.setattr("train.learn.sft.batches", spoil)
+    monkeypatch.setattr("train.learn.shares.batches", spoil)
     _, log = tune(model, rows, config, mesh)
     assert [m["step"] for m in log] == [n for n in range(1, 17) if n != 13]
     assert [m["skipped"] for m in log] == [0] * 12 + [1] * 3

@@ -16,6 +16,7 @@ from .learn.dataset import read_jsonl, write_jsonl
 from .log import UserError, print_table, progress
 from .mesh import make_mesh
 from .models.load import Model
+from .processes import on_first
 from .tasks import STOP_STRINGS, Question, Suite, build_suite
 
 
@@ -24,7 +25,7 @@ def sample_file(path: str, source: Path, out: Path, options: SampleOptions) -> i
     lines = read_jsonl(source)
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such folder; make it first")
-    model = open_model(path)
+    model = open_model(path, make_mesh(options.mesh))
     prompts = [to_prompt(model, line, options.chat, f"{source} line {i}") for i, line in enumerate(lines, 1)]
     settings = Settings(
         options.samples,
@@ -57,7 +58,7 @@ def sample_file(path: str, source: Path, out: Path, options: SampleOptions) -> i
         }
         single = options.samples == 1
         rows.append({**line, **{name: values[0] if single else values for name, values in fields.items()}})
-    write_jsonl(out, rows)
+    on_first(write_jsonl, out, rows)
     return len(rows)
 
 

@@ -16,23 +16,24 @@ import orbax.checkpoint as ocp
 from .learn.sft import Checkpoints, State
 from .log import UserError
 from .models.decoder import Params
+from .processes import on_first, to_host
 
 
 def save_weights(path: Path, params: Params) -> None:
     """Write parameters to `path`; the folder appears under its name only when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with failure_named(path), ocp.StandardCheckpointer() as checkpointer:
+        path.parent.mkdir(parents=True, exist_ok=True)
         checkpointer.save(path.absolute(), params, force=True)
 
 
 @contextlib.contextmanager
 def failure_named(path: Path) -> Iterator[None]:
-    """A full disk reaches us from Orbax's own writers as errors of many kinds."""
+    """A full disk, or a folder that is gone, reaches us from Orbax's own writers as errors of many kinds."""
     try:
         yield
     except Exception as error:
         first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: the checkpoint could not be written ({first}); is the disk full?") from error
+        raise UserError(f"{path}: the checkpoint could not be written ({first}); is the disk full, or gone?") from error
 
 
 def load_weights(path: Path, like: Any) -> Params:
@@ -65,7 +66,7 @@ def digest(params: Params) -> str:
     total = hashlib.sha256()
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
-        value = np.ascontiguousarray(leaf)
+        value = np.ascontiguousarray(to_host(leaf))
         total.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
         total.update(value.data if value.ndim and value.dtype.kind == "f" else value.tobytes())
     return total.hexdigest()
@@ -108,4 +109,4 @@ class SftCheckpoints(Checkpoints):
         """Delete the resumable state: the phase is committed, its optimiser is not needed again."""
         if self._manager is not None:
             self._manager.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        on_first(shutil.rmtree, self.folder, ignore_errors=True)

@@ -33,7 +33,11 @@ MODEL is a Hugging Face folder, a GGUF file, package:NAME/FILE.gguf, a checkpoin
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a verb; the exit code: 0 done, 2 a mistake named on one line, 1 a check that failed."""
+    """Run a verb; the exit code.
+
+    0 done, 2 a mistake named on one line, 1 a check that failed, 75 stopped by a signal with all of it saved,
+    76 another process of the run is lost; after 75 and 76 the same command goes on.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -43,9 +47,25 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(version("jaxmerge"))
         return 0
-    from .log import UserError
+    from .stop import STOPPED
 
     verb, rest = words[0], words[1:]
+    try:
+        code = attempt(verb, rest)
+    except BaseException as error:
+        if processes := sys.modules.get(f"{__package__}.processes"):
+            processes.failed(error)
+        raise
+    if processes := sys.modules.get(f"{__package__}.processes"):
+        processes.end(code, with_all=code in (0, STOPPED))
+    return code
+
+
+def attempt(verb: str, rest: list[str]) -> int:
+    """Run a verb, its errors put into words."""
+    from .log import UserError
+    from .stop import STOPPED, Stopped
+
     try:
         from .verbs import VERBS
 
@@ -57,6 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"jaxmerge {verb}: {error}", file=sys.stderr)
         return 2
+    except Stopped:
+        print(f"jaxmerge {verb}: stopped as asked; the same command goes on from here", file=sys.stderr)
+        return STOPPED
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
         if module in ("", "jaxmerge", "train"):

@@ -203,6 +203,51 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Distributed:
+    """Processes that run as one, each started with the same command; where this one finds the others."""
+
+    auto: bool = False
+    """Cloud TPU, Slurm, Open MPI, Kubernetes: jax finds them by itself."""
+    coordinator: str | None = None
+    """host:port of process 0; with it `processes` and `process_id`."""
+    processes: int | None = None
+    process_id: int | None = None
+    start_timeout: int = 300
+    """Seconds to wait for all of them."""
+    silence: int = 60
+    """Seconds after which a process that answers nothing counts as lost."""
+
+    def __post_init__(self):
+        at_least(self, "distributed", start_timeout=1, silence=3)
+        given = [name for name in ("coordinator", "processes", "process_id") if getattr(self, name) is not None]
+        if self.auto and given:
+            raise UserError(f"distributed: auto=true finds what {', '.join(given)} say; give one or the other")
+        if given and len(given) < 3:
+            missing = {"coordinator", "processes", "process_id"} - set(given)
+            raise UserError(f"distributed: {', '.join(given)} without {', '.join(sorted(missing))}")
+        if self.processes is not None and self.process_id is not None and not 0 <= self.process_id < self.processes:
+            raise UserError(f"distributed.process_id is {self.process_id}; with {self.processes} processes: from 0 on")
+
+    @property
+    def wanted(self) -> bool:
+        return self.auto or self.coordinator is not None
+
+    @property
+    def by_hand(self) -> tuple[str, int, int]:
+        """(address of process 0, number of this one, how many)."""
+        return self.coordinator or "", self.process_id or 0, self.processes or 1
+
+
+PLACEMENT = ("mesh", "distributed")
+"""Keys that say where a run is computed, not what: a run goes on on another mesh, or with more processes."""
+
+
+def content(config: Any) -> dict[str, Any]:
+    """What a config says of the result: plain data, without `PLACEMENT`."""
+    return {key: value for key, value in to_dict(config).items() if key not in PLACEMENT}
+
+
+@dataclasses.dataclass(frozen=True)
 class Improve:
     """`jaxmerge improve`: rounds of sample → verify → select → sft → merge → evaluate."""
 
@@ -217,6 +262,7 @@ class Improve:
     merge: Merge = Merge()
     evaluation: Evaluation = Evaluation()
     mesh: Mesh = Mesh()
+    distributed: Distributed = Distributed()
     keep: int | None = None
     """Rounds whose weights stay on disk; null keeps all. Metrics and samples always stay."""
 
@@ -265,6 +311,7 @@ class Finetune:
     data: Data
     sft: Sft = dataclasses.field(default_factory=Sft)
     mesh: Mesh = Mesh()
+    distributed: Distributed = Distributed()
     seed: int = 0
 
 
@@ -285,6 +332,8 @@ class QuestionOptions:
     max_new_tokens: int = 512
     slots: int = 64
     dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: Mesh = Mesh()
+    distributed: Distributed = Distributed()
 
     def __post_init__(self):
         at_least(self, "evaluate", max_new_tokens=1, slots=1)
@@ -307,6 +356,8 @@ class SampleOptions:
     chat: bool | None = None
     """Render prompts through the chat template; null: if the model has one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: Mesh = Mesh()
+    distributed: Distributed = Distributed()
 
     def __post_init__(self):
         check_decoding(self, "sample")

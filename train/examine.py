@@ -12,6 +12,7 @@ from .export import open_model
 from .generate.rollout import Settings
 from .learn.dataset import numbered_jsonl
 from .log import UserError, format_percent, print_table, progress, say
+from .mesh import make_mesh
 from .models.load import Model
 from .tasks import FamilySpec, Question, Suite, build_suite
 from .tasks.cot import STOP
@@ -27,7 +28,7 @@ def examine(path: str, source: Path, options: QuestionOptions) -> dict[str, Any]
     """
     suite = open_suite(source, options)
     questions = list(suite.all)
-    model = open_model(path)
+    model = open_model(path, make_mesh(options.mesh))
     family = suite.specs[0].family
     asked = family != "choice" or model.tokenizer.has_chat_template
     if family != "choice" and not asked_plainly(options, family) and not model.tokenizer.has_chat_template:

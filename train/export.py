@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -96,7 +97,9 @@ def method_model(root: Path, method: str, round: int | None) -> Model:
         if not (root / "checkpoints" / outcome.model).is_dir():
             raise UserError(f"{root}: the weights of {outcome.model} are gone (keep= deletes those of old rounds)")
         return open_model(str(root / "checkpoints" / outcome.model))
-    run = Run(build(Improve, read_yaml(root / "config.yaml")), journal, todo, outcomes)
+    # Read where this is, not on the mesh of the run.
+    config = dataclasses.replace(build(Improve, read_yaml(root / "config.yaml")), mesh=Mesh())
+    run = Run(config, journal, todo, outcomes)
     return Model(run.model.config, run.weights(outcome.model), run.model.tokenizer)
 
 

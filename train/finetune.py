@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from . import checkpoint, export
-from .config import Finetune, Improve
-from .improve import check_same_config
-from .journal import Journal, write_durably
+from . import checkpoint, export, stop
+from .config import Finetune, Improve, content
+from .improve import check_same_config, write_config
+from .journal import Journal
 from .learn.batches import Rows, RowSource, steps_of, to_drawn, to_rows
 from .learn.sft import fine_tune, one_epoch
 from .learn.watch import hold_out, speed_of
-from .log import format_percent, progress, say
+from .log import format_percent, say
 from .mesh import make_mesh
 from .models.hf import save_hf
 from .models.load import Model
 from .models.source import load_source
+from .processes import on_first, several
 from .resolve import fingerprint, load, to_dict
 from .round import DATE
-from .sinks import check_sinks, open_sinks
+from .sinks import check_sinks, followed
 from .tasks import PAD_ID, build_suite, held_out, pretraining_rows
 
 PHASE = "sft"
@@ -33,13 +33,13 @@ PHASE = "sft"
 
 def finetune(config: Finetune, *, name: str, out: Path | None = None) -> Path:
     """Train, or resume training; the folder of the run, whose `hf/` is the tuned model."""
-    folder = out or Path("runs") / f"{name}-{fingerprint(config)}"
-    check_same_config(folder, config)
+    folder = out or Path("runs") / f"{name}-{fingerprint(content(config))}"
+    on_first(check_same_config, folder, config)
     with Journal(folder) as journal:
-        write_durably(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+        on_first(write_config, folder, config)
         journal.reconcile([PHASE])
         record = journal.committed(PHASE) or train(config, journal, folder, name)
-    shutil.rmtree(folder / "checkpoints" / PHASE, ignore_errors=True)
+    on_first(shutil.rmtree, folder / "checkpoints" / PHASE, ignore_errors=True)
     say(
         f"{record['steps']} steps, {record['tokens']} tokens, loss {record['loss_first']:.3f} → "
         f"{record['loss_last']:.3f}, {record['seconds']:.0f} s"
@@ -63,15 +63,8 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
     partial = journal.folder(PHASE)
     start = time.perf_counter()
     steps, sinks = partial / "steps.jsonl", config.sft.watch.sinks
-    with (
-        open_sinks(steps, sinks, folder=folder, name=name, config=to_dict(config)) as write,
-        progress(name, total=steps_of(rows, config.sft), unit="steps") as bar,
-    ):
-
-        def on_step(metrics: dict[str, float]) -> None:
-            bar.advance(1, note=f"loss {metrics['loss']:.3f}")
-            write(metrics)
-
+    about = {"folder": folder, "name": name, "config": to_dict(config), "total": steps_of(rows, config.sft)}
+    with followed(steps, sinks, **about) as on_step:
         params, log = fine_tune(
             model.config,
             model.params,
@@ -85,9 +78,10 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
             trace_to=folder / "trace",
             adapter_to=folder / "adapter",
             on_step=on_step,
+            asked_to_stop=stop.asked,
         )
-    export.describe(model, folder / "model")
-    shutil.rmtree(folder / "hf", ignore_errors=True)
+    on_first(export.describe, model, folder / "model")
+    on_first(shutil.rmtree, folder / "hf", ignore_errors=True)
     save_hf(folder / "hf", model.config, params, tokenizer_from=model.tokenizer)
     return journal.commit(
         PHASE,
@@ -126,7 +120,12 @@ def read_rows(config: Finetune, model: Model, home: Path) -> tuple[RowSource, Ro
     # Imported here: TFDS takes seconds, and text made on the spot does not need it.
     from .data.sources import load_sources
 
-    examples, notes = load_sources(data, model.tokenizer, home=home, seed=config.seed, date_string=DATE)
+    def read():
+        return load_sources(data, model.tokenizer, home=home, seed=config.seed, date_string=DATE)
+
+    if several():
+        on_first(lambda: read() and None)  # it writes the TFDS versions that all then read
+    examples, notes = read()
     pad = model.tokenizer.pad_id or 0
     examples, held = hold_out(examples, config.sft.watch.held_out, seed=config.seed)
     unseen = to_rows(held, one_epoch(config.sft), pad, seed=config.seed) if held else None
@@ -139,7 +138,8 @@ def read_rows(config: Finetune, model: Model, home: Path) -> tuple[RowSource, Ro
 
 def text_rows(tokens: np.ndarray) -> Rows:
     """Rows of plain text, every token learnt."""
-    return Rows(tokens, (tokens != PAD_ID).astype(np.float32), lengths=(tokens != PAD_ID).sum(axis=1))
+    read = tokens != PAD_ID
+    return Rows(tokens, read.astype(np.float32), lengths=read.sum(axis=1))
 
 
 def describe_rows(rows: RowSource, notes: list[dict[str, Any]]) -> list[str]:

@@ -14,14 +14,16 @@ from typing import Any
 import yaml
 
 from . import summary
-from .config import Improve, Sft
+from .config import PLACEMENT, Improve, Sft, content
 from .journal import Journal, write_durably
 from .log import UserError
 from .phases import STEPS
 from .plan import plan
+from .processes import on_first
 from .resolve import differences, fingerprint, to_dict
 from .run import Run
 from .sinks import check_sinks
+from .stop import check
 
 
 def improve(config: Improve, *, name: str, out: Path | None = None, command: str = "") -> Path:
@@ -35,11 +37,11 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
     Raises:
       UserError: the folder holds a run of another config, or a phase met a mistake of the user's.
     """
-    folder = out or Path("runs") / f"{name}-{fingerprint(config)}"
-    check_same_config(folder, config)
-    finished = summary.read_finished(folder)
+    folder = out or Path("runs") / f"{name}-{fingerprint(content(config))}"
+    on_first(check_same_config, folder, config)
+    finished = on_first(summary.read_finished, folder)
     if finished is not None:
-        summary.refresh_report(folder)
+        on_first(summary.refresh_report, folder)
         summary.show(finished, folder)
         return folder
     todo, outcomes = plan(config)
@@ -47,13 +49,19 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
         if isinstance(phase.settings, Sft):
             check_sinks(phase.settings.watch.sinks)
     with Journal(folder) as journal:
-        write_durably(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+        on_first(write_config, folder, config)
         journal.reconcile(phase.name for phase in todo.phases)
         run = Run(config, journal, todo, outcomes, name=name, command=command)
         redo_lost(run)
         run_phases(run)
-        summary.show(summary.write(run, finished=True), folder)
+        summary.show(on_first(summary.write, run, finished=True), folder)
     return folder
+
+
+def write_config(folder: Path, config: Any) -> None:
+    """Keep the resolved config; which process this is, is none of its business."""
+    values = {key: value for key, value in to_dict(config).items() if key != "distributed"}
+    write_durably(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def check_same_config(folder: Path, config: Any) -> None:
@@ -62,7 +70,8 @@ def check_same_config(folder: Path, config: Any) -> None:
     if not path.exists():
         return
     theirs = yaml.safe_load(path.read_text())
-    changed = differences(to_dict(config), theirs if isinstance(theirs, dict) else {})
+    there = {key: value for key, value in theirs.items() if key not in PLACEMENT} if isinstance(theirs, dict) else {}
+    changed = differences(content(config), there)
     if changed:
         raise UserError(
             f"{folder} holds a run of another config ({'; '.join(changed)}); choose another folder with out=DIR"
@@ -72,6 +81,7 @@ def check_same_config(folder: Path, config: Any) -> None:
 def run_phases(run: Run) -> None:
     """Compute and commit what is not committed; let go of weights after their last use."""
     for index, phase in enumerate(run.todo.phases):
+        check()
         if run.journal.committed(phase.name) is None:
             start = time.perf_counter()
             record = STEPS[phase.kind](run, phase, run.journal.folder(phase.name))
@@ -82,9 +92,9 @@ def run_phases(run: Run) -> None:
                 | {"seconds": time.perf_counter() - start, **record},
             )
             if phase.kind == "evaluate":
-                summary.write(run, finished=False)
+                on_first(summary.write, run, finished=False)
         if phase.kind == "sft":
-            shutil.rmtree(run.checkpoints(phase.name) / "state", ignore_errors=True)
+            on_first(shutil.rmtree, run.checkpoints(phase.name) / "state", ignore_errors=True)
         run.held = {name: p for name, p in run.held.items() if run.todo.last_use(name) > index}
         retain(run, index)
 
@@ -94,7 +104,7 @@ def redo_lost(run: Run) -> None:
     for index in reversed(range(len(run.todo.phases))):
         phase = run.todo.phases[index]
         made = run.made_by(phase)
-        if made is None or made.exists() or run.journal.committed(phase.name) is None:
+        if made is None or on_first(made.exists) or run.journal.committed(phase.name) is None:
             continue
         later = run.todo.phases[index + 1 :]
         if any(phase.name in p.inputs.values() and run.journal.committed(p.name) is None for p in later):
@@ -109,4 +119,4 @@ def retain(run: Run, index: int) -> None:
     oldest = max(p.round for p in done) - run.config.keep
     for phase in done:
         if 0 < phase.round <= oldest and phase.makes_weights and run.todo.last_use(phase.name) <= index:
-            shutil.rmtree(run.checkpoints(phase.name), ignore_errors=True)
+            on_first(shutil.rmtree, run.checkpoints(phase.name), ignore_errors=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,7 +18,9 @@ from .config import Mesh as MeshConfig
 from .log import UserError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))
+ROWS = ("data", "fsdp")
+"""Axes of the mesh that rows of a batch lie over."""
+BATCH = PartitionSpec(ROWS)
 
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     # [out, in]: heads, mlp columns and vocabulary over `tensor`, the other axis over `fsdp`.
@@ -37,6 +42,12 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
         request_cpu_devices(config.cpu_devices)
     shape = (config.data, config.fsdp, config.tensor)
     wanted, devices = math.prod(shape), jax.devices()
+    if jax.process_count() > 1 and wanted != len(devices):
+        raise UserError(
+            f"mesh data={config.data} × fsdp={config.fsdp} × tensor={config.tensor} has {wanted} devices, and "
+            f"{jax.process_count()} processes have {len(devices)} together: every one must be used, e.g. mesh.fsdp="
+            f"{len(devices)}"
+        )
     if wanted > len(devices):
         raise UserError(
             f"mesh data={config.data} × fsdp={config.fsdp} × tensor={config.tensor} needs {wanted} devices, "
@@ -44,8 +55,8 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
             + ("" if devices[0].platform != "cpu" else f" or set mesh.cpu_devices={wanted}")
         )
     # Auto axes: the shardings of inputs and outputs are ours, those in between the compiler's.
-    grid = np.array(devices[:wanted]).reshape(shape)
-    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    # On TPUs `make_mesh` lays the axes along the torus.
+    return jax.make_mesh(shape, AXES, devices=devices[:wanted], axis_types=(AxisType.Auto,) * 3)
 
 
 def request_cpu_devices(count: int) -> None:
@@ -93,5 +104,64 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: jax.sharding.Mesh, rows: int) -> NamedSharding:
     """Rows over data and fsdp where they divide, else everywhere the same."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    return NamedSharding(mesh, BATCH) if rows % ways == 0 else replicated(mesh)
+    return NamedSharding(mesh, BATCH) if rows % row_ways(mesh) == 0 else replicated(mesh)
+
+
+def row_ways(mesh: jax.sharding.Mesh | None) -> int:
+    """Parts that the rows of a batch are cut into."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def mesh_of(params: Any) -> jax.sharding.Mesh | None:
+    """The mesh that parameters lie on; None where it is one device, and nothing has to be said of activations."""
+    mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
+    return mesh if isinstance(mesh, jax.sharding.Mesh) and mesh.size > 1 else None
+
+
+def put(host: np.ndarray, sharding: Any) -> jax.Array:
+    """An array every process has whole, to its place; `device_put` would first compare theirs over the network."""
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(host, sharding)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+# --- activations -------------------------------------------------------------------------------------------
+
+_activations: contextvars.ContextVar[jax.sharding.Mesh | None] = contextvars.ContextVar("activations", default=None)
+
+
+@contextlib.contextmanager
+def activations_on(mesh: jax.sharding.Mesh | None) -> Iterator[None]:
+    """While a function is traced: where `spread` puts what is computed in it. None leaves that to the compiler."""
+    token = _activations.set(mesh)
+    try:
+        yield
+    finally:
+        _activations.reset(token)
+
+
+def spread(x: jax.Array, tensor: int | None = None, rows: int = 0) -> jax.Array:
+    """x with its axis `rows` over data and fsdp and its axis `tensor`, if any, over tensor, where they divide.
+
+    Without this the compiler is free to follow the weights, which lie over fsdp along a model axis, and to gather
+    activations in place of weights.
+    """
+    mesh = _activations.get()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, spread_sharding(mesh, x.shape, tensor, rows))
+
+
+def spread_sharding(
+    mesh: jax.sharding.Mesh, shape: tuple[int, ...], tensor: int | None = None, rows: int = 0
+) -> NamedSharding:
+    spec: list[Any] = [None] * len(shape)
+    if shape[rows] % row_ways(mesh) == 0:
+        spec[rows] = ROWS
+    if tensor is not None and shape[tensor] % mesh.shape["tensor"] == 0:
+        spec[tensor] = "tensor"
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def everywhere(x: jax.Array) -> jax.Array:
+    """x on every device: what the host reads, whichever process it is of."""
+    mesh = _activations.get()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, replicated(mesh))

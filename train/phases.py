@@ -15,27 +15,28 @@ import numpy as np
 
 import jaxmerge
 
-from . import checkpoint, evaluate, export, round
+from . import checkpoint, evaluate, export, round, stop
 from .config import Merge, Sampling, Selection, Sft
 from .generate.rollout import Settings
 from .learn.batches import steps_of, to_rows
 from .learn.dataset import read_jsonl, write_jsonl, write_version
 from .learn.sft import fine_tune, one_epoch
 from .learn.watch import hold_out, speed_of
-from .log import UserError, progress, say
+from .log import UserError, say
 from .mesh import sharding_of
 from .models.load import load_model
 from .plan import BASE, Phase
+from .processes import on_first
 from .resolve import build, to_dict
 from .run import Row, Run, dataset_of
-from .sinks import open_sinks
+from .sinks import followed
 
 
 def load(run: Run, phase: Phase, folder: Path) -> Row:
     del phase, folder
     check_merges(run)
     jaxmerge.check_finite(run.model.params, name=run.config.model.path or "model.random")
-    export.describe(run.model, run.journal.root / "model")
+    on_first(export.describe, run.model, run.journal.root / "model")
     count = sum(x.size for x in jax.tree.leaves(run.model.params))
     digest = checkpoint.digest(run.model.params)
     say(f"{run.config.model.path or 'random model'}: {count / 1e6:.1f} M parameters on {run.mesh.size} device(s)")
@@ -124,7 +125,9 @@ def select(run: Run, phase: Phase, folder: Path) -> Row:
             f"{counts['unfinished']} unfinished); take an easier family, more samples, a higher "
             "sampling.max_new_tokens, or selection.real_ratio above 0"
         )
-    write_jsonl(folder / "scored.jsonl", [{k: r[k] for k in ("question_id", "sample", "score")} for r in scored])
+    on_first(
+        write_jsonl, folder / "scored.jsonl", [{k: r[k] for k in ("question_id", "sample", "score")} for r in scored]
+    )
     provenance = {
         "round": phase.round,
         "method": phase.method,
@@ -135,7 +138,7 @@ def select(run: Run, phase: Phase, folder: Path) -> Row:
         "counts": {k: v for k, v in counts.items() if isinstance(v, int)},
     }
     name, version = dataset_of(phase)
-    write_version(run.journal.root / "samples", name, version, examples, provenance)
+    on_first(write_version, run.journal.root / "samples", name, version, examples, provenance)
     return {**counts, "dataset": f"{name}/{version}"}
 
 
@@ -149,15 +152,8 @@ def sft(run: Run, phase: Phase, folder: Path) -> Row:
     home = run.checkpoints(phase.name)
     kept = checkpoint.SftCheckpoints(home / "state", home / "snapshots")
     steps, root = folder / "steps.jsonl", run.journal.root
-    with (
-        open_sinks(steps, config.watch.sinks, folder=root, name=phase.name, config=to_dict(run.config)) as write,
-        progress(phase.name, total=steps_of(rows, config), unit="steps") as bar,
-    ):
-
-        def on_step(metrics: dict[str, float]) -> None:
-            bar.advance(1, note=f"loss {metrics['loss']:.3f}")
-            write(metrics)
-
+    about = {"folder": root, "name": phase.name, "config": to_dict(run.config), "total": steps_of(rows, config)}
+    with followed(steps, config.watch.sinks, **about) as on_step:
         params, log = fine_tune(
             run.model.config,
             run.weights(phase.inputs["model"]),
@@ -170,6 +166,7 @@ def sft(run: Run, phase: Phase, folder: Path) -> Row:
             checkpoints=kept,
             trace_to=root / "trace" / phase.name,
             on_step=on_step,
+            asked_to_stop=stop.asked,
         )
     thin = max(1, len(log) // 200)
     return {
@@ -246,7 +243,7 @@ def evaluate_model(run: Run, phase: Phase, folder: Path) -> Row:
     scores, seconds = run.answer(phase.inputs["model"], questions, folder, phase.name)
     outcome = next(o for o in run.outcomes if o.evaluate == phase.name)
     table = evaluate.rows(questions, scores, method=phase.method, round=phase.round, seconds=seconds, **outcome.extra)
-    write_jsonl(folder / "scores.jsonl", [{"question_id": q.id, "score": scores[q.id]} for q in questions])
+    on_first(write_jsonl, folder / "scores.jsonl", [{"question_id": q.id, "score": scores[q.id]} for q in questions])
     return {"model": phase.inputs["model"], "rows": table}
 
 

@@ -27,6 +27,8 @@ from .models.decoder import Params, shapes
 from .models.load import Model
 from .models.source import load_source
 from .plan import BASE, Outcome, Phase, Plan
+from .processes import on_first
+from .stop import check
 from .tasks import STOP_STRINGS, Question, build_suite
 
 Row = dict[str, Any]
@@ -57,8 +59,9 @@ class Run:
             found = checkpoint.digest(self.loaded.params)
             if record is not None and record["digest"] != found:
                 raise UserError(
-                    f"{self.config.model.path}: the weights changed since this run began (sha256 {found[:12]}…, "
-                    f"then {record['digest'][:12]}…); restore them or choose another folder with out=DIR"
+                    f"{self.config.model.path or 'model.random'}: the weights changed since this run began "
+                    f"(sha256 {found[:12]}…, then {record['digest'][:12]}…); restore them or choose another folder "
+                    "with out=DIR"
                 )
             trained = [name for name, method in self.config.methods.items() if method.probe is None]
             if any(self.config.block(name, "merge").offload for name in trained):
@@ -155,11 +158,12 @@ class Run:
         prompts = round.prompts(self.suite, self.model.tokenizer, questions, self.config.tasks.few_shot)
         groups = list(batched(prompts, batch))
         paths = [folder / f"batch-{i:04d}.jsonl" for i in range(len(groups))]
-        done = sum(len(g) for g, path in zip(groups, paths, strict=True) if path.exists()) * settings.samples
+        there = on_first(lambda: [path.exists() for path in paths])
+        done = sum(len(group) for group, is_there in zip(groups, there, strict=True) if is_there) * settings.samples
         start = time.perf_counter()
         with progress(title, total=len(prompts) * settings.samples, unit="samples", done=done) as bar:
-            for group, path in zip(groups, paths, strict=True):
-                if path.exists():
+            for group, path, is_there in zip(groups, paths, there, strict=True):
+                if is_there:
                     continue
                 samples = rollout(
                     self.model.config,
@@ -169,8 +173,9 @@ class Run:
                     settings,
                     key,
                     on_sample=lambda tokens: bar.advance(1),
+                    between=check,
                 )
-                write_jsonl(path, [sample_row(s) for s in samples])
+                on_first(write_jsonl, path, [sample_row(s) for s in samples])
         return [row for path in paths for row in read_jsonl(path)], time.perf_counter() - start
 
     def stops(self, own: tuple[str, ...]) -> tuple[str, ...]:
@@ -195,7 +200,7 @@ class Run:
         questions = self.suite.questions("validation")
         if not questions:
             raise UserError(f"{title}: a search needs validation questions; give tasks.families validation: N")
-        folder.mkdir(exist_ok=True)
+        on_first(folder.mkdir, exist_ok=True)
         scores, _ = self.answer(model, questions, folder, title)
         table = evaluate.rows(questions, scores, method="", round=0, seconds=0.0)
         pooled = [row["accuracy"] for row in table if row["family"] == "all"]

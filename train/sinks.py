@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from .log import UserError, is_first_process
+from .log import UserError, is_first_process, progress
 
 
 class Sink(Protocol):
@@ -121,3 +121,20 @@ def open_sinks(
                 sink.write(metrics)
 
         yield write
+
+
+@contextlib.contextmanager
+def followed(
+    steps: pathlib.Path, names: Sequence[str], *, folder: pathlib.Path, name: str, config: Mapping[str, Any], total: int
+) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """Yield what a fine-tuning run of `total` steps calls after each: it moves a bar and writes to the sinks."""
+    with (
+        open_sinks(steps, names, folder=folder, name=name, config=config) as write,
+        progress(name, total=total, unit="steps") as bar,
+    ):
+
+        def on_step(metrics: Mapping[str, float]) -> None:
+            bar.advance(1, note=f"loss {metrics['loss']:.3f}")
+            write(metrics)
+
+        yield on_step

@@ -45,7 +45,7 @@ def improve(words: Words, assignments: Words, dry: bool) -> int:
 
         show_plan(config)
         return 0
-    start_jax(config.mesh)
+    start_jax(config, may_stop=True)
     from .improve import improve as go
 
     command = shlex.join(["jaxmerge", "improve", words[0], *others])
@@ -74,7 +74,7 @@ def sft(words: Words, assignments: Words, dry: bool) -> int:
         config = build(Finetune, override({"model": {"path": words[0]}, "data": {"path": words[1]}}, others))
     else:
         config = load(Finetune, words[0], others)
-    start_jax(config.mesh)
+    start_jax(config, may_stop=True)
     from .finetune import finetune
 
     finetune(config, name=out.name if len(words) == 3 and out else Path(words[0]).stem, out=out)
@@ -87,12 +87,13 @@ def sample(words: Words, assignments: Words, dry: bool) -> int:
     Generate: PROMPTS has a line of JSON a prompt ({"prompt": "…"} or {"messages": […]}, optionally "id"), OUT gets a
     line a prompt with text, tokens and log-probabilities (lists of them when samples > 1).
     Keys: temperature=0 top_k=0 top_p=1 max_new_tokens=128 samples=1 stop=[] seed=0 slots=64 chat=null dtype=float32
+    mesh.data=1 mesh.fsdp=1 mesh.tensor=1 mesh.cpu_devices=null distributed.auto=false (and its other keys)
     """
     del dry
     from .config import SampleOptions
 
     settings = options(assignments, SampleOptions)
-    start_jax()
+    start_jax(settings)
     from .answer import sample_file
 
     count = sample_file(words[0], Path(words[1]), Path(words[2]), settings)
@@ -106,7 +107,7 @@ def evaluate(words: Words, assignments: Words, dry: bool) -> int:
     Accuracy of MODEL on the questions of an improve config (its tasks and evaluation blocks); out=FILE writes JSON.
     Or of one file: CONFIG may be JSON lines (GSM8K, multiple choice, or problem and answer: told by their keys) or the
     folder of a TFDS version. Keys then: task=null limit=null prompt=chat extract=flexible split=train
-    max_new_tokens=512 slots=64 dtype=float32
+    max_new_tokens=512 slots=64 dtype=float32 mesh.fsdp=1 (and the other keys of mesh and distributed)
     """
     del dry
     from .config import Improve, QuestionOptions
@@ -114,20 +115,21 @@ def evaluate(words: Words, assignments: Words, dry: bool) -> int:
     mine, others = take(assignments, out=None)
     if Path(words[1]).suffix in (".jsonl", ".json") or Path(words[1]).is_dir():
         settings = options(others, QuestionOptions)
-        start_jax()
+        start_jax(settings)
         from .examine import examine
 
         result = examine(words[0], Path(words[1]), settings)
     else:
         config = load(Improve, words[1], others)
-        start_jax(config.mesh)
+        start_jax(config)
         from .answer import evaluate_model
 
         result = evaluate_model(words[0], config)
     if mine["out"]:
         from .journal import write_durably
+        from .processes import on_first
 
-        write_durably(Path(str(mine["out"])), json.dumps(result, indent=1))
+        on_first(write_durably, Path(str(mine["out"])), json.dumps(result, indent=1))
     return 0
 
 
@@ -344,20 +346,35 @@ def progress_in_bytes(title: str) -> Iterator[Callable[[int, int, str], None]]:
         yield advance
 
 
-def start_jax(mesh: Any = None) -> None:
-    """What must be set before jax is first used: virtual devices, and where compiled programs are kept."""
+def start_jax(config: Any = None, *, may_stop: bool = False) -> None:
+    """What must be done before jax is first used: virtual devices, other processes, where compiled programs are kept.
+
+    Args:
+      config: its `mesh` and `distributed` are looked at.
+      may_stop: a signal is answered at the next safe point.
+    """
     import os
 
     import jax
 
-    if mesh is not None and mesh.cpu_devices is not None:
-        from .mesh import request_cpu_devices
-
-        request_cpu_devices(mesh.cpu_devices)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmerge" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if config is None:
+        return
+    if config.mesh.cpu_devices is not None:
+        from .mesh import request_cpu_devices
+
+        request_cpu_devices(config.mesh.cpu_devices)
+    if config.distributed.wanted:
+        from . import processes
+
+        processes.start(config.distributed)  # jax then watches for SIGTERM
+    elif may_stop:
+        from . import stop
+
+        stop.listen()
 
 
 VERBS: dict[str, Callable[[Words, Words, bool], int]] = {

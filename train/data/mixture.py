@@ -148,18 +148,3 @@ def permutation(seed: int, source: int, epoch: int, size: int) -> np.ndarray:
     drawn = np.random.Generator(np.random.Philox(key=[seed, (source << 32) + epoch])).permutation(size)
     drawn.setflags(write=False)  # shared by all who ask
     return drawn
-
-
-def shard(start: int, stop: int, process: int, processes: int) -> tuple[int, int]:
-    """The part of positions start … stop − 1 that a process reads: equal consecutive parts, in process order.
-
-    Example:
-      >>> [shard(64, 128, p, 4) for p in range(4)]
-      [(64, 80), (80, 96), (96, 112), (112, 128)]
-    """
-    each, rest = divmod(stop - start, processes)
-    if rest:
-        raise UserError(f"a batch of {stop - start} cannot be shared evenly by {processes} processes; change the batch")
-    if not 0 <= process < processes:
-        raise UserError(f"process {process} of {processes}: numbers go from 0 to {processes - 1}")
-    return start + process * each, start + (process + 1) * each

@@ -17,12 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ..mesh import activations_on, everywhere, mesh_of, row_ways, spread, spread_sharding
 from ..models.attention import KV, visible
 from ..models.config import ModelConfig
 from ..models.decoder import Params, bind, count_up
 from ..models.stacked import unstack_layers
 from .sample import choose
 
+OnMesh = jax.sharding.Mesh | None
+"""The mesh of the parameters; None is one device."""
 CHUNK = 4
 """Decode steps between two looks at which sequences ended."""
 PREFILL = 8
@@ -66,26 +69,30 @@ def bucket(n: int, step: int = 32) -> int:
     return -(-n // step) * step
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def prefill(config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, *, dtype: str):
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
+def prefill(config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, *, dtype: str, mesh: OnMesh):
     """Caches of right-padded prompts [P, T], `lengths` [P] tokens long: one KV of [P, K, T, H] a layer."""
     positions = count_up(tokens.shape, lengths)
-    _, caches = bind(config, params)(tokens, positions, visible(positions), dtype=jnp.dtype(dtype))
-    return caches
+    with activations_on(mesh):
+        _, caches = bind(config, params)(tokens, positions, visible(positions), dtype=jnp.dtype(dtype))
+        return jax.tree.map(lambda cache: spread(cache, tensor=1), caches)
 
 
-@functools.partial(jax.jit, donate_argnames=("caches",))
-def fill(caches: tuple[KV, ...], prompts: tuple[KV, ...], slots: jax.Array, rows: jax.Array):
+@functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("caches",))
+def fill(caches: tuple[KV, ...], prompts: tuple[KV, ...], slots: jax.Array, rows: jax.Array, *, mesh: OnMesh):
     """Copy prefilled row rows[i] into slot slots[i]; a slot out of range is skipped."""
 
     def copy(cache, prompt):
-        return cache.at[slots, :, : prompt.shape[2]].set(prompt[rows], mode="drop")
+        return spread(cache.at[slots, :, : prompt.shape[2]].set(prompt[rows], mode="drop"), tensor=1)
 
-    return jax.tree.map(copy, caches, prompts)
+    with activations_on(mesh):
+        return jax.tree.map(copy, caches, prompts)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "how"), donate_argnames=("caches",))
-def decode(config: ModelConfig, params: Params, caches, last, at, steps, keys, temperature, *, how: Decoding):
+@functools.partial(jax.jit, static_argnames=("config", "how", "mesh"), donate_argnames=("caches",))
+def decode(
+    config: ModelConfig, params: Params, caches, last, at, steps, keys, temperature, *, how: Decoding, mesh: OnMesh
+):
     """CHUNK steps for every slot.
 
     Args:
@@ -105,6 +112,7 @@ def decode(config: ModelConfig, params: Params, caches, last, at, steps, keys, t
         caches, last, tokens, logprobs = carry
         position = at + i
         mask = (jnp.arange(S) <= position[:, None])[:, None]
+        caches = jax.tree.map(lambda cache: spread(cache, tensor=1), caches)
         hidden, caches = decoder(last[:, None], position[:, None], mask, caches, position, dtype=dtype)
         logits = decoder.head(hidden[:, 0], dtype)
         last, logprob = choose(
@@ -113,8 +121,9 @@ def decode(config: ModelConfig, params: Params, caches, last, at, steps, keys, t
         return caches, last, tokens.at[i].set(last), logprobs.at[i].set(logprob)
 
     empty = (jnp.zeros((CHUNK, N), jnp.int32), jnp.zeros((CHUNK, N), jnp.float32))
-    caches, _, tokens, logprobs = lax.fori_loop(0, CHUNK, step, (caches, last, *empty))
-    return caches, tokens, logprobs
+    with activations_on(mesh):
+        caches, _, tokens, logprobs = lax.fori_loop(0, CHUNK, step, (caches, last, *empty))
+        return caches, everywhere(tokens), everywhere(logprobs)
 
 
 @dataclasses.dataclass
@@ -155,12 +164,17 @@ class Engine:
         temperature: float = 1.0,
         stop: Callable[[Sequence[int]], int | None] | None = None,
     ):
-        self.config, self.how, self.slots = config, how, slots
+        self.config, self.how = config, how
+        self.mesh = mesh_of(params)
+        self.slots = bucket(slots, row_ways(self.mesh))
+        self.prefills = bucket(PREFILL, row_ways(self.mesh))
         dtype = jnp.dtype(how.dtype)
         # Scanning over stacked layers would copy a layer's cache at every step.
         params = unstack_layers(params)
         # Cast once a round, not at every step; in float32 this is the same array.
-        self.params = params if dtype == jnp.float32 else jax.jit(cast, static_argnums=1)(params, dtype)
+        where = jax.tree.map(lambda x: x.sharding, params)
+        lower = jax.jit(cast, static_argnums=1, out_shardings=where)
+        self.params = params if dtype == jnp.float32 else lower(params, dtype)
         self.eos = frozenset(eos)
         self.temperature = jnp.float32(temperature)
         self.stop = stop
@@ -168,10 +182,10 @@ class Engine:
         self.decoded = 0
         """Slot-steps run, useful or not: occupancy = useful tokens / decoded."""
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def run(self, requests: Iterable[Request], *, between: Callable[[], None] = lambda: None) -> Iterator[Completion]:
         """Completions in the order in which they end.
 
-        Requests of one prompt should stand together: they then share one prefill.
+        Requests of one prompt should stand together: they then share one prefill. `between` is called once a chunk.
         """
         queue = deque(Slot(r, [], []) for r in requests)
         if not queue:
@@ -183,7 +197,7 @@ class Engine:
         length = bucket(most + CHUNK)
         width = min(bucket(longest, 16), length)
         N = self.slots
-        caches = empty_caches(self.config, N, length, self.how.dtype)
+        caches = empty_caches(self.config, N, length, self.how.dtype, self.mesh)
         active: list[Slot | None] = [None] * N
         last, at, steps = (np.zeros(N, np.int32) for _ in range(3))
         keys = np.zeros((N, 2), np.uint32)
@@ -200,8 +214,10 @@ class Engine:
                     last[n], at[n] = slot.so_far[-1], slot.length - 1
                     steps[n], keys[n] = len(slot.tokens), slot.request.key
             caches, tokens, logprobs = decode(
-                self.config, self.params, caches, last, at, steps, keys, self.temperature, how=self.how
-            )
+                self.config, self.params, caches, last, at, steps, keys, self.temperature,
+                how=self.how, mesh=self.mesh,
+            )  # fmt: skip
+            between()
             self.decoded += CHUNK * N
             tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
             last = tokens[-1].copy()
@@ -252,14 +268,15 @@ class Engine:
         ready = {p: ready[p] for p in wanted if p in ready}
         ahead = dict.fromkeys(s.so_far for s in list(queue)[: 4 * self.slots])
         spare = [p for p in ahead if p not in ready and p not in missing]
-        count = bucket(len(missing), PREFILL)
+        count = bucket(len(missing), self.prefills)
         missing += spare[: count - len(missing)]
-        for start in range(0, len(missing), PREFILL):
-            batch = missing[start : start + PREFILL]
-            tokens, lengths = np.zeros((PREFILL, width), np.int32), np.ones(PREFILL, np.int32)
+        P = self.prefills
+        for start in range(0, len(missing), P):
+            batch = missing[start : start + P]
+            tokens, lengths = np.zeros((P, width), np.int32), np.ones(P, np.int32)
             for row, prompt in enumerate(batch):
                 tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
-            caches = prefill(self.config, self.params, tokens, lengths, dtype=self.how.dtype)
+            caches = prefill(self.config, self.params, tokens, lengths, dtype=self.how.dtype, mesh=self.mesh)
             ready |= {prompt: (caches, row) for row, prompt in enumerate(batch)}
         return ready
 
@@ -274,7 +291,7 @@ class Engine:
         for prompts, slots, rows in batches.values():
             padding = self.slots - len(slots)
             into = np.array(slots + [self.slots] * padding, np.int32)  # out of range: skipped
-            caches = fill(caches, prompts, into, np.array(rows + [0] * padding, np.int32))
+            caches = fill(caches, prompts, into, np.array(rows + [0] * padding, np.int32), mesh=self.mesh)
         return caches
 
 
@@ -288,7 +305,12 @@ def cast(params: Params, dtype) -> Params:
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-def empty_caches(c: ModelConfig, slots: int, length: int, dtype: str) -> tuple[KV, ...]:
+def empty_caches(c: ModelConfig, slots: int, length: int, dtype: str, mesh: OnMesh = None) -> tuple[KV, ...]:
+    """One KV a layer: slots over the mesh's rows, heads over its tensor axis."""
     shape = (slots, c.num_key_value_heads, length, c.head_dim)
-    make = jax.jit(lambda: tuple(KV(*(jnp.zeros(shape, dtype) for _ in "kv")) for _ in range(c.num_hidden_layers)))
-    return make()
+    where = None if mesh is None else spread_sharding(mesh, shape, tensor=1)
+
+    def make():
+        return tuple(KV(*(jnp.zeros(shape, dtype) for _ in "kv")) for _ in range(c.num_hidden_layers))
+
+    return jax.jit(make, out_shardings=where)()

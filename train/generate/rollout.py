@@ -61,12 +61,14 @@ def rollout(
     key: jax.Array,
     *,
     on_sample: Callable[[int], None] = lambda tokens: None,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Sample]:
     """Generate `settings.samples` completions of each prompt; ordered by prompt, then sample.
 
     Args:
       key: PRNG key; sample s of prompt p draws from fold_in(fold_in(key, crc32(p.id)), s).
       on_sample: called with the length of each completion as it ends.
+      between: called between decode chunks; what it raises ends the rollout.
     """
     check_lengths(config, prompts, settings)
     S = settings.samples
@@ -86,7 +88,7 @@ def rollout(
         stop=stopper(tokenizer, settings.stop) if settings.stop else None,
     )
     done: dict[int, Sample] = {}
-    for completion in engine.run(requests):
+    for completion in engine.run(requests, between=between):
         prompt, index = prompts[completion.id // S], completion.id % S
         text = tokenizer.decode(without_eos(completion.tokens, tokenizer))
         for string in settings.stop:

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from ..log import UserError
+from ..mesh import activations_on, everywhere, mesh_of
 from ..models.attention import visible
 from ..models.config import ModelConfig
 from ..models.decoder import Params, bind, count_up, logprobs
@@ -71,7 +72,7 @@ def score(
     results: list[Scored | None] = [None] * len(pairs)
     for batch in by_length(pairs):
         tokens, targets, lengths = arrays(pairs, batch)
-        found, greedy = score_batch(config, params, tokens, targets, lengths, dtype=dtype)
+        found, greedy = score_batch(config, params, tokens, targets, lengths, dtype=dtype, mesh=mesh_of(params))
         for row, i in enumerate(batch):
             n = len(pairs[i][1])
             # Summed in float64 on the host: a sum over a thousand tokens keeps the digits of its parts.
@@ -108,17 +109,19 @@ def arrays(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch: Sequence
     return tokens, targets, lengths
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def score_batch(config: ModelConfig, params: Params, tokens, targets, lengths, *, dtype: str):
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
+def score_batch(config: ModelConfig, params: Params, tokens, targets, lengths, *, dtype: str, mesh=None):
     """Log-probability of each target and whether it is the most probable token, [B, K] both.
 
     Args:
       tokens: [B, T + 1]. targets: [B, K] positions ≥ 1 of tokens, filled up with 0.
       lengths: [B] tokens that are read; positions after them keep the last one's.
+      mesh: that the parameters lie on.
     """
     positions = count_up((tokens.shape[0], tokens.shape[1] - 1), lengths)
     decoder = bind(config, params)
-    hidden, _ = decoder(tokens[:, :-1], positions, visible(positions), dtype=jnp.dtype(dtype))
+    with activations_on(mesh):
+        hidden, _ = decoder(tokens[:, :-1], positions, visible(positions), dtype=jnp.dtype(dtype))
     hidden = jnp.take_along_axis(hidden, jnp.maximum(targets - 1, 0)[..., None], axis=1)
     labels = jnp.take_along_axis(tokens, targets, axis=1)
 
@@ -129,7 +132,8 @@ def score_batch(config: ModelConfig, params: Params, tokens, targets, lengths, *
 
     flat, ids = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     found, greedy = lax.map(judge, (flat, ids), batch_size=min(LOGITS_AT_ONCE, ids.size))
-    return found.reshape(labels.shape), greedy.reshape(labels.shape)
+    with activations_on(mesh):
+        return everywhere(found.reshape(labels.shape)), everywhere(greedy.reshape(labels.shape))
 
 
 def encode_pair(

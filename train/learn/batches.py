@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..data.mixture import Mixture, shard
+from ..data.mixture import Mixture
 from ..data.packing import fill, pack
 from ..log import UserError
 from .settings import Sft
@@ -286,15 +286,15 @@ def target_positions(has: np.ndarray, width: int) -> np.ndarray:
 
 
 def batches(
-    rows: RowSource, config: Sft, *, seed: int, start: int = 0, process: int = 0, processes: int = 1
+    rows: RowSource, config: Sft, *, seed: int, start: int = 0, share: np.ndarray | None = None
 ) -> Iterator[Batch]:
     """Every row once an epoch in an order drawn from (seed, epoch); the last batch is filled with weight 0.
 
     Args:
       start: the first step to give.
-      process, processes: give the share of one process of every batch: consecutive rows, in process order.
+      share: give these rows of every batch alone, by their numbers in it; None is all.
     """
-    first, last = shard(0, config.batch, process, processes)
+    share = np.arange(config.batch) if share is None else share
     step = 0
     for epoch in range(config.epochs):
         steps = math.ceil(rows.count(epoch) / config.batch)
@@ -304,8 +304,9 @@ def batches(
         order = rows.order(seed, epoch)
         for index in range(max(0, start - step), steps):
             begin = index * config.batch
-            chosen = order[begin + first : min(begin + last, len(order))]
-            missing = last - first - len(chosen)
+            numbers = begin + share
+            chosen = order[numbers[numbers < len(order)]]
+            missing = len(share) - len(chosen)
             batch = rows.take(chosen, epoch)
             yield {name: np.pad(values, ((0, missing), (0, 0))) for name, values in batch.items()}
         step += steps

@@ -40,10 +40,13 @@ def joined(lora: Lora, frozen: Frozen, adapter: Params, part: dict[str, jax.Arra
     return attach(lora, frozen.params, adapter, key=key)
 
 
-def numbered(batch: dict[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
-    """The batch with a number a row, from the step alone: a resumed run draws what an undisturbed one does."""
-    rows = len(batch["tokens"])
-    return {**batch, DRAW: np.arange(step * rows, (step + 1) * rows).astype(np.uint32)}
+def numbered(batch: dict[str, np.ndarray], step: int, rows: int, share: np.ndarray) -> dict[str, np.ndarray]:
+    """The batch with a number a row, from step and row alone: a resumed run draws what an undisturbed one does.
+
+    Args:
+      rows: of the whole batch. share: those that `batch` has.
+    """
+    return {**batch, DRAW: (step * rows + share).astype(np.uint32)}
 
 
 def merged(lora: Lora, frozen: Frozen, adapter: Params) -> Params:

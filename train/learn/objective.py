@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..mesh import activations_on, spread
 from ..models.attention import visible
 from ..models.config import ModelConfig
 from ..models.decoder import Params, bind, logprobs, shapes
@@ -24,7 +25,7 @@ class Compute:
       remat: as for `Decoder`.
       logits_at_once: tokens whose logits are held at a time, see `nll_sum`.
       attention: "xla", or a kernel of models/fused.py.
-      mesh: where a kernel runs on several devices.
+      mesh: where it runs on several devices.
     """
 
     dtype: str = "float32"
@@ -54,14 +55,15 @@ def loss_sums(config: ModelConfig, params: Params, batch: dict[str, jax.Array], 
         positions = restart(segments)
     seen = visible(positions, segments) if how.attention == "xla" else Causal(segments, how.attention, mesh=how.mesh)
     dtype = jnp.dtype(how.dtype)
-    hidden, _ = bind(config, params)(tokens[:, :-1], positions, seen, dtype=dtype, remat=how.remat)
+    with activations_on(how.mesh):
+        hidden, _ = bind(config, params)(tokens[:, :-1], positions, seen, dtype=dtype, remat=how.remat)
     if targets is None:
         labels, weights = tokens[:, 1:], weights[:, 1:]
     else:
         hidden = jnp.take_along_axis(hidden, jnp.maximum(targets - 1, 0)[..., None], axis=1)
         labels = jnp.take_along_axis(tokens, targets, axis=1)
         weights = jnp.where(targets > 0, jnp.take_along_axis(weights, targets, axis=1), 0.0)
-    head = Head(config, dtype)
+    head = Head(config, dtype, how.mesh)
     return nll_sum(head, how.logits_at_once, head.weight(params), hidden, labels, weights), jnp.sum(weights)
 
 
@@ -88,6 +90,7 @@ class Head:
 
     config: ModelConfig
     dtype: jnp.dtype
+    mesh: jax.sharding.Mesh | None = None
 
     @property
     def path(self) -> tuple[str, ...]:
@@ -106,7 +109,8 @@ class Head:
             return weight if tuple(entry.key for entry in path) == self.path else shape
 
         params = jax.tree_util.tree_map_with_path(graft, shapes(self.config))
-        return bind(self.config, params).head(hidden, self.dtype)
+        with activations_on(self.mesh):
+            return bind(self.config, params).head(spread(hidden), self.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

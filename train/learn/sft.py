@@ -21,18 +21,21 @@ import numpy as np
 import optax
 
 from ..log import UserError, say
-from ..mesh import batch_sharding, replicated, shardings
+from ..mesh import replicated, shardings
 from ..models.config import ModelConfig
 from ..models.decoder import Params, is_stacked
 from ..models.fused import choose
 from ..models.lora_files import save_lora
 from ..models.stacked import stack_layers, unstack_layers
+from ..processes import on_first
+from ..stop import Stopped
 from . import frozen as adapters
-from .batches import RowSource, batches, steps_of
+from .batches import RowSource, steps_of
 from .frozen import Frozen
 from .objective import Compute, loss_sums
 from .optim import Moments, adamw, ema_keep, learning_rate, start
 from .settings import Sft, Step
+from .shares import Shares
 from .speed import batch_flops, peak_flops, tokens_of
 from .watch import skipped, spike_limit, tracing
 
@@ -84,7 +87,6 @@ def compute_of(config: Sft, model: ModelConfig, params: Params, mesh: jax.shardi
         )
     except ValueError as error:
         raise UserError(f"sft.step.{error}") from None
-    one = None if attention == "xla" else one
     return Compute(dtype, config.step.remat, config.step.logits_at_once, attention, one)
 
 
@@ -127,7 +129,8 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute):
         if micro == config.batch:
             (loss, weight), grads = gradient(params, batch)
         else:
-            parts = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), batch)
+            # Part i has rows i, i + n, …: each device cuts its own rows, none moves.
+            parts = jax.tree.map(lambda x: x.reshape(micro, -1, *x.shape[1:]).swapaxes(0, 1), batch)
             zero = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
 
             def add(total, part):
@@ -156,7 +159,7 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute):
             keep = jnp.where(good, keep, 1.0)
             average = jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, average, wide(params))
         counts = jnp.where(good, state.skipped * jnp.array([1, 0]), state.skipped + 1)
-        sums = {"loss": loss, "weight": weight, "gradient_norm": norm, "skipped": counts}
+        sums = {"loss": loss, "weight": weight, "gradient_norm": norm, "skipped": counts, "tokens": tokens_of(batch)}
         return State(params, moments, average, counts), sums
 
     return step
@@ -191,6 +194,7 @@ def fine_tune(
     trace_to: pathlib.Path | None = None,
     adapter_to: pathlib.Path | None = None,
     on_step: Callable[[dict[str, float]], None] = lambda metrics: None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Params, list[dict[str, float]]]:
     """Train a copy of `params` on `rows`; with `config.lora` an adapter beside them, merged at the end.
 
@@ -199,6 +203,7 @@ def fine_tune(
       adapter_to: folder that PEFT reads, where `config.lora` trains an adapter; None writes none.
       trace_to: folder of a profiler trace, where `config.watch.trace_from` asks for one.
       on_step: called with the metrics of every update made, those before a checkpoint gone on from included.
+      asked_to_stop: called after every update; the state is saved, and `Stopped` raised, where it says so.
 
     Returns:
       The tuned parameters (their average, with `config.step.ema`) in the dtype of `params`, and the metrics of every
@@ -234,19 +239,18 @@ def fine_tune(
     how = compute_of(config, model, state.params, mesh, dtype)
     say(f"attention: {how.attention}")
     step = make_step(model, config, how)
-    where = batch_sharding(mesh, config.micro_batch or config.batch)
+    shares = Shares(mesh, config)
     peak, _ = peak_flops(dtype, mesh.size)
     for metrics in log:
         on_step(metrics)
     with tracing(config.watch, trace_to) as before:
         clock = time.perf_counter()
-        for number, batch in enumerate(batches(rows, config, seed=seed, start=start), start):
+        for number, batch in enumerate(shares.batches(rows, seed=seed, start=start), start):
             before(number + 1)
             rate, keep = learning_rate(config, number, total), ema_keep(config, number)
             limit = spike_limit(config.step.spike, log)
             arguments = map(np.float32, (rate, keep, limit))
-            batch = batch if lora is None else adapters.numbered(batch, number)
-            state, sums = step(state, jax.device_put(batch, where), *arguments, frozen)
+            state, sums = step(state, batch, *arguments, frozen)
             loss, weight, norm = (float(sums[name]) for name in ("loss", "weight", "gradient_norm"))
             loss, (never_made, in_a_row) = loss / max(weight, 1e-6), sums["skipped"].tolist()
             now = time.perf_counter()
@@ -263,7 +267,7 @@ def fine_tune(
                     "learning_rate": rate,
                     "skipped": never_made,
                     "seconds": seconds,
-                    "tokens_per_second": tokens_of(batch) / seconds,
+                    "tokens_per_second": float(sums["tokens"]) / seconds,
                 }
                 if math.isfinite(peak) and lora is None:  # the count of operations is of training all weights
                     metrics["mfu"] = batch_flops(model, batch) / seconds / peak
@@ -274,10 +278,14 @@ def fine_tune(
                 on_step(metrics)
             if number + 1 in snapshots and number + 1 < total:
                 checkpoints.snapshot(whole(result(state)), snapshots[number + 1])
-            if (number + 1) % config.checkpoint_every == 0 and number + 1 < total:
+            stopping = asked_to_stop() and number + 1 < total
+            if stopping or ((number + 1) % config.checkpoint_every == 0 and number + 1 < total):
                 checkpoints.save(state, number + 1, log)
+            if stopping:
+                say(f"stopped after step {number + 1} of {total}; saved")
+                raise Stopped
     if lora is not None and adapter_to is not None:
-        shutil.rmtree(adapter_to, ignore_errors=True)
+        on_first(shutil.rmtree, adapter_to, ignore_errors=True)
         save_lora(adapter_to, lora, result(state), params)
     return jax.tree.map(lambda ours, given: ours.astype(given.dtype), whole(result(state)), params), log
 
@@ -301,10 +309,8 @@ def mean_loss(
     model: ModelConfig, params: Params, rows: RowSource, config: Sft, how: Compute, *, mesh: jax.sharding.Mesh
 ) -> float:
     """Σ w·(−log p) / Σ w over all rows, `micro_batch` at a time."""
-    size = config.micro_batch or config.batch
-    once = dataclasses.replace(one_epoch(config), batch=size, micro_batch=None)
-    where = batch_sharding(mesh, size)
-    sums = [_evaluate(model, params, jax.device_put(batch, where), how) for batch in batches(rows, once, seed=0)]
+    once = dataclasses.replace(one_epoch(config), batch=config.micro_batch or config.batch, micro_batch=None, lora=None)
+    sums = [_evaluate(model, params, batch, how) for batch in Shares(mesh, once).batches(rows, seed=0)]
     loss, weight = np.sum(np.array(jax.device_get(sums), np.float64), axis=0)
     return float(loss / max(weight, 1e-6))
 

@@ -6,10 +6,10 @@ import functools
 import math
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..models.config import ModelConfig
 from ..models.decoder import shapes
@@ -55,18 +55,18 @@ def step_flops(model: ModelConfig, rows: int, length: int, targets: int) -> floa
     return float(6 * (every * rows * length + head * targets) + attention)
 
 
-def batch_flops(model: ModelConfig, batch: Mapping[str, np.ndarray]) -> float:
+def batch_flops(model: ModelConfig, batch: Mapping[str, Any]) -> float:
     """Operations of an update on this batch, padding included: what the device is asked to do."""
     rows, length = batch["tokens"].shape[0], batch["tokens"].shape[1] - 1
     return step_flops(model, rows, length, batch["targets"].size if "targets" in batch else rows * length)
 
 
-def tokens_of(batch: Mapping[str, np.ndarray]) -> int:
+def tokens_of(batch: Mapping[str, Any]) -> jax.Array:
     """Tokens of a batch that are read: of packed rows all but padding, of others those before the last target."""
     if "segments" in batch:
-        return int((batch["segments"] > 0).sum())
+        return jnp.sum(batch["segments"] > 0)
     weights = batch["weights"]
-    return int(np.where(weights > 0, np.arange(weights.shape[1]), 0).max(axis=1).sum())
+    return jnp.sum(jnp.max(jnp.where(weights > 0, jnp.arange(weights.shape[1]), 0), axis=1))
 
 
 @functools.cache

@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from ..mesh import spread
 from . import lora
 from .attention import KV, attend, cap, visible, within, write
 from .config import ModelConfig
@@ -81,7 +82,7 @@ class Attention(nnx.Module):
         """x [B, T, D], mask [B, T, S] → ([B, T, D], keys and values [B, K, S, H])."""
         c = self.config
         B, T, _ = x.shape
-        q, k, v = (y.reshape(B, T, -1, c.head_dim) for y in self.project(x, dtype))
+        q, k, v = (spread(y.reshape(B, T, -1, c.head_dim), tensor=2) for y in self.project(x, dtype))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q, rope).swapaxes(1, 2)
@@ -115,7 +116,7 @@ class MLP(nnx.Module):
             gate, up = jnp.split(self.gate_up_proj(x, dtype), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x, dtype), self.up_proj(x, dtype)
-        return self.down_proj(ACTIVATIONS[self.config.activation](gate) * up, dtype)
+        return self.down_proj(spread(ACTIVATIONS[self.config.activation](gate) * up, tensor=-1), dtype)
 
 
 class Block(nnx.Module):
@@ -130,11 +131,12 @@ class Block(nnx.Module):
             self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c)
 
     def __call__(self, x, rope, mask, cache, at, dtype):
+        x = spread(x)
         y, kv = self.self_attn(self.input_layernorm(x), rope, mask, cache, at, dtype)
         if self.config.post_norms:
             x = x + self.post_attention_layernorm(y)
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), dtype)), kv
-        x = x + y
+        x = spread(x + y)
         return x + self.mlp(self.post_attention_layernorm(x), dtype), kv
 
 
@@ -194,7 +196,7 @@ class Decoder(nnx.Module):
             logits = matmul_t(hidden, self.model.embed_tokens.weight[...], dtype)
         else:
             logits = self.lm_head(hidden, dtype)
-        return cap(logits, self.config.final_logit_softcapping)
+        return cap(spread(logits, tensor=-1), self.config.final_logit_softcapping)
 
 
 def runner(graph, dtype, remat: str, *, scanned: bool = False):
@@ -273,15 +275,18 @@ def init(c: ModelConfig, key: jax.Array) -> Params:
     """Random float32 parameters: N(0, initializer_range²), norms 1, biases 0; a leaf depends on key and path."""
 
     def leaf(path, shape):
-        name = "/".join(entry.key for entry in path)
-        if name.endswith("norm/weight"):
-            return jnp.full(shape.shape, 0.0 if c.unit_offset_norms else 1.0)
-        if name.endswith("bias"):
-            return jnp.zeros(shape.shape)
-        k = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
-        return c.initializer_range * jax.random.normal(k, shape.shape)
+        return init_leaf(c, key, "/".join(entry.key for entry in path), shape.shape)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes(c))
+
+
+def init_leaf(c: ModelConfig, key: jax.Array, path: str, shape: tuple[int, ...]) -> jax.Array:
+    if path.endswith("norm/weight"):
+        return jnp.full(shape, 0.0 if c.unit_offset_norms else 1.0)
+    if path.endswith("bias"):
+        return jnp.zeros(shape)
+    k = jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))
+    return c.initializer_range * jax.random.normal(k, shape)
 
 
 def count_up(shape: tuple[int, ...], lengths=None) -> jax.Array:

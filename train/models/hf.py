@@ -22,7 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..log import UserError
+from ..log import UserError, is_first_process
+from ..mesh import put
+from ..processes import on_first, to_host, told
 from .config import ModelConfig
 from .decoder import Params, shapes
 from .hf_config import config_from_hf, config_to_hf
@@ -184,7 +186,7 @@ def place(
     finite: dict[str, jax.Array] = {}
     for name in wanted:
         host = np.asarray(read(name)).astype(dtype, copy=False)
-        leaf = jax.device_put(host, _sharding_of(sharding, name, wanted[name].shape))
+        leaf = put(host, _sharding_of(sharding, name, wanted[name].shape))
         del host
         *branches, last = name.split(".")
         functools.reduce(lambda tree, key: tree.setdefault(key, {}), branches, params)[last] = leaf
@@ -243,25 +245,25 @@ def save_hf(
       max_shard_bytes: of one safetensors file, and of host memory; more becomes shards with an index.
     """
     folder, params = pathlib.Path(folder), unstack_layers(params)
+    first = is_first_process()
     have, want = ({n: tuple(leaf.shape) for n, leaf in named(tree)} for tree in (params, shapes(config)))
     if have != want:
         differ = [name for name in {**want, **have} if have.get(name) != want.get(name)]
         raise UserError(f"{folder}: the parameters do not fit the config: {_some(differ)}")
-    with new_folder(folder) as temporary:
+    # Every process takes part in reading an array that is spread over their devices; the first one writes.
+    with new_folder(folder) if first else contextlib.nullcontext(folder) as temporary:
         stored = np.dtype(dtype).name
         attributes = {**config_to_hf(config), "dtype": stored, "torch_dtype": stored}
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
-        write_json(temporary / "config.json", attributes)
-        write_json(temporary / "generation_config.json", {name: attributes[name] for name in tokens})
+        on_first(write_json, temporary / "config.json", attributes)
+        on_first(write_json, temporary / "generation_config.json", {name: attributes[name] for name in tokens})
         _write_tensors(temporary, params, dtype, max_shard_bytes)
         if tokenizer_from is not None:
-            tokenizer_from.save(temporary)
+            on_first(tokenizer_from.save, temporary)
+    told(None)
 
 
 def _write_tensors(folder: pathlib.Path, params: Params, dtype, max_shard_bytes: int) -> None:
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     size = {name: math.prod(leaf.shape) * np.dtype(dtype).itemsize for name, leaf in named(params)}
     shards: list[list[str]] = [[]]
     for name in size:
@@ -272,17 +274,23 @@ def _write_tensors(folder: pathlib.Path, params: Params, dtype, max_shard_bytes:
     for i, names in enumerate(shards, start=1):
         many = len(shards) > 1
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors"
-        shard = {name: np.asarray(leaves[name].astype(dtype)) for name in names}
-        try:
-            save_file(shard, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise UserError(f"{folder.parent}: {file} could not be written ({error})") from error
-        # The library makes files only their owner can read.
-        (folder / file).chmod((folder / "config.json").stat().st_mode)
+        on_first(_write_shard, folder, file, {name: to_host(leaves[name].astype(dtype)) for name in names})
         where.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": where}
-        write_json(folder / "model.safetensors.index.json", index)
+        on_first(write_json, folder / "model.safetensors.index.json", index)
+
+
+def _write_shard(folder: pathlib.Path, file: str, shard: dict[str, np.ndarray]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise UserError(f"{folder.parent}: {file} could not be written ({error})") from error
+    # The library makes files only their owner can read.
+    (folder / file).chmod((folder / "config.json").stat().st_mode)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

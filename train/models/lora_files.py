@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..log import UserError
+from ..processes import on_first, to_host
 from .config import Lora
 from .hf import named, new_folder, read_json, write_json
 from .lora import Params, modules, pairs, set_at
@@ -28,11 +29,17 @@ def save_lora(
       params: of the model (arrays or shapes): which of its modules have no adapter decides how the others are named.
       base: where the model is found, for `base_model_name_or_path`.
     """
+    adapter, params = unstack_layers(adapter), unstack_layers(params)
+    tensors = {PREFIX + name: to_host(leaf.astype(dtype)) for name, leaf in named(adapter)}
+    on_first(_write_lora, pathlib.Path(folder), lora, target_modules(adapter, params), tensors, base)
+
+
+def _write_lora(
+    folder: pathlib.Path, lora: Lora, targets: list[str], tensors: dict[str, np.ndarray], base: str | None
+) -> None:
     from safetensors.numpy import save_file
 
-    adapter, params = unstack_layers(adapter), unstack_layers(params)
-    tensors = {PREFIX + name: np.asarray(leaf.astype(dtype)) for name, leaf in named(adapter)}
-    with new_folder(pathlib.Path(folder)) as temporary:
+    with new_folder(folder) as temporary:
         write_json(
             temporary / CONFIG,
             {
@@ -42,7 +49,7 @@ def save_lora(
                 "r": lora.rank,
                 "lora_alpha": lora.alpha,
                 "lora_dropout": lora.dropout,
-                "target_modules": target_modules(adapter, params),
+                "target_modules": targets,
                 "bias": "none",
                 "fan_in_fan_out": False,
                 "init_lora_weights": True,

@@ -7,14 +7,15 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..config import Source
 from ..log import UserError
-from ..mesh import sharding_of, shardings
+from ..mesh import put, sharding_of
 from ..resolve import build
 from ..tasks import EOS_ID, PAD_ID, SYMBOLS, write_tokenizer
 from .config import ModelConfig
-from .decoder import init, shapes
+from .decoder import init_leaf, shapes
 from .families import FAMILIES
 from .hf_config import config_to_hf
 from .load import Model, load_model
@@ -52,6 +53,11 @@ def random_model(sizes: dict, mesh: jax.sharding.Mesh, *, seed: int) -> Model:
         write_tokenizer(folder)
         tokenizer = Tokenizer.from_folder(folder)
     fitted = tokenizer.fitted(vocab_size=config.vocab_size, eos_ids=config.eos_token_id, source="model.random")
-    where = shardings(mesh, shapes(config))
-    params = jax.jit(init, static_argnums=0, out_shardings=where)(config, jax.random.key(seed))
-    return Model(config, params, fitted)
+    draw, key = jax.jit(init_leaf, static_argnums=(0, 2, 3)), jax.random.key(seed)
+
+    def leaf(path, shape):
+        # Drawn whole on one device, a leaf at a time: drawn in parts, its last bits would depend on the mesh.
+        name = "/".join(entry.key for entry in path)
+        return put(np.asarray(draw(config, key, name, shape.shape)), sharding_of(mesh, name, shape.shape))
+
+    return Model(config, jax.tree_util.tree_map_with_path(leaf, shapes(config)), fitted)

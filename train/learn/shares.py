@@ -1,0 +1,50 @@
+"""Each process reads the rows of a batch that its devices take, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..mesh import batch_sharding
+from . import frozen as adapters
+from .batches import RowSource, batches
+from .settings import Sft
+
+
+class Shares:
+    """Batches of `config` on `mesh`.
+
+    Args:
+      mesh: over all processes; rows lie over its axes data and fsdp where a micro-batch divides over them.
+    """
+
+    def __init__(self, mesh: jax.sharding.Mesh, config: Sft):
+        self.config = config
+        self.where = batch_sharding(mesh, config.micro_batch or config.batch)
+        places = self.where.addressable_devices_indices_map((config.batch,)).values()
+        mine = np.zeros(config.batch, bool)
+        for (rows,) in places:  # type: ignore[misc]  # one axis, one slice
+            mine[rows] = True
+        self.rows = np.flatnonzero(mine)
+        """Numbers of the rows that this process's devices take, ascending."""
+
+    def batches(self, rows: RowSource, *, seed: int, start: int = 0) -> Iterator[dict[str, jax.Array]]:
+        """The batches of `batches(rows, …)` as arrays on the mesh, from step `start` on."""
+        for number, batch in enumerate(batches(rows, self.config, seed=seed, start=start, share=self.rows), start):
+            if self.config.lora is not None:
+                batch = adapters.numbered(batch, number, self.config.batch, self.rows)
+            yield {name: self._place(values) for name, values in batch.items()}
+
+    def _place(self, values: np.ndarray) -> jax.Array:
+        if len(self.rows) == self.config.batch:
+            return jax.device_put(values, self.where)
+        shape = (self.config.batch, *values.shape[1:])
+
+        def part(index: Any) -> np.ndarray:
+            first, last, _ = index[0].indices(self.config.batch)
+            return values[np.searchsorted(self.rows, np.arange(first, last))]
+
+        return jax.make_array_from_callback(shape, self.where, part)
