@@ -14,6 +14,12 @@ case "$*" in
 esac
 """
 
+# The same Python, but the job is jaxmerge itself, as it stands in this checkout.
+REAL = """#!/bin/bash
+exec env PYTHONPATH="{checkout}" JAX_COMPILATION_CACHE_DIR="{checkout}/.cache/jax-tests" JAX_PLATFORMS=cpu \\
+  HF_HUB_OFFLINE=1 "{python}" -m train.cli "$@"
+"""
+
 TOOLS = {
     "sudo": 'exec "$@"',
     "mountpoint": 'test -e "$2/.mounted"',
@@ -95,6 +101,12 @@ def install(root: pathlib.Path) -> None:
     write(root / "uv-python", PYTHON.format(**values))
     for name, text in TOOLS.items():
         write(root / "worker-bin" / name, "#!/bin/bash\n" + text.format(**values) + "\n")
+
+
+def install_jaxmerge(root: pathlib.Path) -> None:
+    """Put the real command in the place of the job that plays it."""
+    checkout = pathlib.Path(__file__).parent.parent
+    write(root / "job", REAL.format(checkout=checkout, python=sys.executable))
 
 
 def write(path: pathlib.Path, text: str) -> None:

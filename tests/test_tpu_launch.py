@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import tarfile
 
+import fake_worker
 import pytest
 from fake_cloud import CHECKOUT, PLACE, RUN, UP, Cloud, digest_of, make_code, undisturbed
 
@@ -28,7 +30,10 @@ def test_two_machines_are_lost_and_the_weights_are_the_same(cloud, tmp_path, mon
     code, printed = cloud.run("secrets.HF_TOKEN=hf-token")
     assert code == 0, printed
     assert cloud.weights() == undisturbed(6)
-    assert cloud.count("queued-resources", "create") == 3
+    code, again = cloud.main("resume", *RUN)
+    assert code == 0
+    assert "demo is done" in again
+    assert cloud.count("queued-resources", "create") == 3, "none for a run that is done"
     assert [line.split()[0] for line in cloud.starts] == ["1", "2", "3"]
     assert not json.loads((cloud.root / "state.json").read_text())["there"], "the last machine is deleted"
     assert "PROVISIONING" in printed
@@ -39,6 +44,26 @@ def test_two_machines_are_lost_and_the_weights_are_the_same(cloud, tmp_path, mon
         assert text not in printed
         for path in (p for folder in (cloud.root, cloud.computer) for p in folder.rglob("*") if p.is_file()):
             assert text.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.slow
+def test_jaxmerge_loses_two_machines_and_its_weights_are_the_same(cloud, tmp_path):
+    fake_worker.install_jaxmerge(cloud.root)
+    shutil.copy(CHECKOUT / "configs/tiny.yaml", cloud.computer)
+    cloud.plan({"states": UP, "lose_at": 4}, {"states": UP, "lose_at": 11}, {"states": UP})
+    code, printed = cloud.main("run", "tiny.yaml", *PLACE[:-1], "accelerator=v6e-8", "run=demo")
+    assert code == 0, printed
+    assert cloud.count("queued-resources", "create") == 3
+    undisturbed_run = [cloud.root / "job", "improve", CHECKOUT / "configs/tiny.yaml", f"out={tmp_path / 'undisturbed'}"]
+    subprocess.run(undisturbed_run, check=True, capture_output=True)
+    cloud.weights()
+    ours, theirs = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (cloud.computer / "restored", tmp_path / "undisturbed")
+    )
+    assert [row["phase"] for row in ours] == [row["phase"] for row in theirs]
+    assert [row.get("digest") for row in ours] == [row.get("digest") for row in theirs]
+    assert sum("digest" in row for row in ours) >= 10
 
 
 def test_interrupted_watching_is_gone_on_with_and_the_job_is_not_started_twice(cloud):

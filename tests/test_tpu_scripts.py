@@ -134,6 +134,7 @@ def test_setup_without_gcsfuse_says_where_to_put_it(worker):
 
 def answers(worker, state):
     """The status line once it has `state`."""
+    line = ""
     for _ in range(300):
         line = worker.run("run.sh", "status", "demo").stdout
         if f" {state}" in line:

@@ -93,11 +93,13 @@ def resume(name: str, words: list[str], shell: Shell) -> int:
 def to_the_end(launch: Launch, code: str, shell: Shell) -> int:
     """The loop, and the machine's deletion whatever came out: idle it costs as much as busy."""
     shell.say(f"run {launch.run}; watch it from elsewhere: python -m tpu.launch status {address(launch)}")
-    try:
-        loop.run(launch, shell, code)
-    except (UserError, GaveUp):
-        tidy(launch, shell)
-        raise
+    if not is_done(launch, shell):
+        try:
+            loop.run(launch, shell, code)
+        except (UserError, GaveUp):
+            tidy(launch, shell)
+            raise
+        shell.need(commands.copy("-", f"{launch.remote}/done"), given="0\n")
     tidy(launch, shell)
     result = f"gcloud storage cp -r {launch.remote}/run runs/{launch.run}"
     if not launch.mounted:
@@ -106,6 +108,11 @@ def to_the_end(launch: Launch, code: str, shell: Shell) -> int:
         result = f"{launch.shared}/runs/{launch.run}/run holds the run folder"
     shell.say(f"{launch.run} is done. {result}")
     return 0
+
+
+def is_done(launch: Launch, shell: Shell) -> bool:
+    """Whether the run has ended with 0 before: then no machine is asked for."""
+    return shell.run(commands.read(f"{launch.remote}/done")).code == 0
 
 
 def tidy(launch: Launch, shell: Shell) -> None:
@@ -128,7 +135,7 @@ def status(name: str, words: list[str], shell: Shell) -> int:
             shell.say(f"  host {worker.number}: {worker.state}{code}, {worker.phases} phases committed")
         if found is None:
             shell.say("  the hosts do not answer")
-    shell.say(f"  {launch.remote}")
+    shell.say(f"  {launch.remote}{': done' if is_done(launch, shell) else ''}")
     return 0
 
 

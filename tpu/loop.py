@@ -24,7 +24,8 @@ SIGNALLED = (
     143,
 )  # SIGINT, SIGTERM before the job could take them: as good as 75, since a kill loses nothing saved
 POLL_SECONDS = 30
-UNREACHABLE = 10  # polls without an answer from a machine that is said to be ACTIVE
+UNREACHABLE = 4  # polls, each of ten tries by gcloud, without an answer from a machine that is said to be ACTIVE
+SETUP_SECONDS = 3600  # of bringing the code and setting up: packages of gigabytes
 LAGGARDS = 4  # polls for the other hosts to end by themselves after one has
 _ANSWER = re.compile(r"^jaxmerge worker (\S+) (running|exit|absent) (-|\d+) (\d+)\s*$", re.MULTILINE)
 
@@ -39,6 +40,11 @@ class Worker(NamedTuple):
 def workers(launch: Launch, shell: Shell) -> list[Worker] | None:
     """What every host says of the job; None if not all of them answer."""
     result = shell.run(commands.ssh(launch, commands.act(launch, "status")))
+    if "ssh-add" in result.error and "not present" in result.error:
+        raise UserError(
+            "several hosts are reached by a key in an ssh-agent, and the agent has not got it: "
+            "ssh-add ~/.ssh/google_compute_engine"
+        )
     found = [
         Worker(number, state, None if code == "-" else int(code), int(phases))
         for number, state, code, phases in _ANSWER.findall(result.out)
@@ -60,7 +66,7 @@ def start(launch: Launch, shell: Shell, code: str) -> None:
     if found and any(w.state == "running" for w in found):
         # Hosts that compute together start together.
         stop(launch, shell)
-    shell.need(commands.ssh(launch, commands.prepare(launch, code)))
+    shell.need(commands.ssh(launch, commands.prepare(launch, code)), seconds=SETUP_SECONDS)
     shell.need(commands.ssh(launch, commands.act(launch, "start")))
     shell.say(f"{launch.run} started on {launch.slice.hosts} host{'s' if launch.slice.hosts > 1 else ''}")
 
@@ -74,10 +80,13 @@ def watch(launch: Launch, shell: Shell) -> tuple[int | None, int]:
     """Wait for the job's end: its exit code, or None if the machine is gone; and the phases it has committed."""
     silent, ended, phases, shown = 0, 0, 0, ""
     while True:
+        # Asked first, since an ssh to a host that is gone takes minutes to fail.
+        if state(launch, shell).name != ACTIVE:
+            return None, phases
         found = workers(launch, shell)
         if found is None:
             silent += 1
-            if silent >= UNREACHABLE or state(launch, shell).name != ACTIVE:
+            if silent >= UNREACHABLE:
                 return None, phases
         else:
             silent, phases = 0, max(w.phases for w in found)

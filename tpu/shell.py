@@ -44,12 +44,14 @@ class Shell:
         """Print a line for the person watching."""
         log.say(line)
 
-    def run(self, command: Sequence[str], *, given: str | None = None) -> Result:
-        """Run a command with `given` on its standard input; whatever its exit code."""
+    def run(self, command: Sequence[str], *, given: str | None = None, seconds: float = 600) -> Result:
+        """Run a command with `given` on its standard input; whatever its exit code, 124 after so many seconds."""
         try:
             done = subprocess.run(
-                list(command), input=given if given is not None else "", capture_output=True, text=True, check=False
+                list(command), input=given or "", capture_output=True, text=True, check=False, timeout=seconds
             )
+        except subprocess.TimeoutExpired:
+            return Result(124, "", f"no end after {seconds:.0f} s")
         except FileNotFoundError:
             raise UserError(
                 f"{command[0]} is not installed; get the Google Cloud CLI (https://cloud.google.com/sdk/docs/install)"
@@ -58,14 +60,14 @@ class Shell:
             ) from None
         return Result(done.returncode, done.stdout, done.stderr)
 
-    def need(self, command: Sequence[str], *, given: str | None = None, tries: int = 4) -> str:
+    def need(self, command: Sequence[str], *, given: str | None = None, tries: int = 4, seconds: float = 600) -> str:
         """What a command printed; one that fails is tried again, and an error in the end.
 
         Raises:
           Failed: the last try's.
         """
         for attempt in range(tries):
-            result = self.run(command, given=given)
+            result = self.run(command, given=given, seconds=seconds)
             if result.code == 0:
                 return result.out
             if attempt + 1 < tries and not final(result.error):
@@ -87,7 +89,7 @@ class DryShell(Shell):
     def say(self, line: str) -> None:
         log.say(f"# {line}")  # so that the rest can be given to a shell as it is
 
-    def run(self, command: Sequence[str], *, given: str | None = None) -> Result:
+    def run(self, command: Sequence[str], *, given: str | None = None, seconds: float = 600) -> Result:
         log.say(shlex.join(command) + (f" << 'END'\n{given}END" if given is not None else ""))
         words = set(command)
         if "queued-resources" in words and "create" in words:
