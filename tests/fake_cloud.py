@@ -11,7 +11,7 @@ import time
 
 import fake_worker
 
-from tpu import launch, shell, snapshot
+from tpu import launch, loop, shell, snapshot
 
 CHECKOUT = pathlib.Path(__file__).parent.parent
 PLACE = ["project=my-project", "zone=us-east5-b", "bucket=gs://my-bucket", "code=code.tar.gz", "job.verb=sft"]
@@ -31,7 +31,7 @@ class Cloud:
         # Nothing but the fake gcloud: the real one must not be reachable from here.
         monkeypatch.setenv("PATH", f"{self.root}/bin:{os.environ['PATH']}")
         self.slept: list[float] = []
-        self.interrupt_after = 10**9
+        self.interrupt_after = self.interrupt_at = 10**9  # sleeps, committed phases: then somebody types Ctrl-C
         self.plan({"states": UP})
         self.job(phases=3)
 
@@ -42,11 +42,15 @@ class Cloud:
         (self.computer / "job.yaml").write_text(json.dumps(config))
         make_code(self.computer / "code.tar.gz")
 
+    def committed(self):
+        found = self.root.glob("machine-*/0/jaxmerge/demo/run/metrics.jsonl")
+        return max((len(path.read_text().splitlines()) for path in found), default=0)
+
     def sleep(self, seconds):
         self.slept.append(seconds)
-        if len(self.slept) >= self.interrupt_after:
+        if len(self.slept) >= self.interrupt_after or self.committed() >= self.interrupt_at:
             raise KeyboardInterrupt
-        time.sleep(0.03)
+        time.sleep(0.1 if seconds == loop.POLL_SECONDS else 0)  # only a job needs time to get on
 
     def main(self, *words):
         """Exit code and everything printed."""

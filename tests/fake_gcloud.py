@@ -7,17 +7,14 @@ Installed as ROOT/bin/gcloud by test_tpu_launch.py. ROOT/plan.json says what bec
     lose_at   the machine is taken away once the bucket's snapshot holds so many committed phases
     hosts     of the slice
 and of everything: `create_error` (stderr of a refused create), `ssh_failures` (so many ssh calls fail at first).
+
+What starts slowly is imported where it is used: a test of the launcher calls this some fifty times.
 """
 
-import fnmatch
 import json
 import os
 import pathlib
-import shutil
-import signal
-import subprocess
 import sys
-import time
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 PLAN = json.loads((ROOT / "plan.json").read_text())
@@ -64,6 +61,10 @@ def saved():
 
 def lose(state):
     """Power off: every process of the machine is killed, and its disk is gone."""
+    import shutil
+    import signal
+    import time
+
     homes = ROOT / f"machine-{state['machines']}"
     mark = f"FAKE_HOMES={homes}\0".encode()
     for _ in range(3):
@@ -109,6 +110,8 @@ def queued(verb, name, flags, alpha):
 
 
 def ssh(name, flags):
+    import subprocess
+
     state = load()
     state["ssh"] += 1
     store(state)
@@ -132,6 +135,9 @@ def local(address):
 
 
 def storage(words, flags):
+    import fnmatch
+    import shutil
+
     verb, *paths = words
     if verb == "buckets":
         path, kinds = local(paths[1]), ROOT / "buckets.json"

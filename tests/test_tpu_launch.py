@@ -68,7 +68,7 @@ def test_jaxmerge_loses_two_machines_and_its_weights_are_the_same(cloud, tmp_pat
 
 def test_interrupted_watching_is_gone_on_with_and_the_job_is_not_started_twice(cloud):
     cloud.job(phases=3, wait={"2": 2})
-    cloud.interrupt_after = 12
+    cloud.interrupt_at = 2
     code, printed = cloud.run()
     assert code == 130
     assert "go on without this terminal" in printed
@@ -76,7 +76,7 @@ def test_interrupted_watching_is_gone_on_with_and_the_job_is_not_started_twice(c
     assert code == 0
     assert "ACTIVE" in printed
     assert "running, 2 phases committed" in printed
-    cloud.interrupt_after = len(cloud.slept) + 2
+    cloud.interrupt_at, cloud.interrupt_after = 10**9, len(cloud.slept) + 2
     code, printed = cloud.run()
     assert code == 130
     assert "attached" in printed
@@ -190,9 +190,9 @@ def test_several_hosts_refuse_a_bucket_whose_folders_are_not_renamed_whole(cloud
 
 def test_moving_a_run_takes_it_off_its_old_machine(cloud):
     cloud.job(phases=3, wait={"2": 2})
-    cloud.interrupt_after = 6
+    cloud.interrupt_at = 1
     assert cloud.run()[0] == 130
-    cloud.interrupt_after = 10**9
+    cloud.interrupt_at = 10**9
     code, printed = cloud.main("resume", *RUN, "zone=us-central1-a")
     assert code == 0, printed
     assert "deleting the machine in us-east5-b" in printed
