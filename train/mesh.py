@@ -150,6 +150,14 @@ def spread(x: jax.Array, tensor: int | None = None, rows: int = 0) -> jax.Array:
     return x if mesh is None else jax.lax.with_sharding_constraint(x, spread_sharding(mesh, x.shape, tensor, rows))
 
 
+def gathered(table: jax.Array) -> jax.Array:
+    """A table [V, D] whole along D on every device: to be looked up in, or the rows found lie as the table does."""
+    mesh = _activations.get()
+    if mesh is None:
+        return table
+    return jax.lax.with_sharding_constraint(table, NamedSharding(mesh, PartitionSpec("tensor")))
+
+
 def spread_sharding(
     mesh: jax.sharding.Mesh, shape: tuple[int, ...], tensor: int | None = None, rows: int = 0
 ) -> NamedSharding:

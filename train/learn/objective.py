@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from ..mesh import activations_on, spread
+from ..mesh import BATCH, ROWS, activations_on, row_ways, spread
 from ..models.attention import visible
 from ..models.config import ModelConfig
 from ..models.decoder import Params, bind, logprobs, shapes
@@ -148,6 +149,31 @@ nll_sum.defvjp(_forward, _backward)
 
 def _over_chunks(head, at_once, weight, hidden, labels, weights, *, gradient: bool):
     """(loss, loss of each token [B, K], gradients of the weight and of hidden, or None twice)."""
+    mesh = head.mesh
+    if mesh is None or len(hidden) % row_ways(mesh):
+        return _over_own(head, at_once, weight, hidden, labels, weights, gradient=gradient)
+
+    def own_rows(weight, *rows):
+        loss, each, d_weight, d_hidden = _over_own(
+            dataclasses.replace(head, mesh=None), at_once, weight, *rows, gradient=gradient
+        )
+        # Here, once: within the loop over chunks the compiler would sum the gradient [V, D] over all devices each time.
+        loss, d_weight = jax.lax.psum((loss, d_weight), ROWS)
+        return loss, each, d_weight, d_hidden
+
+    whole, rows = PartitionSpec(), BATCH
+    return jax.shard_map(
+        own_rows,
+        mesh=mesh,
+        in_specs=(whole, rows, rows, rows),
+        out_specs=(whole, rows, whole, rows),
+        axis_names=set(ROWS),  # the vocabulary stays spread over `tensor`
+        check_vma=False,
+    )(weight, hidden, labels, weights)
+
+
+def _over_own(head, at_once, weight, hidden, labels, weights, *, gradient: bool):
+    """`_over_chunks` of one device's rows."""
     B, K, _ = hidden.shape
     width = max(1, at_once // B)
     count = -(-K // width)

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from ..mesh import spread
+from ..mesh import gathered, spread
 from . import lora
 from .attention import KV, attend, cap, visible, within, write
 from .config import ModelConfig
@@ -174,7 +174,7 @@ class Decoder(nnx.Module):
           (hidden [B, T, D] float32, keys and values as in `caches`).
         """
         c, m = self.config, self.model
-        x = jnp.take(m.embed_tokens.weight[...], tokens, axis=0).astype(jnp.float32)
+        x = jnp.take(gathered(m.embed_tokens.weight[...]), tokens, axis=0).astype(jnp.float32)
         if c.scaled_embedding:
             x = x * c.hidden_size**0.5
         kinds = dict.fromkeys(c.layers)
