@@ -10,6 +10,8 @@ import fake_worker
 import pytest
 from fake_cloud import CHECKOUT, PLACE, RUN, UP, Cloud, digest_of, make_code, undisturbed
 
+from tpu import loop
+
 
 @pytest.fixture
 def cloud(tmp_path, monkeypatch, capsys):
@@ -120,6 +122,22 @@ def test_a_failed_request_is_made_again_and_so_is_an_ssh_that_fails(cloud):
     assert cloud.count("queued-resources", "create") == 2
 
 
+def test_a_machine_that_never_answers_is_replaced(cloud):
+    cloud.plan({"states": ["ACTIVE"]}, ssh_failures=6)
+    code, printed = cloud.run()
+    assert code == 0, printed
+    assert cloud.count("queued-resources", "create") == 2
+
+
+@pytest.mark.parametrize(
+    ("codes", "one"),
+    [((0, 0), 0), ((0, 75), 75), ((76, 137), 137), ((1, 75), 1), ((1, 2), 2), ((0, None), 75), ((143, 130), 75)],
+)
+def test_one_exit_code_for_all_hosts(codes, one):
+    found = [loop.Worker(str(i), "absent" if code is None else "exit", code, 0) for i, code in enumerate(codes)]
+    assert loop.combined(found) == one
+
+
 @pytest.mark.parametrize(
     ("plan", "code", "message"),
     [
@@ -181,7 +199,7 @@ def test_a_run_keeps_its_code_and_refuses_another_config(cloud):
 
 def test_several_hosts_refuse_a_bucket_whose_folders_are_not_renamed_whole(cloud):
     (cloud.root / "buckets/my-bucket").mkdir(parents=True)
-    code, printed = cloud.run(accelerator="v4-32")
+    code, printed = cloud.run("set.mesh.fsdp=16", accelerator="v4-32")
     assert code == 2
     assert "no hierarchical namespace" in printed
     assert "shared=HOST:/EXPORT" in printed
@@ -193,9 +211,11 @@ def test_moving_a_run_takes_it_off_its_old_machine(cloud):
     cloud.interrupt_at = 1
     assert cloud.run()[0] == 130
     cloud.interrupt_at = 10**9
-    code, printed = cloud.main("resume", *RUN, "zone=us-central1-a")
+    code, printed = cloud.main("resume", *RUN, "zone=us-central1-a", "set.mesh.fsdp=4")
     assert code == 0, printed
     assert "deleting the machine in us-east5-b" in printed
+    assert "mesh.fsdp=4" in cloud.starts[-1]
+    assert cloud.main("resume", *RUN, "set.rounds=4")[0] == 2
     assert cloud.weights() == undisturbed(3)
     code, printed = cloud.main("resume", *RUN, "accelerator=v6e-16")
     assert code == 2

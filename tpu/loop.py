@@ -19,10 +19,9 @@ from .settings import Launch
 from .shell import Failed, Shell
 
 DONE, CRASH, MISTAKE, AGAIN = 0, 1, 2, 75  # 75 is EX_TEMPFAIL: stopped by a signal, state saved, run me again
-SIGNALLED = (
-    130,
-    143,
-)  # SIGINT, SIGTERM before the job could take them: as good as 75, since a kill loses nothing saved
+# As good as 75, since a kill loses nothing that is saved: another host is lost (jaxmerge's own code); SIGINT and
+# SIGTERM before the job could take them.
+LIKE_AGAIN = (76, 130, 143)
 POLL_SECONDS = 30
 UNREACHABLE = 4  # polls, each of ten tries by gcloud, without an answer from a machine that is said to be ACTIVE
 SETUP_SECONDS = 3600  # of bringing the code and setting up: packages of gigabytes
@@ -110,7 +109,7 @@ def summary(found: list[Worker]) -> str:
 
 def combined(found: list[Worker]) -> int:
     """One exit code for all hosts: a mistake before a crash before 75 before 0; a job that vanished is run again."""
-    codes = [AGAIN if w.code is None or w.code in SIGNALLED else w.code for w in found]
+    codes = [AGAIN if w.code is None or w.code in LIKE_AGAIN else w.code for w in found]
     if MISTAKE in codes:
         return MISTAKE
     return next((c for c in codes if c not in (DONE, AGAIN)), AGAIN if AGAIN in codes else DONE)
@@ -149,8 +148,8 @@ def run(launch: Launch, shell: Shell, code: str) -> int:
         elif ended == AGAIN:
             restarts += 1
             if restarts > launch.max_recreations:
-                raise GaveUp(f"stopped {restarts} times by a signal; run again, or raise max_recreations=", AGAIN)
-            shell.say("the job was stopped and has saved its state; going on")
+                raise GaveUp(f"the job was stopped {restarts} times; run again, or raise max_recreations=", AGAIN)
+            shell.say(f"the job was stopped after {phases} phases, its state is saved; going on")
             shell.sleep(POLL_SECONDS)  # a machine that is being taken away is soon said to be SUSPENDING
         else:
             crashes = 1 if phases > best else crashes + 1

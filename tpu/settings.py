@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from train.log import UserError
 from train.resolve import at_least, build, override, read_yaml
@@ -16,6 +18,7 @@ from .machines import Slice, read
 
 RUN = re.compile(r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?")  # a queued resource's name, with room for `jaxmerge-`
 DURATION = re.compile(r"[1-9]\d*[smhd]")
+LIKE_A_SECRET = re.compile(r"(hf_|sk-|ghp_|gho_|AIza)|[0-9a-f]{40}$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +121,13 @@ def check(launch: Launch) -> None:
     if launch.shared and not re.fullmatch(r"[\w.-]+:/[\w./-]*", launch.shared):
         raise UserError(f"shared is {launch.shared!r}; HOST:/EXPORT of an NFS is wanted")
     for name, secret in launch.secrets.items():
-        if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name) or not re.fullmatch(r"[A-Za-z0-9_-]{1,255}", secret):
+        named = re.fullmatch(r"[A-Z][A-Z0-9_]*", name) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,254}", secret)
+        if not named or LIKE_A_SECRET.match(secret) or secret == os.environ.get(name):
             # The value is not repeated: it may be the secret itself, given by mistake.
             raise UserError(f"secrets.{name}: the name of a secret in Secret Manager is wanted, not its value")
-    for key in launch.job.assignments:
-        if key.partition("=")[0].partition(".")[0] in ("out", "distributed"):
+    for assignment in launch.job.assignments:
+        key = assignment.partition("=")[0]
+        if key in ("out", "distributed.auto", "distributed.coordinator", "distributed.processes"):
             raise UserError(f"set.{key}: the launcher gives this key itself; leave it out")
 
 
@@ -136,24 +141,44 @@ def launch_of(config: str, words: Sequence[str]) -> Launch:
         values = override(read_yaml(Path(settings)), own) | {"job": values["job"]}
         values.pop("settings", None)
     job = build(Job, values["job"], "job")
-    text = check_job(job)
+    resolved = check_job(job)
     if values.get("run") is None:
-        values["run"] = run_id(job, text)
-    return build(Launch, values)
+        values["run"] = run_id(job, Path(job.config).read_text())
+    launch = build(Launch, values)
+    check_mesh(launch.slice, resolved)
+    return launch
 
 
-def check_job(job: Job) -> str:
-    """Refuse a config that `jaxmerge` would refuse; its text."""
+def check_job(job: Job) -> dict[str, Any]:
+    """Refuse a config that `jaxmerge` would refuse; its values with the job's keys in them."""
     values = override(read_yaml(Path(job.config)), job.assignments)
     if job.verb == "improve":
         from train.config import Improve
 
         build(Improve, values)
-    return Path(job.config).read_text()
+    return values
+
+
+def check_mesh(machine: Slice, config: Mapping[str, Any]) -> None:
+    """Refuse a mesh that the slice cannot hold, or that leaves chips of several hosts idle; a chip is a device."""
+    mesh = config.get("mesh") or {}
+    wanted = math.prod(mesh.get(axis) or 1 for axis in ("data", "fsdp", "tensor"))
+    if wanted > machine.chips or (machine.hosts > 1 and wanted != machine.chips):
+        several = "s" if machine.hosts > 1 else ""
+        raise UserError(
+            f"the mesh has {wanted} device{'s' if wanted > 1 else ''} and {machine.accelerator} has {machine.chips} "
+            f"chips on {machine.hosts} host{several}; give set.mesh.fsdp={machine.chips}, or another accelerator="
+        )
+
+
+def is_placement(assignment: str) -> bool:
+    """Whether a key of the job says how it is computed, not what: such a key may change from start to start."""
+    return assignment.startswith(("mesh.", "distributed."))
 
 
 def run_id(job: Job, text: str) -> str:
     """`<config>-<8 hex of its text and the job's keys>`: the same on every computer."""
-    digest = hashlib.sha256("\0".join((job.verb, text, *job.assignments)).encode()).hexdigest()[:8]
+    what = [a for a in job.assignments if not is_placement(a)]
+    digest = hashlib.sha256("\0".join((job.verb, text, *what)).encode()).hexdigest()[:8]
     stem = re.sub("[^a-z0-9]+", "-", Path(job.config).stem.lower()).strip("-")[:40]
     return f"{stem if stem[:1].isalpha() else 'run-' + stem}-{digest}"
