@@ -203,9 +203,9 @@ def test_a_prompt_is_prefilled_once(model, prompts, sampled, slots, monkeypatch)
     seen = []
     prefill = engines.prefill
 
-    def counting(config, params, tokens, lengths, *, dtype):
+    def counting(config, params, tokens, lengths, **how):
         seen.extend(tuple(row[row != 0].tolist()) for row in np.asarray(tokens) if row.any())
-        return prefill(config, params, tokens, lengths, dtype=dtype)
+        return prefill(config, params, tokens, lengths, **how)
 
     monkeypatch.setattr(engines, "prefill", counting)
     assert_same(run(model, prompts, samples=4, temperature=1.0, slots=slots), sampled)

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -158,6 +160,29 @@ def test_fine_tuning_goes_on_from_its_checkpoint(undisturbed, tmp_path):
     # Two further batches are drawn and then the process dies: at step 4, as the first two are not done again.
     jaxmerge("improve", config, f"out={run}", point="training", calls=3, code=-9)
     assert [p.name for p in state.iterdir() if p.name.isdigit()] == ["4"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_goes_on(undisturbed, tmp_path, number):
+    """In the middle of fine-tuning, between two checkpoints of its own cadence."""
+    config, reference = undisturbed
+    run, words = tmp_path / "run", [sys.executable, "-m", "train.cli", "improve", str(config)]
+    process = subprocess.Popen(
+        [*words, f"out={run}"], env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    steps = run / "phases/round-1/plain/sft.partial/steps.jsonl"
+    end = time.monotonic() + 120
+    while not steps.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    (step,) = re.findall(r"stopped after step (\d+) of \d+; saved", said)
+    assert said.rstrip().endswith("stopped as asked; the same command goes on from here")
+    (state,) = run.glob("checkpoints/round-1/plain/sft/state")
+    assert [p.name for p in state.iterdir() if p.name.isdigit()] == [step]
+    jaxmerge("improve", config, f"out={run}")
+    assert timeless(lines(run / "metrics.jsonl")) == timeless(lines(reference / "metrics.jsonl"))
 
 
 def test_weights_that_are_lost_are_made_again(undisturbed, tmp_path):

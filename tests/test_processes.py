@@ -181,6 +181,31 @@ def test_what_four_devices_wrote_any_mesh_reads(together, mesh):
     assert all(np.array_equal(whole[name], here[name]) for name in whole)
 
 
+def test_under_slurm_processes_find_each_other_and_sample_as_one(together, tmp_path):
+    """From outside: `distributed.auto=true` and a mesh, the rest is what `srun` sets."""
+    model = together / "checkpoints" / MERGED
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"\n{i},{2 * i}?", "id": str(i)}) + "\n" for i in range(2, 14)))
+    words = [sys.executable, "-m", "train.cli", "sample", str(model), str(prompts)]
+    keys = ["temperature=1", "max_new_tokens=8", "slots=8"]
+    job = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    places = ["mesh.cpu_devices=2", "mesh.fsdp=2", "mesh.tensor=2", "distributed.auto=true"]
+    group = [
+        subprocess.Popen(
+            [*words, str(tmp_path / "two.jsonl"), *keys, *places],
+            cwd=ROOT, env=ENVIRONMENT | job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    assert [p.wait(120) for p in group] == [0, 0]
+    subprocess.run([*words, str(tmp_path / "one.jsonl"), *keys], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=120)
+    two, one = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("two", "one")
+    )
+    assert [row["tokens"] for row in two] == [row["tokens"] for row in one]
+
+
 # --- faults ---
 
 
