@@ -1,0 +1,67 @@
+"""Models by name: what their config.json says of sizes, so that nothing has to be fetched to compile for them."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from train.log import UserError
+from train.models.config import ModelConfig
+from train.models.hf_config import config_from_hf
+from train.resolve import nearest
+
+_LLAMA_3: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+}
+
+
+def _llama_3_rope(factor: float) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "tie_word_embeddings": True,
+    },
+    "llama-3.2-1b": {
+        **_LLAMA_3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "head_dim": 64, "rope_scaling": _llama_3_rope(32.0), "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": {
+        **_LLAMA_3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "rope_scaling": _llama_3_rope(8.0), "tie_word_embeddings": False,
+    },
+    "llama-3.1-70b": {
+        **_LLAMA_3, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "rope_scaling": _llama_3_rope(8.0), "tie_word_embeddings": False,
+    },
+    "qwen3-8b": {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
+        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def model_of(name: str) -> ModelConfig:
+    """The sizes of a preset, or of the model at a path (a folder with config.json, a GGUF file)."""
+    if name in PRESETS:
+        return config_from_hf(PRESETS[name], source=name)
+    if not pathlib.Path(name).expanduser().exists() and not name.startswith("package:"):
+        raise UserError(f"model is {name!r}: no such file or folder, nor a preset{nearest(name, list(PRESETS))}")
+    from train.models.load import read_config
+
+    return read_config(name)
