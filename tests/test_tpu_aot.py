@@ -148,7 +148,7 @@ def test_collectives_are_counted_as_often_as_they_run():
 def test_collectives_of_a_real_program():
     """The step of eight virtual devices: every weight is gathered, in a loop over the layers."""
     compiled = PROGRAMS["sft"](TINY, dataclasses.replace(tiny_plan("sft"), micro_batch=None), make_mesh(EIGHT))
-    found = hlo.collectives(compiled.lower().compile().as_text(), 8)
+    found = hlo.collectives(compiled.lower().compile().as_text() or "", 8)
     in_the_loop = [c for c in found if c.kind == "all-gather" and c.times == TINY.num_hidden_layers]
     assert in_the_loop
     stacked = {f"{kind}[3,128,64]" for kind in ("f32", "bf16")}
@@ -201,7 +201,9 @@ def settled(**given) -> Plan:
 
 
 def test_the_mesh_is_fsdp_as_long_as_that_fits():
-    assert settled(topology="v5e:8x8").shape == {"data": 1, "fsdp": 64, "tensor": 1}
+    # Not over all of a large slice: the gradients would be summed whole.
+    assert settled(topology="v5e:8x8").shape == {"data": 2, "fsdp": 32, "tensor": 1}
+    assert settled(topology="v6e:4x4").shape == {"data": 1, "fsdp": 16, "tensor": 1}
     assert settled(topology="v5e:8x8").batch == 64
     # The head and its gradient lie over tensor alone: a larger model needs it on a chip of 16 GiB.
     large = settled(topology="v5e:16x16", model="llama-3.1-70b")

@@ -69,7 +69,7 @@ def compile_plan(plan: Plan, model: ModelConfig, topology: Topology) -> Compiled
         memory, available = out_of_memory(str(error), program.argument_bytes)
         return Compiled(memory, available, None, (), time.perf_counter() - start)
     took = time.perf_counter() - start
-    found = hlo.collectives(compiled.as_text(), topology.chips)
+    found = hlo.collectives(compiled.as_text() or "", topology.chips)
     most = sorted((c for c in found if c.bytes), key=lambda c: -c.times * c.bytes)[:3]
     words = (f"{c.kind} {', '.join(c.shapes[:2])} × {c.times}: {c.times * c.bytes / 1e9:.2f} GB" for c in most)
     return Compiled(memory_of(compiled.memory_analysis()), None, hlo.totals(found), tuple(words), took)

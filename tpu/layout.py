@@ -18,6 +18,8 @@ from .topologies import GIB, Topology, read
 
 FULL = 0.92
 """Share of a chip's memory that a layout may take on paper, to be chosen."""
+RING = 16
+"""Devices up to which the compiler passes a weight round instead of gathering it."""
 SLOTS = 16
 """Sequences decoded side by side for each part that rows are cut into, where `slots` is not given."""
 BESIDE = {"sft": 1, "decode": 1, "merge": 0}
@@ -89,11 +91,12 @@ def cost(model: ModelConfig, plan: Any, topology: Topology) -> tuple[float, ...]
     """What a layout is chosen by, among those that fit: the least.
 
     sft, merge: the least `tensor`, which sums activations in every layer, then the most fsdp, which leaves most memory
-    free. decode: the seconds of a token on paper: the weights a chip reads from its memory and, over fsdp, receives.
+    free, but not over all chips of a slice of more than RING: the compiler (libtpu 0.0.52) then sums the gradients
+    whole, an all-reduce in place of a reduce-scatter, twice the bytes (docs/scale.md). decode: the seconds of a token on paper: the weights a chip reads from its memory and, over fsdp, receives.
     """
     shape, chip = plan.shape, topology.chip
     if plan.step != "decode":
-        return shape["tensor"], shape["data"]
+        return shape["tensor"], shape["fsdp"] > RING and shape["fsdp"] == topology.chips, shape["data"]
     f, t = shape["fsdp"], shape["tensor"]
     weights = paper.WIDTH[plan.dtype] * paper.parameters(model) / t
     own = plan.slots / (shape["data"] * f)

@@ -41,7 +41,7 @@ HEAD = (
 
 def write(words: Sequence[str], *, compile: Callable[..., Compiled]) -> None:
     """Print the rows; `step=sft`, `model=…`, `topology=…` restrict them, `json=FILE` also keeps each as JSON."""
-    wanted = dict(word.partition("=")[::2] for word in words)
+    wanted = {key: value for key, _, value in (word.partition("=") for word in words)}
     file = wanted.pop("json", None)
     if unknown := wanted.keys() - {"step", "model", "topology"}:
         raise UserError(f"table: {', '.join(sorted(unknown))}: no such key; known: step, model, topology, json")
