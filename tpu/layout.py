@@ -92,7 +92,8 @@ def cost(model: ModelConfig, plan: Any, topology: Topology) -> tuple[float, ...]
 
     sft, merge: the least `tensor`, which sums activations in every layer, then the most fsdp, which leaves most memory
     free, but not over all chips of a slice of more than RING: the compiler (libtpu 0.0.52) then sums the gradients
-    whole, an all-reduce in place of a reduce-scatter, twice the bytes (docs/scale.md). decode: the seconds of a token on paper: the weights a chip reads from its memory and, over fsdp, receives.
+    whole, an all-reduce in place of a reduce-scatter, twice the bytes (docs/scale.md). decode: the seconds of a token
+    on paper: the weights a chip reads from its memory and, over fsdp, receives.
     """
     shape, chip = plan.shape, topology.chip
     if plan.step != "decode":
