@@ -25,6 +25,7 @@ jaxmerge: self-improve, extrapolate and merge language models on a JAX mesh
   jaxmerge harness  MODEL TASKS [key=value …]  tasks of EleutherAI's lm-eval, in process
   jaxmerge export   RUN OUT [method= round=]   write a run's model as a Hugging Face folder
   jaxmerge report   RUN                        write report.html of a run again
+  jaxmerge analyse  RUN [key=value …]          what training did to a run's layers, weights and samples
   jaxmerge doctor                              devices, versions, extras: what works here and what is missing
 
 MODEL is a Hugging Face folder, a GGUF file, package:NAME/FILE.gguf, a checkpoint of a run, or a hub name.

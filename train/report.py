@@ -16,6 +16,7 @@ from typing import Any
 
 from . import report_pictures as pictures
 from . import report_sections as sections
+from .analysis.page import section_of_report
 from .charts import frontier
 from .figures import escape
 from .log import UserError, pooled_rows, read_jsonl_tolerant
@@ -90,6 +91,7 @@ def render(run: Run) -> str:
         ("examples", "Solutions accepted and rejected", sections.examples(run)),
         ("training", "Training loss", pictures.training(run)),
         ("layers", "Weight change per layer", pictures.layers(run)),
+        ("analysis", "Analysis", section_of_report(run.folder)),
         ("time", "Time", sections.time(run)),
         ("again", "Doing it again", sections.again(run)),
     ]

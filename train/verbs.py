@@ -304,6 +304,23 @@ def report(words: Words, assignments: Words, dry: bool) -> int:
     return 0
 
 
+def analyse(words: Words, assignments: Words, dry: bool) -> int:
+    """analyse RUN [key=value …]
+
+    What training did to a run's layers, weights and samples: analysis.json, analysis.html, analysis/*.svg, and in the
+    run's report.
+    Keys: method=null rounds=[] (all) texts=64 (held-out questions a domain) samples=0 (32: drawn now, for pass@k up to
+    32) questions=64 (sampled a domain) limem=false (memorisation) grid=9 (of the plane) out=null (another folder)
+    """
+    del dry
+    from .analyse import AnalyseOptions, analyse_run
+
+    settings = options(assignments, AnalyseOptions)
+    start_jax()
+    say(str(analyse_run(Path(words[0]), settings)))
+    return 0
+
+
 def doctor(words: Words, assignments: Words, dry: bool) -> int:
     """doctor
 
@@ -388,5 +405,6 @@ VERBS: dict[str, Callable[[Words, Words, bool], int]] = {
     "harness": harness,
     "export": export,
     "report": report,
+    "analyse": analyse,
     "doctor": doctor,
 }

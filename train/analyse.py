@@ -1,0 +1,92 @@
+"""`jaxmerge analyse`: what training did to the weights of a run, and what it did to its samples.
+
+The measures are functions of train/analysis/; here a run's folder is read, they are called on its models, and
+`analysis.json`, `analysis.html` and `analysis/*.svg` are written. Reports show what is found in the run's folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .analysis.measures import MEASURES
+from .analysis.page import write_page
+from .analysis.study import open_study
+from .journal import write_durably
+from .log import UserError, say
+from .report import write_report
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalyseOptions:
+    """Keys of `jaxmerge analyse`."""
+
+    method: str | None = None
+    """A trained method of the run; null: the first that merges, else the first."""
+    rounds: tuple[int, ...] = ()
+    """Rounds to look at; () is all that are committed and on disk."""
+    texts: int = 64
+    """Held-out questions of each domain whose solutions losses are measured on."""
+    samples: int = 0
+    """Samples of each held-out question for entropy and pass@k; 0 takes those that the run drew for training."""
+    questions: int = 64
+    """Questions of each domain that are sampled, and training questions for LiMem."""
+    limem: bool = False
+    """Whether to score memorisation, which asks for answers to training questions and to their twins."""
+    grid: int = 9
+    """Points along each axis of the plane of losses."""
+    out: str | None = None
+    """Folder to write to; null is the run's own."""
+
+    def __post_init__(self):
+        for name, least in (("texts", 2), ("samples", 0), ("questions", 1), ("grid", 3)):
+            if getattr(self, name) < least:
+                raise UserError(f"analyse: {name}={getattr(self, name)}; it must be at least {least}")
+
+
+def analyse_run(folder: Path, options: AnalyseOptions) -> Path:
+    """Measure a run; returns the page.
+
+    Equal runs and options give equal numbers; only `seconds` differs.
+
+    Raises:
+      UserError: no such run, method or round, or nothing to measure on.
+    """
+    study = open_study(folder, options)
+    seconds: dict[str, float] = {}
+    found: dict[str, Any] = study.about()
+    for name, measure in MEASURES.items():
+        with timed(name, seconds):
+            found[name] = measure(study)
+    found |= {"notes": study.notes, "seconds": seconds}
+    out = Path(options.out) if options.out else folder
+    with contextlib.suppress(FileExistsError):
+        out.mkdir(parents=True)
+    write_durably(out / "analysis.json", json.dumps(finite(found), indent=1, allow_nan=False, ensure_ascii=False))
+    page = write_page(out)
+    if out.resolve() == folder.resolve():
+        write_report(folder)
+    return page
+
+
+@contextlib.contextmanager
+def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+    say(f"analyse {name}: {seconds[name]:.1f} s")
+
+
+def finite(value: Any) -> Any:
+    """Plain data with null in place of NaN and infinity, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,230 @@
+"""One method of one run, opened for looking at: its rounds, their weights, held-out text, and its model's answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from .. import round as rounds_of_run
+from ..config import Improve, Mesh
+from ..generate.rollout import Settings, rollout
+from ..journal import Journal
+from ..log import UserError, progress
+from ..models.decoder import Params
+from ..plan import BASE, Phase, plan
+from ..resolve import build, nearest, read_yaml
+from ..run import Run
+from ..tasks import Question
+from ..tasks.task import DOMAINS
+from .texts import Text
+
+if TYPE_CHECKING:
+    from ..analyse import AnalyseOptions
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """The models of one round by the names of their phases: what it began with, fine-tuned, ended with."""
+
+    number: int
+    start: str
+    tuned: str
+    end: str
+    sample: Phase
+
+    @property
+    def merged(self) -> bool:
+        return self.end != self.tuned
+
+
+class Study:
+    """What the measures are given.
+
+    `notes` collects what a reader must know: fall-backs, what is missing and why.
+    """
+
+    def __init__(self, run: Run, method: str, rounds: Sequence[Round], options: AnalyseOptions):
+        self.run, self.method, self.rounds, self.options = run, method, list(rounds), options
+        self.notes: list[str] = []
+        self.seed = run.config.seed
+        self.config = run.model.config
+        self.texts = self._texts()
+
+    def about(self) -> Row:
+        """Say what is measured, and on what."""
+        return {
+            "run": self.run.journal.root.resolve().name,
+            "method": self.method,
+            "rounds": [r.number for r in self.rounds],
+            "layers": self.config.num_hidden_layers,
+            "texts": {
+                domain: {"questions": len(texts), "tokens": sum(len(t.completion) for t in texts)}
+                for domain, texts in self.texts.items()
+            },
+        }
+
+    # --- weights ---
+
+    @property
+    def base(self) -> Params:
+        return self.run.weights(BASE)
+
+    def weights(self, name: str) -> Params:
+        """The weights of a phase, read from disk each time: a study of many rounds holds few of them at once."""
+        if name == BASE:
+            return self.base
+        return self.run.read_weights(self.run.checkpoints(name) / "weights")
+
+    def snapshot(self, one: Round) -> Params | None:
+        """A checkpoint from the middle of a round's fine-tuning, if it kept one."""
+        early = self.run.snapshots(one.tuned)[:-1]
+        return self.run.read_weights(early[0]) if early else None
+
+    def ends(self) -> list[tuple[int, str, str]]:
+        """(round, name, phase) of the base and of what each round ended with."""
+        return [(0, "base", BASE), *((r.number, f"round {r.number}", r.end) for r in self.rounds)]
+
+    # --- questions ---
+
+    def held_out(self, domain: str, count: int) -> list[Question]:
+        """Validation questions of a domain, spread evenly over its families; test questions in a run without."""
+        suite = self.run.suite
+        split = "validation" if suite.questions("validation") else "test"
+        pools = [
+            [q for q in suite.questions(split) if (q.domain, q.family) == (domain, family)]
+            for family in suite.families(domain)  # type: ignore[arg-type]  # a Domain: it came from DOMAINS
+        ]
+        turns = [q for turn in range(count) for pool in pools for q in pool[turn : turn + 1]]
+        return turns[:count]
+
+    def _texts(self) -> dict[str, list[Text]]:
+        """Held-out questions with what should follow them, by domain."""
+        tokenizer, few_shot = self.run.model.tokenizer, self.run.config.tasks.few_shot
+        found: dict[str, list[Text]] = {}
+        bare = set()
+        for domain in DOMAINS:
+            for question in self.held_out(domain, self.options.texts):
+                if question.solution is None:
+                    bare.add(question.family)
+                prompt = rounds_of_run.prompt_tokens(self.run.suite, tokenizer, question, few_shot)
+                completion = tokenizer.encode(question.solution or question.answer)
+                completion = [*completion, tokenizer.eos_ids[0]]
+                if len(prompt) + len(completion) <= self.config.max_position_embeddings:
+                    found.setdefault(domain, []).append(Text(tuple(prompt), tuple(completion)))
+        if not found:
+            raise UserError(
+                f"{self.run.journal.root}: the run has no validation or test question that fits the model;"
+                " analyse measures losses on these: give tasks.families validation: N"
+            )
+        if not self.run.suite.questions("validation"):
+            self.notes.append("The run has no validation questions: losses and samples are of test questions.")
+        if bare:
+            self.notes.append(
+                f"{', '.join(sorted(bare))}: no worked solutions, so losses there are of the answers alone."
+            )
+        return found
+
+    # --- answers ---
+
+    def sample(self, model: str, questions: Sequence[Question], samples: int, title: str) -> list[Row]:
+        """Draw and judge samples of a model: {question_id, sample, text, reason, score}."""
+        block = self.run.config.block(self.method, "sampling")
+        settings = Settings(
+            samples, block.temperature, block.top_k, block.top_p, block.max_new_tokens,
+            self.run.stops(block.stop), block.slots, self.run.config.model.dtype,
+        )  # fmt: skip
+        return self._rollout(self.weights(model), questions, settings, title)
+
+    def solver(self, model: str, title: str) -> Callable[[Sequence[Question]], Mapping[str, float]]:
+        """Return a function from questions to right (1.0) or not, answered greedily as the run evaluates."""
+        block, params = self.run.config.evaluation, self.weights(model)
+        settings = Settings(
+            max_new_tokens=block.max_new_tokens,
+            stop=self.run.stops(block.stop),
+            slots=block.slots,
+            dtype=self.run.config.model.dtype,
+        )
+
+        def solve(questions: Sequence[Question]) -> dict[str, float]:
+            rows = self._rollout(params, questions, settings, title)
+            return {row["question_id"]: float(row["score"] == 1.0) for row in rows}
+
+        return solve
+
+    def _rollout(self, params: Params, questions: Sequence[Question], settings: Settings, title: str) -> list[Row]:
+        run = self.run
+        prompts = rounds_of_run.prompts(run.suite, run.model.tokenizer, questions, run.config.tasks.few_shot)
+        key = jax.random.fold_in(run.key, 0xA7A1)
+        with progress(title, total=len(prompts) * settings.samples, unit="samples") as bar:
+            done = rollout(
+                self.config,
+                params,
+                run.model.tokenizer,
+                prompts,
+                settings,
+                key,
+                on_sample=lambda tokens: bar.advance(1),
+            )
+        rows = [{"question_id": s.prompt_id, "sample": s.index, "text": s.text, "reason": s.reason} for s in done]
+        return rounds_of_run.verify(run.suite, {q.id: q for q in questions}, rows)
+
+
+def open_study(root: Path, options: AnalyseOptions) -> Study:
+    """Open a run's folder, finished or not, for reading.
+
+    Raises:
+      UserError: not a run, an unknown method or round, a probe, nothing fine-tuned yet, weights that are gone.
+    """
+    if not (root / "config.yaml").is_file():
+        raise UserError(f"{root}: not the folder of a run (no config.yaml); give what `jaxmerge improve` printed last")
+    # Read where this is, not on the mesh of the run.
+    config = dataclasses.replace(build(Improve, read_yaml(root / "config.yaml")), mesh=Mesh())
+    todo, outcomes = plan(config)
+    run = Run(config, Journal(root, read_only=True), todo, outcomes)
+    method = chosen_method(config, options.method)
+    there, missing = [], []
+    for number in range(1, config.rounds + 1):
+        own = [p for p in todo.phases if p.round == number and method in (p.method, *p.shared_by)]
+        tuned = next(p for p in own if p.kind == "sft")
+        end = next(o.model for o in outcomes if (o.method, o.round) == (method, number) and not o.extra)
+        committed = all(run.journal.committed(name) is not None for name in (tuned.name, end))
+        if committed and all((run.checkpoints(name) / "weights").is_dir() for name in (tuned.name, end)):
+            sample = next(p for p in own if p.kind == "sample")
+            there.append(Round(number, tuned.inputs["model"], tuned.name, end, sample))
+        elif committed:
+            missing.append(number)
+    chosen = chosen_rounds(root, options.rounds, there, missing)
+    study = Study(run, method, chosen, options)
+    if missing and not options.rounds:
+        study.notes.append(f"The weights of round {', '.join(map(str, missing))} were deleted (keep={config.keep}).")
+    return study
+
+
+def chosen_method(config: Improve, wanted: str | None) -> str:
+    trained = [name for name, method in config.methods.items() if method.probe is None]
+    if wanted is None:
+        return next((name for name in trained if config.block(name, "merge").rule != "none"), trained[0])
+    if wanted in config.methods and wanted not in trained:
+        raise UserError(
+            f"method={wanted}: a probe trains nothing, so there is nothing to analyse; wanted {', '.join(trained)}"
+        )
+    if wanted not in trained:
+        raise UserError(f"method={wanted}: the run has no such method{nearest(wanted, trained)}")
+    return wanted
+
+
+def chosen_rounds(root: Path, wanted: Sequence[int], there: Sequence[Round], missing: Sequence[int]) -> list[Round]:
+    if not there:
+        why = f"the weights of round {', '.join(map(str, missing))} were deleted (keep)" if missing else "none is done"
+        raise UserError(f"{root}: no round to analyse, {why}; go on with the run, or take one that keeps its weights")
+    numbers = [r.number for r in there]
+    for number in wanted:
+        if number not in numbers:
+            raise UserError(f"rounds={list(wanted)}: round {number} is not there; wanted some of {numbers}")
+    return [r for r in there if not wanted or r.number in wanted]
