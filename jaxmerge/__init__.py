@@ -3,6 +3,7 @@
 from jaxmerge.compose import masked
 from jaxmerge.consensus import elect_sign, elect_sign_by_energy, elect_sign_unweighted, weighted_sum
 from jaxmerge.delta import breadcrumbs, breadcrumbs_ties, dare, dare_ties, della, della_linear, delta_rule, sce, ties
+from jaxmerge.exme import exme_merge, exme_safe, exme_space, exme_weights, guarded, search_exme, staged
 from jaxmerge.iterative import alpha_schedule, imm, offload, onload
 from jaxmerge.leafwise import Needs, Operands, Rule, leafwise
 from jaxmerge.linear import (
@@ -21,14 +22,23 @@ from jaxmerge.sparsify import drop, rank_drop, trim, two_sided_trim, variance_se
 from jaxmerge.spherical import karcher, multislerp, nuslerp, slerp
 from jaxmerge.statistics import fisher, graft_mask, grafting, regmean
 from jaxmerge.stock import model_stock
+from jaxmerge.strategies import STRATEGIES, Float, Space
 from jaxmerge.tree import cast, dot, leaf_paths, norm, task_vector
+from jaxmerge.tune import Compiled, Monotone, Result, Search, descend, judge_line, monotone, search_merge
 from jaxmerge.where import layer_group, matches, select
 
 __all__ = [
     "RULES",
+    "STRATEGIES",
+    "Compiled",
+    "Float",
+    "Monotone",
     "Needs",
     "Operands",
+    "Result",
     "Rule",
+    "Search",
+    "Space",
     "alpha_schedule",
     "arcee_fusion",
     "average",
@@ -44,18 +54,25 @@ __all__ = [
     "della",
     "della_linear",
     "delta_rule",
+    "descend",
     "dot",
     "drop",
     "elect_sign",
     "elect_sign_by_energy",
     "elect_sign_unweighted",
+    "exme_merge",
+    "exme_safe",
+    "exme_space",
+    "exme_weights",
     "extrapolate",
     "extrapolation_merge",
     "fisher",
     "graft_mask",
     "grafting",
+    "guarded",
     "imm",
     "interpolate",
+    "judge_line",
     "karcher",
     "layer_group",
     "leaf_paths",
@@ -63,6 +80,7 @@ __all__ = [
     "masked",
     "matches",
     "model_stock",
+    "monotone",
     "multislerp",
     "nearswap",
     "nonfinite",
@@ -78,8 +96,11 @@ __all__ = [
     "regmean",
     "rule",
     "sce",
+    "search_exme",
+    "search_merge",
     "select",
     "slerp",
+    "staged",
     "task_arithmetic",
     "task_vector",
     "ties",
