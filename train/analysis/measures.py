@@ -69,19 +69,22 @@ def agree(study: Study) -> Found:
         study.notes.append("One round: there are no two task vectors to compare.")
         return None
     table = {}
-    for name in ("from the base", "of the round alone"):
+    for name, rounds in (("from the base", study.rounds), ("of the round alone", study.with_start())):
         deltas = []
-        for r in study.rounds:
+        for r in rounds:
             start = study.base if name == "from the base" else study.weights(r.start)
             deltas.append(jax.device_get(jaxmerge.task_vector(study.weights(r.tuned), start)))
-        cosine, conflict = agreement(deltas)
-        table[name] = {"cosine": cosine, "conflict": conflict}
+        if len(deltas) > 1:
+            cosine, conflict = agreement(deltas)
+            table[name] = {"rounds": [r.number for r in rounds], "cosine": cosine, "conflict": conflict}
     return table
 
 
 def rank(study: Study) -> Found:
     """Effective and stable rank of what each round's fine-tuning changed, from what the round began with."""
-    return [{"round": r.number, "kinds": ranks(study.weights(r.tuned), study.weights(r.start))} for r in study.rounds]
+    return [
+        {"round": r.number, "kinds": ranks(study.weights(r.tuned), study.weights(r.start))} for r in study.with_start()
+    ]
 
 
 def contribution(study: Study) -> Found:
@@ -93,7 +96,10 @@ def contribution(study: Study) -> Found:
                 params = study.weights(name)
                 for domain, texts in study.texts.items():
                     values, layers = tuco(study.config, params, base, [t.prompt for t in texts])
-                    found = {"value": interval(values.tolist(), seed=study.seed), "layers": np.mean(layers, axis=0).tolist()}
+                    found = {
+                        "value": interval(values.tolist(), seed=study.seed),
+                        "layers": np.mean(layers, axis=0).tolist(),
+                    }
                     rows.append({"round": r.number, "model": model, "domain": domain, **found})
     return rows
 

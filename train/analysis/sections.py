@@ -125,9 +125,9 @@ def agreement(found: Found) -> Section | None:
     data = found["agreement"]
     if data is None:
         return None
-    names = [f"round {n}" for n in found["rounds"]]
     drawn, body = [], []
     for about, pair in data.items():
+        names = [f"round {n}" for n in pair["rounds"]]
         key = "base" if about == "from the base" else "alone"
         for measure, form in (("cosine", short), ("conflict", percent)):
             title = f"{'Cosine' if measure == 'cosine' else 'Opposite signs'}, {about}"
@@ -149,8 +149,10 @@ def agreement(found: Found) -> Section | None:
     return Section("Agreement between rounds", words, dict(drawn), text)
 
 
-def rank(found: Found) -> Section:
+def rank(found: Found) -> Section | None:
     rows = found["rank"]
+    if not rows:
+        return None
     last = rows[-1]
     shown = [(f"{kind}, of {short(k['full'])}", k["effective"], None) for kind, k in last["kinds"].items()]
     stable = [(kind, k["stable"], None) for kind, k in last["kinds"].items()]

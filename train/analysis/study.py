@@ -81,6 +81,17 @@ class Study:
             return self.base
         return self.run.read_weights(self.run.checkpoints(name) / "weights")
 
+    def with_start(self) -> list[Round]:
+        """The rounds whose first weights are still there: what a round alone has added is told from these."""
+        gone = [r.number for r in self.rounds if not self.has(r.start)]
+        note = f"What round {', '.join(map(str, gone))} began with was deleted (keep): its own change is not measured."
+        if gone and note not in self.notes:
+            self.notes.append(note)
+        return [r for r in self.rounds if r.number not in gone]
+
+    def has(self, name: str) -> bool:
+        return name == BASE or (self.run.checkpoints(name) / "weights").is_dir()
+
     def snapshot(self, one: Round) -> Params | None:
         """A checkpoint from the middle of a round's fine-tuning, if it kept one."""
         early = self.run.snapshots(one.tuned)[:-1]
@@ -194,7 +205,7 @@ def open_study(root: Path, options: AnalyseOptions) -> Study:
         tuned = next(p for p in own if p.kind == "sft")
         end = next(o.model for o in outcomes if (o.method, o.round) == (method, number) and not o.extra)
         committed = all(run.journal.committed(name) is not None for name in (tuned.name, end))
-        if committed and all((run.checkpoints(name) / "weights").is_dir() for name in (tuned.name, end)):
+        if committed and all((run.checkpoints(name) / "weights").is_dir() for name in {tuned.name, end}):
             sample = next(p for p in own if p.kind == "sample")
             there.append(Round(number, tuned.inputs["model"], tuned.name, end, sample))
         elif committed:
