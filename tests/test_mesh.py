@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxmerge
+from train.checkpoint import digest
 from train.config import Mesh, Sft
 from train.generate.engine import Decoding, decode, empty_caches
 from train.generate.rollout import Prompt, Settings, rollout
@@ -317,3 +318,15 @@ def test_decoding_leaves_the_caches_where_they_are(mesh):
         assert not any(len(shape) == 4 for shape in sizes), (kind, sizes)
     kept = compiled.output_shardings[0][0].k
     assert kept.is_equivalent_to(caches[0].k.sharding, 4)
+
+
+def test_a_digest_is_of_bits_and_places_and_not_of_the_mesh(on):
+    assert len({digest(on(name)[1].params) for name in MESHES}) == 1
+    one = np.zeros((3, 4), np.float32)
+    moved, other = one.copy(), one.copy()
+    one[1, 2], moved[2, 1], other[1, 2] = 1e-30, 1e-30, -1e-30
+    swapped = {"a": jnp.asarray(moved), "b": jnp.asarray(one)}
+    trees = [{"a": jnp.asarray(x)} for x in (one, moved, other, one.reshape(4, 3), one.T, one.astype(jnp.bfloat16))]
+    trees += [{"b": jnp.asarray(one)}, {"a": jnp.asarray(one), "b": jnp.asarray(moved)}, swapped]
+    assert len({digest(tree) for tree in trees}) == len(trees)
+    assert digest(trees[0]) == digest({"a": jnp.asarray(one.copy())})

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from .learn.sft import Checkpoints, State
 from .log import UserError
 from .models.decoder import Params
-from .processes import on_first, to_host
+from .processes import on_first
 
 
 def save_weights(path: Path, params: Params) -> None:
@@ -62,14 +63,43 @@ def abstract(params: Any, shardings: Any) -> Any:
 
 
 def digest(params: Params) -> str:
-    """sha256 over paths, dtypes, shapes and bits, in path order: equal digests are equal weights."""
+    """32 hex digits of paths, dtypes, shapes and bits: other digests are other weights.
+
+    Computed where the weights lie, a leaf at a time, and the same on every mesh: sums of integers, which no order or
+    grouping changes. Equal digests are equal weights but for chance (2⁻¹²⁸) or an adversary, whom this does not stop.
+    """
     total = hashlib.sha256()
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    for path, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
-        value = np.ascontiguousarray(to_host(leaf))
-        total.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
-        total.update(value.data if value.ndim and value.dtype.kind == "f" else value.tobytes())
-    return total.hexdigest()
+    sums = {jax.tree_util.keystr(path): (leaf, bit_sums(leaf)) for path, leaf in leaves}
+    for path, (leaf, found) in sorted(sums.items()):
+        total.update(f"{path} {leaf.dtype} {leaf.shape} {np.asarray(found).tolist()}".encode())
+    return total.hexdigest()[:32]
+
+
+@jax.jit
+def bit_sums(x: jax.Array) -> jax.Array:
+    """Four sums mod 2³² over the elements, each of its bits and its place in the leaf, mixed: uint32 [4]."""
+    size = x.dtype.itemsize
+    bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size]).astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, length in enumerate(x.shape):
+        place = place * np.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    sums = []
+    for lane in (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F):
+        # An element that moves changes the sum as much as one that changes: the place is mixed before the bits are.
+        sums.append(jnp.sum(mixed(bits + mixed(place ^ np.uint32(lane))), dtype=jnp.uint32))
+    return jnp.stack(sums)
+
+
+def mixed(h: jax.Array) -> jax.Array:
+    """MurmurHash3's finaliser: a bijection of 32 bits in which every bit depends on every other.
+
+    References:
+      Appleby, MurmurHash3, https://github.com/aappleby/smhasher, fmix32.
+    """
+    h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
 
 
 class SftCheckpoints(Checkpoints):

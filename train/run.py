@@ -60,7 +60,7 @@ class Run:
             if record is not None and record["digest"] != found:
                 raise UserError(
                     f"{self.config.model.path or 'model.random'}: the weights changed since this run began "
-                    f"(sha256 {found[:12]}…, then {record['digest'][:12]}…); restore them or choose another folder "
+                    f"(digest {found[:12]}…, then {record['digest'][:12]}…); restore them or choose another folder "
                     "with out=DIR"
                 )
             trained = [name for name, method in self.config.methods.items() if method.probe is None]
