@@ -215,6 +215,14 @@ def test_the_mesh_is_fsdp_as_long_as_that_fits():
     assert settled(topology="v5p:4x4x4", batch=16).shape == {"data": 1, "fsdp": 16, "tensor": 4}
 
 
+def test_a_chosen_mesh_can_be_laid_along_the_slice():
+    """jax lays each axis of a mesh along whole axes of a 3-D torus."""
+    assert settled(topology="v5p:4x4x4").shape == {"data": 4, "fsdp": 16, "tensor": 1}
+    assert settled(topology="v6e:8x8").shape == {"data": 8, "fsdp": 8, "tensor": 1}
+    assert topologies.is_along(read("v5p:2x4x4"), (2, 4, 4))
+    assert not topologies.is_along(read("v5p:2x4x4"), (2, 2, 8))
+
+
 def test_the_decoder_reads_weights_from_its_own_memory_where_they_fit():
     assert settled(topology="v5e:4x4", step="decode").shape["fsdp"] == 1
 

@@ -14,7 +14,7 @@ from train.models.config import ModelConfig
 from train.resolve import at_least
 
 from . import paper
-from .topologies import GIB, Topology, read
+from .topologies import GIB, Topology, is_along, read
 
 FULL = 0.92
 """Share of a chip's memory that a layout may take on paper, to be chosen."""
@@ -117,6 +117,8 @@ def settle(plan: Plan, model: ModelConfig, topology: Topology) -> tuple[Plan, st
       UserError: no mesh has as many devices as the slice has chips, or none divides the model and the batch.
     """
     possible = [p for shape in shapes_of(plan.mesh, topology.chips) if (p := filled(plan, model, shape)) is not None]
+    # jax cannot lay every mesh along a torus; one that is given whole is refused where it is made.
+    possible = [p for p in possible if is_along(topology, tuple(p.shape.values()))] or possible
     if not possible:
         given = ", ".join(f"mesh.{name}={n}" for name, n in vars(plan.mesh).items() if n is not None) or "any mesh"
         rows = plan.micro_batch or plan.batch

@@ -145,4 +145,35 @@ def mesh(topology: Topology, shape: Sequence[int], axes: Sequence[str]) -> Any:
     import jax
 
     auto = (jax.sharding.AxisType.Auto,) * len(axes)
-    return jax.make_mesh(tuple(shape), tuple(axes), devices=devices(topology), axis_types=auto)
+    try:
+        return jax.make_mesh(tuple(shape), tuple(axes), devices=devices(topology), axis_types=auto)
+    except NotImplementedError:
+        raise UserError(
+            f"{'×'.join(map(str, shape))} cannot be laid along {topology.name}; a run would be refused as well: each "
+            f"axis of the mesh must be a product of the slice's own axes, {', '.join(map(str, topology.shape))}"
+        ) from None
+
+
+def is_along(topology: Topology, sizes: Sequence[int]) -> bool:
+    """Whether each axis of a mesh is a product of some of the slice's axes, each used once; of v5e nothing is wanted.
+
+    Example:
+      >>> is_along(read("v5p:4x4x4"), (2, 32, 1)), is_along(read("v5p:4x4x4"), (4, 16, 1))
+      (False, True)
+    """
+    wanted = [n for n in sizes if n > 1]
+    if topology.generation == "v5e":
+        return True
+
+    def place(wanted: list[int], free: tuple[int, ...]) -> bool:
+        if not wanted:
+            return True
+        for chosen in range(1, 2 ** len(free)):
+            taken = [n for i, n in enumerate(free) if chosen >> i & 1]
+            if math.prod(taken) == wanted[0]:
+                rest = tuple(n for i, n in enumerate(free) if not chosen >> i & 1)
+                if place(wanted[1:], rest):
+                    return True
+        return False
+
+    return place(wanted, topology.shape)
