@@ -43,6 +43,12 @@ def test_missing_package_is_named_with_its_range_and_command(monkeypatch, capsys
     assert "extra train: optax" in out.split("cannot run")[1]
 
 
+def test_an_extra_of_another_package_is_looked_into():
+    """`jax[cuda13]` is not there because jax is."""
+    assert ("jax-cuda13-plugin", "") in d.wanted_packages()["cuda"]
+    assert ("libtpu", "") in d.wanted_packages()["tpu"]
+
+
 def test_nothing_missing_is_exit_code_0(capsys):
     assert d.print_checks([d.Check("python", d.OK, "3.12"), d.Check("sandbox", d.NOTE, "none", "get it")]) == 0
     assert "get it" in capsys.readouterr().out

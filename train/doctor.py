@@ -168,12 +168,24 @@ def wanted_packages() -> dict[str, list[tuple[str, str]]]:
         found = _REQUIREMENT.fullmatch(line.strip())
         if found is None:
             raise ValueError(f"requirement {line!r} is not understood")
-        name, _, versions, marker = found.groups()
+        name, inner, versions, marker = found.groups()
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", marker or "")
         group = extras.setdefault(extra.group(1) if extra else "", [])
         if name.lower() != "jaxmerge":
             group.append((name, versions.replace(" ", "")))
+            group += packages_of_extra(name, inner) if inner else []
     return extras
+
+
+def packages_of_extra(package: str, extra: str) -> list[tuple[str, str]]:
+    """What `package[extra]` brings besides the package, as that says itself; nothing if it is not installed."""
+    try:
+        lines = importlib.metadata.requires(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    wanted = re.compile(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]")
+    found = [_REQUIREMENT.fullmatch(line.strip()) for line in lines if wanted.search(line)]
+    return [(match[1], "") for match in found if match is not None]
 
 
 def _release(version: str) -> tuple[int, ...]:
