@@ -126,7 +126,7 @@ class Search:
         if lost := len(self.trials) - len(judged):
             notes.append(f"{lost} of {len(self.trials)} candidates could not be judged and count as the worst")
         seconds = sum(trial["seconds"] for trial in self.trials)
-        return Result(best["coefficients"], worth(best), self.trials, len(self.trials), seconds, notes)
+        return Result(best["coefficients"], worth(best), list(self.trials), len(self.trials), seconds, notes)
 
 
 class Compiled:
@@ -142,6 +142,7 @@ class Compiled:
     def __init__(self, merge: Callable[..., PyTree], space: Any):
         self.merge, self.space = merge, Space(space)
         self._run: Callable[..., Any] | None = None
+        self._held: list[jax.Array] = []
 
     def __call__(self, **coefficients: Any) -> PyTree:
         named = self.space.pack(self.space.flatten(coefficients))
@@ -164,10 +165,10 @@ class Compiled:
         closed = jax.make_jaxpr(arrays)(arguments)
         program = jax.jit(lambda constants, flat: eval_jaxpr(closed.jaxpr, constants, *flat))
         # Models kept as NumPy arrays are brought to the device here, not once a candidate.
-        constants = [c if isinstance(c, jax.Array) else jax.device_put(c) for c in closed.consts]
+        self._held = [c if isinstance(c, jax.Array) else jax.device_put(c) for c in closed.consts]
 
         def run(arguments):
-            made = iter(program(constants, jax.tree.leaves(arguments)))
+            made = iter(program(self._held, jax.tree.leaves(arguments)))
             return jax.tree.unflatten(treedef, [next(made) if leaf is None else leaf for leaf in leaves])
 
         return run
