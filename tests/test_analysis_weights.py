@@ -258,7 +258,7 @@ def test_line_and_plane_of_a_bowl_by_hand():
     values = line.over_points(bowl, base, plane.directions, [(0.5, 1.5), (0.0, 0.0), (0.0, 1.0)], given)["one"]
     assert values == pytest.approx([9.0, 1.0, 5.0])
     u, v = line.grid(plane.places, 5)
-    assert (u[0], u[-1], v[0], v[-1]) == pytest.approx((-0.2, 1.2, -0.3, 1.8))
+    assert (u[0], u[-1], v[0], v[-1]) == pytest.approx((-0.3, 1.3, -0.45, 1.95))
 
 
 def test_no_plane_through_models_on_one_line():

@@ -53,7 +53,7 @@ class Compiled(NamedTuple):
 
 def compile_plan(plan: Plan, model: ModelConfig, topology: Topology) -> Compiled:
     """Compile a settled plan; that the memory does not suffice is a result, not an error."""
-    mesh = topologies.mesh(topology, tuple(plan.shape.values()), tuple(plan.shape))
+    mesh = topologies.mesh(topology, (plan.shape["data"], plan.shape["fsdp"], plan.shape["tensor"]))
     import jax
 
     from . import hlo

@@ -140,18 +140,11 @@ def devices(topology: Topology) -> Sequence[Any]:
     return found
 
 
-def mesh(topology: Topology, shape: Sequence[int], axes: Sequence[str]) -> Any:
-    """The mesh a run on the slice would have, laid along the torus as `train.mesh.make_mesh` lays it."""
-    import jax
+def mesh(topology: Topology, shape: tuple[int, int, int]) -> Any:
+    """The mesh a run on the slice would have."""
+    from train.mesh import lay
 
-    auto = (jax.sharding.AxisType.Auto,) * len(axes)
-    try:
-        return jax.make_mesh(tuple(shape), tuple(axes), devices=devices(topology), axis_types=auto)
-    except NotImplementedError:
-        raise UserError(
-            f"{'×'.join(map(str, shape))} cannot be laid along {topology.name}; a run would be refused as well: each "
-            f"axis of the mesh must be a product of the slice's own axes, {', '.join(map(str, topology.shape))}"
-        ) from None
+    return lay(shape, devices(topology))
 
 
 def is_along(topology: Topology, sizes: Sequence[int]) -> bool:

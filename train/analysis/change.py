@@ -33,7 +33,8 @@ def kind_of(path: str) -> str:
 
 def by_kind(tuned: Params, base: Params) -> dict[str, float]:
     """Return the relative change of each kind of matrix, pooled over layers: √Σ‖Δ‖² / √Σ‖θ_0‖²."""
-    return pooled(squares(tuned, base), kind_of)
+    found = pooled(squares(tuned, base), kind_of)
+    return {kind: found[kind] for kind in in_order(list(found))}
 
 
 def by_layer(tuned: Params, base: Params) -> dict[str, float]:

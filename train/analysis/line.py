@@ -114,11 +114,11 @@ def _like(params: Params, named: Mapping[str, Any]) -> Params:
 
 
 def grid(places: Mapping[str, tuple[float, float, float]], size: int) -> tuple[list[float], list[float]]:
-    """Choose `size` values of u and of v that hold the base and every place, with a margin of a fifth of the span."""
+    """Choose `size` values of u and of v that hold the base and every place, with a margin of 0.3 of the span."""
 
     def axis(values):
         low, high = min(0.0, *values), max(0.0, *values)
-        margin = 0.2 * (high - low)
+        margin = 0.3 * (high - low)
         return [float(x) for x in np.linspace(low - margin, high + margin, size)]
 
     return axis([p[0] for p in places.values()]), axis([p[1] for p in places.values()])

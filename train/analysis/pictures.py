@@ -41,6 +41,7 @@ def lines(
     y_title: str,
     zero: bool = True,
     rules: Sequence[tuple[float, str]] = (),
+    x_marks: Sequence[tuple[float, str]] = (),
     form: Callable[[float], str] = short,
     standalone: bool = False,
 ) -> str:
@@ -49,6 +50,7 @@ def lines(
     Args:
       zero: the y axis begins at 0 (or below it, where values do).
       rules: x values to mark with a dotted rule, with their names.
+      x_marks: x values with what is written under them, in place of round numbers.
     """
     xs = [x for line in drawn for x, _ in line.points]
     ys = [y for line in drawn for _, y in line.points if math.isfinite(y)]
@@ -58,12 +60,12 @@ def lines(
         y_low = 0.0
     side = max(text_width(line.label, size=12) for line in drawn) + 8
     canvas = Canvas(WIDTH, 240)
-    x = Scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, 50, WIDTH - side - 6)
+    x = Scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, 50, WIDTH - side - 9)
     y = Scale(y_low, y_high, 196, 46)
     canvas.text((0, 14), title, "strong")
     whole = all(value == round(value) for value in xs)
-    marks = [v for v in ticks(x.low, x.high, count=5) if not whole or v == round(v)]
-    axes(canvas, x, y, x_ticks=[(v, f"{v:g}") for v in marks], y_count=4, y_format=form)
+    round_ones = [(v, f"{v:g}") for v in ticks(x.low, x.high, count=5) if not whole or v == round(v)]
+    axes(canvas, x, y, x_ticks=x_marks or round_ones, y_count=4, y_format=form)
     canvas.text((0, 33), y_title, "soft small")
     canvas.text((x.end, 231), x_title, "soft small", anchor="end")
     for value, word in rules:
@@ -71,8 +73,9 @@ def lines(
         canvas.text((x(value) + 5, y.start - 5), word, "soft small")
     for i, line in enumerate(drawn):
         css = f"k{i % 7}"
+        aside = 3.5 * (i - (len(drawn) - 1) / 2)  # intervals of several lines at one x stand beside each other
         for (at, _), (low, high) in zip(line.points, line.intervals, strict=False):
-            canvas.line((x(at), y(low)), (x(at), y(high)), css, 'stroke-width="3" stroke-opacity="0.3"')
+            canvas.line((x(at) + aside, y(low)), (x(at) + aside, y(high)), css, 'stroke-width="3" stroke-opacity="0.3"')
         canvas.path([(x(a), y(b)) for a, b in line.points], css, 'stroke-width="1.8" stroke-linejoin="round"')
         if len(line.points) <= 12:
             for a, b in line.points:
@@ -160,7 +163,7 @@ def dots(
     standalone: bool = False,
 ) -> str:
     """Draw a value a row from 0 on, with its interval where it has one."""
-    left = max(text_width(label) for label, _, _ in rows) + 8
+    left = max(text_width(label) for label, _, _ in rows) + 14
     right = max(text_width(form(value)) for _, value, _ in rows) + 8
     high = top or max(max(v, *(pair or (0.0,))) for _, v, pair in rows) or 1.0
     canvas = Canvas(WIDTH, 26 + 22 * len(rows) + 24)
@@ -216,7 +219,8 @@ def terrain(
     placer = Placer((x.start + 2, y.end + 2, x.end - 2, y.start - 2))
     for _, a, b in places:
         placer.avoid((x(a), y(b)), 6)
-    for label, a, b in places:
+    # From the right: where room is short, the last model along the line has the first choice.
+    for label, a, b in sorted(places, key=lambda place: -place[1]):
         canvas.marker((x(a), y(b)), "circle", "fb" if label == "base" else "f1", radius=5)
         place, far = placer.place((x(a), y(b)), label, gap=6, size=12)
         if far:

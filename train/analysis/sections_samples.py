@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -108,23 +109,23 @@ def diversity(found: Found) -> Section:
 
 def passes(found: Found) -> Section | None:
     rows = found["diversity"]
+    most = max(p["k"] for row in rows for p in row["pass"])
+    shown = sorted({*(k for k in (1, 2, 4, 8, 16, 32) if k <= most), most})
     drawn = []
     for domain in dict.fromkeys(row["domain"] for row in rows):
-        series = [
-            Line(
-                "base" if not row["round"] else f"round {row['round']}",
-                [(p["k"], p["value"][0]) for p in row["pass"]],
-                [p["value"][1:] for p in row["pass"]],
-            )
-            for row in rows
-            if row["domain"] == domain
-        ]
-        title = f"pass@k, {domain_name(domain)}"
+        series = []
+        for row in rows:
+            if row["domain"] == domain:
+                points = [p for p in row["pass"] if p["k"] in shown]
+                values = [(math.log2(p["k"]), p["value"][0]) for p in points]
+                label = "base" if not row["round"] else f"round {row['round']}"
+                series.append(Line(label, values, [p["value"][1:] for p in points]))
         drawn.append(
-            figure(lines, series, name=f"pass-{domain}", title=title, x_title="k →", y_title="↑ chance of a right one")
-        )
-    most = max(p["k"] for row in rows for p in row["pass"])
-    shown = [k for k in (1, 2, 4, 8, 16, 32) if k <= most] + ([most] if most not in (1, 2, 4, 8, 16, 32) else [])
+            figure(
+                lines, series, name=f"pass-{domain}", title=f"pass@k, {domain_name(domain)}", x_title="k →",
+                y_title="↑ chance of a right one", x_marks=[(math.log2(k), str(k)) for k in shown],
+            )
+        )  # fmt: skip
     body = [
         [
             "base" if not row["round"] else f"round {row['round']}", domain_name(row["domain"]), str(row["questions"]),

@@ -70,7 +70,9 @@ def bucket(n: int, step: int = 32) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
-def prefill(config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, *, dtype: str, mesh: OnMesh = None):
+def prefill(
+    config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, *, dtype: str, mesh: OnMesh = None
+):
     """Caches of right-padded prompts [P, T], `lengths` [P] tokens long: one KV of [P, K, T, H] a layer."""
     positions = count_up(tokens.shape, lengths)
     with activations_on(mesh):
@@ -91,7 +93,17 @@ def fill(caches: tuple[KV, ...], prompts: tuple[KV, ...], slots: jax.Array, rows
 
 @functools.partial(jax.jit, static_argnames=("config", "how", "mesh"), donate_argnames=("caches",))
 def decode(
-    config: ModelConfig, params: Params, caches, last, at, steps, keys, temperature, *, how: Decoding, mesh: OnMesh = None
+    config: ModelConfig,
+    params: Params,
+    caches,
+    last,
+    at,
+    steps,
+    keys,
+    temperature,
+    *,
+    how: Decoding,
+    mesh: OnMesh = None,
 ):
     """CHUNK steps for every slot.
 

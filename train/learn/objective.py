@@ -153,9 +153,11 @@ def _over_chunks(head, at_once, weight, hidden, labels, weights, *, gradient: bo
     if mesh is None or len(hidden) % row_ways(mesh):
         return _over_own(head, at_once, weight, hidden, labels, weights, gradient=gradient)
 
+    wide = weight.dtype
+
     def own_rows(weight, *rows):
         loss, each, d_weight, d_hidden = _over_own(
-            dataclasses.replace(head, mesh=None), at_once, weight, *rows, gradient=gradient
+            dataclasses.replace(head, mesh=None), at_once, weight.astype(wide), *rows, gradient=gradient
         )
         # Here, once: within the loop over chunks the compiler would sum the gradient [V, D] over all devices each time.
         loss, d_weight = jax.lax.psum((loss, d_weight), ROWS)
@@ -169,7 +171,7 @@ def _over_chunks(head, at_once, weight, hidden, labels, weights, *, gradient: bo
         out_specs=(whole, rows, whole, rows),
         axis_names=set(ROWS),  # the vocabulary stays spread over `tensor`
         check_vma=False,
-    )(weight, hidden, labels, weights)
+    )(weight.astype(head.dtype), hidden, labels, weights)  # gathered in the operands' dtype: half the bytes
 
 
 def _over_own(head, at_once, weight, hidden, labels, weights, *, gradient: bool):
