@@ -119,6 +119,9 @@ def test_the_report_shows_it(run, analysed, tmp_path):
     (copy / "analysis.json").write_text("{")
     with pytest.raises(UserError, match=r"analysis\.json: not JSON"):
         write_report(copy)
+    (copy / "analysis.json").write_text('{"run": "x"}')
+    with pytest.raises(UserError, match=r"analysis\.json: it lacks method, rounds, .*; write it again"):
+        write_report(copy)
 
 
 def test_words_of_a_file_stay_words(analysed, tmp_path):
@@ -139,6 +142,7 @@ def test_words_of_a_file_stay_words(analysed, tmp_path):
         (["sample=4"], "sample: no such key; did you mean samples"),
         (["limem=3"], "limem is 3; bool is wanted"),
         (["rounds=2"], "rounds is 2; a list is wanted"),
+        ([f"out={TINY}"], r"out=.*tiny\.yaml: a file is there; wanted a folder"),
     ],
 )
 def test_mistakes_are_named(run, capsys, words, message):

@@ -58,16 +58,17 @@ def analyse_run(folder: Path, options: AnalyseOptions) -> Path:
     Raises:
       UserError: no such run, method or round, or nothing to measure on.
     """
+    out = Path(options.out) if options.out else folder
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out}: a file is there; wanted a folder to write to")
     study = open_study(folder, options)
+    out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
     found: dict[str, Any] = study.about()
     for name, measure in MEASURES.items():
         with timed(name, seconds):
             found[name] = measure(study)
     found |= {"notes": study.notes, "seconds": seconds}
-    out = Path(options.out) if options.out else folder
-    with contextlib.suppress(FileExistsError):
-        out.mkdir(parents=True)
     write_durably(out / "analysis.json", json.dumps(finite(found), indent=1, allow_nan=False, ensure_ascii=False))
     page = write_page(out)
     if out.resolve() == folder.resolve():

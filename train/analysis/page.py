@@ -27,6 +27,10 @@ SECTIONS: tuple[Callable[[Found], sections.Section | None], ...] = (
     sections_samples.passes,
     sections_samples.limem,
 )
+WANTED = (
+    "run", "method", "rounds", "layers", "texts", "importance", "change", "agreement", "rank", "tuco", "line", "plane",
+    "diversity", "limem", "notes", "seconds",
+)  # fmt: skip
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -40,8 +44,9 @@ def read(folder: Path) -> dict[str, Any] | None:
         found = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error}); write it again with jaxmerge analyse, or remove it") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: found {type(found).__name__}, wanted what jaxmerge analyse writes")
+    missing = [key for key in WANTED if key not in found] if isinstance(found, dict) else list(WANTED)
+    if missing:
+        raise UserError(f"{path}: it lacks {', '.join(missing)}; write it again with jaxmerge analyse, or remove it")
     return found
 
 
@@ -59,7 +64,7 @@ def content(found: Found) -> str:
         f'<p class="quiet">Method {escape(found["method"])}, rounds {", ".join(map(str, found["rounds"]))}. Losses are'
         f" of held-out solutions, in nats a token ({escape(texts)}).</p>"
     ]
-    if found.get("notes"):
+    if found["notes"]:
         parts.append(f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in found['notes'])}</ul>")
     for section in made(found):
         drawn = "".join(draw(False) for draw in section.figures.values())
