@@ -31,7 +31,7 @@ class AnalyseOptions:
     """A trained method of the run; null: the first that merges, else the first."""
     rounds: tuple[int, ...] = ()
     """Rounds to look at; () is all that are committed and on disk."""
-    texts: int = 64
+    texts: int = 32
     """Held-out questions of each domain whose solutions losses are measured on."""
     samples: int = 0
     """Samples of each held-out question for entropy and pass@k; 0 takes those that the run drew for training."""

@@ -309,7 +309,7 @@ def analyse(words: Words, assignments: Words, dry: bool) -> int:
 
     What training did to a run's layers, weights and samples: analysis.json, analysis.html, analysis/*.svg, and in the
     run's report.
-    Keys: method=null rounds=[] (all) texts=64 (held-out questions a domain) samples=0 (32: drawn now, for pass@k up to
+    Keys: method=null rounds=[] (all) texts=32 (held-out questions a domain) samples=0 (32: drawn now, for pass@k up to
     32) questions=64 (sampled a domain) limem=false (memorisation) grid=9 (of the plane) out=null (another folder)
     """
     del dry

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,12 +55,19 @@ def without_layer(config: ModelConfig, params: Params, layer: int) -> tuple[Mode
 
 
 def skip_importance(
-    config: ModelConfig, params: Params, given: Sequence[Batch], *, dtype: str = "float32"
+    config: ModelConfig,
+    params: Params,
+    given: Sequence[Batch],
+    *,
+    dtype: str = "float32",
+    on_layer: Callable[[], None] = lambda: None,
 ) -> tuple[list[float], float]:
     r"""Measure importance by ablation, :math:`I_l = \mathrm{NLL}(\theta \text{ without } l) - \mathrm{NLL}(\theta)`.
 
     Args:
       given: batches of held-out text.
+      dtype: of the operands.
+      on_layer: called as each layer is done.
 
     Returns:
       (I [L] in nats a token, NLL of the whole model). Negative where the text is likelier without the layer.
@@ -70,6 +77,7 @@ def skip_importance(
     for layer in range(config.num_hidden_layers):
         shorter, rest = without_layer(config, params, layer)
         rises.append(mean_loss(loss_of(shorter, dtype), rest, given) - whole)
+        on_layer()
     return rises, whole
 
 

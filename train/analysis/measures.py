@@ -12,12 +12,12 @@ import numpy as np
 import jaxmerge
 
 from ..learn.dataset import read_jsonl
-from ..log import UserError
+from ..log import UserError, progress
 from ..round import verify
 from .agreement import agreement
 from .change import by_kind, by_layer, by_layer_and_kind
 from .diversity import diversity, grouped, interval, pass_curve
-from .importance import loss_of, of_layers, skip_importance, taylor_importance
+from .importance import of_layers, skip_importance, taylor_importance
 from .line import along_line, grid, over_points, plane
 from .memorise import memorisation, twins
 from .rank import ranks
@@ -35,10 +35,13 @@ def importance(study: Study) -> Found:
     """How much each layer of the base matters for held-out solutions of all domains; rank correlation with change."""
     given = batches([text for texts in study.texts.values() for text in texts])
     base, count = study.base, study.config.num_hidden_layers
-    skip, nll = skip_importance(study.config, base, given) if count > 1 else (None, None)
-    if skip is None:
+    skip, nll = None, None
+    if count > 1:
+        with progress("importance", total=count, unit="layers") as bar:
+            skip, nll = skip_importance(study.config, base, given, dtype=study.dtype, on_layer=lambda: bar.advance(1))
+    else:
         study.notes.append("The model has one layer: none can be left out.")
-    groups = taylor_importance(loss_of(study.config), base, given)
+    groups = taylor_importance(study.loss, base, given)
     scores = {"skip": skip, "taylor": of_layers(groups, count)}
     correlation = []
     for r in study.rounds:
@@ -108,7 +111,7 @@ def line(study: Study) -> Found:
     """Loss of base + λ·(tuned − base) on each domain, for the last round's fine-tuned model."""
     last = study.rounds[-1]
     given = {domain: batches(texts) for domain, texts in study.texts.items()}
-    losses = along_line(loss_of(study.config), study.base, study.weights(last.tuned), LAMBDAS, given)
+    losses = along_line(study.loss, study.base, study.weights(last.tuned), LAMBDAS, given)
     return {"round": last.number, "coefficients": list(LAMBDAS), "losses": losses}
 
 
@@ -133,7 +136,7 @@ def terrain(study: Study) -> Found:
     u, v = grid(found.places, study.options.grid)
     given = {domain: batches(texts) for domain, texts in study.texts.items() if domain in ("id", "ood")}
     points = [(a, b) for b in v for a in u]
-    flat = over_points(loss_of(study.config), base, found.directions, points, given)
+    flat = over_points(study.loss, base, found.directions, points, given)
     losses = {domain: np.reshape(values, (len(v), len(u))).tolist() for domain, values in flat.items()}
     return {"round": last.number, "u": u, "v": v, "losses": losses, "places": found.places}
 

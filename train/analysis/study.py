@@ -20,6 +20,7 @@ from ..resolve import build, nearest, read_yaml
 from ..run import Run
 from ..tasks import Question
 from ..tasks.task import DOMAINS
+from .importance import loss_of
 from .texts import Text
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class Round:
 class Study:
     """What the measures are given.
 
-    `notes` collects what a reader must know: fall-backs, what is missing and why.
+    `loss` computes as the run does, in its dtype. `notes` collects what a reader must know: fall-backs, what is
+    missing and why.
     """
 
     def __init__(self, run: Run, method: str, rounds: Sequence[Round], options: AnalyseOptions):
@@ -54,6 +56,8 @@ class Study:
         self.notes: list[str] = []
         self.seed = run.config.seed
         self.config = run.model.config
+        self.dtype = run.config.model.dtype
+        self.loss = loss_of(self.config, self.dtype)
         self.texts = self._texts()
 
     def about(self) -> Row:
@@ -148,7 +152,7 @@ class Study:
         block = self.run.config.block(self.method, "sampling")
         settings = Settings(
             samples, block.temperature, block.top_k, block.top_p, block.max_new_tokens,
-            self.run.stops(block.stop), block.slots, self.run.config.model.dtype,
+            self.run.stops(block.stop), block.slots, self.dtype,
         )  # fmt: skip
         return self._rollout(self.weights(model), questions, settings, title)
 
@@ -159,7 +163,7 @@ class Study:
             max_new_tokens=block.max_new_tokens,
             stop=self.run.stops(block.stop),
             slots=block.slots,
-            dtype=self.run.config.model.dtype,
+            dtype=self.dtype,
         )
 
         def solve(questions: Sequence[Question]) -> dict[str, float]:

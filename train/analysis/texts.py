@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,14 +33,15 @@ def batches(texts: Sequence[Text], pad_id: int = 0, *, rows: int = ROWS) -> list
     """Put texts into batches of one shape: tokens [B, T] int32 and weights [B, T] float32.
 
     The weight of a token is 1 in a completion and 0 in a prompt and in padding; rows that fill up the last batch
-    weigh nothing. T is the longest text, rounded up.
+    weigh nothing. T is the longest text, rounded up; B is `rows`, or less where as many batches then are fuller.
 
     Example:
-      >>> [batch] = batches([Text((5, 6), (7,))], rows=2)
+      >>> [batch] = batches([Text((5, 6), (7,)), Text((5,), (7, 8, 9))])
       >>> batch["tokens"][:, :4].tolist(), batch["weights"][:, :4].tolist()
-      ([[5, 6, 7, 0], [0, 0, 0, 0]], [[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+      ([[5, 6, 7, 0], [5, 7, 8, 9]], [[0.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0, 1.0]])
     """
     length = padded(max(len(t.prompt) + len(t.completion) for t in texts))
+    rows = math.ceil(len(texts) / math.ceil(len(texts) / rows))
     made = []
     for start in range(0, len(texts), rows):
         tokens, weights = np.full((rows, length), pad_id, np.int32), np.zeros((rows, length), np.float32)
