@@ -8,7 +8,8 @@ r"""Rollouts against transformers' `generate`: python benchmarks/rollouts.py [ke
   dtype=float32                or bfloat16: operands of both
   temperature=1.0
   repeats=3                    in turns, medians of
-  peer=true                    false where transformers or torch is not there
+  peer=true                    false where transformers or torch is not there; or the path of a Python that has them
+                               (and jax), in a process of its own: jax and torch may want different Pythons
 
 Useful tokens a second: what a sequence holds up to its end token, that included; what is decoded past it, or for
 padding, counts for nobody. Both draw from the whole softmax. Each side is warmed up by one run of 8 prompts, in which
@@ -18,9 +19,11 @@ ours compiles; how often and how long is printed.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import pathlib
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -72,6 +75,9 @@ def questions(count: int) -> list[str]:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["peer"]:
+        be_peer(*sys.argv[2:])
+        return
     given = dict(word.split("=", 1) for word in sys.argv[1:])
     if unknown := given.keys() - OPTIONS.keys():
         raise SystemExit(f"unknown {', '.join(unknown)}; known: {', '.join(OPTIONS)}")
@@ -97,8 +103,11 @@ def main() -> None:
         return sum(lengths)
 
     rivals: dict[str, Callable[[list[Prompt]], int]] = {"jaxmerge": ours}
-    if options["peer"] == "true":
-        generate = peer(model, samples, most, temperature, dtype)
+    if options["peer"] != "false":
+        if options["peer"] == "true":
+            generate = peer(model, samples, most, temperature, dtype)
+        else:
+            generate = elsewhere(options["peer"], options["model"], samples, most, temperature, dtype)
         sizes = [int(size) for size in options["batches"].split(",")]
         speeds = {}
         for size in sizes:
@@ -131,6 +140,34 @@ def main() -> None:
         print(f"  {name:<13} {speed:7.0f} useful tokens/s   {speed / speeds['jaxmerge']:.2f} ×")
     if "transformers" in speeds:
         print(f"  ratio {speeds['jaxmerge'] / speeds['transformers']:.2f} (goal on a CPU ≥ 3)")
+
+
+def elsewhere(python: str, *about: object) -> Callable[[list[Prompt], int], int]:
+    """`peer` in a process of another Python; it works only while it is asked to."""
+    words = [python, "-u", __file__, "peer", *map(str, about)]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def generate(prompts: list[Prompt], size: int) -> int:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps([size, [list(prompt.tokens) for prompt in prompts]]) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        while line and not line.startswith("useful "):
+            line = process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the peer's process ended with code {process.wait()}")
+        return int(line.split()[1])
+
+    return generate
+
+
+def be_peer(name: str, samples: str, most: str, temperature: str, dtype: str) -> None:
+    """The other end of `elsewhere`."""
+    generate = peer(load_model(name), int(samples), int(most), float(temperature), dtype)
+    for line in sys.stdin:
+        size, prompts = json.loads(line)
+        print("useful", generate([Prompt(str(i), tuple(tokens)) for i, tokens in enumerate(prompts)], size))
 
 
 def peer(model: Model, samples: int, most: int, temperature: float, dtype: str) -> Callable[[list[Prompt], int], int]:
