@@ -117,11 +117,13 @@ def told(value: T) -> T:
 def on_first(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Call `function` on the first process alone; what it returned (JSON), or raised, is everyone's.
 
-    What it wrote is there for all when this returns. It must not ask for anything the others have a part in, such as
-    values of arrays on the mesh.
+    It is called when all have come here, so that it may move or remove what the others were reading; what it wrote is
+    there for all when this returns. It must not ask for anything the others have a part in, such as values of arrays
+    on the mesh.
     """
     if not several():
         return function(*args, **kwargs)
+    told(None)
     error: Exception | None = None
     outcome: dict[str, Any] = {}
     if is_first_process():

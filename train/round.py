@@ -195,4 +195,4 @@ def merge(
 
 def change(params: Params, base: Params) -> dict[str, float]:
     """‖θ − θ_0‖/‖θ_0‖ for every layer."""
-    return jaxmerge.to_floats(jaxmerge.change(params, base))
+    return jaxmerge.to_floats(jax.jit(jaxmerge.change)(params, base))

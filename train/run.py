@@ -126,7 +126,7 @@ class Run:
         chosen = [self.read_weights(paths[i]) for i in record["best"][:2]]
         alphas, weights = settings["alphas"], settings["weights"]
         merged = jaxmerge.extrapolation_merge(chosen, base=base, alphas=alphas, weights=weights)
-        cosine = float(jaxmerge.collinear(chosen, base=base)[0, 1])
+        cosine = float(jax.jit(lambda models, base: jaxmerge.collinear(models, base=base)[0, 1])(chosen, base))
         notes = []
         if abs(cosine) > 0.999:
             line = sum(w * (1 + a) for w, a in zip(weights, alphas, strict=True))
