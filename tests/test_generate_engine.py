@@ -212,6 +212,25 @@ def test_a_prompt_is_prefilled_once(model, prompts, sampled, slots, monkeypatch)
     assert sorted(seen) == sorted(p.tokens for p in prompts)
 
 
+def test_slots_are_halved_at_the_end_and_nothing_else_changes(model, prompts, monkeypatch):
+    """One long sequence among short ones: it does not pay for the slots that are idle."""
+    keys = sample_keys(KEY, [p.id for p in prompts], 3).reshape(-1, 2)
+    asked = [Request(i, prompts[i // 3].tokens, k, 60 if i == 20 else 2 + i % 5) for i, k in enumerate(keys)]
+
+    def done():
+        engine = Engine(model.config, model.params, slots=36, how=Decoding(False), eos=())
+        return {c.id: c for c in engine.run(asked)}, engine.decoded
+
+    found, steps = done()
+    monkeypatch.setattr(engines, "FEWEST", 1000)
+    wanted, without = done()
+    assert {i: c.tokens for i, c in found.items()} == {i: c.tokens for i, c in wanted.items()}
+    for i in found:
+        np.testing.assert_allclose(found[i].logprobs, wanted[i].logprobs, atol=1e-4)
+    assert without == 15 * CHUNK * 36
+    assert steps == CHUNK * (2 * 36 + 13 * 9), "36 slots until all but one ended, then 36 // 2 // 2 of them"
+
+
 def test_like_runs_compile_nothing_new(model, prompts):
     """Other prompts, another temperature, other counts of refills: the same shapes, so the same executables."""
     jitted: Any = (engines.decode, engines.prefill, engines.fill)
@@ -242,3 +261,65 @@ def test_an_empty_prompt_and_one_too_long_are_refused_by_name(model, prompts):
     with pytest.raises(UserError, match=r"prompt 'long' has 120 tokens.*max_new_tokens=12.*132.*ends at 128"):
         run(model, [prompts[0], Prompt("long", (5,) * 120)])
     assert len(run(model, [Prompt("just", (5,) * 116)])) == 1
+
+
+# --- requests that come up later ---
+
+
+def requests_of(model, prompts, samples, **own):
+    keys = sample_keys(KEY, [p.id for p in prompts], samples)
+    return [
+        Request(i * samples + s, p.tokens, keys[i, s], 12, **own) for i, p in enumerate(prompts) for s in range(samples)
+    ]
+
+
+def serve(model, waves, slots=8, **settings):
+    """Completions by id when a wave comes up only after the one before it is done, or nothing is left to do."""
+    engine = Engine(
+        model.config, model.params, slots=slots, how=Decoding(False), eos=model.tokenizer.eos_ids, **settings
+    )
+    waves, done, asked = iter(waves), {}, 0
+
+    def more():
+        nonlocal asked
+        if len(done) < asked:
+            return []
+        wave = next(waves, None)
+        asked += len(wave or ())
+        return wave
+
+    for ended in engine.serve(more):
+        done |= {c.id: c for c in ended}
+    return done, engine
+
+
+@pytest.mark.parametrize("size", [1, 5, 48])
+def test_requests_that_come_up_later_give_the_same(model, prompts, sampled, size):
+    asked = requests_of(model, prompts, 4)
+    done, engine = serve(model, batched(asked, size))
+    assert [done[i].tokens for i in range(48)] == [s.tokens for s in sampled]
+    assert engine.decoded >= sum(len(s.tokens) for s in sampled)
+
+
+def test_a_longer_request_makes_the_caches_grow(model, prompts, sampled):
+    """The first ones are still being decoded when one comes up that has no room."""
+    asked = [dataclasses.replace(r, max_new_tokens=r.max_new_tokens + 30) for r in requests_of(model, prompts, 1)]
+    alone = {i: serve(model, [[dataclasses.replace(r)]])[0][r.id].tokens for i, r in enumerate(asked)}
+    long = Request(99, (7,) * 80, asked[0].key, 12)
+    engine = Engine(model.config, model.params, slots=16, how=Decoding(False), eos=model.tokenizer.eos_ids)
+    feed = iter([asked, [long], None])
+    done = {c.id: c for ended in engine.serve(lambda: next(feed, None)) for c in ended}
+    assert [done[i].tokens for i in range(len(asked))] == list(alone.values())
+    assert done[99].tokens == serve(model, [[long]])[0][99].tokens
+
+
+def test_each_sequence_has_its_own_temperature_and_stop(model, prompts, greedy):
+    cold = requests_of(model, prompts, 1, temperature=1e-6)
+    warm = [dataclasses.replace(r, id=100 + r.id, temperature=None) for r in cold]
+    done, _ = serve(model, [[r for pair in zip(cold, warm, strict=True) for r in pair]])
+    assert [done[i].tokens for i in range(len(cold))] == [s.tokens for s in greedy]
+    assert any(done[100 + i].tokens != done[i].tokens for i in range(len(cold)))
+    cut = [dataclasses.replace(r, stop=lambda tokens: 2 if len(tokens) == 3 else None) for r in cold]
+    found, _ = serve(model, [cut + warm])
+    assert {found[r.id].reason for r in cut} <= {"stop", "eos"}
+    assert [found[r.id].tokens for r in warm] == [done[r.id].tokens for r in warm]

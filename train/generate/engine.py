@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -30,6 +31,10 @@ CHUNK = 4
 """Decode steps between two looks at which sequences ended."""
 PREFILL = 8
 """Prompts prefilled at once."""
+GROWTH = 128
+"""Positions by which caches grow for a request longer than all before it."""
+FEWEST = 8
+"""Slots are not halved below this number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,10 @@ class Request:
     key: np.ndarray
     """uint32 [2], threefry key data."""
     max_new_tokens: int
+    temperature: float | None = None
+    """Of this sequence; None is the engine's."""
+    stop: Callable[[Sequence[int]], int | None] | None = None
+    """Of this sequence, in place of the engine's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +98,24 @@ def fill(caches: tuple[KV, ...], prompts: tuple[KV, ...], slots: jax.Array, rows
 
     with activations_on(mesh):
         return jax.tree.map(copy, caches, prompts)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def kept(caches: tuple[KV, ...], slots: jax.Array, *, mesh: OnMesh = None) -> tuple[KV, ...]:
+    """The caches of some slots alone, [n] indices."""
+    with activations_on(mesh):
+        return jax.tree.map(lambda cache: spread(cache[slots], tensor=1), caches)
+
+
+@functools.partial(jax.jit, static_argnames=("length", "mesh"))
+def grow(caches: tuple[KV, ...], length: int, *, mesh: OnMesh = None):
+    """The caches with room for `length` positions; what they hold stays where it is."""
+
+    def longer(cache):
+        return spread(jnp.pad(cache, ((0, 0), (0, 0), (0, length - cache.shape[2]), (0, 0))), tensor=1)
+
+    with activations_on(mesh):
+        return jax.tree.map(longer, caches)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "how", "mesh"), donate_argnames=("caches",))
@@ -198,42 +225,81 @@ class Engine:
         """Completions in the order in which they end.
 
         Requests of one prompt should stand together: they then share one prefill. `between` is called once a chunk.
+        Once nothing waits, the slots are halved whenever half of them are idle: a step costs what its slots cost.
         """
-        queue = deque(Slot(r, [], []) for r in requests)
-        if not queue:
+        given = list(requests)
+        if not given:
             return
-        longest = max(len(s.request.prompt) for s in queue)
-        most = max(len(s.request.prompt) + s.request.max_new_tokens for s in queue)
+        longest = max(len(r.prompt) for r in given)
+        most = max(len(r.prompt) + r.max_new_tokens for r in given)
         if self.turn is not None and longest < self.turn < most:
             longest = self.turn
-        length = bucket(most + CHUNK)
-        width = min(bucket(longest, 16), length)
+        feed = iter([given])
+        for done in self.serve(lambda: next(feed, None), width=bucket(longest, 16), between=between):
+            yield from done
+
+    def serve(
+        self,
+        more: Callable[[], Iterable[Request] | None],
+        *,
+        width: int | None = None,
+        between: Callable[[], None] = lambda: None,
+    ) -> Iterator[list[Completion]]:
+        """Completions a chunk at a time, of requests that come up while others are decoded.
+
+        Args:
+          more: asked before each chunk for the requests that came up since; None: there will be no others. While it
+            has none and nothing is decoded, nothing is yielded again and again.
+          width: that all prompts are padded to; None: each batch of prompts to its own longest, in steps of 64.
+        """
         N = self.slots
-        caches = empty_caches(self.config, N, length, self.how.dtype, self.mesh)
+        queue: deque[Slot] = deque()
+        caches: tuple[KV, ...] = ()
+        length = 0
         active: list[Slot | None] = [None] * N
         last, at, steps = (np.zeros(N, np.int32) for _ in range(3))
         keys = np.zeros((N, 2), np.uint32)
+        warmth = np.full((N, 1), self.temperature, np.float32)
         ready: dict[tuple[int, ...], tuple[tuple[KV, ...], int]] = {}
+        others = True
 
-        while queue or any(active):
+        while True:
+            came = more() if others else ()
+            others = came is not None and others
+            new = [Slot(r, [], []) for r in came or ()]
+            queue.extend(new)
+            need = CHUNK + max((len(s.request.prompt) + s.request.max_new_tokens for s in new), default=0)
+            if not length and new:
+                length = bucket(need)
+                caches = empty_caches(self.config, N, length, self.how.dtype, self.mesh)
+            elif need > length and new:
+                length = bucket(need, GROWTH)
+                caches = grow(caches, length, mesh=self.mesh)
+            if not queue and not any(active):
+                if not others:
+                    return
+                yield []
+                continue
             free = [n for n in range(N) if active[n] is None]
             if free and queue:
                 waiting = [queue.popleft() for _ in range(min(len(free), len(queue)))]
-                ready = self.prefilled(waiting, queue, ready, width)
+                ready = self.prefilled(waiting, queue, ready, width, length)
                 caches = self.place(caches, waiting, free, ready)
                 for n, slot in zip(free, waiting, strict=False):
                     active[n] = slot
                     last[n], at[n] = slot.so_far[-1], slot.length - 1
                     steps[n], keys[n] = len(slot.tokens), slot.request.key
+                    own = slot.request.temperature
+                    warmth[n] = self.temperature if own is None else own
             caches, tokens, logprobs = decode(
-                self.config, self.params, caches, last, at, steps, keys, self.temperature,
-                how=self.how, mesh=self.mesh,
-            )  # fmt: skip
+                self.config, self.params, caches, last, at, steps, keys, warmth, how=self.how, mesh=self.mesh
+            )
             between()
             self.decoded += CHUNK * N
             tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
             last = tokens[-1].copy()
             at, steps = at + CHUNK, steps + CHUNK
+            ended = []
             for n, slot in enumerate(active):
                 if slot is None:
                     # An idle slot decodes rubbish into its own row; keep its writes in range.
@@ -242,21 +308,23 @@ class Engine:
                 done = self.extend(slot, tokens[:, n], logprobs[:, n])
                 if done is not None:
                     active[n] = None
-                    yield done
+                    ended.append(done)
                 elif slot.length == self.turn:
                     active[n] = None
                     queue.appendleft(slot)
+            yield ended
 
     def extend(self, slot: Slot, tokens: np.ndarray, logprobs: np.ndarray) -> Completion | None:
         """Append a chunk to a slot, up to its turn; a Completion once it ended."""
         request = slot.request
+        stop = request.stop or self.stop
         for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True):
             slot.tokens.append(token)
             slot.logprobs.append(logprob)
             reason = None
             if token in self.eos:
                 reason = "eos"
-            elif self.stop is not None and (keep := self.stop(slot.tokens)) is not None:
+            elif stop is not None and (keep := stop(slot.tokens)) is not None:
                 del slot.tokens[keep:], slot.logprobs[keep:]
                 reason = "stop"
             elif len(slot.tokens) >= request.max_new_tokens:
@@ -267,7 +335,7 @@ class Engine:
                 return None
         return None
 
-    def prefilled(self, waiting, queue, ready, width):
+    def prefilled(self, waiting, queue, ready, width, length):
         """Caches of the prompts about to be placed: {prompt: (caches of its batch, row)}.
 
         Computed PREFILL at a time, the batch filled up with the next prompts of the queue; a prompt some of
@@ -278,14 +346,15 @@ class Engine:
         if not missing:
             return ready
         ready = {p: ready[p] for p in wanted if p in ready}
-        ahead = dict.fromkeys(s.so_far for s in list(queue)[: 4 * self.slots])
+        ahead = dict.fromkeys(s.so_far for s in itertools.islice(queue, 4 * self.slots))
         spare = [p for p in ahead if p not in ready and p not in missing]
         count = bucket(len(missing), self.prefills)
         missing += spare[: count - len(missing)]
-        P = self.prefills
+        P = self.prefills if width is not None or len(missing) > 1 else bucket(1, row_ways(self.mesh))
         for start in range(0, len(missing), P):
             batch = missing[start : start + P]
-            tokens, lengths = np.zeros((P, width), np.int32), np.ones(P, np.int32)
+            columns = min(bucket(max(map(len, batch)), 64) if width is None else width, length)
+            tokens, lengths = np.zeros((P, columns), np.int32), np.ones(P, np.int32)
             for row, prompt in enumerate(batch):
                 tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
             caches = prefill(self.config, self.params, tokens, lengths, dtype=self.how.dtype, mesh=self.mesh)
