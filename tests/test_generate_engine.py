@@ -228,7 +228,7 @@ def test_slots_are_halved_at_the_end_and_nothing_else_changes(model, prompts, mo
     for i in found:
         np.testing.assert_allclose(found[i].logprobs, wanted[i].logprobs, atol=1e-4)
     assert without == 15 * CHUNK * 36
-    assert steps == CHUNK * (2 * 36 + 13 * 9), "36 slots until all but one ended, then 36 // 2 // 2 of them"
+    assert steps == CHUNK * (36 + 18 + 13 * 9), "36 slots, half of them, then a quarter"
 
 
 def test_like_runs_compile_nothing_new(model, prompts):

@@ -63,7 +63,12 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
     partial = journal.folder(PHASE)
     start = time.perf_counter()
     steps, sinks = partial / "steps.jsonl", config.sft.watch.sinks
-    about = {"folder": folder, "name": name, "config": to_dict(config), "total": steps_of(rows, config.sft)}
+    about = {
+        "folder": folder,
+        "name": name,
+        "config": to_dict(config),
+        "total": config.sft.stay.last(steps_of(rows, config.sft)),
+    }
     with followed(steps, sinks, **about) as on_step:
         params, log = fine_tune(
             model.config,

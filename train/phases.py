@@ -152,7 +152,12 @@ def sft(run: Run, phase: Phase, folder: Path) -> Row:
     home = run.checkpoints(phase.name)
     kept = checkpoint.SftCheckpoints(home / "state", home / "snapshots")
     steps, root = folder / "steps.jsonl", run.journal.root
-    about = {"folder": root, "name": phase.name, "config": to_dict(run.config), "total": steps_of(rows, config)}
+    about = {
+        "folder": root,
+        "name": phase.name,
+        "config": to_dict(run.config),
+        "total": config.stay.last(steps_of(rows, config)),
+    }
     with followed(steps, config.watch.sinks, **about) as on_step:
         params, log = fine_tune(
             run.model.config,
@@ -163,6 +168,7 @@ def sft(run: Run, phase: Phase, folder: Path) -> Row:
             seed=seed,
             dtype=run.config.model.dtype,
             held_out=to_rows(held, one_epoch(config), pad, seed=seed) if held else None,
+            anchor=run.weights(BASE) if config.stay.penalised else None,
             checkpoints=kept,
             trace_to=root / "trace" / phase.name,
             on_step=on_step,

@@ -225,7 +225,7 @@ class Engine:
         """Completions in the order in which they end.
 
         Requests of one prompt should stand together: they then share one prefill. `between` is called once a chunk.
-        Once nothing waits, the slots are halved whenever half of them are idle: a step costs what its slots cost.
+        Once nothing will come, the slots are halved whenever half of them are idle: a step costs what its slots cost.
         """
         given = list(requests)
         if not given:
@@ -280,6 +280,11 @@ class Engine:
                     return
                 yield []
                 continue
+            while not queue and not others and 2 * sum(map(bool, active)) <= N and self.halves(N):
+                order = sorted(range(N), key=lambda n: active[n] is None)[: N // 2]
+                caches = kept(caches, np.array(order, np.int32), mesh=self.mesh)
+                active, N = [active[n] for n in order], N // 2
+                last, at, steps, keys, warmth = (x[order] for x in (last, at, steps, keys, warmth))
             free = [n for n in range(N) if active[n] is None]
             if free and queue:
                 waiting = [queue.popleft() for _ in range(min(len(free), len(queue)))]
@@ -313,6 +318,10 @@ class Engine:
                     active[n] = None
                     queue.appendleft(slot)
             yield ended
+
+    def halves(self, slots: int) -> bool:
+        """Whether half as many slots are enough to be worth a program, and divide over the mesh."""
+        return slots // 2 >= FEWEST and slots // 2 % row_ways(self.mesh) == 0
 
     def extend(self, slot: Slot, tokens: np.ndarray, logprobs: np.ndarray) -> Completion | None:
         """Append a chunk to a slot, up to its turn; a Completion once it ended."""

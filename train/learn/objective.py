@@ -36,17 +36,38 @@ class Compute:
     mesh: jax.sharding.Mesh | None = None
 
 
-def loss_sums(config: ModelConfig, params: Params, batch: dict[str, jax.Array], how: Compute = Compute()):
+def loss_sums(
+    config: ModelConfig,
+    params: Params,
+    batch: dict[str, jax.Array],
+    how: Compute = Compute(),
+    *,
+    near: tuple[Params, Any] | None = None,
+):
     r"""Σ w·(−log p) and Σ w over a batch.
 
     Args:
       batch: `tokens` [B, T] int32; `weights` [B, T] float32, the loss weight of each token as a target; optionally
         `targets` [B, K] int32, the positions whose weight is not 0, filled up with 0; optionally `segments` [B, T]
         int32, equal and contiguous for the tokens of one sequence of a packed row.
+      near: (θ_0, β): Σ w·β·KL(p_0 ‖ p_θ) is added to the losses.
 
     Returns:
       (sum of weighted losses, sum of weights): their ratio is the mean loss a token.
     """
+    hidden, labels, weights = at_targets(config, params, batch, how)
+    head = Head(config, jnp.dtype(how.dtype), how.mesh)
+    loss = nll_sum(head, how.logits_at_once, head.weight(params), hidden, labels, weights)
+    if near is not None:
+        base, beta = jax.lax.stop_gradient(near)
+        theirs, _, _ = at_targets(config, base, batch, how)
+        pair = (head.weight(params), hidden), (head.weight(base), theirs)
+        loss += beta * kl_sum(head, how.logits_at_once, *pair, weights)
+    return loss, jnp.sum(weights)
+
+
+def at_targets(config: ModelConfig, params: Params, batch: dict[str, jax.Array], how: Compute):
+    """(last hidden states [B, K, D], labels [B, K], their weights [B, K]) where something is learnt."""
     tokens, weights = batch["tokens"], batch["weights"]
     targets, segments = batch.get("targets"), batch.get("segments")
     if segments is None:
@@ -64,8 +85,31 @@ def loss_sums(config: ModelConfig, params: Params, batch: dict[str, jax.Array], 
         hidden = jnp.take_along_axis(hidden, jnp.maximum(targets - 1, 0)[..., None], axis=1)
         labels = jnp.take_along_axis(tokens, targets, axis=1)
         weights = jnp.where(targets > 0, jnp.take_along_axis(weights, targets, axis=1), 0.0)
-    head = Head(config, dtype, how.mesh)
-    return nll_sum(head, how.logits_at_once, head.weight(params), hidden, labels, weights), jnp.sum(weights)
+    return hidden, labels, weights
+
+
+def kl_sum(head: Head, at_once: int, ours, theirs, weights: jax.Array) -> jax.Array:
+    r""":math:`\sum_i w_i \, \mathrm{KL}(p_{0,i} \| p_{\theta,i})`, the logits of `at_once` tokens held at a time.
+
+    Args:
+      ours, theirs: (weight [V, D], hidden [B, K, D]) of p_θ and of p_0.
+    """
+    (weight, hidden), (weight_0, hidden_0) = ours, theirs
+    B, K, _ = hidden.shape
+    count = -(-K // max(1, at_once // B))
+    width = -(-K // count)
+
+    @jax.checkpoint
+    def chunk(total, part):
+        h, h_0, w = part
+        p, p_0 = (jax.nn.log_softmax(head(*pair).astype(jnp.float32)) for pair in ((weight, h), (weight_0, h_0)))
+        return total + jnp.sum(w * jnp.sum(jnp.exp(p_0) * (p_0 - p), axis=-1)), None
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, count * width - K), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(B, count, width, *x.shape[2:]), 1, 0)
+
+    return jax.lax.scan(chunk, jnp.float32(0), tuple(map(split, (hidden, hidden_0, weights))))[0]
 
 
 def unpacked_positions(weights: jax.Array) -> jax.Array:

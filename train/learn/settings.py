@@ -63,6 +63,33 @@ class Watch:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stay:
+    """`sft.stay`; in `improve` the weights stayed near are the original model's, in every round."""
+
+    l2: float = 0.0
+    """λ of λ/2 ‖θ − θ_0‖², added to the gradient before it is clipped. 0 switches it off."""
+    kl: float = 0.0
+    """β of β KL(p_0 ‖ p_θ), a mean over the tokens learnt. 0 switches it off; else the step computes both models."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that keep their values, as path patterns."""
+    stop_at: float = 1.0
+    """Stop after this share of the steps; the learning rate's schedule is that of all of them."""
+
+    def __post_init__(self):
+        at_least(self, "sft.stay", l2=0, kl=0)
+        if not 0 < self.stop_at <= 1:
+            raise UserError(f"sft.stay.stop_at is {self.stop_at}; it must be above 0 and at most 1")
+
+    @property
+    def penalised(self) -> bool:
+        return self.l2 > 0 or self.kl > 0
+
+    def last(self, steps: int) -> int:
+        """The update that is the last one, of a schedule of `steps`."""
+        return max(1, round(self.stop_at * steps))
+
+
+@dataclasses.dataclass(frozen=True)
 class Sft:
     """Supervised fine-tuning: AdamW, warm-up then cosine, loss on the completion only."""
 
@@ -89,6 +116,7 @@ class Sft:
     """Steps between resumable checkpoints: what a kill can lose."""
     step: Step = Step()
     watch: Watch = Watch()
+    stay: Stay = Stay()
     lora: Lora | None = None
     """Train low-rank adapters {rank, alpha, targets, dropout} beside frozen weights and merge them at the end; null:
     train all weights."""
@@ -99,5 +127,7 @@ class Sft:
             raise UserError(
                 f"sft: learning_rate is {self.learning_rate} (≥ 0), warmup is {self.warmup} (a share, 0 to 1)"
             )
+        if self.lora is not None and (self.stay.penalised or self.stay.freeze):
+            raise UserError("sft.stay: l2, kl and freeze speak of all weights, sft.lora trains none of them; give one")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
             raise UserError(f"sft.micro_batch is {self.micro_batch}; it must divide sft.batch={self.batch}")

@@ -34,9 +34,10 @@ from .batches import RowSource, steps_of
 from .frozen import Frozen
 from .objective import Compute, loss_sums
 from .optim import Moments, adamw, ema_keep, learning_rate, start
-from .settings import Sft, Step
+from .settings import Sft, Stay, Step
 from .shares import Shares
 from .speed import batch_flops, peak_flops, tokens_of
+from .stay import Anchor, held, pull
 from .watch import skipped, spike_limit, tracing
 
 
@@ -91,11 +92,13 @@ def compute_of(config: Sft, model: ModelConfig, params: Params, mesh: jax.shardi
 
 
 def make_step(model: ModelConfig, config: Sft, how: Compute | str) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-    """The jitted update `(state, batch, rate, keep=0, limit=inf, frozen=None) → (state, metrics)`; `state` is donated.
+    """The jitted update `(state, batch, rate, keep=0, limit=inf, frozen=None, anchor=None) → (state, metrics)`.
+
+    `state` is donated.
 
     rate: the learning rate. keep: of the weights' average, see `ema_keep`. limit: a mean loss above it, or one that
     is not finite, or such a gradient, leaves the state as it was, and is counted. frozen: with `config.lora`, the
-    weights beside the adapter.
+    weights beside the adapter. anchor: with penalties of `config.stay`, what is stayed near.
 
     One function for all settings that differ only in what it does not read.
 
@@ -108,6 +111,7 @@ def make_step(model: ModelConfig, config: Sft, how: Compute | str) -> Callable[.
         batch=config.batch,
         micro_batch=config.micro_batch,
         lora=config.lora,
+        stay=Stay(float(config.stay.l2 > 0), float(config.stay.kl > 0), config.stay.freeze),
         step=dataclasses.replace(
             Step(), clip=config.step.clip, weight_decay=config.step.weight_decay, decay=config.step.decay
         ),
@@ -117,13 +121,13 @@ def make_step(model: ModelConfig, config: Sft, how: Compute | str) -> Callable[.
 
 @functools.lru_cache(maxsize=8)
 def _make_step(model: ModelConfig, config: Sft, how: Compute):
-    micro = config.micro_batch or config.batch
+    micro, stay = config.micro_batch or config.batch, config.stay
 
-    def mean_gradient(params, batch, frozen):
+    def mean_gradient(params, batch, frozen, anchor):
         def sums(params, part):
             if config.lora is not None:
                 params = adapters.joined(config.lora, frozen, params, part)
-            return loss_sums(model, params, part, how)
+            return loss_sums(model, params, part, how, near=(anchor.params, anchor.kl) if stay.kl else None)
 
         gradient = jax.value_and_grad(sums, has_aux=True)
         if micro == config.batch:
@@ -149,11 +153,19 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute):
         keep=0.0,
         limit=math.inf,
         frozen: Frozen | None = None,
+        anchor: Anchor | None = None,
     ):
-        loss, weight, grads = mean_gradient(state.params, batch, frozen)
+        loss, weight, grads = mean_gradient(state.params, batch, frozen, anchor)
+        if stay.l2 and anchor is not None:
+            grads = pull(state.params, anchor, grads)
+        kept = held(stay.freeze, state.params) if stay.freeze else None
+        if kept is not None:
+            grads = jax.tree.map(lambda g, is_kept: jnp.zeros_like(g) if is_kept else g, grads, kept)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limit * jnp.maximum(weight, 1e-6))
         params, moments = adamw(config.step, state.params, state.moments, grads, norm=norm, rate=rate, good=good)
+        if kept is not None:  # weight decay moves them too
+            params = jax.tree.map(lambda new, old, is_kept: old if is_kept else new, params, state.params, kept)
         average = state.average
         if average is not None:
             keep = jnp.where(good, keep, 1.0)
@@ -190,6 +202,7 @@ def fine_tune(
     seed: int,
     dtype: str = "float32",
     held_out: RowSource | None = None,
+    anchor: Params | None = None,
     checkpoints: Checkpoints | None = None,
     trace_to: pathlib.Path | None = None,
     adapter_to: pathlib.Path | None = None,
@@ -200,6 +213,7 @@ def fine_tune(
 
     Args:
       held_out: rows whose loss is measured every `config.watch.evaluate_every` steps and at the end.
+      anchor: what `config.stay` holds the weights near; None is `params`.
       adapter_to: folder that PEFT reads, where `config.lora` trains an adapter; None writes none.
       trace_to: folder of a profiler trace, where `config.watch.trace_from` asks for one.
       on_step: called with the metrics of every update made, those before a checkpoint gone on from included.
@@ -215,7 +229,8 @@ def fine_tune(
       UserError: `max_skipped` updates in a row, or the last one, were not finite or spikes.
     """
     checkpoints = checkpoints or Checkpoints()
-    total = steps_of(rows, config)
+    schedule = steps_of(rows, config)
+    total = config.stay.last(schedule)
     if config.snapshots > total:
         raise UserError(f"sft.snapshots is {config.snapshots}, but there are only {total} steps; lower it")
     snapshots = {round(total * (i + 1) / config.snapshots): i for i in range(config.snapshots)}
@@ -226,6 +241,11 @@ def fine_tune(
     if config.step.layers == "stacked":
         trained = placed(stack_layers, trained, mesh)
         frozen = frozen and Frozen(placed(stack_layers, frozen.params, mesh), frozen.key)
+    near = None
+    if config.stay.penalised:
+        near = params if anchor is None else anchor
+        near = placed(stack_layers, near, mesh) if config.step.layers == "stacked" else near
+        near = Anchor(near, np.float32(config.stay.l2), np.float32(config.stay.kl))
     state = init_state(config, trained, mesh)
     del trained  # the state has a copy
 
@@ -246,11 +266,13 @@ def fine_tune(
     with tracing(config.watch, trace_to) as before:
         clock = time.perf_counter()
         for number, batch in enumerate(shares.batches(rows, seed=seed, start=start), start):
+            if number == total:
+                break
             before(number + 1)
-            rate, keep = learning_rate(config, number, total), ema_keep(config, number)
+            rate, keep = learning_rate(config, number, schedule), ema_keep(config, number)
             limit = spike_limit(config.step.spike, log)
             arguments = map(np.float32, (rate, keep, limit))
-            state, sums = step(state, batch, *arguments, frozen)
+            state, sums = step(state, batch, *arguments, frozen, near)
             loss, weight, norm = (float(sums[name]) for name in ("loss", "weight", "gradient_norm"))
             loss, (never_made, in_a_row) = loss / max(weight, 1e-6), sums["skipped"].tolist()
             now = time.perf_counter()

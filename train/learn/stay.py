@@ -1,0 +1,49 @@
+r"""What holds fine-tuned weights near those they came from: the controls that merging is compared with.
+
+- `l2`: the penalty :math:`\frac{\lambda}{2} \lVert \theta - \theta_0 \rVert^2` (Li et al., "Explicit Inductive Bias for
+  Transfer Learning with Convolutional Networks", L2-SP, https://arxiv.org/abs/1802.01483)
+- `kl`: the penalty :math:`\beta\,\mathrm{KL}(p_0 \| p_\theta)`, the mean over the tokens learnt, of the whole next-token
+  distributions (Li and Hoiem, "Learning without Forgetting", https://arxiv.org/abs/1606.09282)
+- `freeze`: parameters that are not trained; `stop_at`: early stopping at a share of the schedule
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxmerge import where
+from jaxmerge.tree import named_leaves
+
+from ..log import UserError
+from ..models.decoder import Params
+
+
+class Anchor(NamedTuple):
+    """The weights stayed near, and how strongly: arguments of the step, so that strengths share an executable."""
+
+    params: Params
+    l2: Any
+    kl: Any
+
+
+def pull(params: Params, anchor: Anchor, grads: Any) -> Any:
+    """The gradients with λ(θ − θ_0) added."""
+    return jax.tree.map(
+        lambda g, p, a: g + anchor.l2 * (p.astype(jnp.float32) - a.astype(jnp.float32)), grads, params, anchor.params
+    )
+
+
+def held(patterns: tuple[str, ...], params: Params) -> Any:
+    """True at every leaf that is frozen; a pattern without a leaf is an error."""
+    paths = list(named_leaves(params))
+    for pattern in patterns:
+        if not any(where.matches(pattern, path) for path in paths):
+            raise UserError(
+                f"sft.stay.freeze: {pattern!r} matches none of the {len(paths)} parameters; the first is {paths[0]}"
+            )
+    if patterns and all(where.matches(patterns, path) for path in paths):
+        raise UserError(f"sft.stay.freeze: {', '.join(patterns)} freeze every parameter; leave some to train")
+    return jax.tree.unflatten(jax.tree.structure(params), [where.matches(patterns, path) for path in paths])
