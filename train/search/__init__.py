@@ -1,0 +1,1 @@
+"""Search over reasoning steps: a tree a question, thousands of trees through one engine."""

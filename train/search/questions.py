@@ -1,0 +1,88 @@
+"""The questions of a search: their texts, how each is put in training, and who judges."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..learn.dataset import numbered_jsonl
+from ..log import UserError
+from ..tasks import build_suite, extract_answer
+from ..tasks.numbers import canonical, same
+from ..tasks.task import Prompt, question_id
+from ..tasks.wording import is_number
+from .settings import Questions
+
+TEXTS = ("question", "problem", "prompt")
+"""Keys of a line that may hold the question; the first that is there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Attributes:
+      prompt: what stands before the solution in training.
+      verify: 1 right, 0 wrong, None could not be judged; None where nobody can say.
+    """
+
+    id: str
+    family: str
+    text: str
+    prompt: Prompt
+    answer: str | None = None
+    verify: Callable[[str], float | None] | None = dataclasses.field(default=None, repr=False, compare=False)
+
+
+def read_questions(config: Questions) -> list[Item]:
+    """The questions, in the order of the file or of the families, each once."""
+    items = from_families(config) if config.families else from_file(Path(config.path))
+    items = list({item.id: item for item in items}.values())[: config.limit]
+    if not items:
+        raise UserError(f"questions: {config.path or 'the families'}: none there; families need train: N")
+    return items
+
+
+def from_families(config: Questions) -> list[Item]:
+    suite = build_suite(config.families, seed=config.seed, style="instruct")
+    return [
+        Item(q.id, q.family, q.text, suite.prompt(q), q.answer, functools.partial(suite.verify, q))
+        for q in suite.questions("train")
+    ]
+
+
+def from_file(path: Path) -> list[Item]:
+    items = []
+    for number, line in numbered_jsonl(path):
+        key = next((key for key in TEXTS if key in line), None)
+        if key is None or not isinstance(line[key], str) or not line[key].strip():
+            raise UserError(
+                f"{path}:{number}: found the keys {', '.join(line)}; wanted a text under {', '.join(TEXTS)}"
+            )
+        text, answer = line[key], line.get("answer")
+        if answer is not None and not isinstance(answer, (str, int, float)):
+            raise UserError(f"{path}:{number}: answer is {answer!r}; a text or a number is wanted")
+        answer = None if answer is None else str(answer)
+        id = str(line.get("id", question_id(path.stem, text)))
+        asked: list[dict[str, Any]] = [{"role": "user", "content": text}]
+        verify = None if answer is None else functools.partial(equal, answer)
+        items.append(Item(id, path.stem, text, asked, answer, verify))
+    return items
+
+
+def equal(answer: str, text: str) -> float:
+    """Whether what a text ends in is the answer: as a number where it is one, else word by word.
+
+    Example:
+      >>> equal("14", "12 + 2 = 14\\nAnswer: 14.0"), equal("red", "Answer: Red."), equal("red", "blue")
+      (1.0, 1.0, 0.0)
+    """
+    found = extract_answer(text, answer)
+    if found is None:
+        return 0.0
+    if is_number(answer):
+        return float(same(canonical(found), answer))
+    return float(found.casefold().split() == answer.strip().casefold().split())

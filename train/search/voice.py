@@ -1,0 +1,94 @@
+"""A model that answers: requests to tokens for its engine, completions to texts."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from ..generate.engine import Completion, Decoding, Engine, Request
+from ..generate.rollout import stopper, without_eos
+from ..models.load import Model
+from ..round import DATE
+from ..tasks.wording import untemplated
+from .ask import Ask, Reply
+from .prompts import Prompt, Prompts
+from .settings import Drawing
+
+
+def key_of(seed: int, id: str, name: str) -> np.ndarray:
+    """Key data [2] of a request: it depends on the seed, the question and the request's name, on no batch."""
+    return np.frombuffer(hashlib.sha256(f"{seed}/{id}/{name}".encode()).digest()[:8], np.uint32)
+
+
+class Voice:
+    """One model with the roles it plays.
+
+    Args:
+      temperatures: of the roles that differ from `drawing`.
+      dtype: of the matmuls' operands.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Prompts,
+        drawing: Drawing,
+        *,
+        seed: int,
+        dtype: str = "float32",
+        temperatures: Mapping[str, float] | None = None,
+    ):
+        self.model, self.prompts, self.drawing, self.seed = model, prompts, drawing, seed
+        self.temperatures = temperatures or {}
+        self.engine = Engine(
+            model.config,
+            model.params,
+            slots=drawing.slots,
+            how=Decoding(False, drawing.top_k, drawing.top_p, dtype),
+            eos=model.tokenizer.eos_ids,
+            temperature=drawing.temperature,
+        )
+        self.read_tokens = 0
+        """Of all prompts, those that share a prefill counted each."""
+
+    def request(self, number: int, id: str, ask: Ask) -> Request | None:
+        """What the engine is given; None if the model has no room for it."""
+        prompt = self.prompts[ask.prompt]
+        tokens = self.tokens(*prompt.render(ask.values))
+        most = getattr(self.drawing, ask.prompt)
+        if len(tokens) + most > self.model.config.context:
+            return None
+        self.read_tokens += len(tokens)
+        return Request(
+            number, tokens, key_of(self.seed, id, ask.name), most, self.temperatures.get(ask.role), self.stop(prompt)
+        )
+
+    def tokens(self, messages: Sequence[Mapping[str, str]], prefix: str) -> tuple[int, ...]:
+        """A chat with the beginning of its answer; to a model without a template, what is said, one below the other."""
+        tokenizer = self.model.tokenizer
+        if tokenizer.has_chat_template:
+            return tuple(tokenizer.encode(tokenizer.chat(messages, date_string=DATE) + prefix))
+        return tuple(tokenizer.encode(untemplated([m["content"] for m in messages]) + prefix, special=True))
+
+    def stop(self, prompt: Prompt) -> Callable[[Sequence[int]], int | None] | None:
+        strings = prompt.stop + prompt.until
+        return self.stopper(strings) if strings else None
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019  # a voice lives as long as its search
+    def stopper(self, strings: tuple[str, ...]) -> Callable[[Sequence[int]], int | None]:
+        return stopper(self.model.tokenizer, strings)
+
+    def reply(self, ask: Ask, completion: Completion) -> Reply:
+        """The text with the beginning that was written for it, ended where the prompt says."""
+        prompt = self.prompts[ask.prompt]
+        text = self.model.tokenizer.decode(without_eos(completion.tokens, self.model.tokenizer))
+        for string in prompt.stop:
+            text = text.partition(string)[0]
+        for string in prompt.until:
+            before, found, _ = text.partition(string)
+            text = before + found
+        _, prefix = prompt.render(ask.values)
+        return Reply(prefix + text, completion.reason, len(completion.tokens))
