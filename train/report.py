@@ -21,6 +21,7 @@ from .charts import frontier
 from .figures import escape
 from .log import UserError, pooled_rows, read_jsonl_tolerant
 from .report_style import css
+from .search import page as search_page
 
 Row = Mapping[str, Any]
 
@@ -92,6 +93,8 @@ def render(run: Run) -> str:
         ("training", "Training loss", pictures.training(run)),
         ("layers", "Weight change per layer", pictures.layers(run)),
         ("analysis", "Analysis", section_of_report(run.folder)),
+        ("search", "Search", search_page.numbers(run.phases)),
+        ("trees", "Trees", search_page.trees(run.folder)),
         ("time", "Time", sections.time(run)),
         ("again", "Doing it again", sections.again(run)),
     ]

@@ -63,6 +63,9 @@ pre{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;margin:8p
  border-left:3px solid var(--faint);white-space:pre-wrap;overflow-wrap:anywhere}
 .yes{color:var(--s2);font-weight:600}
 .no{color:var(--s1);font-weight:600}
+.tree details details,.leaf{margin:2px 0 2px 12px;padding:0 0 0 8px;border-bottom:0;border-left:1px solid var(--faint)}
+.leaf{max-width:none;overflow-wrap:anywhere}
+.tree small{color:var(--soft);white-space:normal}
 footer{color:var(--soft);font-size:13.5px;padding-top:40px;padding-bottom:40px}
 @media (max-width:720px){
  .wide{display:none}

@@ -88,6 +88,35 @@ def sample(words: Words, assignments: Words, dry: bool) -> int:
     return 0
 
 
+def search(words: Words, assignments: Words, dry: bool) -> int:
+    """search CONFIG | MODEL QUESTIONS OUT [key=value …]
+
+    Look for solutions step by step: SRA-MCTS, Tree of Thoughts, chains or difficulty-aware sampling; goes on with the
+    unfinished search in its folder; out=DIR places it. QUESTIONS is JSON lines with question, optionally id and answer.
+    Keys: search.kind=mcts (tot, cot, dart) search.iterations=16 search.children=3 search.depth=8 search.leaves=1
+    search.gate=0.88 search.samples=1 questions.domain=mathematics (code) questions.limit=null sampling.temperature=0.7
+    sampling.step=96 sampling.slots=64 filters.words=null prompts=FILE seed=0, and all others of a config.
+    """
+    del dry
+    from .search.settings import SearchRun
+
+    mine, others = take(assignments, out=None)
+    out = Path(str(mine["out"])) if mine["out"] else None
+    if len(words) == 3:
+        if out is not None:
+            raise UserError(f"out={out}: the third word, {words[2]}, is the folder of the search already")
+        out = Path(words[2])
+        config = build(SearchRun, override({"model": {"path": words[0]}, "questions": {"path": words[1]}}, others))
+    else:
+        config = load(SearchRun, words[0], others)
+    start_jax(config, may_stop=True)
+    from .search.run import search as go
+
+    name = out.name if len(words) == 3 and out else Path(words[0]).stem
+    go(config, name=name, out=out, command=shlex.join(["jaxmerge", "search", *words, *others]))
+    return 0
+
+
 def evaluate(words: Words, assignments: Words, dry: bool) -> int:
     """evaluate MODEL CONFIG [key=value …]
 
@@ -227,6 +256,7 @@ VERBS: dict[str, Callable[[Words, Words, bool], int]] = {
     "extract-lora": extract_lora,
     "sft": sft,
     "sample": sample,
+    "search": search,
     "evaluate": evaluate,
     "harness": harness,
     "export": export,

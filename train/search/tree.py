@@ -20,7 +20,7 @@ import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 ROOT = 0
@@ -182,7 +182,7 @@ class Tree:
         ]
 
 
-def children_of(nodes: Sequence[dict[str, Any]], i: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def children_of(nodes: Sequence[Mapping[str, Any]], i: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """(number, node) of the children in rows of `Tree.rows`, the highest value first."""
     for child in sorted(nodes[i]["children"], key=lambda c: (-nodes[c]["value"], c)):
         yield child, nodes[child]

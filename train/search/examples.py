@@ -1,0 +1,171 @@
+"""From found solutions to training examples: filters in a fixed order, each with the count of what it removed."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..models.tokenizer import Tokenizer
+from ..round import DATE
+from .prompts import Prompts, fill
+from .questions import Item
+
+Row = dict[str, Any]
+REMOVED = (
+    "no solution", "no room", "low value", "short plan", "unfinished", "open fence", "no program", "does not compile",
+    "wrong", "unjudged", "duplicate", "over per_question",
+)  # fmt: skip
+"""Why a solution is not learnt from, in the order in which it is asked; the first that holds counts."""
+
+_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+-]*)[^\n]*$", re.MULTILINE)
+
+
+def whole(prompts: Prompts, solution: Mapping[str, Any]) -> str:
+    """The text that is judged and learnt: a plan with what was written from it, or a chain as it is."""
+    if not solution["steps"]:
+        return str(solution["text"]).strip()
+    return fill(prompts.target, {"steps": solution["steps"], "text": solution["text"]}).strip()
+
+
+def fenced(text: str) -> tuple[list[str], bool]:
+    """(the code of every closed fence that is Python's or nobody's, whether a fence is left open).
+
+    Example:
+      >>> fenced("a\\n```python\\nx = 1\\n```\\n```\\ny")
+      (['x = 1'], True)
+    """
+    blocks, start, mark, language = [], 0, "", ""
+    for found in _FENCE.finditer(text):
+        if not mark:
+            start, mark, language = found.end() + 1, found.group(1), found.group(2).lower()
+        elif found.group(1).startswith(mark[0] * len(mark)) and not found.group(2):
+            if language in ("", "py", "python", "python3"):
+                blocks.append(text[start : max(start, found.start() - 1)])
+            mark = ""
+    return blocks, bool(mark)
+
+
+def compiles(code: str) -> bool:
+    """Whether Python can read a program; it is not run."""
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its escapes, say: the program's affair
+            compile(code, "program", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def reason_against(
+    solution: Mapping[str, Any], text: str, item: Item, *, code: bool, words: int, value: float, tests: bool
+) -> str | None:
+    """The first filter that removes a solution; None if it stays so far."""
+    if solution["reason"] == "context":
+        return "no room"
+    if solution["value"] is not None and solution["value"] < value:
+        return "low value"
+    if solution["steps"] and sum(len(step.split()) for step in solution["steps"]) < words:
+        return "short plan"
+    blocks, left_open = fenced(text) if code else ([], False)
+    if left_open:
+        return "open fence"
+    if solution["reason"] == "length":
+        return "unfinished"
+    if code and not blocks:
+        return "no program"
+    if code and not all(map(compiles, blocks)):
+        return "does not compile"
+    if tests and item.verify is not None and solution["verdict"] != 1.0:
+        return "unjudged" if solution["verdict"] is None else "wrong"
+    return None
+
+
+def select(
+    items: Sequence[Item],
+    rows: Mapping[str, Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    prompts: Prompts,
+    *,
+    code: bool,
+    words: int,
+    value: float,
+    tests: bool,
+    per_question: int | None,
+) -> tuple[list[Row], dict[str, Any]]:
+    """Examples in the order of the questions, and what each filter removed.
+
+    Args:
+      rows: what the search of each question found, by its id.
+    """
+    examples: list[Row] = []
+    removed: Counter[str] = Counter()
+    found = 0
+    for item in items:
+        solutions = rows[item.id]["solutions"]
+        found += len(solutions)
+        removed["no solution"] += not solutions
+        kept: set[str] = set()
+        for number, solution in enumerate(solutions):
+            text = whole(prompts, solution)
+            why = reason_against(solution, text, item, code=code, words=words, value=value, tests=tests)
+            if why is None and " ".join(text.split()) in kept:
+                why = "duplicate"
+            if why is None and per_question is not None and len(kept) >= per_question:
+                why = "over per_question"
+            if why is not None:
+                removed[why] += 1
+                continue
+            kept.add(" ".join(text.split()))
+            examples.append(example(item, text, tokenizer, solution, number))
+    counts = {
+        "questions": len(items),
+        "solutions": found,
+        "removed": {why: removed[why] for why in REMOVED},
+        "kept": len(examples),
+        "questions_kept": len({row["question_id"] for row in examples}),
+    }
+    return examples, counts
+
+
+def example(item: Item, text: str, tokenizer: Tokenizer, solution: Mapping[str, Any], number: int) -> Row:
+    """One training example: the question as it is asked elsewhere, then the text, then the end."""
+    rendered = not isinstance(item.prompt, str) and tokenizer.has_chat_template
+    if isinstance(item.prompt, str):
+        prompt = item.prompt
+    elif tokenizer.has_chat_template:
+        prompt = tokenizer.chat(item.prompt, date_string=DATE)
+    else:
+        prompt = "".join(f"{message['content'].strip()}\n\n" for message in item.prompt)
+    before = tokenizer.encode(prompt, special=not rendered)
+    return {
+        "question_id": item.id,
+        "family": item.family,
+        "prompt": prompt,
+        "completion": text,
+        "tokens": [*before, *tokenizer.encode(text), tokenizer.eos_ids[0]],
+        "prompt_length": len(before),
+        "score": 1.0 if solution["value"] is None else solution["value"],
+        "weight": 1.0,
+        "sample": number,
+    }
+
+
+def distribution(values: Iterable[float], edges: Sequence[float]) -> list[int]:
+    """How many values lie in [edges[i], edges[i + 1]), the last interval closed.
+
+    Example:
+      >>> distribution([0.0, 0.5, 1.0], [0.0, 0.5, 1.0])
+      [1, 2]
+    """
+    counts = [0] * (len(edges) - 1)
+    for value in values:
+        inside = [i for i in range(len(counts)) if edges[i] <= value < edges[i + 1]]
+        if not inside and value == edges[-1]:
+            inside = [len(counts) - 1]
+        for i in inside:
+            counts[i] += 1
+    return counts

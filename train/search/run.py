@@ -1,0 +1,270 @@
+"""The verb `search`: a tree for every question, the best solutions as a TFDS version, a page to read them on.
+
+config.yaml · metrics.jsonl · summary.json · report.html
+trees.jsonl                                 a question a line: every node, its scores, visits, reflection
+phases/search[.partial]/replies.jsonl       every reply: what a killed search goes on from
+samples/search/1.0.0/                       the examples, ready for `jaxmerge sft`
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .. import checkpoint
+from ..config import Source, content
+from ..improve import check_same_config, write_config
+from ..journal import Journal, write_durably
+from ..learn.dataset import read_jsonl, write_jsonl, write_version
+from ..log import UserError, append_jsonl, is_first_process, progress, say
+from ..mesh import make_mesh
+from ..models.load import Model
+from ..models.source import load_source
+from ..processes import on_first
+from ..report import write_report
+from ..resolve import fingerprint, to_dict
+from ..stop import check
+from ..summary import PACKAGES, commit
+from .ask import ROLES, Ask
+from .driver import Driver
+from .examples import distribution, select, whole
+from .kinds import KINDS, Found
+from .prompts import Prompts, load_prompts
+from .questions import Item, read_questions
+from .replies import Replies
+from .settings import SearchRun
+from .subject import Subject
+from .voice import Voice
+
+PHASES = ("load", "search", "examples")
+DATASET = ("search", "1.0.0")
+TENTHS = tuple(i / 10 for i in range(11))
+
+
+def search(config: SearchRun, *, name: str, out: Path | None = None, command: str = "") -> Path:
+    """Search, or go on with the unfinished search in its folder; returns the folder.
+
+    Raises:
+      UserError: the folder holds a search of another config or other weights, or a prompt, a question or a model
+        cannot be read.
+    """
+    folder = out or Path("runs") / f"{name}-{fingerprint(content(config))}"
+    on_first(check_same_config, folder, config)
+    items = read_questions(config.questions)
+    prompts = load_prompts(config.questions.domain, config.prompts)
+    with Journal(folder) as journal:
+        on_first(write_config, folder, config)
+        journal.reconcile(PHASES)
+        if journal.committed("examples") is None:
+            voices = load_voices(config, prompts, journal)
+            if journal.committed("search") is None:
+                on_first(refuse_other_questions, folder, items)
+                grow(config, items, prompts, voices, journal)
+            make_examples(config, items, prompts, voices["policy"].model, journal)
+        records = {phase: journal.committed(phase) or {} for phase in PHASES}
+        on_first(write_summary, folder, name=name, command=command, records=records)
+    tell(records, folder)
+    return folder
+
+
+def load_voices(config: SearchRun, prompts: Prompts, journal: Journal) -> dict[str, Voice]:
+    """Who plays each role; one voice for all roles of one model. The weights are those the search began with."""
+    mesh, start = make_mesh(config.mesh), time.perf_counter()
+    sources: dict[str, Source] = {}
+    for role in ROLES:
+        given = config.roles.get(role)
+        sources[role] = config.model if given is None or given.model is None else given.model
+    voices: dict[str, Voice] = {}
+    digests: dict[str, str] = {}
+    for role, source in sources.items():
+        twin = next((other for other in voices if sources[other] == source), None)
+        if twin is not None:
+            voices[role] = voices[twin]
+            continue
+        model = load_source(source, mesh, seed=config.seed)
+        digests[role] = checkpoint.digest(model.params)
+        temperatures = {
+            r: given.temperature
+            for r, given in config.roles.items()
+            if given.temperature is not None and sources[r] == source
+        }
+        voices[role] = Voice(
+            model, prompts, config.sampling, seed=config.seed, dtype=source.dtype, temperatures=temperatures
+        )
+    record = journal.committed("load")
+    if record is None:
+        journal.folder("load")
+        journal.commit("load", {"kind": "load", "seconds": time.perf_counter() - start, "digests": digests})
+    elif record["digests"] != digests:
+        other = next(role for role in digests if record["digests"].get(role) != digests[role])
+        raise UserError(
+            f"{sources[other].path or 'model.random'}: the weights changed since this search began; restore them or "
+            "choose another folder with out=DIR"
+        )
+    return voices
+
+
+def refuse_other_questions(folder: Path, items: list[Item]) -> None:
+    """Keep the questions' texts with the search: a file that changed would mix two."""
+    path, rows = folder / "questions.jsonl", [{"id": i.id, "text": i.text, "answer": i.answer} for i in items]
+    if not path.exists():
+        write_jsonl(path, rows)
+    elif read_jsonl(path) != rows:
+        raise UserError(f"{path}: the questions changed since this search began; choose another folder with out=DIR")
+
+
+def grow(config: SearchRun, items: list[Item], prompts: Prompts, voices: dict[str, Voice], journal: Journal) -> None:
+    """Search every question and commit the trees."""
+    partial, start = journal.folder("search"), time.perf_counter()
+    by_id = {item.id: item for item in items}
+    subjects = {
+        item.id: Subject(
+            item.id, item.text, config.search, seed=config.seed, judged=item.verify is not None,
+            complete=prompts.complete,
+        )
+        for item in items
+    }  # fmt: skip
+    rows: dict[str, dict[str, Any]] = {}
+    # Trees appear here as they end, for whoever watches; a search that goes on finds them again from its replies.
+    live = partial / "trees.jsonl"
+    on_first(live.unlink, missing_ok=True)
+
+    def verify(id: str, ask: Ask) -> float | None:
+        judge = by_id[id].verify
+        return None if judge is None else judge(whole(prompts, ask.values))
+
+    def on_end(id: str, found: Found) -> None:
+        rows[id] = tree_row(by_id[id], config, found, subjects[id])
+        if is_first_process():
+            append_jsonl(live, rows[id])
+        bar.advance(1)
+
+    def between() -> None:
+        check()
+        nodes = sum(len(row["nodes"]) - 1 for row in rows.values())
+        speed = driver.counts["tokens"] / max(time.perf_counter() - start, 1e-9)
+        bar.advance(0, note=f"{driver.open} open · {nodes:,} nodes · {speed:,.0f} tokens/s")
+
+    with Replies(partial / "replies.jsonl") as log, progress("search", total=len(items), unit="questions") as bar:
+        driver: Driver[Found] = Driver(voices, verify, log, on_end=on_end)
+        driver.run(((id, KINDS[config.search.kind](c)) for id, c in subjects.items()), between=between)
+    ordered = [rows[item.id] for item in items]
+    on_first(write_jsonl, journal.root / "trees.jsonl", ordered)
+    seconds = time.perf_counter() - start
+    journal.commit("search", {"kind": "search", "seconds": seconds, **describe(ordered, driver, seconds)})
+    on_first((journal.committed_folder("search") / "trees.jsonl").unlink, missing_ok=True)
+
+
+def tree_row(item: Item, config: SearchRun, found: Found, subject: Subject) -> dict[str, Any]:
+    """A line of trees.jsonl: the same for the same replies."""
+    about = {"id": item.id, "family": item.family, "question": item.text, "answer": item.answer}
+    return {**about, "kind": config.search.kind, **found.row(), "counts": dict(sorted(subject.counts.items()))}
+
+
+def describe(rows: list[dict[str, Any]], driver: Driver, seconds: float) -> dict[str, Any]:
+    """What the search came to: plan lengths, scores, why searches ended, what was dropped, how fast."""
+    nodes = [node for row in rows for node in row["nodes"][1:]]
+    chosen = [row["nodes"][row["chosen"]] for row in rows if row["chosen"] is not None]
+    plans = [s["steps"] for row in rows for s in row["solutions"] if s["steps"]]
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts.update(row["counts"])
+    steps = Counter(len(plan) for plan in plans)
+    judged = [s["verdict"] for row in rows for s in row["solutions"] if s["verdict"] is not None]
+    speed = driver.speed()
+    return {
+        "questions": len(rows),
+        "nodes": len(nodes),
+        "depths": dict(sorted(Counter(str(node["depth"]) for node in nodes).items())),
+        "plan_steps": {str(n): steps[n] for n in sorted(steps)},
+        "plan_words": sorted(sum(len(step.split()) for step in plan) for plan in plans),
+        "scores": distribution([n["score"] for n in nodes if n["score"] is not None], TENTHS),
+        "values": distribution([n["value"] for n in chosen if n["score"] is not None], TENTHS),
+        "ends": dict(sorted(Counter(row["end"] for row in rows).items())),
+        "judged": len(judged),
+        "right": sum(v == 1.0 for v in judged),
+        "counts": dict(sorted(counts.items())),
+        **speed,
+        "tokens_per_second": speed["tokens"] / seconds,
+        "questions_per_second": len(rows) / seconds,
+    }
+
+
+def make_examples(config: SearchRun, items: list[Item], prompts: Prompts, model: Model, journal: Journal) -> None:
+    """Filter what was found and write it as a TFDS version."""
+    start = time.perf_counter()
+    journal.folder("examples")
+    rows = {row["id"]: row for row in on_first(read_jsonl, journal.root / "trees.jsonl")}
+    filters = config.filters
+    examples, counts = select(
+        items,
+        rows,
+        model.tokenizer,
+        prompts,
+        code=config.questions.domain == "code",
+        words=config.words,
+        value=filters.value,
+        tests=filters.tests,
+        per_question=filters.per_question,
+    )
+    provenance = {
+        "method": f"search/{config.search.kind}",
+        "model": (journal.committed("load") or {})["digests"]["policy"],
+        "seed": config.seed,
+        "search": to_dict(config.search),
+        "sampling": to_dict(config.sampling),
+        "filters": to_dict(filters),
+        "counts": counts,
+    }
+    if examples:
+        on_first(write_version, journal.root / "samples", *DATASET, examples, provenance)
+    dataset = "/".join(DATASET) if examples else None
+    seconds = time.perf_counter() - start
+    journal.commit("examples", {"kind": "examples", "seconds": seconds, **counts, "dataset": dataset})
+
+
+def write_summary(folder: Path, *, name: str, command: str, records: dict[str, dict[str, Any]]) -> None:
+    """summary.json and the report."""
+    device = jax.devices()[0]
+    summary = {
+        "name": name,
+        "finished": True,
+        "rows": [],
+        "paired": [],
+        "seconds": sum(record["seconds"] for record in records.values()),
+        "phase_seconds": {phase: record["seconds"] for phase, record in records.items()},
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "device": f"{device.platform} × {jax.device_count()} ({device.device_kind})",
+        "command": command,
+        "commit": commit(),
+    }
+    write_durably(folder / "summary.json", json.dumps(summary, indent=1))
+    write_report(folder)
+
+
+def tell(records: dict[str, dict[str, Any]], folder: Path) -> None:
+    """What came of it, for the person watching."""
+    found, made = records["search"], records["examples"]
+    steps = ", ".join(f"{n} × {count}" for n, count in found["plan_steps"].items())
+    ends = ", ".join(f"{count} {end}" for end, count in found["ends"].items())
+    removed = ", ".join(f"{count} {why}" for why, count in made["removed"].items() if count)
+    say(
+        f"{found['questions']} questions, {found['nodes']:,} nodes in {found['seconds']:.0f} s"
+        f" ({found['tokens_per_second']:,.0f} tokens/s; ends: {ends})"
+    )
+    if found["plan_steps"]:
+        say(f"steps of the plans × how many: {steps}")
+    if found["judged"]:
+        say(f"{found['right']} of {found['judged']} judged solutions are right")
+    say(f"{made['kept']} of {made['solutions']} solutions kept{f'; removed: {removed}' if removed else ''}")
+    if made["dataset"]:
+        say(f"examples: {folder / 'samples' / made['dataset']}")
+    say(f"report: {folder / 'report.html'}")
+    say(str(folder))
