@@ -323,3 +323,25 @@ def test_each_sequence_has_its_own_temperature_and_stop(model, prompts, greedy):
     found, _ = serve(model, [cut + warm])
     assert {found[r.id].reason for r in cut} <= {"stop", "eos"}
     assert [found[r.id].tokens for r in warm] == [done[r.id].tokens for r in warm]
+
+
+def test_slots_are_halved_in_a_lull_and_come_back(model, prompts, monkeypatch):
+    """One long sequence alone, then many: the slots go down and up again, and nobody notices."""
+    keys = sample_keys(KEY, [p.id for p in prompts], 3).reshape(-1, 2)
+    asked = [Request(i, prompts[i // 3].tokens, k, 90 if i == 5 else 6) for i, k in enumerate(keys)]
+
+    def done():
+        engine = Engine(model.config, model.params, slots=32, how=Decoding(False), eos=())
+        feed, found, sizes = iter([asked[:20], *[[]] * 16, asked[20:35], None]), {}, [0]
+        for ended in engine.serve(lambda: next(feed)):
+            found |= {c.id: c for c in ended}
+            sizes.append(engine.decoded)
+        return found, np.diff(sizes) // CHUNK
+
+    found, sizes = done()
+    assert list(sizes[:17]) == [32] * 10 + [8] * 7, "a lull from the third chunk on, answered after LULL of them"
+    assert sizes[17] == 16, "fifteen came up"
+    monkeypatch.setattr(engines, "FEWEST", 1000)
+    wanted, full = done()
+    assert set(full) == {32}
+    assert {i: c.tokens for i, c in found.items()} == {i: c.tokens for i, c in wanted.items()}

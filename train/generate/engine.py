@@ -35,6 +35,8 @@ GROWTH = 128
 """Positions by which caches grow for a request longer than all before it."""
 FEWEST = 8
 """Slots are not halved below this number."""
+LULL = 8
+"""Chunks with half of the slots idle after which they are halved, where more requests may come up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +263,7 @@ class Engine:
         keys = np.zeros((N, 2), np.uint32)
         warmth = np.full((N, 1), self.temperature, np.float32)
         ready: dict[tuple[int, ...], tuple[tuple[KV, ...], int]] = {}
-        others = True
+        others, lull = True, 0
 
         while True:
             came = more() if others else ()
@@ -280,11 +282,17 @@ class Engine:
                     return
                 yield []
                 continue
-            while not queue and not others and 2 * sum(map(bool, active)) <= N and self.halves(N):
-                order = sorted(range(N), key=lambda n: active[n] is None)[: N // 2]
+            order, busy = list(range(N)), sum(map(bool, active))
+            lull = lull + 1 if not queue and 2 * busy <= N else 0
+            while 2 * busy <= len(order) and not queue and (not others or lull > LULL) and self.halves(len(order)):
+                order = sorted(order, key=lambda n: active[n] is None)[: len(order) // 2]
+            while busy + len(queue) > len(order) and len(order) < self.slots:
+                order = order * 2  # what a copied slot holds is overwritten before it is read
+            if len(order) != N:
                 caches = kept(caches, np.array(order, np.int32), mesh=self.mesh)
-                active, N = [active[n] for n in order], N // 2
+                active = [active[n] for n in order[:N]] + [None] * (len(order) - N)
                 last, at, steps, keys, warmth = (x[order] for x in (last, at, steps, keys, warmth))
+                N, lull = len(order), 0
             free = [n for n in range(N) if active[n] is None]
             if free and queue:
                 waiting = [queue.popleft() for _ in range(min(len(free), len(queue)))]
