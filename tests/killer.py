@@ -38,7 +38,7 @@ def killing(function, calls: int, *, after: bool = False, when=lambda *a: True):
 
 
 def arm(point: str, calls: int) -> None:
-    from train import checkpoint, journal, phases, round, run
+    from train import checkpoint, combine, journal, phases, run
     from train.learn import dataset, shares
 
     if point == "sampling":  # between two sampling batches
@@ -56,7 +56,7 @@ def arm(point: str, calls: int) -> None:
     elif point == "weights saved":  # tuned weights are on disk, the phase is not committed
         checkpoint.save_weights = killing(checkpoint.save_weights, calls, after=True)
     elif point == "merging":
-        round.merge = killing(round.merge, calls)
+        combine.merged = killing(combine.merged, calls)
     elif point == "committed":  # the folder is renamed, metrics.jsonl does not say so yet
         journal.append_jsonl = killing(journal.append_jsonl, calls)
     else:

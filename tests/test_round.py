@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 import pytest
 
 from train import round
-from train.config import Merge, Selection
+from train.config import Selection
 from train.log import UserError
 from train.models.tokenizer import Tokenizer
 from train.tasks import EOS_ID, FamilySpec, build_suite, write_tokenizer
@@ -116,22 +115,6 @@ def test_chat_questions_need_a_chat_template(tokenizer):
 
 def params(value):
     return {"model": {"layers": {str(i): {"mlp": {"weight": np.full((2, 2), value, np.float32)}} for i in range(2)}}}
-
-
-def test_merge_is_imm_with_every_option():
-    anchor, tuned = params(1.0), params(3.0)
-
-    def merged(alpha=0.5, **options):
-        key = jax.random.key(0)
-        leaves = jax.tree.leaves(round.merge(anchor, tuned, Merge(rule="imm", **options), alpha, key=key))
-        return [float(np.mean(x)) for x in leaves]
-
-    assert merged() == [2.0, 2.0]
-    assert merged([0.0, 1.0]) == [1.0, 3.0]
-    assert merged({"layers/0": 0.25, "**": 0.5}) == [1.5, 2.0]
-    assert merged(where=("layers/1",)) == [3.0, 2.0]
-    dropped = round.merge(anchor, tuned, Merge(rule="imm", drop=0.5), 0.5, key=jax.random.key(0))
-    assert set(np.concatenate([np.ravel(x) for x in jax.tree.leaves(dropped)]).tolist()) <= {1.0, 3.0}
 
 
 def test_change_is_relative_and_by_layer():

@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import jaxmerge
+
 from .data.settings import Data
 from .learn.settings import Sft
 from .log import UserError
@@ -107,13 +109,20 @@ class Selection:
 class Merge:
     """What happens to the weights at the end of a round."""
 
-    rule: Literal["none", "imm"] = "none"
+    rule: Literal[
+        "none", "imm", "slerp", "task_arithmetic", "ties", "dare", "dare_ties", "della", "della_linear", "breadcrumbs",
+        "breadcrumbs_ties", "sce",
+    ] = "none"  # fmt: skip
     alpha: Any = 0.5
     """Weight of the tuned model: a number; a list, one entry a round; `{schedule: linear | cosine, start, end}` over
     the rounds; `{pattern: α or [α, …]}` by path, a list being a gradient over depth (`{"**": [0.3, 0.7]}` is
-    layer-adaptive); `{search: [α, …]}` takes the best on the validation questions."""
-    anchor: Literal["original", "previous"] = "original"
-    """Merge with the original model or with the previous round's merged one."""
+    layer-adaptive); `{importance: [α, α]}` from the first, where a layer matters most and moved most, to the second
+    where least; `{search: [α, …]}` takes the best on the validation questions, anew each round."""
+    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of rules other than imm: density, epsilon, lambda, … as `jaxmerge.RULES` takes them."""
+    anchor: Literal["original", "previous", "average"] = "original"
+    """Merge with the original model, with what the previous round ended with, or with the mean of the original and
+    what all earlier rounds ended with."""
     reference: str = "anchor"
     """Where deltas are measured from: `anchor`, or the path of a pretrained base."""
     drop: float = 0.0
@@ -134,6 +143,14 @@ class Merge:
             candidates = self.alpha["search"]
             if not isinstance(candidates, list) or not candidates or set(self.alpha) != {"search"}:
                 raise UserError(f"merge.alpha is {self.alpha!r}; a search is {{search: [α, …]}} with one α or more")
+        if isinstance(self.alpha, Mapping) and "importance" in self.alpha:
+            span = self.alpha["importance"]
+            if set(self.alpha) != {"importance"} or not isinstance(span, list | tuple) or len(span) != 2:
+                raise UserError(f"merge.alpha is {self.alpha!r}; layer-adaptive is {{importance: [α, α]}}")
+        if self.rule not in ("none", "imm") and (self.drop or self.reference != "anchor"):
+            raise UserError(f"merge: drop and reference are imm's, and the rule is {self.rule}; use parameters")
+        if self.rule == "imm" and self.parameters:
+            raise UserError(f"merge.parameters={dict(self.parameters)}: imm has drop and reference instead")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +159,18 @@ class Probe:
 
     of: str
     """The method whose checkpoints are used."""
-    kind: Literal["expo", "exme", "line"] = "expo"
-    """expo: θ_t + α(θ_t − θ_b). exme: the best two snapshots on validation, each extrapolated, then merged.
-    line: base + λ·change for each λ in `coefficients`."""
+    kind: Literal["expo", "exme", "line", "best", "merge"] = "expo"
+    """expo: θ_t + α(θ_t − θ_b). exme: the best snapshots on validation, each extrapolated, then merged.
+    line: base + λ·change for each λ in `coefficients`. best: the best snapshot. merge: all snapshots by `rule`."""
     alphas: tuple[float, ...] = (0.3,)
     weights: tuple[float, ...] = (0.5, 0.5)
+    search: Literal["staged", "grid", "coordinate", "golden", "cma_es"] | None = None
+    """exme: choose alphas and weights on validation by this strategy; null takes those given."""
+    best: int = 2
+    """exme: snapshots taken, the best first."""
+    rule: str = ""
+    """merge: any of `jaxmerge.RULES` that needs no data: average, ties, model_stock, …; with `parameters`."""
+    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
     coefficients: tuple[float, ...] = ()
     rounds: tuple[int, ...] = ()
     """Rounds to probe; () is the last one."""
@@ -156,8 +180,15 @@ class Probe:
             raise UserError(f"an expo probe needs one alpha, found {list(self.alphas)}; add a method for each")
         if self.kind == "line" and not self.coefficients:
             raise UserError("a probe of kind line needs coefficients: [λ, …]")
-        if self.kind == "exme" and (len(self.alphas) != 2 or len(self.weights) != 2):
-            raise UserError(f"an exme probe needs two alphas and two weights, found {self.alphas}, {self.weights}")
+        at_least(self, "probe", best=1)
+        fixed = self.kind == "exme" and self.search is None
+        if fixed and (len(self.alphas) != self.best or len(self.weights) != self.best):
+            raise UserError(
+                f"an exme probe of {self.best} snapshots needs as many alphas and weights, found {self.alphas}, "
+                f"{self.weights}; or a search"
+            )
+        if (self.kind == "merge") != bool(self.rule) or (self.rule and self.rule not in jaxmerge.RULES):
+            raise UserError(f"probe.rule is {self.rule!r}; kind: merge takes one of {', '.join(jaxmerge.RULES)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +212,16 @@ class Evaluation:
     batch: int = 256
     """Questions committed to disk at once."""
     stop: tuple[str, ...] = ()
+    samples: int = 0
+    """Samples a test question beside the greedy answer, for pass@k with k up to this; 0 draws none."""
+    temperature: float = 0.8
+    sampled: Literal["last", "all"] = "last"
+    """Rounds whose models are sampled from, besides the base."""
 
     def __post_init__(self):
-        at_least(self, "evaluation", max_new_tokens=1, slots=1, batch=1)
+        at_least(self, "evaluation", max_new_tokens=1, slots=1, batch=1, samples=0)
+        if self.samples and self.temperature <= 0:
+            raise UserError(f"evaluation.temperature is {self.temperature}: samples would all be the same; above 0")
         if "" in self.stop:
             raise UserError("evaluation.stop holds an empty string; leave it out")
 
@@ -288,8 +326,11 @@ class Improve:
             for block in ("sampling", "selection", "sft", "merge"):
                 self.block(name, block)
             alpha = self.block(name, "merge").alpha
-            if isinstance(alpha, Mapping) and "search" in alpha and not any(f.validation for f in self.tasks.families):
-                raise UserError(f"methods.{name}.merge.alpha: a search needs validation questions; give families some")
+            measured = isinstance(alpha, Mapping) and ("search" in alpha or "importance" in alpha)
+            if measured and not any(f.validation for f in self.tasks.families):
+                raise UserError(
+                    f"methods.{name}.merge.alpha: {next(iter(alpha))} needs validation questions; give families some"
+                )
 
     def block(self, method: str, name: str):
         """The run's block `name` with the overrides of `method`."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .analysis.diversity import pass_at_k
 from .tasks.task import DOMAINS, Question
 
 Z = 1.959964
@@ -81,6 +82,26 @@ def rows(
             }
         )
     return table
+
+
+def add_pass_at(
+    table: Sequence[dict[str, Any]], questions: Sequence[Question], right: Mapping[str, int], samples: int
+) -> None:
+    """Give each row of `rows` of these questions its `pass_at` {k: mean over questions}, k in 1, 2, 4, … samples.
+
+    Args:
+      right: successes among `samples` samples, by question id.
+    """
+    for row in table:
+        members = [
+            q for q in questions
+            if (q.split, q.domain) == (row["split"], row["domain"]) and row["family"] in ("all", q.family)
+        ]  # fmt: skip
+        if members:
+            ks = sorted({samples} | {2**i for i in range(samples.bit_length()) if 2**i <= samples})
+            row["pass_at"] = {
+                str(k): sum(pass_at_k(samples, right[q.id], k) for q in members) / len(members) for k in ks
+            }
 
 
 def paired_rows(

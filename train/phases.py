@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ import numpy as np
 
 import jaxmerge
 
-from . import checkpoint, evaluate, export, round, stop
+from . import checkpoint, combine, evaluate, export, probes, round, stop
+from .analysis.importance import loss_of, of_layers, taylor_importance
+from .analysis.texts import batches as text_batches
 from .config import Merge, Sampling, Selection, Sft
 from .generate.rollout import Settings
 from .learn.batches import steps_of, to_rows
@@ -24,6 +26,7 @@ from .learn.sft import fine_tune, one_epoch
 from .learn.watch import hold_out, speed_of
 from .log import UserError, say
 from .mesh import sharding_of
+from .models.decoder import Params
 from .models.load import load_model
 from .plan import BASE, Phase
 from .processes import on_first
@@ -52,7 +55,9 @@ def check_merges(run: Run) -> None:
         for number in range(1, run.config.rounds + 1):
             try:
                 for alpha in alphas(config, number, run.config.rounds):
-                    merged = functools.partial(round.merge, config=config, alpha=alpha, key=jax.random.key(0))
+                    if span := combine.importance_span(alpha):
+                        alpha = {"**": list(span)}
+                    merged = functools.partial(combine.merged, config=config, alpha=alpha, key=jax.random.key(0))
                     jax.eval_shape(merged, run.model.params, run.model.params)
             except (ValueError, TypeError) as error:
                 raise UserError(f"methods.{name}.merge: {error}") from error
@@ -191,7 +196,8 @@ def sft(run: Run, phase: Phase, folder: Path) -> Row:
 
 def merge(run: Run, phase: Phase, folder: Path) -> Row:
     config = build(Merge, phase.settings["merge"], "merge")
-    anchor, tuned = (run.weights(phase.inputs[role]) for role in ("anchor", "tuned"))
+    tuned = run.weights(phase.inputs["tuned"])
+    anchor = combine.running_average([run.weights(m) for role, m in phase.inputs.items() if role.startswith("anchor")])
     key = jax.random.fold_in(jax.random.fold_in(run.key, phase.round), np.uint32(0xDA2E))
     reference = None
     if config.reference != "anchor":
@@ -199,7 +205,7 @@ def merge(run: Run, phase: Phase, folder: Path) -> Row:
 
     def merged(alpha):
         try:
-            return round.merge(anchor, tuned, config, alpha, reference=reference, key=key)
+            return combine.merged(anchor, tuned, config, alpha, reference=reference, key=key)
         except ValueError as error:
             raise UserError(f"{phase.name}: {error}") from error
 
@@ -215,12 +221,26 @@ def merge(run: Run, phase: Phase, folder: Path) -> Row:
         searched = {"searched": {f"{a:g}": s for a, s in scores.items()}}
     else:
         (alpha,) = candidates
+        if span := combine.importance_span(alpha):
+            alpha, searched = adapted(run, anchor, tuned, span)
     return {
         "rule": config.rule,
-        "coefficients": {"alpha": alpha, "drop": config.drop, **searched},
+        "coefficients": {"alpha": alpha, "drop": config.drop, **config.parameters, **searched},
         "anchor": phase.inputs["anchor"],
         **run.keep_weights(phase, merged(alpha)),
     }
+
+
+def adapted(run: Run, anchor: Params, tuned: Params, span: Sequence[float]) -> tuple[dict[str, Any], Row]:
+    """α by layer, from the anchor's importance on validation questions and the round's change."""
+    count = run.model.config.num_hidden_layers
+    loss = loss_of(run.model.config, run.config.model.dtype)
+    found = taylor_importance(loss, anchor, text_batches(run.worked("validation"), run.model.tokenizer.pad_id or 0))
+    moved = round.change(tuned, anchor)
+    importance, change = of_layers(found, count), of_layers(moved, count)
+    by_layer = combine.layer_alphas(importance, change, span)
+    alpha = {"**": sum(by_layer) / count} | {f"model/layers/{i}": a for i, a in enumerate(by_layer)}
+    return alpha, {"importance": importance, "change": change}
 
 
 def rank(run: Run, phase: Phase, folder: Path) -> Row:
@@ -236,8 +256,8 @@ def rank(run: Run, phase: Phase, folder: Path) -> Row:
 
 
 def probe(run: Run, phase: Phase, folder: Path) -> Row:
-    del folder
-    run.held[phase.name], notes = run.probed(phase)
+    make = probes.search(run, phase, folder) if phase.settings.get("search") else probes.made(run, phase)
+    run.held[phase.name], notes = make
     record = {"change": round.change(run.held[phase.name], run.weights(BASE)), **notes}
     return {"rule": phase.settings["kind"], "digest": checkpoint.digest(run.held[phase.name]), **record}
 
@@ -249,6 +269,11 @@ def evaluate_model(run: Run, phase: Phase, folder: Path) -> Row:
     scores, seconds = run.answer(phase.inputs["model"], questions, folder, phase.name)
     outcome = next(o for o in run.outcomes if o.evaluate == phase.name)
     table = evaluate.rows(questions, scores, method=phase.method, round=phase.round, seconds=seconds, **outcome.extra)
+    config = run.config.evaluation
+    if config.samples and (config.sampled == "all" or phase.round in (0, run.config.rounds)):
+        asked = [q for q in questions if q.split == "test"]
+        right = run.successes(phase.inputs["model"], asked, folder / "sampled", f"{phase.name} pass@k")
+        evaluate.add_pass_at(table, asked, right, config.samples)
     on_first(write_jsonl, folder / "scores.jsonl", [{"question_id": q.id, "score": scores[q.id]} for q in questions])
     return {"model": phase.inputs["model"], "rows": table}
 

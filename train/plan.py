@@ -93,6 +93,7 @@ def plan(config: Improve) -> tuple[Plan, list[Outcome]]:
     trained = [name for name, method in config.methods.items() if method.probe is None]
     current = dict.fromkeys(trained, BASE)
     tuned: dict[str, str] = {}
+    ended: dict[str, list[str]] = {name: [] for name in trained}
     data: dict[str, list[str]] = {name: [] for name in trained}
     for round in range(1, config.rounds + 1):
         for m in trained:
@@ -107,9 +108,12 @@ def plan(config: Improve) -> tuple[Plan, list[Outcome]]:
             if merge.rule == "none":
                 current[m] = tuned[m]
             else:
-                anchor = BASE if merge.anchor == "original" else current[m]
+                inputs = {"anchor": current[m] if merge.anchor == "previous" else BASE, "tuned": tuned[m]}
+                if merge.anchor == "average":
+                    inputs |= {f"anchor-{i}": model for i, model in enumerate(ended[m])}
                 settings = {"merge": to_dict(merge), "round": round}
-                current[m] = todo.add("merge", round, m, {"anchor": anchor, "tuned": tuned[m]}, settings)
+                current[m] = todo.add("merge", round, m, inputs, settings)
+            ended[m].append(current[m])
             outcomes.append(Outcome(m, round, current[m], todo.add("evaluate", round, m, {"model": current[m]})))
         for name, method in config.methods.items():
             probe = method.probe
@@ -133,13 +137,23 @@ def plan_probe(todo: Plan, config: Improve, name: str, probe: Probe, round: int,
             outcome({"tuned": current}, {"kind": "line", "coefficient": c}, f"{c:g}-", coefficient=c)
             for c in probe.coefficients
         ]
-    if config.block(probe.of, "sft").snapshots < 2:
+    wanted = probe.best if probe.kind == "exme" else 2
+    if config.block(probe.of, "sft").snapshots < wanted:
+        kept = config.block(probe.of, "sft").snapshots
         raise UserError(
-            f"methods.{name}: exme picks two checkpoints of {probe.of}, which keeps one a round; "
-            f"set methods.{probe.of}.sft.snapshots to 2 or more"
+            f"methods.{name}: {probe.kind} takes {wanted} checkpoints of {probe.of} or more, which keeps {kept} a "
+            f"round; set methods.{probe.of}.sft.snapshots to {wanted} or more"
         )
+    if probe.kind == "merge":
+        settings = {"kind": "merge", "rule": probe.rule, "parameters": dict(probe.parameters)}
+        return [outcome({"tuned": tuned}, settings, "")]
     if not any(f.validation for f in config.tasks.families):
-        raise UserError(f"methods.{name}: exme ranks checkpoints on validation questions; give families validation: N")
+        raise UserError(
+            f"methods.{name}: {probe.kind} ranks checkpoints on validation questions; give families validation: N"
+        )
     rank = todo.add("rank", round, name, {"snapshots": tuned})
-    settings = {"kind": "exme", "alphas": list(probe.alphas), "weights": list(probe.weights)}
-    return [outcome({"tuned": tuned, "rank": rank}, settings, "")]
+    chosen: dict[str, Any] = {"kind": probe.kind}
+    if probe.kind == "exme":
+        fixed = {"alphas": list(probe.alphas), "weights": list(probe.weights)} if probe.search is None else {}
+        chosen |= {"search": probe.search, "best": probe.best, **fixed}
+    return [outcome({"tuned": tuned, "rank": rank}, chosen, "")]

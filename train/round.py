@@ -11,7 +11,7 @@ import numpy as np
 
 import jaxmerge
 
-from .config import Merge, Selection
+from .config import Selection
 from .generate.rollout import Prompt
 from .log import UserError
 from .models.decoder import Params
@@ -177,20 +177,6 @@ def real_questions(questions: Sequence[Question], ratio: float, seed: int) -> fr
         )
     order = np.random.Generator(np.random.Philox(key=[seed, 0x5EA1])).permutation(len(solved))
     return frozenset(solved[i] for i in order[:wanted])
-
-
-def merge(
-    anchor: Params,
-    tuned: Params,
-    config: Merge,
-    alpha: Any,
-    *,
-    reference: Params | None = None,
-    key: jax.Array | None = None,
-) -> Params:
-    """(1 − α) anchor + α tuned, DARE on the deltas if `config.drop`; unselected parameters stay tuned."""
-    rule = jaxmerge.imm if not config.where else jaxmerge.masked(jaxmerge.imm, config.where, otherwise="first")
-    return rule([tuned], base=anchor, alpha=alpha, drop=config.drop, key=key, reference=reference)
 
 
 def change(params: Params, base: Params) -> dict[str, float]:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import jaxmerge
 
-from . import checkpoint, evaluate, round
+from . import checkpoint, evaluate, probes, round
+from .analysis.texts import Text
 from .config import Improve
 from .generate.rollout import Sample, Settings, batched, rollout
 from .journal import Journal
@@ -30,6 +32,7 @@ from .plan import BASE, Outcome, Phase, Plan
 from .processes import on_first
 from .stop import check
 from .tasks import STOP_STRINGS, Question, build_suite
+from .tasks.suite import Split
 
 Row = dict[str, Any]
 
@@ -86,7 +89,7 @@ class Run:
         if name not in self.held:
             phase = self.todo[name]
             if phase.kind == "probe":
-                self.held[name], _ = self.probed(phase)
+                self.held[name], _ = probes.made(self, phase)
             else:
                 self.held[name] = self.read_weights(self.checkpoints(name) / "weights")
         return self.held[name]
@@ -106,40 +109,6 @@ class Run:
         home = self.checkpoints(name)
         early = sorted((home / "snapshots").glob("[0-9]*"), key=lambda p: int(p.name))
         return [*early, home / "weights"]
-
-    def probed(self, phase: Phase) -> tuple[Params, Row]:
-        """A probe's weights from its inputs: cheap and exact, so they are not kept on disk."""
-        base, settings = self.weights(BASE), phase.settings
-        kind = settings["kind"]
-        if kind == "expo":
-            alpha = settings["alpha"]
-            tuned = self.weights(phase.inputs["tuned"])
-            return jaxmerge.extrapolate([tuned], base=base, alpha=alpha), {"coefficients": {"alpha": alpha}}
-        if kind == "line":
-            coefficient = settings["coefficient"]
-            tuned = self.weights(phase.inputs["tuned"])
-            merged = jaxmerge.extrapolate([tuned], base=base, alpha=coefficient - 1.0)
-            return merged, {"coefficients": {"lambda": coefficient}}
-        record = self.journal.committed(phase.inputs["rank"])
-        assert record is not None, f"{phase.inputs['rank']} is read before it is committed"
-        paths = self.snapshots(phase.inputs["tuned"])
-        chosen = [self.read_weights(paths[i]) for i in record["best"][:2]]
-        alphas, weights = settings["alphas"], settings["weights"]
-        merged = jaxmerge.extrapolation_merge(chosen, base=base, alphas=alphas, weights=weights)
-        cosine = float(jax.jit(lambda models, base: jaxmerge.collinear(models, base=base)[0, 1])(chosen, base))
-        notes = []
-        if abs(cosine) > 0.999:
-            line = sum(w * (1 + a) for w, a in zip(weights, alphas, strict=True))
-            notes = [
-                f"the two checkpoints lie on one line through the base (cosine {cosine:.4f}): this is ExPO with "
-                f"another coefficient (about 1 + α = {line:.3f}), not a method of its own"
-            ]
-        return merged, {
-            "coefficients": {"alphas": alphas, "weights": weights},
-            "snapshots": record["best"][:2],
-            "cosine": cosine,
-            "notes": notes,
-        }
 
     # --- questions and answers ---
 
@@ -178,6 +147,16 @@ class Run:
                 on_first(write_jsonl, path, [sample_row(s) for s in samples])
         return [row for path in paths for row in read_jsonl(path)], time.perf_counter() - start
 
+    def worked(self, split: Split) -> list[Text]:
+        """The questions of a split with their worked solutions, or their answers where a family has none."""
+        tokenizer, texts = self.model.tokenizer, []
+        for q in self.suite.questions(split):
+            prompt = round.prompt_tokens(self.suite, tokenizer, q, self.config.tasks.few_shot)
+            completion = [*tokenizer.encode(q.solution or q.answer), tokenizer.eos_ids[0]]
+            if len(prompt) + len(completion) <= self.model.config.max_position_embeddings:
+                texts.append(Text(tuple(prompt), tuple(completion)))
+        return texts
+
     def stops(self, own: tuple[str, ...]) -> tuple[str, ...]:
         """Stop strings of a block, and where a model shown worked examples goes on to the next question."""
         return own + (STOP_STRINGS if self.config.tasks.few_shot else ())
@@ -194,6 +173,25 @@ class Run:
         rows, seconds = self.generate(model, questions, settings, self.key, folder, batch=config.batch, title=title)
         scored = round.verify(self.suite, {q.id: q for q in questions}, rows)
         return {row["question_id"]: float(row["score"] == 1.0) for row in scored}, seconds
+
+    def successes(self, model: str, questions: Sequence[Question], folder: Path, title: str) -> dict[str, int]:
+        """How many of `evaluation.samples` samples of each question are right."""
+        config = self.config.evaluation
+        settings = Settings(
+            samples=config.samples,
+            temperature=config.temperature,
+            max_new_tokens=config.max_new_tokens,
+            stop=self.stops(config.stop),
+            slots=config.slots,
+            dtype=self.config.model.dtype,
+        )
+        on_first(folder.mkdir, exist_ok=True)
+        key = jax.random.fold_in(self.key, np.uint32(0x9A55))
+        rows, _ = self.generate(model, questions, settings, key, folder, batch=config.batch, title=title)
+        right = dict.fromkeys((q.id for q in questions), 0)
+        for row in round.verify(self.suite, {q.id: q for q in questions}, rows):
+            right[row["question_id"]] += row["score"] == 1.0
+        return right
 
     def validate(self, model: str, folder: Path, title: str) -> float:
         """Mean over the domains of the accuracy on validation questions: what searches maximise."""
