@@ -57,6 +57,10 @@ def arm(point: str, calls: int) -> None:
         checkpoint.save_weights = killing(checkpoint.save_weights, calls, after=True)
     elif point == "merging":
         combine.merged = killing(combine.merged, calls)
+    elif point == "searching":  # replies of the last chunk are not written yet
+        from train.search import replies
+
+        replies.Replies.flush = killing(replies.Replies.flush, calls)
     elif point == "committed":  # the folder is renamed, metrics.jsonl does not say so yet
         journal.append_jsonl = killing(journal.append_jsonl, calls)
     else:

@@ -40,7 +40,10 @@ class Item:
 def read_questions(config: Questions) -> list[Item]:
     """The questions, in the order of the file or of the families, each once."""
     items = from_families(config) if config.families else from_file(Path(config.path))
-    items = list({item.id: item for item in items}.values())[: config.limit]
+    first: dict[str, Item] = {}
+    for item in items:
+        first.setdefault(item.id, item)
+    items = list(first.values())[: config.limit]
     if not items:
         raise UserError(f"questions: {config.path or 'the families'}: none there; families need train: N")
     return items
