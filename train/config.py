@@ -212,6 +212,8 @@ class Evaluation:
     batch: int = 256
     """Questions committed to disk at once."""
     stop: tuple[str, ...] = ()
+    base: bool = True
+    """Whether the original model is evaluated too."""
     samples: int = 0
     """Samples a test question beside the greedy answer, for pass@k with k up to this; 0 draws none."""
     temperature: float = 0.8

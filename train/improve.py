@@ -26,13 +26,16 @@ from .sinks import check_sinks
 from .stop import check
 
 
-def improve(config: Improve, *, name: str, out: Path | None = None, command: str = "") -> Path:
+def improve(
+    config: Improve, *, name: str, out: Path | None = None, command: str = "", quiet: bool = False
+) -> Path:
     """Run or resume a self-improvement run; returns its folder.
 
     Args:
       name: of the config; part of the default folder's name.
       out: run folder; `runs/<name>-<8 hex of the config>` by default.
       command: what reproduces the run, for the report.
+      quiet: leave out the table at the end.
 
     Raises:
       UserError: the folder holds a run of another config, or a phase met a mistake of the user's.
@@ -42,7 +45,8 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
     finished = on_first(summary.read_finished, folder)
     if finished is not None:
         on_first(summary.refresh_report, folder)
-        summary.show(finished, folder)
+        if not quiet:
+            summary.show(finished, folder)
         return folder
     todo, outcomes = plan(config)
     for phase in todo.phases:
@@ -54,7 +58,9 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
         run = Run(config, journal, todo, outcomes, name=name, command=command)
         redo_lost(run)
         run_phases(run)
-        summary.show(on_first(summary.write, run, finished=True), folder)
+        found = on_first(summary.write, run, finished=True)
+        if not quiet:
+            summary.show(found, folder)
     return folder
 
 

@@ -24,6 +24,10 @@ from .processes import all_said, on_first, several
 Record = dict[str, Any]
 
 
+class Busy(UserError):
+    """Another process is at this run."""
+
+
 class Journal:
     """Opens the run folder `root` (made if missing) and, unless `read_only`, holds it until closed.
 
@@ -56,7 +60,7 @@ class Journal:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise UserError(
+            raise Busy(
                 f"{self.root}: another process is running this run; wait for it or choose out=DIR"
             ) from None
         token = os.urandom(8).hex()

@@ -89,7 +89,9 @@ def plan(config: Improve) -> tuple[Plan, list[Outcome]]:
     """All phases of a run, and what each method ends each round with (round 0 is the base)."""
     todo = Plan()
     todo.add("load", 0, BASE, {})
-    outcomes = [Outcome(BASE, 0, BASE, todo.add("evaluate", 0, BASE, {"model": BASE}))]
+    outcomes = []
+    if config.evaluation.base:
+        outcomes = [Outcome(BASE, 0, BASE, todo.add("evaluate", 0, BASE, {"model": BASE}))]
     trained = [name for name, method in config.methods.items() if method.probe is None]
     current = dict.fromkeys(trained, BASE)
     tuned: dict[str, str] = {}

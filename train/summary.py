@@ -62,7 +62,8 @@ def paired(run: Run, evaluated) -> list[dict[str, Any]]:
     pairs = []
     for method, round in plain:
         if method != BASE:
-            pairs.append(((method, round), (BASE, 0)))
+            if (BASE, 0) in plain:
+                pairs.append(((method, round), (BASE, 0)))
             if method != first and (first, round) in plain:
                 pairs.append(((method, round), (first, round)))
     scores = {name: run.scores(o.evaluate) for name, o in plain.items()}

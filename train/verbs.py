@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .log import UserError, say
-from .resolve import build, load, override
+from .resolve import build, load, override, read_yaml
 from .start import Words, options, start_jax, take
 from .verbs_files import extract_lora, inspect, merge
 
@@ -22,11 +22,16 @@ def improve(words: Words, assignments: Words, dry: bool) -> int:
     Run a self-improvement run, or resume the unfinished one in its folder.
     Keys are those of the config (rounds=3 merge.alpha=0.6 methods.imm.merge.drop=0.2); out=DIR places the folder.
     --dry-run resolves the config, prints the plan (phases, sizes, memory) and stops.
+    A config with a sweep: block is an experiment: many runs, whose results are lines of sweep.rows.
     """
     from .config import Improve
 
     mine, others = take(assignments, out=None)
-    config = load(Improve, words[0], others)
+    values = override(read_yaml(Path(words[0])), others)
+    command = shlex.join(["jaxmerge", "improve", words[0], *others])
+    if "sweep" in values:
+        return sweep(words[0], values, mine["out"], command, dry)
+    config = build(Improve, values)
     if dry:
         from .dry import show_plan
 
@@ -35,8 +40,20 @@ def improve(words: Words, assignments: Words, dry: bool) -> int:
     start_jax(config, may_stop=True)
     from .improve import improve as go
 
-    command = shlex.join(["jaxmerge", "improve", words[0], *others])
     go(config, name=Path(words[0]).stem, out=Path(str(mine["out"])) if mine["out"] else None, command=command)
+    return 0
+
+
+def sweep(path: str, values: dict, out: object, command: str, dry: bool) -> int:
+    """An experiment: `improve` of a config with a `sweep:` block."""
+    from .sweeps.run import Experiment, run, show_plan
+
+    experiment = Experiment.of(Path(path).stem, values)
+    if dry:
+        show_plan(experiment)
+        return 0
+    start_jax(experiment.checked, may_stop=True)
+    run(experiment, command=command, out=Path(str(out)) if out else Path("runs") / experiment.name)
     return 0
 
 

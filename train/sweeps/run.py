@@ -1,0 +1,191 @@
+"""Run what a sweep has not run yet: `jaxmerge improve CONFIG` where the config has a `sweep:` block.
+
+Finished cells are lines of `sweep.rows`, which is committed: a fresh clone goes on where they end. Several processes
+may work at one sweep; each takes cells that no other is at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..analyse import AnalyseOptions, analyse_run
+from ..config import Improve
+from ..improve import improve
+from ..journal import Busy
+from ..log import UserError, append_jsonl, read_jsonl_tolerant, say
+from ..resolve import build
+from .cells import Cell, Values, judge_cells, score, tune_cells, unique, with_first_candidates
+from .settings import Sweep
+
+Row = dict[str, Any]
+WAIT = 5.0
+"""Seconds between two looks at whether other processes have finished the candidates they are at."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A config with its sweep, and where its results lie."""
+
+    name: str
+    values: Values
+    sweep: Sweep
+    checked: Improve
+    """The config as it is checked, with the first candidate of each tuned method."""
+
+    @classmethod
+    def of(cls, name: str, values: Values) -> Experiment:
+        """Take the `sweep:` block out of a config's values and check both."""
+        values = dict(values)
+        sweep = build(Sweep, values.pop("sweep"), "sweep")
+        checked = build(Improve, with_first_candidates(values, sweep))
+        if checked.distributed.wanted:
+            raise UserError("distributed: a sweep's runs are of one process each; start the command several times")
+        for cell in (*tune_cells(values, sweep), *judge_cells(values, sweep, dict.fromkeys(sweep.tune.candidates, 0))):
+            build(Improve, cell.values)
+        return cls(name, values, sweep, checked)
+
+    @property
+    def rows(self) -> Path:
+        return Path(self.sweep.rows or f"docs/results/{self.name}.jsonl")
+
+    def done(self) -> dict[str, Row]:
+        """Finished cells by id."""
+        return {row["cell"]: row for row in read_jsonl_tolerant(self.rows)}
+
+    def chosen(self, done: Mapping[str, Row]) -> dict[str, int] | None:
+        """The best candidate of each tuned method on validation; None while some are not run."""
+        scores: dict[tuple[str, int], list[float]] = {}
+        for cell in tune_cells(self.values, self.sweep):
+            if cell.id not in done:
+                return None
+            found = score(done[cell.id]["results"][cell.method], "validation")
+            scores.setdefault((cell.method, cell.candidate or 0), []).append(found)
+        best = {}
+        for method, candidates in self.sweep.tune.candidates.items():
+            means = [sum(scores[method, i]) / len(scores[method, i]) for i in range(len(candidates))]
+            best[method] = max(range(len(means)), key=lambda i: (means[i], -i))
+        return best
+
+    def todo(self, done: Mapping[str, Row]) -> list[Cell]:
+        """Cells not finished, of the stage that can run now."""
+        chosen = self.chosen(done)
+        cells = tune_cells(self.values, self.sweep)
+        if chosen is not None:
+            cells = judge_cells(self.values, self.sweep, chosen)
+        return [cell for cell in unique(cells) if cell.id not in done]
+
+
+def run(experiment: Experiment, *, command: str, out: Path) -> Path:
+    """Run all cells that are not done; returns the file of their rows."""
+    experiment.rows.parent.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        read_jsonl_tolerant(experiment.rows, truncate=True)
+    while cells := experiment.todo(experiment.done()):
+        busy = 0
+        for cell in cells:
+            done = experiment.done()
+            if cell.id in done:
+                continue
+            say(f"{experiment.name}: {cell} ({len(done)} cells done, {len(experiment.todo(done))} of this stage to do)")
+            try:
+                run_cell(experiment, cell, out, command)
+            except Busy:
+                busy += 1
+        if busy == len(cells):
+            time.sleep(WAIT)
+    say(str(experiment.rows))
+    return experiment.rows
+
+
+def run_cell(experiment: Experiment, cell: Cell, out: Path, command: str) -> None:
+    """One cell, its rows and, with `keep_runs: false`, the end of its weights."""
+    folder = out / cell.id
+    improve(build(Improve, cell.values), name=experiment.name, out=folder, command=command, quiet=True)
+    looked = {}
+    if experiment.sweep.analyse and cell.stage != "base":
+        analyse_run(folder, AnalyseOptions())
+        looked = {"analysis": thinned(json.loads((folder / "analysis.json").read_text()))}
+    with locked(out):
+        if cell.id not in experiment.done():
+            append_jsonl(experiment.rows, {**described(cell, folder, command), **looked})
+    if not experiment.sweep.keep_runs:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def described(cell: Cell, folder: Path, command: str) -> Row:
+    """What is kept of a finished cell: one line."""
+    summary = json.loads((folder / "summary.json").read_text())
+    results: dict[str, list[list[Any]]] = {}
+    for row in summary["rows"]:
+        if row["family"] == "all" or row["split"] == "test":
+            extra = [row.get("pass_at"), row.get("coefficient")]
+            results.setdefault(row["method"], []).append(
+                [row["round"], row["split"], row["domain"], row["family"], round(row["accuracy"] * row["n"]), row["n"]]
+                + (extra if any(e is not None for e in extra) else [])
+            )
+    metrics = read_jsonl_tolerant(folder / "metrics.jsonl")
+    return {
+        "cell": cell.id,
+        "stage": cell.stage,
+        "axes": cell.axes,
+        "method": cell.method,
+        "candidate": cell.candidate,
+        "results": results,
+        "rounds": [[m["round"], m["sampled"], m["correct"], m["kept"]] for m in metrics if m["kind"] == "select"],
+        "coefficients": {m["phase"]: m["coefficients"] for m in metrics if m["kind"] in ("merge", "probe")},
+        "search": {
+            m["phase"]: {key: m[key] for key in ("validation", "trials", "search_seconds", "notes")}
+            for m in metrics
+            if "trials" in m
+        },
+        "seconds": round(summary["seconds"], 1),
+        "commit": summary["commit"],
+        "device": summary["device"],
+        "versions": {key: summary["versions"][key] for key in ("python", "jax", "jaxlib")},
+        "command": command,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def thinned(found: Row) -> Row:
+    """The numbers of an analysis that tables are made of, without its curves and planes."""
+    return {key: found[key] for key in ("method", "rounds", "layers", "importance", "change", "notes") if key in found}
+
+
+class locked:
+    """One process at a time appends rows."""
+
+    def __init__(self, out: Path):
+        self.path = out / "lock"
+
+    def __enter__(self) -> None:
+        self.file = self.path.open("w")
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.close()
+
+
+def show_plan(experiment: Experiment) -> None:
+    """What `--dry-run` says: how many cells there are and how many are done."""
+    done = experiment.done()
+    tune = unique(tune_cells(experiment.values, experiment.sweep))
+    chosen = experiment.chosen(done)
+    assumed = chosen or dict.fromkeys(experiment.sweep.tune.candidates, 0)
+    judge = unique(judge_cells(experiment.values, experiment.sweep, assumed))
+    for stage, cells in (("tune", tune), ("judge", judge)):
+        finished = [done[c.id]["seconds"] for c in cells if c.id in done]
+        known = chosen is not None or stage == "tune"
+        mean = f", {sum(finished) / len(finished):.0f} s each" if finished else ""
+        say(f"{stage}: {len(cells)} runs" + (f", {len(finished)} done{mean}" if known else " after that"))
+    if chosen:
+        say(f"chosen: {chosen}")
