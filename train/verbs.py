@@ -254,6 +254,22 @@ def analyse(words: Words, assignments: Words, dry: bool) -> int:
     return 0
 
 
+def results(words: Words, assignments: Words, dry: bool) -> int:
+    """results [key=value …]
+
+    Write docs/results.md and its pictures from the rows of the experiments: nothing is run.
+    Keys: configs=configs/experiments folder=docs/results
+    """
+    del words, dry
+    mine, others = take(assignments, configs="configs/experiments", folder="docs/results")
+    if others:
+        raise UserError(f"{others[0]}: no such key; known: configs, folder")
+    from .sweeps.page import write
+
+    write(Path(str(mine["folder"])), Path(str(mine["configs"])))
+    return 0
+
+
 def doctor(words: Words, assignments: Words, dry: bool) -> int:
     """doctor
 
@@ -279,5 +295,6 @@ VERBS: dict[str, Callable[[Words, Words, bool], int]] = {
     "export": export,
     "report": report,
     "analyse": analyse,
+    "results": results,
     "doctor": doctor,
 }

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..log import UserError
-from ..resolve import fingerprint
 from .settings import Sweep
 
 Values = dict[str, Any]
@@ -41,7 +42,8 @@ class Cell:
 
     @property
     def id(self) -> str:
-        return fingerprint(self.values)[:12]
+        text = json.dumps(self.values, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def __str__(self) -> str:
         where = " ".join(f"{axis}={label}" for axis, label in self.axes.items())

@@ -23,7 +23,11 @@ class Tune:
     def __post_init__(self):
         counts = {}
         for method, candidates in self.candidates.items():
-            if not isinstance(candidates, list) or not all(isinstance(c, Mapping) for c in candidates) or not candidates:
+            if (
+                not isinstance(candidates, list)
+                or not all(isinstance(c, Mapping) for c in candidates)
+                or not candidates
+            ):
                 raise UserError(f"sweep.tune.candidates.{method} is {candidates!r}; a list of overrides is wanted")
             counts[method] = len(candidates)
         if len({*counts.values()}) > 1:
@@ -50,6 +54,8 @@ class Sweep:
     """How docs/results.md shows it: frontier, curve (over the first axis) or layers."""
     claim: str = ""
     """What the paper says, in a sentence, for docs/results.md."""
+    seen: str = ""
+    """What the rows say, written by a person who read them."""
     title: str = ""
 
     def __post_init__(self):
@@ -57,7 +63,6 @@ class Sweep:
         known = ("frontier", "curve", "layers")
         if self.judge not in known:
             raise UserError(f"sweep.judge is {self.judge!r}; known: {', '.join(known)}")
-
 
 
 def check_axes(axes: Mapping[str, Any], where: str) -> None:

@@ -1,0 +1,297 @@
+"""Experiments: which runs there are, which are done, which candidate is chosen, what the page says of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from train.journal import Busy
+from train.log import UserError, read_jsonl_tolerant
+from train.sweeps import page
+from train.sweeps import run as sweeps
+from train.sweeps.cells import groups, judge_cells, laid_over, points, score, tune_cells, unique
+from train.sweeps.run import Experiment
+from train.sweeps.stats import gain, holm, hypervolume, mean_interval, sign_flip
+
+ROOT = Path(__file__).parent.parent
+TINY = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
+
+
+def values(**sweep: Any) -> dict[str, Any]:
+    base = {key: TINY[key] for key in ("model", "tasks", "sampling", "sft", "evaluation", "selection") if key in TINY}
+    base["sft"] = {**base["sft"], "epochs": 1, "snapshots": 1}
+    methods = {"plain": {}, "half": {"probe": {"of": "plain", "kind": "line", "coefficients": [0.5]}}}
+    return {**base, "rounds": 1, "methods": methods, "sweep": sweep}
+
+
+TUNE = {
+    "axes": {"seed": [7, 8]},
+    "set": {"evaluation": {"splits": ["validation"]}},
+    "candidates": {
+        "rate": [{"sft": {"learning_rate": 0.01}}, {"sft": {"learning_rate": 0.02}}],
+        "imm": [{"merge": {"rule": "imm", "alpha": 0.3}}, {"merge": {"rule": "imm", "alpha": 0.6}}],
+    },
+}
+
+
+@pytest.fixture
+def experiment(tmp_path) -> Experiment:
+    return Experiment.of(
+        "trial",
+        values(
+            axes={"seed": [1, 2, 3]}, tune=TUNE, control="rate", rows=str(tmp_path / "trial.jsonl"), claim="It is so."
+        ),
+    )
+
+
+def pretend(monkeypatch, accuracy) -> list[str]:
+    """Runs that take no time: `accuracy(method, config, domain, split)` is what they would have measured."""
+    made = []
+
+    def improve(config, *, name, out, command, quiet):
+        del name, command, quiet
+        out.mkdir(parents=True)
+        made.append(out.name)
+        methods = [m for m in config.methods if config.methods[m].probe is None] or ["base"]
+        rows = [
+            {
+                "method": m, "round": 0 if m == "base" else 1, "split": split, "domain": domain, "family": "all",
+                "accuracy": accuracy(m, config, domain, split), "n": 1000,
+            }
+            for m in methods for split in config.evaluation.splits for domain in ("id", "ood")
+        ]  # fmt: skip
+        versions = {"python": "3", "jax": "1", "jaxlib": "1"}
+        about = {"seconds": 2.0, "commit": "abc", "device": "cpu", "versions": versions}
+        (out / "summary.json").write_text(json.dumps({"rows": rows, **about}))
+        (out / "metrics.jsonl").write_text("")
+
+    monkeypatch.setattr(sweeps, "improve", improve)
+    return made
+
+
+def better_with_high_rate(method, config, domain, split):
+    del split
+    block = config.methods[method] if method != "base" else None
+    if block is None:
+        return 0.5
+    up = block.sft.get("learning_rate", 0.01) * 5 + block.merge.get("alpha", 0.0) / 10
+    return 0.5 + up if domain == "id" else 0.5 - up / 2
+
+
+# --- cells ---
+
+
+def test_points_are_all_combinations_in_order():
+    axes = {"pressure": {"low": {"rounds": 2}, "high": {"sft": {"epochs": 9}}}, "seed": [1, 2]}
+    found = points(axes)
+    assert [labels for labels, _ in found] == [{"pressure": p, "seed": s} for p in ("low", "high") for s in ("1", "2")]
+    assert found[3][1] == {"sft": {"epochs": 9}, "seed": 2}
+
+
+def test_overrides_go_into_maps_and_replace_lists():
+    before = {"sft": {"epochs": 1, "batch": 2}, "stop": [1, 2]}
+    assert laid_over(before, {"sft": {"epochs": 3}, "stop": [3]}) == {"sft": {"epochs": 3, "batch": 2}, "stop": [3]}
+    assert before == {"sft": {"epochs": 1, "batch": 2}, "stop": [1, 2]}
+
+
+def test_probes_run_with_their_method():
+    found = groups({"a": {}, "b": None, "c": {"probe": {"of": "a"}}})
+    assert found == {"a": {"a": {}, "c": {"probe": {"of": "a"}}}, "b": {"b": None}}
+    with pytest.raises(UserError, match=r"methods\.c\.probe\.of is 'd'"):
+        groups({"a": {}, "c": {"probe": {"of": "d"}}})
+
+
+def test_a_cell_is_known_by_what_it_says(experiment):
+    """Adding a method, an axis label or a word about the experiment runs nothing again."""
+    before = {c.id for c in judge_cells(experiment.values, experiment.sweep, {"rate": 0, "imm": 1})}
+    more = values(axes={"seed": [1, 2, 3, 4]}, tune=TUNE, title="Other words")
+    more["methods"]["new"] = {"sft": {"epochs": 2}}
+    after = Experiment.of("trial", more)
+    assert before < {c.id for c in judge_cells(after.values, after.sweep, {"rate": 0, "imm": 1})}
+    changed = values(axes={"seed": [1, 2, 3]}, tune=TUNE)
+    changed["sampling"] = {**changed["sampling"], "temperature": 0.123}
+    other = Experiment.of("trial", changed)
+    fresh = [c for c in judge_cells(other.values, other.sweep, {}) if c.stage != "base"]
+    assert not before & {c.id for c in fresh}
+
+
+def test_the_original_model_is_run_once_for_all_seeds(experiment):
+    cells = judge_cells(experiment.values, experiment.sweep, {"rate": 0, "imm": 0})
+    assert sum(c.stage == "base" for c in cells) == 3
+    assert sum(c.stage == "base" for c in unique(cells)) == 1
+    assert len(unique(cells)) == 1 + 3 * 3
+
+
+def test_seeds_of_tuning_and_of_judging_are_apart(experiment):
+    tuned = {c.axes["seed"] for c in tune_cells(experiment.values, experiment.sweep)}
+    judged = {c.axes["seed"] for c in judge_cells(experiment.values, experiment.sweep, {})}
+    assert not tuned & judged
+
+
+def test_the_score_is_the_mean_of_the_domains_in_the_last_round():
+    rows = [
+        [1, "validation", "id", "all", 9, 10], [2, "validation", "id", "all", 5, 10],
+        [2, "validation", "ood", "all", 3, 4], [2, "validation", "ood", "sums", 0, 4], [2, "test", "id", "all", 0, 10],
+    ]  # fmt: skip
+    assert score(rows, "validation") == (0.5 + 0.75) / 2
+    with pytest.raises(UserError, match="no validation scores"):
+        score(rows[-1:], "validation")
+
+
+# --- running ---
+
+
+def test_a_sweep_tunes_chooses_and_judges(experiment, monkeypatch, tmp_path):
+    made = pretend(monkeypatch, better_with_high_rate)
+    rows = sweeps.run(experiment, command="it", out=tmp_path / "runs")
+    done = read_jsonl_tolerant(rows)
+    assert [row["stage"] for row in done] == ["tune"] * 8 + ["base"] + ["judge"] * 9
+    assert experiment.chosen(experiment.done()) == {"rate": 1, "imm": 1}
+    assert {row["candidate"] for row in done if row["stage"] == "judge" and row["method"] == "rate"} == {1}
+    sweeps.run(experiment, command="it", out=tmp_path / "runs")
+    assert len(made) == 18, "finished cells are not run again"
+
+
+def test_a_fresh_clone_goes_on_from_the_rows(experiment, monkeypatch, tmp_path):
+    made = pretend(monkeypatch, better_with_high_rate)
+    sweeps.run(experiment, command="it", out=tmp_path / "runs")
+    lines = experiment.rows.read_text().splitlines(keepends=True)
+    experiment.rows.write_text("".join(lines[:5]) + lines[5][:40])  # the sixth line is torn
+    made.clear()
+    sweeps.run(experiment, command="it", out=tmp_path / "elsewhere")
+    assert len(made) == 13
+    assert sorted(r["cell"] for r in read_jsonl_tolerant(experiment.rows)) == sorted(
+        json.loads(x)["cell"] for x in lines
+    )
+
+
+def test_a_cell_another_process_is_at_is_left_to_it(experiment, monkeypatch, tmp_path):
+    made = pretend(monkeypatch, better_with_high_rate)
+    improve, others = sweeps.improve, [True, True]
+
+    def busy_twice(config, **how):
+        if others:
+            others.pop()
+            raise Busy("another process")
+        improve(config, **how)
+
+    monkeypatch.setattr(sweeps, "improve", busy_twice)
+    monkeypatch.setattr(sweeps, "WAIT", 0.0)
+    sweeps.run(experiment, command="it", out=tmp_path / "runs")
+    assert len(made) == len(set(made)) == 18
+
+
+def test_a_real_sweep_of_two_runs(tmp_path):
+    """Nothing pretended: a trained method with a probe, and the original model, in one run each."""
+    experiment = Experiment.of("real", values(axes={"seed": [3]}, control="plain", rows=str(tmp_path / "real.jsonl")))
+    sweeps.run(experiment, command="it", out=tmp_path / "runs")
+    base, judged = read_jsonl_tolerant(experiment.rows)
+    assert set(base["results"]) == {"base"}
+    assert set(judged["results"]) == {"plain", "half"}
+    assert {row[0] for row in judged["results"]["plain"]} == {1}
+    assert judged["results"]["half"][0][-1] == 0.5
+    assert not (tmp_path / "runs" / judged["cell"] / "checkpoints").exists()
+    assert (tmp_path / "runs" / judged["cell"] / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("sweep", "said"),
+    [
+        ({"tune": {"candidates": {"a": [{}], "b": [{}, {}]}}}, r"as many trials each, found \{'a': 1, 'b': 2\}"),
+        ({"tune": {"candidates": {"plain": [{}]}}}, r"methods\.plain is also in sweep\.tune\.candidates"),
+        ({"axes": {"seed": 3}}, r"sweep\.axes\.seed is 3; a list"),
+        ({"axes": {"seed": [1]}, "judge": "jury"}, r"judge is 'jury'; known: frontier"),
+        ({"axes": {"size": {"big": {"sft": {"batches": 3}}}}}, r"sft\.batches: no such key"),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(sweep, said):
+    with pytest.raises(UserError, match=said):
+        Experiment.of("trial", values(**sweep))
+
+
+# --- numbers ---
+
+
+def test_hypervolume_against_a_grid():
+    rng = np.random.default_rng(0)
+    found = [tuple(p) for p in rng.uniform(size=(6, 2))]
+    axis = (np.arange(1000) + 0.5) / 1000
+    covered = np.zeros((1000, 1000), bool)
+    for x, y in found:
+        covered |= (axis[:, None] < x) & (axis[None, :] < y)
+    assert hypervolume(found) == pytest.approx(covered.mean(), abs=2e-3)
+    assert gain([(0.9, 0.1), (0.1, 0.9)], (0.5, 0.5)) == pytest.approx(0.4 * 0.1 * 2)
+
+
+def test_intervals_cover_as_often_as_they_say():
+    rng = np.random.default_rng(1)
+    inside = 0
+    for _ in range(1000):
+        _, low, high = mean_interval(rng.normal(3.0, 1.0, size=5))
+        inside += low <= 3.0 <= high
+    assert 930 <= inside <= 970
+    assert math.isnan(mean_interval([1.0])[1])
+
+
+@pytest.mark.parametrize("n", [6, 20])
+def test_p_values_are_uniform_where_nothing_differs(n):
+    rng = np.random.default_rng(2)
+    found = [sign_flip(rng.normal(size=n), draws=2000, seed=i) for i in range(400)]
+    for level in (0.1, 0.5):
+        assert abs(np.mean(np.array(found) <= level) - level) < 0.06
+
+
+def test_holm_never_lowers_and_keeps_the_order():
+    p = {"a": 0.001, "b": 0.02, "c": 0.03, "d": 0.5}
+    assert holm(p) == {"a": 0.004, "b": 0.06, "c": 0.06, "d": 0.5}
+
+
+# --- the page ---
+
+
+def test_the_page_says_what_the_rows_say(experiment, monkeypatch, tmp_path):
+    pretend(monkeypatch, better_with_high_rate)
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    sweep = {
+        "axes": {"seed": [1, 2, 3]},
+        "tune": TUNE,
+        "control": "rate",
+        "rows": str(experiment.rows),
+        "claim": "It is so.",
+    }
+    (configs / "trial.yaml").write_text(yaml.safe_dump(values(**sweep)))
+    before = page.write(tmp_path / "results", configs).read_text()
+    assert "not all run yet" in before
+    sweeps.run(experiment, command="it", out=tmp_path / "runs")
+    text = page.write(tmp_path / "results", configs).read_text()
+    assert "**The claim.** It is so." in text
+    assert "18 runs" in text
+    assert "| **rate** (control) | 3 | 60.0 [60.0, 60.0] | 45.0 [45.0, 45.0] |" in text
+    assert "| imm | 3 | 61.0 [61.0, 61.0] | 44.5 [44.5, 44.5] |" in text
+    assert re.search(r"\*\*52\.\d `merge\.rule=imm merge\.alpha=0\.6`\*\*", text)
+    picture = (tmp_path / "results" / "trial.svg").read_text()
+    assert picture.startswith("<svg")
+    assert "href" not in picture
+
+
+def test_the_committed_experiments_are_sound():
+    """Every config in configs/experiments builds, cell by cell, and has its claim."""
+    for path in sorted((ROOT / "configs" / "experiments").glob("*.yaml")):
+        experiment = Experiment.of(path.stem, yaml.safe_load(path.read_text()))
+        assert experiment.sweep.claim
+        assert experiment.sweep.title
+        known = {
+            c.method
+            for c in judge_cells(
+                experiment.values, experiment.sweep, dict.fromkeys(experiment.sweep.tune.candidates, 0)
+            )
+        }
+        assert experiment.sweep.control in known

@@ -1,0 +1,313 @@
+"""docs/results.md from the rows of all experiments: claims beside what was seen, with n, intervals and pictures."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..journal import write_durably
+from ..log import UserError, say
+from ..resolve import read_yaml
+from . import pictures
+from .cells import judge_cells, unique
+from .read import DOMAINS, Run, runs
+from .run import Experiment
+from .stats import gain, holm, mean_interval, sign_flip
+
+Row = dict[str, Any]
+HEAD = """# Results
+
+Written by `jaxmerge results` from the rows in [results/](results/); every row is one finished run and names its commit,
+command and device. Intervals are 95 %, Student's t over seeds (and regimes, where there are several); p-values are of
+paired sign-flip tests against the control, cell by cell, after Holm's correction. Nothing here was chosen on the
+questions it is reported on: tuning and searches look at validation questions, with seeds of their own.
+"""
+
+
+def write(folder: Path, configs: Path) -> Path:
+    """Write `folder`.md and the pictures in `folder`, one section an experiment in the order of their files' names."""
+    experiments = [Experiment.of(path.stem, read_yaml(path)) for path in sorted(configs.glob("*.yaml"))]
+    if not experiments:
+        raise UserError(f"{configs}: no experiments (*.yaml with a sweep: block)")
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [HEAD]
+    for experiment in experiments:
+        parts.append(section(experiment, folder))
+    page = folder.with_suffix(".md")
+    write_durably(page, "\n".join(parts))
+    say(str(page))
+    return page
+
+
+def section(experiment: Experiment, folder: Path) -> str:
+    """One experiment: claim, state, tables, pictures."""
+    sweep, done = experiment.sweep, experiment.done()
+    chosen = experiment.chosen(done)
+    cells = unique(judge_cells(experiment.values, sweep, chosen or dict.fromkeys(sweep.tune.candidates, 0)))
+    everything = judge_cells(experiment.values, sweep, chosen or {})
+    lines = [f"## {sweep.title or experiment.name}", "", f"**The claim.** {sweep.claim}".rstrip(), ""]
+    lines += [f"**What we saw.** {sweep.seen}", ""] if sweep.seen else []
+    lines += [provenance(experiment, list(done.values())), ""]
+    if sweep.tune.candidates:
+        lines += tuning(experiment, done, chosen)
+    finished = sum(cell.id in done for cell in cells)
+    if chosen is None:
+        return "\n".join([*lines, "The candidates are not all run yet; nothing is judged before they are.", ""])
+    if finished < len(cells):
+        lines += [f"*{finished} of {len(cells)} runs are finished; the numbers below are of these.*", ""]
+    found = runs(everything, done)
+    if not found:
+        return "\n".join([*lines, "No run is finished yet.", ""])
+    kinds: dict[str, Callable[[Experiment, list[Run], Path], list[str]]] = {
+        "frontier": frontier, "curve": curve, "layers": layers,
+    }  # fmt: skip
+    return "\n".join([*lines, *kinds[sweep.judge](experiment, found, folder)])
+
+
+def provenance(experiment: Experiment, rows: Sequence[Row]) -> str:
+    command = f"jaxmerge improve configs/experiments/{experiment.name}.yaml"
+    if not rows:
+        return f"`{command}`"
+    devices = ", ".join(sorted({row["device"] for row in rows}))
+    commits = Counter(row["commit"] for row in rows)
+    named = ", ".join(f"{c} ({n})" for c, n in commits.most_common(3)) + (", …" if len(commits) > 3 else "")
+    minutes = sum(row["seconds"] for row in rows) / 60
+    return f"`{command}` · {len(rows)} runs, {minutes:.0f} minutes on {devices} · commits {named}"
+
+
+def percent(values: Sequence[float], *, scale: float = 100.0) -> str:
+    """`51.2 [49.0, 53.4]` of several values, the mean alone of one."""
+    kept = [v for v in values if not math.isnan(v)]
+    if not kept:
+        return "–"
+    mean, low, high = (scale * x for x in mean_interval(kept))
+    return f"{mean:.1f}" if math.isnan(low) else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def tuning(experiment: Experiment, done, chosen) -> list[str]:
+    """Each candidate's validation score, the chosen one in bold."""
+    from .cells import score, tune_cells
+
+    found: dict[tuple[str, int], list[float]] = {}
+    for cell in tune_cells(experiment.values, experiment.sweep):
+        if cell.id in done:
+            value = score(done[cell.id]["results"][cell.method], "validation")
+            found.setdefault((cell.method, cell.candidate or 0), []).append(value)
+    lines = []
+    for method, candidates in experiment.sweep.tune.candidates.items():
+        cells = []
+        for number, candidate in enumerate(candidates):
+            values = found.get((method, number), [])
+            mean = f"{100 * sum(values) / len(values):.1f}" if values else "–"
+            text = f"{mean} `{flat(candidate)}`"
+            cells.append(f"**{text}**" if chosen and chosen[method] == number else text)
+        lines.append([method, *cells])
+    count = max(len(row) for row in lines) - 1
+    seeds = len({str(cell.axes) for cell in tune_cells(experiment.values, experiment.sweep)})
+    head = ["method", *(f"candidate {i + 1}" for i in range(count))]
+    said = f"Tuning: validation score (mean of the domains' accuracies, %) after the last round, mean of {seeds} seeds."
+    return [
+        "<details><summary>Candidates and what tuning chose</summary>",
+        "",
+        said,
+        "",
+        *table(head, lines),
+        "</details>",
+        "",
+    ]
+
+
+def flat(value: Any, prefix: str = "") -> str:
+    """`sft.learning_rate=0.0007` of nested overrides."""
+    if (
+        isinstance(value, dict)
+        and value
+        and not any("/" in str(k) or k in ("importance", "search", "schedule") for k in value)
+    ):
+        return " ".join(flat(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in value.items())
+    return f"{prefix}={value}"
+
+
+def frontier(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:
+    """Accuracy by domain, what each method adds to the base's frontier, and tests against the control."""
+    methods = list(dict.fromkeys(run.method for run in found))
+    domains = [d for d in DOMAINS if any(d in run.domains for run in found)]
+    of = {name: [run for run in found if run.method == name] for name in methods}
+    control = {str(run.axes): run for run in of.get(experiment.sweep.control, [])}
+    area = {str(run.axes) + run.method: frontier_gain(run) for run in found}
+    p_area, p_mean = {}, {}
+    for name in methods:
+        pairs = [(run, control[str(run.axes)]) for run in of[name] if str(run.axes) in control]
+        if name != experiment.sweep.control and len(pairs) > 1:
+            p_area[name] = sign_flip([area[str(a.axes) + a.method] - area[str(b.axes) + b.method] for a, b in pairs])
+            p_mean[name] = sign_flip([balance(a) - balance(b) for a, b in pairs])
+    p_area, p_mean = holm(p_area), holm(p_mean)
+    k = max((int(k) for run in found for s in run.scores for k in s.pass_at), default=0)
+    head = ["method", "n", *(f"{DOMAINS[d]} %" for d in domains)]
+    head += [f"{DOMAINS[d]} pass@{k} %" for d in domains if k and d in ("id", "ood")]
+    head += ["mean of in and out", "p", "adds to the frontier, %²", "p"]
+    rows = [base_row(found, domains, k)]
+    for name in sorted(methods, key=lambda m: -sum(map(balance, of[m])) / len(of[m])):
+        row = [f"**{name}** (control)" if name == experiment.sweep.control else name, str(len(of[name]))]
+        row += [percent([run.accuracy(d) for run in of[name]]) for d in domains]
+        row += [percent([run.accuracy(d, k=k) for run in of[name]]) for d in domains if k and d in ("id", "ood")]
+        row += [percent([balance(run) for run in of[name]]), p_text(p_mean.get(name))]
+        row += [percent([area[str(run.axes) + name] for run in of[name]], scale=1e4), p_text(p_area.get(name))]
+        rows.append(row)
+    lines = table(head, rows)
+    picture = folder / f"{experiment.name}.svg"
+    write_durably(picture, pictures.frontier(of, found))
+    lines += [f"![accuracy in domain against out of domain]({folder.name}/{picture.name})", ""]
+    lines += families(found, of, methods)
+    axes = [axis for axis in experiment.sweep.axes if axis != "seed"]
+    for axis in axes:
+        lines += by_axis(axis, found, methods)
+    curves = {name for name in methods if " " in name}
+    if curves:
+        picture = folder / f"{experiment.name}-lines.svg"
+        write_durably(picture, pictures.lines_of_coefficients(found))
+        lines += [f"![accuracy along the lines from the base]({folder.name}/{picture.name})", ""]
+    lines += searches(found)
+    return lines
+
+
+def balance(run: Run) -> float:
+    """Mean of the accuracies in and out of domain."""
+    return (run.accuracy("id") + run.accuracy("ood")) / 2
+
+
+def frontier_gain(run: Run) -> float:
+    """Area in (in domain, out of domain) that the rounds of a method add to that of the base."""
+    points = [(run.accuracy("id", round=r), run.accuracy("ood", round=r)) for r in run.rounds]
+    return gain(points, (run.before("id"), run.before("ood")))
+
+
+def base_row(found: list[Run], domains: list[str], k: int) -> list[str]:
+    seen = {str(sorted((s.domain, s.family, s.accuracy) for s in run.base)): run for run in found}.values()
+    row = ["base", str(len(seen)), *(percent([run.before(d) for run in seen]) for d in domains)]
+    row += [percent([run.before(d, k=k) for run in seen]) for d in domains if k and d in ("id", "ood")]
+    return [*row, percent([(run.before("id") + run.before("ood")) / 2 for run in seen]), "", "0", ""]
+
+
+def p_text(p: float | None) -> str:
+    return "" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def families(found: list[Run], of: dict[str, list[Run]], methods: list[str]) -> list[str]:
+    """Forgetting by kind of task, apart."""
+    kinds = list(
+        dict.fromkeys(s.family for run in found for s in run.scores if s.domain == "ood" and s.family != "all")
+    )
+    if len(kinds) < 2:
+        return []
+    rows = [["base", *(percent([run.before("ood", family=f) for run in found]) for f in kinds)]]
+    for name in methods:
+        rows.append([name, *(percent([run.accuracy("ood", family=f) for run in of[name]]) for f in kinds)])
+    return [
+        "<details><summary>Out of domain, kind by kind (%)</summary>",
+        "",
+        *table(["method", *kinds], rows),
+        "</details>",
+        "",
+    ]
+
+
+def by_axis(axis: str, found: list[Run], methods: list[str]) -> list[str]:
+    """In and out of domain at each point of an axis, over the others."""
+    labels = list(dict.fromkeys(run.axes[axis] for run in found))
+    if len(labels) < 2:
+        return []
+    rows = []
+    for name in methods:
+        row = [name]
+        for label in labels:
+            here = [run for run in found if run.method == name and run.axes[axis] == label]
+            row += [percent([run.accuracy(d) for run in here]) for d in ("id", "ood")]
+        rows.append(row)
+    head = ["method", *(f"{axis} {label}: {word}" for label in labels for word in ("in", "out"))]
+    return [f"<details><summary>By {axis} (%)</summary>", "", *table(head, rows), "</details>", ""]
+
+
+def searches(found: list[Run]) -> list[str]:
+    """What searched probes chose, and what the search cost."""
+    lines = []
+    for run in found:
+        for phase, cost in run.row["search"].items():
+            if phase.split("/")[1] == run.method:
+                chosen = run.row["coefficients"][phase].get("found", {})
+                values = ", ".join(f"{name} {value:.3g}" for name, value in chosen.items())
+                spent = f"{cost['trials']} evaluations, {cost['search_seconds']:.0f} s"
+                lines.append(
+                    [run.method, " ".join(run.axes.values()), values, spent, f"{100 * cost['validation']:.1f}"]
+                )
+    if not lines:
+        return []
+    head = ["method", "cell", "chosen on validation", "cost", "validation %"]
+    return ["<details><summary>Searches</summary>", "", *table(head, lines), "</details>", ""]
+
+
+def curve(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:
+    """Accuracy over the values of the first axis."""
+    axis = next(iter(experiment.sweep.axes))
+    methods = list(dict.fromkeys(run.method for run in found))
+    labels = list(dict.fromkeys(run.axes[axis] for run in found))
+    domains = [d for d in DOMAINS if any(d in run.domains for run in found)]
+    rows = []
+    for name in methods:
+        for label in labels:
+            here = [run for run in found if run.method == name and run.axes[axis] == label]
+            rows.append([name, label, str(len(here)), *(percent([run.accuracy(d) for run in here]) for d in domains)])
+    picture = folder / f"{experiment.name}.svg"
+    write_durably(picture, pictures.curve(axis, found))
+    head = ["method", axis, "n", *(f"{DOMAINS[d]} %" for d in domains)]
+    return [*table(head, rows), f"![accuracy over {axis}]({folder.name}/{picture.name})", ""]
+
+
+def layers(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:
+    """Spearman's ρ between importance and change, run by run, and the layers' means."""
+    looked = [run for run in found if run.row.get("analysis")]
+    rows = []
+    for name in dict.fromkeys(run.method for run in looked):
+        for score in ("skip", "taylor"):
+            tests = [
+                t for run in looked if run.method == name
+                for t in run.row["analysis"]["importance"]["correlation"]
+                if t["importance"] == score and t["round"] == run.last
+            ]  # fmt: skip
+            if tests:
+                least = sum(t["p"] < 0.05 for t in tests)
+                rows.append([name, score, str(len(tests)), percent([t["rho"] for t in tests], scale=1.0), f"{least}"])
+    lines = table(["method", "importance by", "n", "Spearman's ρ after the last round", "runs with p < 0.05"], rows)
+    count = max((run.row["analysis"]["layers"] for run in looked), default=0)
+    body = []
+    for name in dict.fromkeys(run.method for run in looked):
+        mine = [run for run in looked if run.method == name]
+        for label, pick in (("importance (skip)", "skip"), ("importance (Taylor)", "taylor")):
+            values = [
+                run.row["analysis"]["importance"][pick] for run in mine if run.row["analysis"]["importance"][pick]
+            ]
+            body.append([name, label, *(percent([v[i] for v in values], scale=1.0) for i in range(count))])
+        changes = [pictures.last_change(run) for run in mine]
+        body.append(
+            [
+                name,
+                "change, %",
+                *(percent([c.get(f"model/layers/{i}", math.nan) for c in changes]) for i in range(count)),
+            ]
+        )
+    lines += table(["method", "", *(f"layer {i}" for i in range(count))], body)
+    if count:
+        picture = folder / f"{experiment.name}.svg"
+        write_durably(picture, pictures.layers(looked, count))
+        lines += [f"![change against importance]({folder.name}/{picture.name})", ""]
+        lines.append(
+            f"With {count} layers the smallest p of a permutation test is 1/{math.factorial(count)}: read ρ, not p.\n"
+        )
+    return lines
