@@ -267,7 +267,7 @@ def test_the_page_says_what_the_rows_say(experiment, monkeypatch, tmp_path):
         "rows": str(experiment.rows),
         "claim": "It is so.",
     }
-    (configs / "trial.yaml").write_text(yaml.safe_dump(values(**sweep)))
+    (configs / "trial.yaml").write_text(yaml.safe_dump(values(**sweep), sort_keys=False))
     before = page.write(tmp_path / "results", configs).read_text()
     assert "not all run yet" in before
     sweeps.run(experiment, command="it", out=tmp_path / "runs")
