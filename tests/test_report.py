@@ -202,6 +202,23 @@ def test_sections_and_command(page):
     assert page.count("<caption>") >= page.count("<table>") > 0
 
 
+def test_two_splits_are_not_mixed_up_and_pass_at_k_is_shown(tmp_path):
+    folder = write_run(tmp_path / "both")
+    summary = json.loads((folder / "summary.json").read_text())
+    for row in summary["rows"]:
+        if row["family"] == "all" and row["method"] == "imm":
+            row["pass_at"] = {"1": 0.25, "8": 0.875}
+    wrong = [{**p, "split": "validation", "difference": 0.777} for p in summary["paired"]]
+    summary["paired"] += wrong
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = write_report(folder).read_text()
+    cards = page[page.index('id="result"') : page.index('id="picture"')]
+    assert "77.7" not in cards
+    assert "(validation)" in page
+    assert '<th scope="col">pass@8</th>' in page
+    assert "87.5" in page
+
+
 def test_unfinished_run_says_so_and_shows_what_is_there(tmp_path):
     page = write_report(write_run(tmp_path / "half", finished=False)).read_text()
     assert "Unfinished run" in page

@@ -87,6 +87,7 @@ def render(run: Run) -> str:
         ("picture", "What was gained, what was forgotten", pictures.picture(run)),
         ("table", "Accuracy", sections.accuracy_table(run)),
         ("paired", "Paired differences", sections.paired_table(run)),
+        ("pass", "pass@k", sections.pass_table(run)),
         ("families", "By family", pictures.families(run)),
         ("samples", "Samples", sections.samples(run)),
         ("examples", "Solutions accepted and rejected", sections.examples(run)),

@@ -102,7 +102,8 @@ def headline(run: Run) -> str:
     if not last:
         return ""
     base = last.get("base", {})
-    paired = {(p["a"], p["b"], p.get("round"), p["domain"]): p for p in run.summary.get("paired", ())}
+    pairs = run.summary.get("paired", ())
+    paired = {(p["a"], p["b"], p.get("round"), p["domain"], p.get("split", "test")): p for p in pairs}
     cards = []
     for method, cells in last.items():
         lines = []
@@ -112,7 +113,7 @@ def headline(run: Run) -> str:
                 continue
             small = format_interval(row)
             if method != "base" and domain in base:
-                pair = paired.get((method, "base", row["round"], domain))
+                pair = paired.get((method, "base", row["round"], domain, row.get("split", "test")))
                 small = f"{_points(row['accuracy'] - base[domain]['accuracy'])} points"
                 if pair:
                     small = f"{_points(pair['difference'])} [{_points(pair['low'])}, {_points(pair['high'])}]"
@@ -196,13 +197,14 @@ def paired_table(run: Run) -> str:
     reach = max(max(abs(p["low"]), abs(p["high"]), 0.01) for p in pairs)
     body = []
     for i, p in enumerate(pairs):
+        test = p.get("split", "test") == "test"
         said = f"{_points(p['difference'])} points, from {_points(p['low'])} to {_points(p['high'])}"
         bar = interval_bar(p["low"], p["difference"], p["high"], reach=reach, name=f"pair{i}", said=said)
         body.append(
             [
                 f"{escape(p['a'])} − {escape(p['b'])}", _number(p.get("round")),
-                escape(DOMAIN_NAMES.get(p["domain"], p["domain"])), _points(p["difference"]),
-                f"[{_points(p['low'])}, {_points(p['high'])}]", bar, _number(p.get("n")),
+                escape(DOMAIN_NAMES.get(p["domain"], p["domain"]) + ("" if test else f" ({p['split']})")),
+                _points(p["difference"]), f"[{_points(p['low'])}, {_points(p['high'])}]", bar, _number(p.get("n")),
             ]
         )  # fmt: skip
     caption = (
@@ -211,6 +213,24 @@ def paired_table(run: Run) -> str:
     )
     head = ["difference", "round", "domain", "points", "95 % interval", "around zero", "n"]
     return table(head, body, caption=caption, left=(0, 2, 5))
+
+
+def pass_table(run: Run) -> str:
+    """Show the chance that one of k samples is right."""
+    rows = [r for r in pooled_rows(run.rows) if r.get("pass_at")]
+    if not rows:
+        return ""
+    ks = sorted({int(k) for r in rows for k in r["pass_at"]})
+    body = [
+        [
+            escape(r["method"]), _number(r["round"]), escape(DOMAIN_NAMES.get(r["domain"], r["domain"])),
+            *(format_percent(r["pass_at"][str(k)]) if str(k) in r["pass_at"] else "–" for k in ks), _number(r["n"]),
+        ]
+        for r in rows
+    ]  # fmt: skip
+    caption = "Share of questions that one of k samples answers, estimated without bias from all samples drawn."
+    head = ["method", "round", "domain", *(f"pass@{k}" for k in ks), "n"]
+    return table(head, body, caption=caption, left=(0, 2))
 
 
 def owners(phase: Row) -> list[str]:
