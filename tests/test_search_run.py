@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import zlib
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,12 @@ from train.learn.dataset import read_jsonl, read_version
 from train.log import UserError
 from train.resolve import build
 from train.search import run as searching
+from train.search import testing
 from train.search.ask import Reply
 from train.search.driver import AHEAD, Driver
-from train.search.examples import compiles, distribution, fenced, select
+from train.search.examples import distribution, select
 from train.search.kinds import KINDS
+from train.search.programs import compiles, fenced
 from train.search.prompts import INSTALLED, PROMPTS, load_prompts
 from train.search.questions import Item, equal, read_questions
 from train.search.replies import Replies
@@ -296,8 +300,8 @@ def test_questions_of_a_file(tmp_path):
     assert items[0].verify("so 1+1 = 2") == 1.0
     assert items[1].verify is None
     assert items[1].id == "why"
-    path.write_text('{"text": "?"}\n')
-    with pytest.raises(UserError, match=r"riddles.jsonl:1: found the keys text; wanted a text under question"):
+    path.write_text('{"words": "?"}\n')
+    with pytest.raises(UserError, match=r"riddles.jsonl:1: found the keys words; wanted a text under question"):
         read_questions(Questions(path=str(path)))
     with pytest.raises(UserError, match=r"either questions\.path or questions\.families"):
         Questions()
@@ -405,3 +409,63 @@ def test_every_key_of_the_config_has_a_reader():
             if field.name not in ("distributed",):  # read where the verb starts
                 assert re.search(rf"\.{field.name}\b", source), field.name
     json.dumps(dataclasses.asdict(Search()))
+
+
+# --- programs and their tests ---
+
+
+def test_tests_are_found_in_the_lines_people_write():
+    exam = testing.read_tests({"tests": ["assert f(1) == g(2)", "assert len(f(3)) == 1"]}, "x:1")
+    assert exam.calls == ("f", "g")
+    exam = testing.read_tests({"test": "def check(c):\n    assert c(1) == 2\n", "entry_point": "inc"}, "x:1")
+    assert exam.calls == ("inc",)
+    assert exam.source.endswith("check(inc)\n")
+    exam = testing.read_tests(
+        {"test_list": ["assert f(sqrt(4)) == 2"], "test_setup_code": "from math import sqrt"}, "x"
+    )
+    assert exam.calls == ("f",)
+    assert testing.read_tests({"question": "?"}, "x:1") is None
+    for line, words in (
+        ({"tests": "assert f("}, "x:1: tests is no Python"),
+        ({"tests": "assert True"}, "calls no function of the program; name it in entry_point"),
+        ({"tests": 3}, "a text or a list"),
+    ):
+        with pytest.raises(UserError, match=words):
+            testing.read_tests(line, "x:1")
+
+
+def test_programs_are_run_in_the_sandbox_and_what_has_none_fails():
+    exam = testing.Exam("assert double(4) == 8", ("double",))
+    texts = [
+        "```python\ndef double(x):\n    return 2 * x\n```",
+        "```python\ndef double(x):\n    return x\n```",
+        "```python\ndef double(x)\n```",
+        "no program",
+        "```python\ndef double(x):\n    while True: pass\n```",
+    ]
+    try:
+        examiner = testing.Examiner(seconds=1.0)
+    except UserError as error:
+        pytest.skip(str(error))
+    with examiner:
+        futures = [examiner.submit("q", text, exam) for text in texts * 2]
+        assert [f.result(timeout=60) for f in futures] == [1.0, 0.0, 0.0, 0.0, 0.0] * 2
+
+
+def test_verdicts_may_come_later(tmp_path):
+    """A future that is done only when nothing else is under way stops nobody."""
+    made = []
+
+    def verify(id, ask):
+        made.append(Future())
+        threading.Timer(0.01, made[-1].set_result, [1.0]).start()
+        return made[-1]
+
+    voice, found = FakeVoice(4), {}
+    subjects = [Subject(f"q{i}", "?", Search(iterations=2), judged=True) for i in range(6)]
+    with Replies(tmp_path / "log") as log:
+        roles = dict.fromkeys(("policy", "critic", "reflector"), voice)
+        driver = Driver(roles, verify, log, on_end=lambda id, f: found.update({id: f}))
+        driver.run((c.id, KINDS["mcts"](c)) for c in subjects)
+    assert len(found) == len(made) == 6
+    assert all(f.solutions[0].verdict == 1.0 for f in found.values())

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Generic, TypeVar
 
 from ..generate.engine import Request
@@ -42,7 +43,7 @@ class Driver(Generic[T]):
 
     Args:
       voices: who plays each role; a model that plays several is one voice.
-      verify: the verdict on a text, by the question's id and the request.
+      verify: the verdict on a text, by the question's id and the request; or a future of it.
       log: what is known of earlier runs, and where replies are kept.
       on_end: called with the id and the result of each search that ended.
     """
@@ -50,7 +51,7 @@ class Driver(Generic[T]):
     def __init__(
         self,
         voices: Mapping[str, Voice],
-        verify: Callable[[str, Ask], float | None],
+        verify: Callable[[str, Ask], float | Future | None],
         log: Replies,
         *,
         on_end: Callable[[str, T], None],
@@ -59,6 +60,7 @@ class Driver(Generic[T]):
         self.distinct = list(dict.fromkeys(voices.values()))
         self.pending: dict[Voice, list[Request]] = {voice: [] for voice in self.distinct}
         self.waiting: dict[int, tuple[Open[T], int]] = {}
+        self.judging: dict[Future, tuple[Open[T], int]] = {}
         self.open = 0
         self.searches: Iterator[tuple[str, Asking[T]]] = iter(())
         self.made = 0
@@ -82,7 +84,18 @@ class Driver(Generic[T]):
                     self.note(opened, i, reply)
                     if opened.ready:
                         self.go_on(opened)
+            self.harvest()
             self.log.flush()
+
+    def harvest(self) -> None:
+        """Take the verdicts that are there; wait for one where nothing else is under way."""
+        if self.judging and not self.waiting:
+            wait(self.judging, return_when=FIRST_COMPLETED)
+        for future in [f for f in self.judging if f.done()]:
+            opened, i = self.judging.pop(future)
+            self.note(opened, i, Reply(verdict=future.result()))
+            if opened.ready:
+                self.go_on(opened)
 
     def more(self, voice: Voice) -> list[Request] | None:
         """What came up for a voice since it was asked last; searches begin while there is room."""
@@ -116,7 +129,11 @@ class Driver(Generic[T]):
             opened.replies[i] = known
         elif ask.role == VERIFIER:
             self.counts["verdicts"] += 1
-            self.note(opened, i, Reply(verdict=self.verify(opened.id, ask)))
+            verdict = self.verify(opened.id, ask)
+            if isinstance(verdict, Future):
+                self.judging[verdict] = (opened, i)
+            else:
+                self.note(opened, i, Reply(verdict=verdict))
         else:
             voice = self.voices[ask.role]
             request = voice.request(self.made, opened.id, ask)

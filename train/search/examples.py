@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..models.tokenizer import Tokenizer
 from ..round import DATE
+from .programs import compiles, fenced
 from .prompts import Prompts, fill
 from .questions import Item
 
@@ -19,45 +19,12 @@ REMOVED = (
 )  # fmt: skip
 """Why a solution is not learnt from, in the order in which it is asked; the first that holds counts."""
 
-_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+-]*)[^\n]*$", re.MULTILINE)
-
 
 def whole(prompts: Prompts, solution: Mapping[str, Any]) -> str:
     """The text that is judged and learnt: a plan with what was written from it, or a chain as it is."""
     if not solution["steps"]:
         return str(solution["text"]).strip()
     return fill(prompts.target, {"steps": solution["steps"], "text": solution["text"]}).strip()
-
-
-def fenced(text: str) -> tuple[list[str], bool]:
-    """(the code of every closed fence that is Python's or nobody's, whether a fence is left open).
-
-    Example:
-      >>> fenced("a\\n```python\\nx = 1\\n```\\n```\\ny")
-      (['x = 1'], True)
-    """
-    blocks, start, mark, language = [], 0, "", ""
-    for found in _FENCE.finditer(text):
-        if not mark:
-            start, mark, language = found.end() + 1, found.group(1), found.group(2).lower()
-        elif found.group(1).startswith(mark[0] * len(mark)) and not found.group(2):
-            if language in ("", "py", "python", "python3"):
-                blocks.append(text[start : max(start, found.start() - 1)])
-            mark = ""
-    return blocks, bool(mark)
-
-
-def compiles(code: str) -> bool:
-    """Whether Python can read a program; it is not run."""
-    import warnings
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its escapes, say: the program's affair
-            compile(code, "program", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
 
 
 def reason_against(
@@ -79,7 +46,7 @@ def reason_against(
         return "no program"
     if code and not all(map(compiles, blocks)):
         return "does not compile"
-    if tests and item.verify is not None and solution["verdict"] != 1.0:
+    if tests and item.judged and solution["verdict"] != 1.0:
         return "unjudged" if solution["verdict"] is None else "wrong"
     return None
 

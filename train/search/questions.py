@@ -15,8 +15,9 @@ from ..tasks.numbers import canonical, same
 from ..tasks.task import Prompt, question_id
 from ..tasks.wording import is_number
 from .settings import Questions
+from .testing import Exam, read_tests
 
-TEXTS = ("question", "problem", "prompt")
+TEXTS = ("question", "problem", "prompt", "text")
 """Keys of a line that may hold the question; the first that is there."""
 
 
@@ -35,6 +36,12 @@ class Item:
     prompt: Prompt
     answer: str | None = None
     verify: Callable[[str], float | None] | None = dataclasses.field(default=None, repr=False, compare=False)
+    tests: Exam | None = None
+    """Of a program, run in the sandbox; in place of `verify`."""
+
+    @property
+    def judged(self) -> bool:
+        return self.verify is not None or self.tests is not None
 
 
 def read_questions(config: Questions) -> list[Item]:
@@ -69,10 +76,11 @@ def from_file(path: Path) -> list[Item]:
         if answer is not None and not isinstance(answer, (str, int, float)):
             raise UserError(f"{path}:{number}: answer is {answer!r}; a text or a number is wanted")
         answer = None if answer is None else str(answer)
-        id = str(line.get("id", question_id(path.stem, text)))
+        id = str(line.get("id", line.get("task_id", question_id(path.stem, text))))
+        tests = read_tests(line, f"{path}:{number}")
         asked: list[dict[str, Any]] = [{"role": "user", "content": text}]
         verify = None if answer is None else functools.partial(equal, answer)
-        items.append(Item(id, path.stem, text, asked, answer, verify))
+        items.append(Item(id, path.stem, text, asked, answer, None if tests else verify, tests))
     return items
 
 

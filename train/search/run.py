@@ -8,11 +8,13 @@ samples/search/1.0.0/                       the examples, ready for `jaxmerge sf
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
 import time
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from ..log import UserError, append_jsonl, is_first_process, progress, say
 from ..mesh import make_mesh
 from ..models.load import Model
 from ..models.source import load_source
-from ..processes import on_first
+from ..processes import on_first, several
 from ..report import write_report
 from ..resolve import fingerprint, to_dict
 from ..stop import check
@@ -41,6 +43,7 @@ from .questions import Item, read_questions
 from .replies import Replies
 from .settings import SearchRun
 from .subject import Subject
+from .testing import Exam, Examiner
 from .voice import Voice
 
 PHASES = ("load", "search", "examples")
@@ -126,7 +129,7 @@ def grow(config: SearchRun, items: list[Item], prompts: Prompts, voices: dict[st
     by_id = {item.id: item for item in items}
     subjects = {
         item.id: Subject(
-            item.id, item.text, config.search, seed=config.seed, judged=item.verify is not None,
+            item.id, item.text, config.search, seed=config.seed, judged=item.judged,
             complete=prompts.complete,
         )
         for item in items
@@ -136,9 +139,14 @@ def grow(config: SearchRun, items: list[Item], prompts: Prompts, voices: dict[st
     live = partial / "trees.jsonl"
     on_first(live.unlink, missing_ok=True)
 
-    def verify(id: str, ask: Ask) -> float | None:
-        judge = by_id[id].verify
-        return None if judge is None else judge(whole(prompts, ask.values))
+    def verify(id: str, ask: Ask) -> float | Future | None:
+        item, text = by_id[id], whole(prompts, ask.values)
+        if item.tests is None:
+            return None if item.verify is None else item.verify(text)
+        exam = item.tests
+        if several():  # they go on in step only if all hear of a verdict at the same point
+            return on_first(lambda: examined(examiner, id, text, exam).result())
+        return examined(examiner, id, text, exam)
 
     def on_end(id: str, found: Found) -> None:
         rows[id] = tree_row(by_id[id], config, found, subjects[id])
@@ -152,7 +160,11 @@ def grow(config: SearchRun, items: list[Item], prompts: Prompts, voices: dict[st
         speed = driver.counts["tokens"] / max(time.perf_counter() - start, 1e-9)
         bar.advance(0, note=f"{driver.open} open · {nodes:,} nodes · {speed:,.0f} tokens/s")
 
-    with Replies(partial / "replies.jsonl") as log, progress("search", total=len(items), unit="questions") as bar:
+    needed = any(item.tests is not None for item in items) and is_first_process()
+    with contextlib.ExitStack() as stack:
+        examiner = stack.enter_context(Examiner()) if needed else None
+        log = stack.enter_context(Replies(partial / "replies.jsonl"))
+        bar = stack.enter_context(progress("search", total=len(items), unit="questions"))
         driver: Driver[Found] = Driver(voices, verify, log, on_end=on_end)
         driver.run(((id, KINDS[config.search.kind](c)) for id, c in subjects.items()), between=between)
     ordered = [rows[item.id] for item in items]
@@ -160,6 +172,11 @@ def grow(config: SearchRun, items: list[Item], prompts: Prompts, voices: dict[st
     seconds = time.perf_counter() - start
     journal.commit("search", {"kind": "search", "seconds": seconds, **describe(ordered, driver, seconds)})
     on_first((journal.committed_folder("search") / "trees.jsonl").unlink, missing_ok=True)
+
+
+def examined(examiner: Examiner | None, id: str, text: str, exam: Exam) -> Future:
+    assert examiner is not None, "the first process opens a sandbox where a question has tests"
+    return examiner.submit(id, text, exam)
 
 
 def tree_row(item: Item, config: SearchRun, found: Found, subject: Subject) -> dict[str, Any]:
