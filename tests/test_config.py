@@ -12,20 +12,25 @@ from train.config import Finetune, Improve, Sft
 from train.log import UserError
 from train.plan import plan
 from train.resolve import build, differences, fingerprint, load, override, to_dict
+from train.search.settings import SearchRun
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY = CONFIGS / "tiny.yaml"
 
 
 def kind(path: Path) -> type:
-    return Finetune if "data" in yaml.safe_load(path.read_text()) else Improve
+    keys = yaml.safe_load(path.read_text())
+    return Finetune if "data" in keys else SearchRun if "questions" in keys else Improve
+
+
+VERB = {Finetune: "sft", SearchRun: "search", Improve: "improve"}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda p: p.stem)
 def test_every_config_builds_and_says_how_it_is_run(path):
     config = load(kind(path), path)
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any(f"jaxmerge {'sft' if kind(path) is Finetune else 'improve'} configs/{path.name}" in h for h in head)
+    assert any(f"jaxmerge {VERB[kind(path)]} configs/{path.name}" in h for h in head)
     assert any("Device:" in h for h in head)
     assert any("Metric:" in h for h in head)
     again = build(kind(path), yaml.safe_load(yaml.safe_dump(to_dict(config))))
