@@ -201,7 +201,7 @@ def test_the_trees_are_written_with_scores_visits_and_reflections(done):
     assert list(phases) == ["load", "search", "examples"]
     found = phases["search"]
     assert sum(found["plan_steps"].values()) == 10
-    assert sum(found["scores"]) == found["nodes"] == sum(found["depths"].values())
+    assert sum(found["scores"].values()) == found["nodes"] == sum(found["depths"].values())
     assert 0 < found["occupancy"] <= 1
     made = phases["examples"]
     assert made["kept"] + sum(made["removed"].values()) == made["solutions"] == 10

@@ -85,7 +85,7 @@ def render(run: Run) -> str:
     body = [
         ("result", "Result", sections.headline(run)),
         ("picture", "What was gained, what was forgotten", pictures.picture(run)),
-        ("table", "Accuracy", sections.accuracy_table(run)),
+        ("table", "Accuracy", "" if run.of_kind("search") else sections.accuracy_table(run)),
         ("paired", "Paired differences", sections.paired_table(run)),
         ("pass", "pass@k", sections.pass_table(run)),
         ("families", "By family", pictures.families(run)),

@@ -31,7 +31,7 @@ def numbers(phases: Sequence[Row]) -> str:
         '<div class="panels">',
         counted("Steps of the plans", "steps", found["plan_steps"], "plans"),
         counted("Depth of the nodes", "depth", found["depths"], "nodes"),
-        counted("Scores the critic gave", "score", intervals(found["scores"]), "scores"),
+        counted("Scores the critic gave", "score", found["scores"], "scores"),
         counted("Values of the plans taken", "value", intervals(found["values"]), "values"),
         "</div>",
     ]

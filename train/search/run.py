@@ -40,6 +40,7 @@ from .examples import distribution, select, whole
 from .kinds import KINDS, Found
 from .prompts import Prompts, load_prompts
 from .questions import Item, read_questions
+from .read import SCALE
 from .replies import Replies
 from .settings import SearchRun
 from .subject import Subject
@@ -194,6 +195,7 @@ def describe(rows: list[dict[str, Any]], driver: Driver, seconds: float) -> dict
     for row in rows:
         counts.update(row["counts"])
     steps = Counter(len(plan) for plan in plans)
+    given = Counter(round(SCALE * node["score"]) for node in nodes if node["score"] is not None)
     judged = [s["verdict"] for row in rows for s in row["solutions"] if s["verdict"] is not None]
     speed = driver.speed()
     return {
@@ -202,7 +204,7 @@ def describe(rows: list[dict[str, Any]], driver: Driver, seconds: float) -> dict
         "depths": dict(sorted(Counter(str(node["depth"]) for node in nodes).items())),
         "plan_steps": {str(n): steps[n] for n in sorted(steps)},
         "plan_words": sorted(sum(len(step.split()) for step in plan) for plan in plans),
-        "scores": distribution([n["score"] for n in nodes if n["score"] is not None], TENTHS),
+        "scores": {str(n): given[n] for n in range(SCALE + 1)},
         "values": distribution([n["value"] for n in chosen if n["score"] is not None], TENTHS),
         "ends": dict(sorted(Counter(row["end"] for row in rows).items())),
         "judged": len(judged),
