@@ -122,7 +122,9 @@ PROGRAMS: dict[str, Hostile] = {
         "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, os.getppid())", reason="PermissionError"
     ),
     "kill itself": Hostile("import os\nos.kill(os.getpid(), 9)", reason="killed by SIGKILL"),
-    "alarm": Hostile("import signal, time\nsignal.setitimer(signal.ITIMER_REAL, .05)\ntime.sleep(60)", reason="killed by SIGALRM"),
+    "alarm": Hostile(
+        "import signal, time\nsignal.setitimer(signal.ITIMER_REAL, .05)\ntime.sleep(60)", reason="killed by SIGALRM"
+    ),
     # --- leaving early -----------------------------------------------------------------------------------
     "os._exit(0)": Hostile("import os\nos._exit(0)", reason="left by itself with status 0"),
     "sys.exit()": Hostile("import sys\nsys.exit()", reason="SystemExit"),
@@ -176,9 +178,11 @@ PROGRAMS: dict[str, Hostile] = {
         "        if isinstance(value, bytes): everywhere(b'E' + value)\n    f = f.f_back\nos._exit(0)"
     ),
     "walks the traceback": Hostile(
-        EVERY + "try: 1 / 0\nexcept ZeroDivisionError as e: f = e.__traceback__.tb_frame\nwhile f.f_back:\n    f = f.f_back\n"
+        EVERY + "try: 1 / 0\nexcept ZeroDivisionError as e: f = e.__traceback__.tb_frame\n"
+        "while f.f_back:\n    f = f.f_back\n"
         "    for v in list(f.f_locals.values()):\n        if callable(v) and getattr(v, '__name__', '') == 'fail':\n"
-        "            v.__defaults__ = (b'E', str, os.write, lambda n: os.read(0, 1))\nassert 0"
+        "            v.__defaults__ = (b'E', str, os.write, lambda n: os.read(0, 1))\nassert 0",
+        slow=True,
     ),
     "makes the runner stumble": Hostile(
         "try: 1 / 0\nexcept ZeroDivisionError as e: f = e.__traceback__.tb_frame\n"
@@ -204,7 +208,8 @@ PROGRAMS: dict[str, Hostile] = {
     ),
     "changes the runner": Hostile(
         "import sys\nfor name, m in list(sys.modules.items()):\n    if 'sandbox' in name or name.endswith('child'):\n"
-        "        for k in list(vars(m)):\n            if callable(vars(m)[k]): vars(m)[k] = lambda *a, **k: None\nassert 0"
+        "        for k in list(vars(m)):\n"
+        "            if callable(vars(m)[k]): vars(m)[k] = lambda *a, **k: None\nassert 0"
     ),
     "gc.get_objects": Hostile("import gc\ngc.get_objects()", reason="refused: gc.get_objects"),
     "gc.get_referrers": Hostile("import gc\ngc.get_referrers(gc)", reason="refused: gc.get_referrers"),
@@ -223,7 +228,8 @@ PROGRAMS: dict[str, Hostile] = {
         "import sys\nfor c in object.__subclasses__():\n    if c.__name__ == 'CDLL': c(None)._exit(0)\nassert 0"
     ),
     "made-up bytecode": Hostile(
-        "def f(): pass\nf.__code__ = f.__code__.replace(co_code=bytes(64))\nf()\nassert 0", reason="refused: code.__new__"
+        "def f(): pass\nf.__code__ = f.__code__.replace(co_code=bytes(64))\nf()\nassert 0",
+        reason="refused: code.__new__",
     ),
     "an interpreter inside": Hostile(
         "try: import _xxsubinterpreters as i\nexcept ImportError: import _interpreters as i\ni.create()\nassert 0",
@@ -280,14 +286,20 @@ PROGRAMS: dict[str, Hostile] = {
         "import builtins\nbuiltins.all = builtins.len = builtins.abs = lambda *a: 1\ndef f(x): return -9",
         tests="assert abs(f(1)) == 1 and len([1, 2]) == 1",
     ),
-    "leaves when called": Hostile("import os\ndef f(x): os._exit(0)", tests="assert f(1) == 2", reason="left by itself"),
+    "leaves when called": Hostile(
+        "import os\ndef f(x): os._exit(0)", tests="assert f(1) == 2", reason="left by itself"
+    ),
     "leaves before the tests": Hostile("import os\nos._exit(0)", tests="assert f(1) == 2", reason="left by itself"),
     "forges when called": Hostile(
         EVERY + "def f(x):\n    everywhere(b'E')\n    os._exit(0)", tests="assert f(1) == 2"
     ),
-    "babbles when called": Hostile(EVERY + "def f(x):\n    everywhere(b'x' * 64)\n    return 2", tests="assert f(1) == 3"),
+    "babbles when called": Hostile(
+        EVERY + "def f(x):\n    everywhere(b'x' * 64)\n    return 2", tests="assert f(1) == 3"
+    ),
     "answers with a bomb": Hostile("def f(x): return [0] * (1 << 26)", tests="assert f(1) == 2"),
-    "answers for ever": Hostile("def f(x):\n    while True: pass", tests="assert f(1) == 2", slow=True, reason="timed out"),
+    "answers for ever": Hostile(
+        "def f(x):\n    while True: pass", tests="assert f(1) == 2", slow=True, reason="timed out"
+    ),
     "answers deeply": Hostile(
         "def f(x):\n    y = []\n    for _ in range(5000): y = [y]\n    return y", tests="assert f(1) == 2"
     ),

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..log import UserError
 from .characters import EOS, EOS_ID, PAD_ID, encode
-from .compact import CompactTask
-from .suite import Suite, draw_seed
+from .suite import Suite, draw_seed, task_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,7 +129,7 @@ def pretraining_rows(
 
 def _stream(ingredient: Ingredient, *, seed: int) -> Iterator[tuple[str, str]]:
     """Draw (prompt, work and answer) without end, in blocks whose seeds are far apart."""
-    task, size = CompactTask(ingredient.family), 100_000
+    task, size = task_of(ingredient.family, "compact"), 100_000
     block = 0
     while True:
         for prompt, _, solution, _ in task.draw(ingredient.args, draw_seed(seed, block), size):

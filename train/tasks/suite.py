@@ -10,6 +10,7 @@ from typing import Any
 
 from ..log import UserError
 from .compact import CompactTask
+from .functions import code_task
 from .local import local_task
 from .reasoning import InstructTask
 from .task import (
@@ -150,7 +151,10 @@ def build_suite(specs: Sequence[FamilySpec], *, seed: int, style: Style) -> Suit
 
 
 def task_of(family: str, style: Style) -> Task:
-    """The task of a family: one whose questions stand in a file, or a generator's."""
+    """The task of a family: one whose answers are programs, one whose questions stand in a file, or a generator's."""
+    program = code_task(family, style)
+    if program is not None:
+        return program
     task = local_task(family)
     if task is None:
         return TASKS[style](family)
@@ -170,6 +174,12 @@ def _draw(task: Task, spec: FamilySpec, split: Split, *, seed: int, taken: set[s
     found: list[Question] = []
     if not wanted:
         return found
+    allowed = getattr(task, "splits", SPLITS)
+    if split not in allowed:
+        raise UserError(
+            f"tasks: family {spec.family} is for {', '.join(allowed)} only, and {wanted} questions are asked for"
+            f" {split}; set {split} to 0"
+        )
     ranges = sorted((k, repr(v)) for k, v in spec.args.items())
     start = draw_seed(seed, spec.family, spec.domain, split, ranges)
     useless = 0

@@ -52,6 +52,11 @@ def untemplated(texts: Sequence[str]) -> str:
 
 GSM8K = "{text}\nSolve it step by step and end with a line `#### ` and the number."
 CHOICE = "{text}\nAnswer with the letter of the right choice alone."
+COMPLETE = (
+    "Complete this Python function. Answer with the whole function in one ```python block.\n\n```python\n{stub}\n```"
+)
+PROGRAM = "{text}\nYour code should pass these tests:\n\n{tests}\n\nAnswer with the code in one ```python block."
+FUNCTION = "Write a Python function f({argument}) that {text}. Answer with the function in one ```python block."
 PROBLEM = "{text}\nPut the final answer in \\boxed{{}}."
 
 _MARK = re.compile(r"answer\s*(?:is)?\s*(?:\*\*|__)?\s*[:=]\s*(?:\*\*|__)?[ \t]*([^\n]+)", re.IGNORECASE)

@@ -15,10 +15,10 @@ process stands, and only the stack pointer of the runner's own frame counts: cod
 on the stack. There is no secret that walking frames or reading memory could find. What remains is a program that
 overwrites the interpreter's memory; ctypes, tracing and made-up bytecode are refused, but a flaw in Python could do.
 
-**Tests apart** (`Program.tests`, `calls`). A program that holds its own tests can also run to its end by weakening them:
-an object that equals everything, a patched `len`. So where the tests are known, they run in a second process, which
-never runs a line of the program: it calls the functions over a pipe, gets plain values back, and its end is the verdict.
-The interpreter the program may have taken over is then the wrong one.
+**Tests apart** (`Program.tests`, `calls`). A program that holds its own tests can also come to its end by weakening
+them: an object that equals everything, a patched `len`. So where the tests are known, they run in a second process,
+which never runs a line of the program: it calls the functions over a pipe and gets plain values back, and its end is
+the verdict. The interpreter that a program may have taken over is then the wrong one.
 """
 
 from .pool import Limits, Program, Sandbox, Verdict

@@ -1,8 +1,8 @@
 """python -m train.tasks.sandbox < programs.jsonl > verdicts.jsonl
 
-Each line {"id": …, "program": …, "timeout": seconds (10)} is answered by {"id", "passed", "reason", "seconds"}, in order.
-With "tests": … and "calls": [names] the tests run in a process of their own and call the program's functions from
-there, after "setup": … if given.
+Each line {"id": …, "program": …, "timeout": seconds (10)} is answered, in order, by {"id", "passed", "reason",
+"seconds"}. With "tests": … and "calls": [names] the tests run in a process of their own and call the program's functions
+from there, after "setup": … if given.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from ...log import UserError
-from .pool import LOCKS, WAYS, Limits, Program, Sandbox
+from .pool import WAYS, Limits, Program, Sandbox, open_doors
 
 BATCH = 256  # programs between two writes of verdicts
 KEYS = {"id", "program", "timeout", "tests", "setup", "calls"}
@@ -62,9 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
                 for note in box.notes:
                     print(f"not {note}")
                 return 0
-            missing = [lock for lock in LOCKS if lock not in box.facts["layers"]]
-            if missing:
-                print(f"sandbox: {box.isolation} (without {', '.join(missing)})", file=sys.stderr)
+            if open_doors(box.facts):
+                print(f"sandbox: UNSAFE: {box.isolation}", file=sys.stderr)
             programs = read(sys.stdin)
             while batch := list(itertools.islice(programs, BATCH)):
                 for verdict in box.run(batch):

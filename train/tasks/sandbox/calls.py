@@ -97,8 +97,9 @@ def remote(name: str, requests: int, answers: int) -> Callable[..., Any]:
             raise Gone(f"the program broke the talk: {error}") from None
         if kind == "error":
             found = vars(builtins).get(str(value[0]))
-            known = isinstance(found, type) and issubclass(found, Exception)
-            raise found(value[1]) if known else RuntimeError(f"{value[0]}: {value[1]}")
+            if isinstance(found, type) and issubclass(found, Exception):
+                raise found(value[1])
+            raise RuntimeError(f"{value[0]}: {value[1]}")
         for here, there in changed:
             if isinstance(here, list):
                 here[:] = there

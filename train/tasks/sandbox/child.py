@@ -22,17 +22,26 @@ READY, END, FAILED, BROKEN, UNASKED = b"R", b"E", b"F", b"X", b"Q"
 
 # Each would let a program move its own line of execution, look into other frames, or write to memory.
 REFUSED_EVENTS = frozenset(
-    "sys.settrace sys.setprofile sys._current_frames sys._current_exceptions gc.get_objects gc.get_referrers"
-    " gc.get_referents code.__new__ sys.monitoring.register_callback cpython.PyInterpreterState_New".split()
+    {
+        *("sys.settrace", "sys.setprofile", "sys._current_frames", "sys._current_exceptions"),
+        *("gc.get_objects", "gc.get_referrers", "gc.get_referents"),
+        *("code.__new__", "sys.monitoring.register_callback", "cpython.PyInterpreterState_New"),
+    }
 )
 REFUSED_MODULES = frozenset(
-    "_ctypes _ctypes_test _testcapi _testinternalcapi _testbuffer _xxsubinterpreters _xxinterpchannels"
-    " _interpreters _posixsubprocess".split()
+    {
+        *("_ctypes", "_ctypes_test", "_testcapi", "_testinternalcapi", "_testbuffer"),
+        *("_xxsubinterpreters", "_xxinterpchannels", "_interpreters", "_posixsubprocess"),
+    }
 )
 
 
 def main(
-    gate: int, report: int, shut_in: Callable[[float], None], seconds: float, token: bytes,
+    gate: int,
+    report: int,
+    shut_in: Callable[[float], None],
+    seconds: float,
+    token: bytes,
     work: Callable[[Any], None],
 ) -> None:
     """Run one part of a program. Never returns.
@@ -71,9 +80,7 @@ def main(
     fail("went on after its end")
 
 
-def _guarded(
-    work: Any, fail: Any, _every: Any = BaseException, _describe: Any = None, _leave: Any = os._exit
-) -> None:
+def _guarded(work: Any, fail: Any, _every: Any = BaseException, _describe: Any = None, _leave: Any = os._exit) -> None:
     try:
         work(fail)
     except _every as error:

@@ -20,7 +20,16 @@ from . import seccomp
 
 NOBODY = 65534
 
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
+    1,
+    2,
+    4,
+    8,
+    32,
+    4096,
+    16384,
+    1 << 18,
+)
 MNT_DETACH = 2
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -69,7 +78,11 @@ def enter_namespaces(base: str, tmp_mb: int) -> int:
         if error.errno != errno.EPERM:
             raise
         check(_libc.unshare(spaces | CLONE_NEWUSER), "unshare with a user namespace")
-        for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {outer[0]} 1"), ("gid_map", f"{NOBODY} {outer[1]} 1")):
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{NOBODY} {outer[0]} 1"),
+            ("gid_map", f"{NOBODY} {outer[1]} 1"),
+        ):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
         root = False

