@@ -18,7 +18,7 @@ from fractions import Fraction
 from typing import Any
 
 from ..log import UserError
-from . import wording
+from . import codeio, wording
 from .task import Prompt, Question
 
 ACCEPT = 0.999  # scorers pay part marks for substrings and near misses; only full marks are right
@@ -158,6 +158,7 @@ def _sort_neighbours(dataset: Any) -> None:
 
 
 _FIXES: dict[str, Callable[[Any], None]] = {
+    "codeio": codeio.mend,
     "isomorphic_strings": _sort_letters,
     "ransom_note": _sort_letters,
     "polynomial_multiplication": _sort_monomials,
@@ -241,6 +242,7 @@ def _same_numbers(answer: str, gold: str) -> bool:
 
 
 _EXACT: dict[str, Callable[[str, str], bool]] = {
+    "codeio": codeio.same_json,
     "gsm_symbolic": _same_number,  # its scorer drops a minus sign
     "number_sorting": _same_numbers,  # its scorer lets each number be off by one
 }
@@ -284,4 +286,7 @@ def _arithmetic_is_sound(entry: Mapping[str, Any]) -> bool:
         return False
 
 
-_SOUND: dict[str, Callable[[Mapping[str, Any]], bool]] = {"basic_arithmetic": _arithmetic_is_sound}
+_SOUND: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "basic_arithmetic": _arithmetic_is_sound,
+    "codeio": codeio.is_sound,
+}

@@ -1,8 +1,8 @@
 """python -m train.tasks.sandbox < programs.jsonl > verdicts.jsonl
 
 Each line {"id": …, "program": …, "timeout": seconds (10)} is answered, in order, by {"id", "passed", "reason",
-"seconds"}. With "tests": … and "calls": [names] the tests run in a process of their own and call the program's functions
-from there, after "setup": … if given.
+"seconds"}. With "tests": … and "calls": [names] the tests run in a process of their own and call the functions of the
+program from there, after "setup": … if given.
 """
 
 from __future__ import annotations
