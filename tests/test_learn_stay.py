@@ -157,3 +157,16 @@ def test_mistakes_are_named(stay, said):
 def test_an_adapter_has_no_weights_to_hold():
     with pytest.raises(UserError, match=r"sft\.lora trains none of them"):
         build(Sft, {"stay": {"l2": 0.1}, "lora": {"rank": 2}}, "sft")
+
+
+def test_a_frozen_head_s_gradient_is_not_computed():
+    """The loss writes it down in any case; the compiler leaves it out of the program where nothing reads it."""
+    ours, _ = models()
+    batch, how = {"tokens": jnp.ones((4, 17), jnp.int32), "weights": jnp.ones((4, 17))}, Compute(logits_at_once=16)
+
+    def flops(of):
+        loss = lambda part: loss_sums(TINY, {**ours, **part}, batch, how)[0]  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower({k: ours[k] for k in of}).compile().cost_analysis()["flops"]
+
+    product = 2 * 16 * 32 * 16  # of one chunk: a loop is counted once
+    assert flops(("model", "lm_head")) - flops(("model",)) >= 0.9 * product

@@ -26,9 +26,7 @@ from .sinks import check_sinks
 from .stop import check
 
 
-def improve(
-    config: Improve, *, name: str, out: Path | None = None, command: str = "", quiet: bool = False
-) -> Path:
+def improve(config: Improve, *, name: str, out: Path | None = None, command: str = "", quiet: bool = False) -> Path:
     """Run or resume a self-improvement run; returns its folder.
 
     Args:

@@ -60,9 +60,7 @@ class Journal:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise Busy(
-                f"{self.root}: another process is running this run; wait for it or choose out=DIR"
-            ) from None
+            raise Busy(f"{self.root}: another process is running this run; wait for it or choose out=DIR") from None
         token = os.urandom(8).hex()
         self._lock.truncate(0)
         self._lock.write(token)

@@ -291,8 +291,8 @@ def fine_tune(
                     "seconds": seconds,
                     "tokens_per_second": float(sums["tokens"]) / seconds,
                 }
-                if math.isfinite(peak) and lora is None:  # the count of operations is of training all weights
-                    metrics["mfu"] = batch_flops(model, batch) / seconds / peak
+                if math.isfinite(peak):
+                    metrics["mfu"] = batch_flops(model, batch, frozen=lora is not None) / seconds / peak
                 if held_out is not None and ((number + 1) % config.watch.evaluate_every == 0 or number + 1 == total):
                     metrics["held_out_loss"] = mean_loss(model, whole(result(state)), held_out, config, how, mesh=mesh)
                     clock = time.perf_counter()  # the next step is not charged for it

@@ -36,7 +36,7 @@ def token_flops(model: ModelConfig) -> tuple[int, int]:
     return everything - embeddings, head
 
 
-def step_flops(model: ModelConfig, rows: int, length: int, targets: int) -> float:
+def step_flops(model: ModelConfig, rows: int, length: int, targets: int, *, frozen: bool = False) -> float:
     r"""Operations of one update: :math:`6(P\,BT + P_h\,K) + 12\,L\,N\,H\,B\,T^2`.
 
     2 a multiply-add, forward once and backward twice; attention's two products over the whole square, the convention
@@ -44,6 +44,7 @@ def step_flops(model: ModelConfig, rows: int, length: int, targets: int) -> floa
 
     Args:
       rows: B. length: T, positions a row. targets: K, positions whose logits are computed.
+      frozen: the weights are not trained (LoRA): 4 in place of 6; the adapter's own few are not counted.
 
     Example:
       >>> tiny = ModelConfig(8, 4, 8, 1, 1, 1, 4, 16, tie_word_embeddings=True)
@@ -52,13 +53,14 @@ def step_flops(model: ModelConfig, rows: int, length: int, targets: int) -> floa
     """
     every, head = token_flops(model)
     attention = 12 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * rows * length**2
-    return float(6 * (every * rows * length + head * targets) + attention)
+    return float((4 if frozen else 6) * (every * rows * length + head * targets) + attention)
 
 
-def batch_flops(model: ModelConfig, batch: Mapping[str, Any]) -> float:
+def batch_flops(model: ModelConfig, batch: Mapping[str, Any], *, frozen: bool = False) -> float:
     """Operations of an update on this batch, padding included: what the device is asked to do."""
     rows, length = batch["tokens"].shape[0], batch["tokens"].shape[1] - 1
-    return step_flops(model, rows, length, batch["targets"].size if "targets" in batch else rows * length)
+    targets = batch["targets"].size if "targets" in batch else rows * length
+    return step_flops(model, rows, length, targets, frozen=frozen)
 
 
 def tokens_of(batch: Mapping[str, Any]) -> jax.Array:
