@@ -25,12 +25,12 @@ from train.search.ask import Reply
 from train.search.driver import AHEAD, Driver
 from train.search.examples import distribution, select
 from train.search.kinds import KINDS
-from train.search.programs import compiles, fenced
 from train.search.prompts import INSTALLED, PROMPTS, load_prompts
 from train.search.questions import Item, equal, read_questions
 from train.search.replies import Replies
 from train.search.settings import Questions, Search, SearchRun
 from train.search.subject import Subject
+from train.search.testing import compiles
 from train.search.voice import key_of
 
 ROOT = Path(__file__).parent.parent
@@ -329,12 +329,7 @@ def test_prompts_are_checked_before_anything_is_computed(tmp_path):
         load_prompts("mathematics", path)
 
 
-def test_fences_are_closed_or_not():
-    assert fenced("```python\na = 1\n```") == (["a = 1"], False)
-    assert fenced("```python\na = 1") == ([], True)
-    assert fenced("```\nx\n```\ntext\n```py\ny\n```") == (["x", "y"], False)
-    assert fenced("```json\n{}\n```") == ([], False)
-    assert fenced("```python\n```") == ([""], False)
+def test_programs_compile_or_not():
     assert compiles("print('a')")
     assert not compiles("print('a'")
     assert not compiles("x = '\0'")
@@ -414,28 +409,39 @@ def test_every_key_of_the_config_has_a_reader():
 # --- programs and their tests ---
 
 
-def test_tests_are_found_in_the_lines_people_write():
-    exam = testing.read_tests({"tests": ["assert f(1) == g(2)", "assert len(f(3)) == 1"]}, "x:1")
-    assert exam.calls == ("f", "g")
-    exam = testing.read_tests({"test": "def check(c):\n    assert c(1) == 2\n", "entry_point": "inc"}, "x:1")
-    assert exam.calls == ("inc",)
-    assert exam.source.endswith("check(inc)\n")
-    exam = testing.read_tests(
-        {"test_list": ["assert f(sqrt(4)) == 2"], "test_setup_code": "from math import sqrt"}, "x"
-    )
-    assert exam.calls == ("f",)
-    assert testing.read_tests({"question": "?"}, "x:1") is None
+def test_tests_are_found_in_the_lines_people_write(tmp_path):
+    read = testing.read_problem
+    problem = read({"tests": ["assert f(1) == g(2)", "assert len(f(3)) == 1"]}, "?", "x:1")
+    assert problem.calls == ("f", "g")
+    stub = "def inc(x):\n    # One more.\n"
+    problem = read({"test": "def check(c):\n    assert c(1) == 2\n", "entry_point": "inc"}, stub, "x:1")
+    assert problem.calls == ("inc",)
+    assert problem.stub == stub
+    assert problem.tests.endswith("check(inc)\n")
+    problem = read({"test_list": ["assert f(sqrt(4)) == 2"], "test_setup_code": "from math import sqrt"}, "?", "x:1")
+    assert problem.calls == ("f",)
+    assert read({"question": "?"}, "?", "x:1") is None
     for line, words in (
         ({"tests": "assert f("}, "x:1: tests is no Python"),
         ({"tests": "assert True"}, "calls no function of the program; name it in entry_point"),
         ({"tests": 3}, "a text or a list"),
     ):
         with pytest.raises(UserError, match=words):
-            testing.read_tests(line, "x:1")
+            read(line, "?", "x:1")
+    path = tmp_path / "code.jsonl"
+    path.write_text('{"text": "Double x.", "test_list": ["assert double(2) == 4"], "task_id": 7}\n')
+    (item,) = read_questions(Questions(path=str(path), domain="code"))
+    assert item.id == "7"
+    assert "assert double(2) == 4" in item.text  # which names the function
+    assert item.judged
+    family = {"family": "mbpp", "domain": "id", "train": 1, "args": {"path": str(path)}}
+    (item,) = read_questions(build(Questions, {"families": [family], "domain": "code"}))
+    assert item.tests.entry_point == "double"
 
 
 def test_programs_are_run_in_the_sandbox_and_what_has_none_fails():
-    exam = testing.Exam("assert double(4) == 8", ("double",))
+    problem = testing.read_problem({"tests": "assert double(4) == 8"}, "?", "x:1")
+    problem = dataclasses.replace(problem, timeout=1.0)
     texts = [
         "```python\ndef double(x):\n    return 2 * x\n```",
         "```python\ndef double(x):\n    return x\n```",
@@ -444,11 +450,11 @@ def test_programs_are_run_in_the_sandbox_and_what_has_none_fails():
         "```python\ndef double(x):\n    while True: pass\n```",
     ]
     try:
-        examiner = testing.Examiner(seconds=1.0)
+        examiner = testing.Examiner()
     except UserError as error:
         pytest.skip(str(error))
     with examiner:
-        futures = [examiner.submit("q", text, exam) for text in texts * 2]
+        futures = [examiner.submit(problem, text) for text in texts * 2]
         assert [f.result(timeout=60) for f in futures] == [1.0, 0.0, 0.0, 0.0, 0.0] * 2
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from ..models.tokenizer import Tokenizer
 from ..round import DATE
-from .programs import compiles, fenced
+from ..tasks.code import extract_code, source_of
 from .prompts import Prompts, fill
 from .questions import Item
+from .testing import compiles
 
 Row = dict[str, Any]
 REMOVED = (
@@ -37,14 +38,15 @@ def reason_against(
         return "low value"
     if solution["steps"] and sum(len(step.split()) for step in solution["steps"]) < words:
         return "short plan"
-    blocks, left_open = fenced(text) if code else ([], False)
-    if left_open:
+    entry = None if item.tests is None else item.tests.entry_point
+    program, missing = extract_code(text, entry) if code else (None, "")
+    if "not closed" in missing:
         return "open fence"
     if solution["reason"] == "length":
         return "unfinished"
-    if code and not blocks:
+    if code and program is None:
         return "no program"
-    if code and not all(map(compiles, blocks)):
+    if program is not None and not compiles(program if item.tests is None else source_of(item.tests, program)):
         return "does not compile"
     if tests and item.judged and solution["verdict"] != 1.0:
         return "unjudged" if solution["verdict"] is None else "wrong"

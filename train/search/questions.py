@@ -11,11 +11,12 @@ from typing import Any
 from ..learn.dataset import numbered_jsonl
 from ..log import UserError
 from ..tasks import build_suite, extract_answer
+from ..tasks.code import CodeProblem, CodeTask
 from ..tasks.numbers import canonical, same
 from ..tasks.task import Prompt, question_id
-from ..tasks.wording import is_number
+from ..tasks.wording import PROGRAM, is_number
 from .settings import Questions
-from .testing import Exam, read_tests
+from .testing import read_problem
 
 TEXTS = ("question", "problem", "prompt", "text")
 """Keys of a line that may hold the question; the first that is there."""
@@ -36,7 +37,7 @@ class Item:
     prompt: Prompt
     answer: str | None = None
     verify: Callable[[str], float | None] | None = dataclasses.field(default=None, repr=False, compare=False)
-    tests: Exam | None = None
+    tests: CodeProblem | None = None
     """Of a program, run in the sandbox; in place of `verify`."""
 
     @property
@@ -58,10 +59,18 @@ def read_questions(config: Questions) -> list[Item]:
 
 def from_families(config: Questions) -> list[Item]:
     suite = build_suite(config.families, seed=config.seed, style="instruct")
-    return [
-        Item(q.id, q.family, q.text, suite.prompt(q), q.answer, functools.partial(suite.verify, q))
-        for q in suite.questions("train")
-    ]
+    items = []
+    for q in suite.questions("train"):
+        asked = suite.prompt(q)
+        if not isinstance(suite.tasks[q.family], CodeTask):
+            items.append(Item(q.id, q.family, q.text, asked, q.answer, functools.partial(suite.verify, q)))
+            continue
+        fields = {f.name: q.entry[f.name] for f in dataclasses.fields(CodeProblem)}
+        problem = CodeProblem(**{**fields, "calls": tuple(fields["calls"])})
+        # The whole of what is asked: it names the function.
+        text = asked if isinstance(asked, str) else asked[-1]["content"]
+        items.append(Item(q.id, q.family, text, asked, None, None, problem))
+    return items
 
 
 def from_file(path: Path) -> list[Item]:
@@ -77,10 +86,12 @@ def from_file(path: Path) -> list[Item]:
             raise UserError(f"{path}:{number}: answer is {answer!r}; a text or a number is wanted")
         answer = None if answer is None else str(answer)
         id = str(line.get("id", line.get("task_id", question_id(path.stem, text))))
-        tests = read_tests(line, f"{path}:{number}")
+        problem = read_problem(line, text, f"{path}:{number}")
+        if problem is not None and not problem.stub:
+            text = PROGRAM.format(text=text.strip(), tests=problem.tests.strip())
         asked: list[dict[str, Any]] = [{"role": "user", "content": text}]
         verify = None if answer is None else functools.partial(equal, answer)
-        items.append(Item(id, path.stem, text, asked, answer, None if tests else verify, tests))
+        items.append(Item(id, path.stem, text, asked, answer, None if problem else verify, problem))
     return items
 
 

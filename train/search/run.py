@@ -34,6 +34,7 @@ from ..report import write_report
 from ..resolve import fingerprint, to_dict
 from ..stop import check
 from ..summary import PACKAGES, commit
+from ..tasks.code import CodeProblem
 from .ask import ROLES, Ask
 from .driver import Driver
 from .examples import distribution, select, whole
@@ -44,7 +45,7 @@ from .read import SCALE
 from .replies import Replies
 from .settings import SearchRun
 from .subject import Subject
-from .testing import Exam, Examiner
+from .testing import Examiner
 from .voice import Voice
 
 PHASES = ("load", "search", "examples")
@@ -144,10 +145,10 @@ def grow(config: SearchRun, items: list[Item], prompts: Prompts, voices: dict[st
         item, text = by_id[id], whole(prompts, ask.values)
         if item.tests is None:
             return None if item.verify is None else item.verify(text)
-        exam = item.tests
+        problem = item.tests
         if several():  # they go on in step only if all hear of a verdict at the same point
-            return on_first(lambda: examined(examiner, id, text, exam).result())
-        return examined(examiner, id, text, exam)
+            return on_first(lambda: examined(examiner, problem, text).result())
+        return examined(examiner, problem, text)
 
     def on_end(id: str, found: Found) -> None:
         rows[id] = tree_row(by_id[id], config, found, subjects[id])
@@ -157,7 +158,7 @@ def grow(config: SearchRun, items: list[Item], prompts: Prompts, voices: dict[st
 
     def between() -> None:
         check()
-        nodes = sum(len(row["nodes"]) - 1 for row in rows.values())
+        nodes = sum(subject.nodes for subject in subjects.values())
         speed = driver.counts["tokens"] / max(time.perf_counter() - start, 1e-9)
         bar.advance(0, note=f"{driver.open} open · {nodes:,} nodes · {speed:,.0f} tokens/s")
 
@@ -175,9 +176,9 @@ def grow(config: SearchRun, items: list[Item], prompts: Prompts, voices: dict[st
     on_first((journal.committed_folder("search") / "trees.jsonl").unlink, missing_ok=True)
 
 
-def examined(examiner: Examiner | None, id: str, text: str, exam: Exam) -> Future:
+def examined(examiner: Examiner | None, problem: CodeProblem, text: str) -> Future:
     assert examiner is not None, "the first process opens a sandbox where a question has tests"
-    return examiner.submit(id, text, exam)
+    return examiner.submit(problem, text)
 
 
 def tree_row(item: Item, config: SearchRun, found: Found, subject: Subject) -> dict[str, Any]:

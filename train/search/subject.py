@@ -30,13 +30,20 @@ class Subject:
     judged: bool = False
     complete: str | None = None
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
+    grown: Tree | None = None
 
     def rng(self) -> random.Random:
         return random.Random(f"{self.seed}/{self.id}")
 
     def tree(self) -> Tree:
         s = self.search
-        return Tree(exploration=s.exploration, bonus=s.bonus, depth=s.depth, rng=self.rng())
+        self.grown = Tree(exploration=s.exploration, bonus=s.bonus, depth=s.depth, rng=self.rng())
+        return self.grown
+
+    @property
+    def nodes(self) -> int:
+        """Nodes made so far, the root not counted."""
+        return 0 if self.grown is None else len(self.grown.nodes) - 1
 
     def ask(self, name: str, prompt: str, role: str = "policy", **values: Any) -> Ask:
         self.counts[prompt] += 1

@@ -2,53 +2,59 @@
 
 from __future__ import annotations
 
-import dataclasses
 import queue
 import threading
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
 from ..log import UserError
+from ..tasks.code import CodeProblem, as_program, called_names, extract_code
 from ..tasks.sandbox import Program, Sandbox
-from .programs import called, compiles, fenced
 
-SECONDS = 10.0
-"""Of one program with its tests."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Exam:
-    """What a program must pass: trusted source that calls its functions `calls`, after `setup`."""
-
-    source: str
-    calls: tuple[str, ...]
-    setup: str = ""
+TESTS = ("tests", "test_list", "test")
+"""Keys of a question's line that may hold its tests; the first that is there."""
 
 
-def read_tests(line: Mapping[str, Any], where: str) -> Exam | None:
-    """The tests of a question's line: `tests` or `test_list` (a text or a list of them) or HumanEval's `test`.
+def read_problem(line: Mapping[str, Any], text: str, where: str) -> CodeProblem | None:
+    """What a program must pass: `tests` or `test_list` (a text or a list of them), or HumanEval's `test`; None without.
 
-    The functions they call are `entry_point`, or every name they call and do not define or import.
+    The functions that tests call are `entry_point`, or every name they call and do not bring along.
     """
-    key = next((key for key in ("tests", "test_list", "test") if line.get(key)), None)
+    key = next((key for key in TESTS if line.get(key)), None)
     if key is None:
         return None
     given = line[key]
-    source = "\n".join(given) if isinstance(given, list) else given
+    source = "\n".join(map(str, given)) if isinstance(given, list) else given
     setup = line.get("test_setup_code") or line.get("setup") or ""
     if not isinstance(source, str) or not isinstance(setup, str):
         raise UserError(f"{where}: {key} is {given!r:.60}; a text or a list of texts is wanted")
-    name = line.get("entry_point")
-    try:
-        calls = (str(name),) if name else called(source, setup)
-    except SyntaxError as error:
-        raise UserError(f"{where}: {key} is no Python: {error}") from error
+    name = str(line.get("entry_point") or "")
     if name and "def check(" in source:
         source += f"\ncheck({name})\n"
+    try:
+        calls, plain = ((name,), True) if name else called_names(source, setup)
+    except SyntaxError as error:
+        raise UserError(f"{where}: {key} is no Python: {error}") from error
     if not calls:
         raise UserError(f"{where}: {key} calls no function of the program; name it in entry_point")
-    return Exam(source, calls, setup)
+    stub = text if f"def {name}" in text and name else ""
+    return CodeProblem(
+        id=where, prompt=text, entry_point=calls[0], tests=source, stub=stub, setup=setup or stub,
+        calls=calls if plain else (),
+    )  # fmt: skip
+
+
+def compiles(code: str) -> bool:
+    """Whether Python can read a program; it is not run."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its escapes, say: the program's affair
+            compile(code, "program", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 class Examiner:
@@ -61,23 +67,20 @@ class Examiner:
       UserError: programs cannot be confined on this machine.
     """
 
-    def __init__(self, workers: int = 2, seconds: float = SECONDS):
-        self.seconds = seconds
+    def __init__(self, workers: int = 2):
         self.box = Sandbox(workers)
         self.waiting: queue.Queue[tuple[Program, Future] | None] = queue.Queue()
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
-    def submit(self, id: str, text: str, tests: Exam) -> Future:
-        """The verdict on the fenced programs of a text, later: 1 passed, 0 not; at once where there is none to run."""
+    def submit(self, problem: CodeProblem, text: str) -> Future:
+        """The verdict on the fenced program of a text, later: 1 passed, 0 not; at once where there is none to run."""
         future: Future = Future()
-        blocks, _ = fenced(text)
-        source = "\n\n".join(blocks)
-        if not source.strip() or not compiles(source):
+        code, _ = extract_code(text, problem.entry_point)
+        if code is None:
             future.set_result(0.0)
-            return future
-        program = Program(id, source, self.seconds, tests.source, tests.setup, tests.calls)
-        self.waiting.put((program, future))
+        else:
+            self.waiting.put((as_program(problem, code), future))
         return future
 
     def _work(self) -> None:
@@ -104,5 +107,5 @@ class Examiner:
 
     def __exit__(self, *exception: object) -> None:
         self.waiting.put(None)
-        self.thread.join(timeout=2 * self.seconds)
+        self.thread.join(timeout=30)
         self.box.close()
