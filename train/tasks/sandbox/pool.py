@@ -268,6 +268,7 @@ class _Worker:
             if "error" in self.facts:
                 raise Broken(self.facts["error"])
             self.inside = _children(self.process.pid)
+            self._remove_folder()  # the new root was built there, and is a root of its own by now
         except BaseException:
             self.kill()
             raise
@@ -326,6 +327,9 @@ class _Worker:
                     with contextlib.suppress(BrokenPipeError):
                         pipe.close()
             self.process = None
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder = None
