@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import yaml
 
+from train.config import Improve
 from train.journal import Busy
 from train.log import UserError, read_jsonl_tolerant
+from train.resolve import build
 from train.sweeps import page
 from train.sweeps import run as sweeps
 from train.sweeps.cells import groups, judge_cells, laid_over, points, score, tune_cells, unique
 from train.sweeps.run import Experiment
 from train.sweeps.stats import gain, holm, hypervolume, mean_interval, sign_flip
+from train.tasks import build_suite
 
 ROOT = Path(__file__).parent.parent
 TINY = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
@@ -295,3 +298,23 @@ def test_the_committed_experiments_are_sound():
             )
         }
         assert experiment.sweep.control in known
+
+
+def test_pretraining_left_out_what_the_miniature_is_asked():
+    """Its base models were not trained on configs/miniature.yaml's questions: experiments ask no others."""
+
+    def ids(values):
+        config = build(Improve, values)
+        suite = build_suite(config.tasks.families, seed=config.tasks.seed, style=config.tasks.style)
+        return {question.id for question in suite.all}
+
+    excluded = ids(yaml.safe_load((ROOT / "configs" / "miniature.yaml").read_text()))
+    for path in sorted((ROOT / "configs" / "experiments").glob("*.yaml")):
+        experiment = Experiment.of(path.stem, yaml.safe_load(path.read_text()))
+        if "miniature" in experiment.checked.model.path:
+            cells = (
+                judge_cells(experiment.values, experiment.sweep, {})
+                + tune_cells(experiment.values, experiment.sweep)[:1]
+            )
+            asked = {str(cell.values["tasks"]): cell.values for cell in cells}
+            assert set().union(*(ids({**values, "methods": {}}) for values in asked.values())) <= excluded, path.name
