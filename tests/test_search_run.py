@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import types
 import zlib
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,12 +15,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from train import round
+from train.config import Improve, Sampling, Selection
 from train.data.settings import Data
 from train.generate.engine import Completion
 from train.learn.dataset import read_jsonl, read_version
 from train.log import UserError
-from train.resolve import build
+from train.mesh import make_mesh
+from train.models.source import random_model
+from train.resolve import build, load
 from train.search import run as searching
+from train.search import source as source_of
 from train.search import testing
 from train.search.ask import Reply
 from train.search.driver import AHEAD, Driver
@@ -32,6 +38,7 @@ from train.search.settings import Questions, Search, SearchRun
 from train.search.subject import Subject
 from train.search.testing import compiles
 from train.search.voice import key_of
+from train.tasks import build_suite
 
 ROOT = Path(__file__).parent.parent
 MODEL = {
@@ -475,3 +482,36 @@ def test_verdicts_may_come_later(tmp_path):
         driver.run((c.id, KINDS["mcts"](c)) for c in subjects)
     assert len(found) == len(made) == 6
     assert all(f.solutions[0].verdict == 1.0 for f in found.values())
+
+
+# --- as the source of an improve run's samples ---
+
+
+@pytest.mark.parametrize("source", ["dart", "mcts"])
+def test_improve_samples_by_a_search(tmp_path, source):
+    tiny = load(Improve, ROOT / "configs" / "tiny.yaml")
+    small = {"dart": {"samples": 3, "most": 6}, "iterations": 2, "retries": 0}
+    sampling = build(Sampling, {"source": source, "search": small, "max_new_tokens": 8, "slots": 8, "temperature": 1.0})
+    suite = build_suite(tiny.tasks.families, seed=0, style="compact")
+    model = random_model({**MODEL, "max_position_embeddings": 512}, make_mesh(tiny.mesh), seed=0)
+    run = types.SimpleNamespace(suite=suite, model=model, config=tiny, weights=lambda name: model.params)
+    questions = suite.questions("train", domain="id")[:4]
+
+    def once(folder):
+        folder.mkdir()
+        return source_of.searched(run, "base", questions, sampling, (), folder, seed=1, title="sample")[0]
+
+    rows = once(tmp_path / "a")
+    assert rows == once(tmp_path / "b") == read_jsonl(tmp_path / "a" / "batch-0000.jsonl")
+    if source == "dart":
+        assert [row["question_id"] for row in rows[::6]] == [q.id for q in questions]  # random weights: none is right
+    scored = round.verify(suite, {q.id: q for q in questions}, rows)
+    _, counts = round.select(suite, model.tokenizer, questions, scored, Selection(), seed=0)
+    assert counts["sampled"] == len(rows)
+
+
+def test_a_search_is_set_where_it_is_read():
+    with pytest.raises(UserError, match=r"sampling\.search is read with sampling\.source"):
+        build(Sampling, {"search": {"iterations": 3}})
+    with pytest.raises(UserError, match=r"sampling\.search\.iteratoins: no such key; did you mean iterations"):
+        build(Sampling, {"source": "mcts", "search": {"iteratoins": 3}})

@@ -81,10 +81,20 @@ class Sampling:
     """Sequences decoded side by side."""
     batch: int = 64
     """Questions committed to disk at once: what a kill can lose."""
+    source: Literal["plain", "dart", "mcts"] = "plain"
+    """plain: `samples` a question. dart: until enough are right, by difficulty. mcts: a tree search, then its best."""
+    search: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of dart and mcts: keys of `search` of `jaxmerge search` (docs/search.md)."""
 
     def __post_init__(self):
         check_decoding(self, "sampling")
         at_least(self, "sampling", batch=1)
+        if self.source != "plain":
+            from .search.settings import Search  # which reads this module
+
+            build(Search, {**self.search, "kind": self.source}, "sampling.search")
+        elif self.search:
+            raise UserError("sampling.search is read with sampling.source: dart or mcts; set it, or leave search out")
 
 
 @dataclasses.dataclass(frozen=True)

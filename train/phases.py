@@ -84,9 +84,17 @@ def sample(run: Run, phase: Phase, folder: Path) -> Row:
         run.config.model.dtype,
     )
     key = jax.random.fold_in(run.key, phase.round)
-    rows, seconds = run.generate(
-        phase.inputs["model"], questions, settings, key, folder, batch=config.batch, title=phase.name
-    )
+    if config.source == "plain":
+        rows, seconds = run.generate(
+            phase.inputs["model"], questions, settings, key, folder, batch=config.batch, title=phase.name
+        )
+    else:
+        from .search.source import searched
+
+        seed = run.config.seed * 1000 + phase.round
+        rows, seconds = searched(
+            run, phase.inputs["model"], questions, config, settings.stop, folder, seed=seed, title=phase.name
+        )
     tokens = sum(len(r["tokens"]) for r in rows)
     return {
         "questions": len(questions),

@@ -29,6 +29,7 @@ class Voice:
     Args:
       temperatures: of the roles that differ from `drawing`.
       dtype: of the matmuls' operands.
+      chains: tokens, by question, that a chain of thought goes on from, in place of the prompt file's.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class Voice:
         seed: int,
         dtype: str = "float32",
         temperatures: Mapping[str, float] | None = None,
+        chains: Mapping[str, tuple[int, ...]] | None = None,
     ):
         self.model, self.prompts, self.drawing, self.seed = model, prompts, drawing, seed
-        self.temperatures = temperatures or {}
+        self.temperatures, self.chains = temperatures or {}, chains or {}
         self.engine = Engine(
             model.config,
             model.params,
@@ -57,7 +59,8 @@ class Voice:
     def request(self, number: int, id: str, ask: Ask) -> Request | None:
         """What the engine is given; None if the model has no room for it."""
         prompt = self.prompts[ask.prompt]
-        tokens = self.tokens(*prompt.render(ask.values))
+        given = self.chains.get(id) if ask.prompt == "chain" else None
+        tokens = self.tokens(*prompt.render(ask.values)) if given is None else given
         most = getattr(self.drawing, ask.prompt)
         if len(tokens) + most > self.model.config.context:
             return None
