@@ -60,7 +60,7 @@ def passing(box: Sandbox, programs: Sequence[Program]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    given = dict(argument.partition("=")[::2] for argument in arguments)
+    given = {name: value for name, _, value in (argument.partition("=") for argument in arguments)}
     if unknown := set(given) - set(OPTIONS):
         sys.exit(f"no option {', '.join(sorted(unknown))}; options: {', '.join(OPTIONS)}")
     options = OPTIONS | given

@@ -140,7 +140,8 @@ class Sandbox:
             raise
 
     def _worker(self, place: int = 0) -> _Worker:
-        return _Worker(self.way, self.limits, self.locks if self.way != "none" else (), place)
+        locks = [lock for lock in self.locks if self.way != "none" or lock == "position"]
+        return _Worker(self.way, self.limits, locks, place)
 
     def _choose(self, using: str | None, allow_unsafe: bool) -> tuple[str, dict[str, Any], list[str]]:
         """Take the first way that shuts all doors, or the last resort if that is allowed."""
