@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import selectors
@@ -25,6 +26,7 @@ WAYS = ("bubblewrap", "namespaces", "landlock", "none")
 LOCKS = ("landlock", "seccomp", "position")
 GRACE = 5.0  # seconds over a program's own limit after which its worker counts as broken
 _HERE = Path(__file__).resolve().parent
+_SANDBOXES = itertools.count()
 _START = """
 import sys, types, json
 package = types.ModuleType("jaxmerge_sandbox")
@@ -130,6 +132,7 @@ class Sandbox:
         self.limits = limits or Limits()
         self.locks = tuple(locks)
         self.restarts = 0
+        self._first = next(_SANDBOXES)  # two sandboxes of one process do not share a processor if they need not
         self._workers: list[_Worker] = []
         self.way, self.facts, self.notes = self._choose(using, allow_unsafe)
         try:
@@ -141,7 +144,7 @@ class Sandbox:
 
     def _worker(self, place: int = 0) -> _Worker:
         locks = [lock for lock in self.locks if self.way != "none" or lock == "position"]
-        return _Worker(self.way, self.limits, locks, place)
+        return _Worker(self.way, self.limits, locks, self._first + place)
 
     def _choose(self, using: str | None, allow_unsafe: bool) -> tuple[str, dict[str, Any], list[str]]:
         """Take the first way that shuts all doors, or the last resort if that is allowed."""
