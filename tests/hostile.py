@@ -227,6 +227,11 @@ PROGRAMS: dict[str, Hostile] = {
     "ctypes by its classes": Hostile(
         "import sys\nfor c in object.__subclasses__():\n    if c.__name__ == 'CDLL': c(None)._exit(0)\nassert 0"
     ),
+    "ctypes by its globals": Hostile(
+        "import os\nfor c in object.__subclasses__():\n    if c.__name__ == 'CDLL':\n"
+        "        c.__init__.__globals__['memmove'](id(os), id(c), 8)\nassert 0",
+        reason="KeyError|AssertionError",
+    ),
     "made-up bytecode": Hostile(
         "def f(): pass\nf.__code__ = f.__code__.replace(co_code=bytes(64))\nf()\nassert 0",
         reason="refused: code.__new__",

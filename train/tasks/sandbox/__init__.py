@@ -13,8 +13,8 @@ processor, files. Whether they hold is tried at the start by a program that trie
 to its end makes the runner, in the same process, wait in a `read`; the server looks, through the kernel, at where that
 process stands, and only the stack pointer of the runner's own frame counts: code called by the program stands deeper
 on the stack. There is no secret that walking frames could find. What remains is a program that overwrites the
-interpreter's memory: ctypes, tracing and made-up bytecode are refused, but ctypes' types lie in every child, which shuts
-itself in through them, and can be dug out. Such a program forges its own verdict, and gets out of no wall.
+interpreter's memory: ctypes, tracing and made-up bytecode are refused, but ctypes' types lie in every child, which
+shuts itself in through them, and can be dug out. Such a program forges its own verdict, and gets out of no wall.
 
 **Tests apart** (`Program.tests`, `calls`). A program that holds its own tests can also come to its end by weakening
 them: an object that equals everything, a patched `len`. So where the tests are known, they run in a second process,
