@@ -287,7 +287,7 @@ def hide(kept: Any) -> None:
     # found through the globals of any class of ctypes, these would write to memory without a word to the audit hook
     for name in ("memmove", "memset", "cast", "string_at", "wstring_at", "pythonapi", "pydll", "cdll"):
         for found in (name, f"_{name}"):
-            vars(ctypes).pop(found, None)
+            ctypes.__dict__.pop(found, None)
     package = sys.modules[__package__ or ""]
     for name in ("confine", "seccomp"):
         vars(package).pop(name, None)
