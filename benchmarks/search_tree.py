@@ -1,6 +1,8 @@
 r"""Searches side by side against one tree at a time: python benchmarks/search_tree.py [key=value …]
 
-  model=package:…              what `jaxmerge search` takes
+  model=package:…              what `jaxmerge search` takes; `tiny`: random weights of 3 M parameters whose critic's
+                               scores are written for it: where a step costs the same for one sequence as for many,
+                               as on an accelerator, and not its arithmetic, as on a CPU
   questions=24                 trees that advance together, small programs to be planned and written
   alone=2                      trees of the one-at-a-time run: the first ones of the same
   slots=24                     sequences decoded side by side; the run of one tree has as many as a tree can use
@@ -17,6 +19,7 @@ time, occupancy 70 %.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import statistics
@@ -29,10 +32,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
+from train.config import Mesh
+from train.mesh import make_mesh
 from train.models.load import Model, load_model
+from train.models.source import random_model
 from train.search.driver import Driver
 from train.search.kinds import mcts
-from train.search.prompts import load_prompts
+from train.search.prompts import Prompts, load_prompts
 from train.search.replies import Replies
 from train.search.settings import Drawing, Search
 from train.search.subject import Subject
@@ -56,8 +62,10 @@ OPTIONS = {
 
 
 WHAT = ("returns the sum of", "returns the largest of", "sorts", "reverses", "counts the different ones of", "prints")
-OF = ("the numbers in a list", "the words of a sentence", "the digits of a number", "the letters of a text",
-      "the even numbers up to n", "the squares of a list", "the values of a dictionary", "the lines of a file")  # fmt: skip
+OF = (
+    "the numbers in a list", "the words of a sentence", "the digits of a number", "the letters of a text",
+    "the even numbers up to n", "the squares of a list", "the values of a dictionary", "the lines of a file",
+)  # fmt: skip
 
 
 def asked(count: int) -> list[str]:
@@ -66,9 +74,23 @@ def asked(count: int) -> list[str]:
     return [f"Write a Python function that {what} {of}." for of, what in pairs]
 
 
-def run(model: Model, texts: list[str], search: Search, drawing: Drawing, dtype: str) -> dict[str, float]:
-    """Search all questions; what it took."""
+def tiny() -> tuple[Model, Prompts]:
+    """Return a model that says anything, and prompts after which it can be scored: texts end at half of the digits."""
+    sizes = {
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 2048, "initializer_range": 0.1,
+    }  # fmt: skip
+    model = random_model(sizes, make_mesh(Mesh()), seed=0)
     prompts = load_prompts("code")
+    ends = {name: dataclasses.replace(prompts[name], stop=(), until=tuple("02468")) for name in ("step", "write")}
+    score = dataclasses.replace(prompts.score, prefix="Score: {{ (steps | join | length) % 9 }}\n", stop=())
+    return model, dataclasses.replace(prompts, score=score, **ends)
+
+
+def run(
+    model: Model, prompts: Prompts, texts: list[str], search: Search, drawing: Drawing, dtype: str
+) -> dict[str, float]:
+    """Search all questions; what it took."""
     voice = Voice(model, prompts, drawing, seed=0, dtype=dtype)
     subjects = [Subject(text, text, search) for text in texts]
     nodes = 0
@@ -94,7 +116,10 @@ def main() -> None:
         int(options[name]) for name in ("questions", "alone", "slots", "iterations", "children")
     )
     texts, warm = asked(count), int(options["warm"])
-    model = load_model(options["model"])
+    if options["model"] == "tiny":
+        model, prompts = tiny()
+    else:
+        model, prompts = load_model(options["model"]), load_prompts("code")
     search = Search(iterations=iterations, children=children, gate=2.0, depth=4)
     lengths = {name: int(options[name]) for name in ("step", "hint", "score", "write")}
     many, one = Drawing(slots=slots, **lengths), Drawing(slots=children, **lengths)
@@ -102,20 +127,21 @@ def main() -> None:
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, seconds, **_: compiled.append(seconds) if name.endswith("backend_compile_duration") else None
     )
-    run(model, texts[:warm], search, many, options["dtype"])
-    run(model, texts[:1], search, one, options["dtype"])
+    run(model, prompts, texts[:warm], search, many, options["dtype"])
+    run(model, prompts, texts[:1], search, one, options["dtype"])
     before = len(compiled)
     speeds: dict[str, list[float]] = {"one at a time": [], "together": []}
     for _ in range(int(options["repeats"])):
-        singles = [run(model, [text], search, one, options["dtype"]) for text in texts[:alone]]
-        together = run(model, texts, search, many, options["dtype"])
+        singles = [run(model, prompts, [text], search, one, options["dtype"]) for text in texts[:alone]]
+        together = run(model, prompts, texts, search, many, options["dtype"])
         tokens, seconds = sum(r["tokens"] for r in singles), sum(r["seconds"] for r in singles)
         speeds["one at a time"].append(tokens / seconds)
         speeds["together"].append(together["tokens"] / together["seconds"])
         print(
             f"  one at a time {tokens / seconds:6.1f} tokens/s ({tokens} in {seconds:.0f} s, {alone} trees); "
             f"together {speeds['together'][-1]:6.1f} ({together['tokens']} in {together['seconds']:.0f} s, "
-            f"{together['replies']} replies, {together['prompt_tokens']} prompt tokens, {together['nodes']} nodes, "
+            f"{together['replies']} replies, {together['prompt_tokens']} prompt tokens of which "
+            f"{together['prompt_tokens_computed']} computed, {together['nodes']} nodes, "
             f"occupancy {together['occupancy']:.2f}, {count / together['seconds']:.3f} questions/s)",
             flush=True,
         )

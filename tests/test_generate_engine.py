@@ -345,3 +345,31 @@ def test_slots_are_halved_in_a_lull_and_come_back(model, prompts, monkeypatch):
     wanted, full = done()
     assert set(full) == {32}
     assert {i: c.tokens for i, c in found.items()} == {i: c.tokens for i, c in wanted.items()}
+
+
+# --- prompts that begin alike ---
+
+
+@pytest.mark.parametrize("shelf", [16, 40])
+def test_kept_prompts_change_nothing_and_save_their_beginnings(model, shelf):
+    rng = np.random.default_rng(0)
+    stems = [tuple(rng.integers(3, 40, n).tolist()) for n in (30, 21, 40)]
+    texts = [stems[i % 3] + tuple(rng.integers(3, 40, 1 + i % 7).tolist()) for i in range(24)]
+    texts += [*texts[:5], stems[0], stems[1][:9]]
+    prompts = [Prompt(f"p{i}", t) for i, t in enumerate(texts)]
+    asked = requests_of(model, prompts, 2)
+
+    def done(shelf):
+        engine = Engine(
+            model.config, model.params, slots=8, how=Decoding(False), eos=model.tokenizer.eos_ids, shelf=shelf
+        )
+        waves = iter([*batched(asked, 6), None])
+        return {c.id: c for ended in engine.serve(lambda: next(waves)) for c in ended}, engine.computed
+
+    wanted, none = done(0)
+    found, computed = done(shelf)
+    assert none == 0
+    assert {i: c.tokens for i, c in found.items()} == {i: c.tokens for i, c in wanted.items()}
+    for i in wanted:
+        np.testing.assert_allclose(found[i].logprobs, wanted[i].logprobs, atol=1e-4)
+    assert computed < 0.5 * sum(map(len, set(texts)))

@@ -55,7 +55,7 @@ class FakeVoice:
 
     def __init__(self, slots, seed=0):
         self.engine, self.slots, self.seed = self, slots, seed
-        self.decoded = self.read_tokens = 0
+        self.decoded = self.read_tokens = self.computed = 0
         self.most = 0
 
     def request(self, number, id, ask):

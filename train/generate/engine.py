@@ -24,6 +24,7 @@ from ..models.config import ModelConfig
 from ..models.decoder import Params, bind, count_up
 from ..models.stacked import unstack_layers
 from .sample import choose
+from .shelf import Shelf
 
 OnMesh = jax.sharding.Mesh | None
 """The mesh of the parameters; None is one device."""
@@ -192,6 +193,7 @@ class Engine:
       how: greedy or sampled, cut-offs, operand dtype.
       eos: tokens that end a sequence.
       stop: called with the tokens so far; returns how many to keep once a stop string is complete, else None.
+      shelf: prompts whose caches are kept for later ones that begin alike (shelf.py): twice the slots or more; 0: none.
     """
 
     def __init__(
@@ -204,6 +206,7 @@ class Engine:
         eos: Sequence[int],
         temperature: float = 1.0,
         stop: Callable[[Sequence[int]], int | None] | None = None,
+        shelf: int = 0,
     ):
         self.config, self.how = config, how
         self.mesh = mesh_of(params)
@@ -220,6 +223,10 @@ class Engine:
         self.temperature = jnp.float32(temperature)
         self.stop = stop
         self.turn = turn_of(config)
+        # LongRoPE turns all keys once a sequence is long: rows of the short kind would not do.
+        self.shelved = 0 if self.turn is not None or not shelf else bucket(max(shelf, 2 * self.slots), self.prefills)
+        self.computed = 0
+        """Prompt tokens computed by way of the shelf."""
         self.decoded = 0
         """Slot-steps run, useful or not: occupancy = useful tokens / decoded."""
 
@@ -263,6 +270,7 @@ class Engine:
         keys = np.zeros((N, 2), np.uint32)
         warmth = np.full((N, 1), self.temperature, np.float32)
         ready: dict[tuple[int, ...], tuple[tuple[KV, ...], int]] = {}
+        shelf: Shelf | None = None
         others, lull = True, 0
 
         while True:
@@ -274,9 +282,14 @@ class Engine:
             if not length and new:
                 length = bucket(need)
                 caches = empty_caches(self.config, N, length, self.how.dtype, self.mesh)
+                if self.shelved:
+                    rows = empty_caches(self.config, self.shelved, length, self.how.dtype, self.mesh)
+                    shelf = Shelf(self.config, self.params, rows, self.prefills, self.how.dtype, self.mesh)
             elif need > length and new:
                 length = bucket(need, GROWTH)
                 caches = grow(caches, length, mesh=self.mesh)
+                if shelf is not None:
+                    shelf.lengthen(grow(shelf.rows, length, mesh=self.mesh))
             if not queue and not any(active):
                 if not others:
                     return
@@ -296,8 +309,14 @@ class Engine:
             free = [n for n in range(N) if active[n] is None]
             if free and queue:
                 waiting = [queue.popleft() for _ in range(min(len(free), len(queue)))]
-                ready = self.prefilled(waiting, queue, ready, width, length)
-                caches = self.place(caches, waiting, free, ready)
+                if shelf is None:
+                    ready = self.prefilled(waiting, queue, ready, width, length)
+                    caches = self.place(caches, waiting, free, ready)
+                else:
+                    ahead = [s.so_far for s in itertools.islice(queue, self.slots)]
+                    rows = shelf.prepare([s.so_far for s in waiting], ahead)
+                    caches = self.put(caches, shelf.rows, free, rows)
+                    self.computed = shelf.computed
                 for n, slot in zip(free, waiting, strict=False):
                     active[n] = slot
                     last[n], at[n] = slot.so_far[-1], slot.length - 1
@@ -387,10 +406,16 @@ class Engine:
             slots.append(n)
             rows.append(row)
         for prompts, slots, rows in batches.values():
-            padding = self.slots - len(slots)
-            into = np.array(slots + [self.slots] * padding, np.int32)  # out of range: skipped
-            caches = fill(caches, prompts, into, np.array(rows + [0] * padding, np.int32), mesh=self.mesh)
+            caches = self.put(caches, prompts, slots, rows)
         return caches
+
+    def put(self, caches, prompts, slots: Sequence[int], rows: Sequence[int]):
+        """Copy rows of prompt caches into slots."""
+        # Few sizes, few programs; with a shelf a row is as long as the caches, and copying all slots' worth would cost.
+        size = 1 << (len(rows) - 1).bit_length() if self.shelved else self.slots
+        padding = max(size - len(rows), 0)
+        into = np.array([*slots[: len(rows)], *[self.slots] * padding], np.int32)  # out of range: skipped
+        return fill(caches, prompts, into, np.array([*rows, *[0] * padding], np.int32), mesh=self.mesh)
 
 
 def turn_of(config: ModelConfig) -> int | None:

@@ -55,18 +55,21 @@ def within(mask: jax.Array | fused.Causal, window: int | None, at: jax.Array | N
     """The mask [B, T, S] of a layer whose queries see `window` keys, themselves included; None is all.
 
     Args:
-      at: [B] index of the query of each row while decoding; None: query t has index t.
+      at: [B] index of the first query of each row while decoding; None: query t has index t.
     """
     if isinstance(mask, fused.Causal):
         return mask.within(window)
     if window is None:
         return mask
-    query = jnp.arange(mask.shape[1])[None] if at is None else at[:, None]
+    query = jnp.arange(mask.shape[1])[None] + (0 if at is None else at[:, None])
     return mask & (query[:, :, None] - jnp.arange(mask.shape[2]) < window)
 
 
 def write(cache: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
-    """Put new [B, K, 1, H] at position at[b] of cache [B, K, S, H], row by row."""
+    """Put new [B, K, T, H] at positions at[b], at[b] + 1, … of cache [B, K, S, H], row by row."""
+    if new.shape[2] > 1:
+        places = at[:, None] + jnp.arange(new.shape[2])
+        return cache.at[jnp.arange(cache.shape[0])[:, None], :, places].set(new.swapaxes(1, 2), mode="drop")
     return cache.at[jnp.arange(cache.shape[0]), :, at].set(new[:, :, 0], mode="drop", unique_indices=True)
 
 

@@ -154,6 +154,7 @@ class Driver(Generic[T]):
         return {
             **{name: self.counts[name] for name in ("tokens", "replies", "replayed", "verdicts")},
             "prompt_tokens": sum(voice.read_tokens for voice in self.distinct),
+            "prompt_tokens_computed": sum(voice.engine.computed for voice in self.distinct) or None,
             "slot_steps": decoded,
             "occupancy": self.counts["tokens"] / decoded if decoded else None,
         }

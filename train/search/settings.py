@@ -125,9 +125,13 @@ class Drawing:
     write: int = 384
     slots: int = 64
     """Sequences decoded side by side; no result depends on it."""
+    kept: int = 4
+    """Prompts kept in memory for each slot, for later ones that begin alike; 0: none, else at least 2."""
 
     def __post_init__(self):
-        at_least(self, "sampling", temperature=1e-6, top_k=0, step=1, hint=1, score=1, chain=1, write=1, slots=1)
+        at_least(
+            self, "sampling", temperature=1e-6, top_k=0, step=1, hint=1, score=1, chain=1, write=1, slots=1, kept=0
+        )
         if not 0 < self.top_p <= 1:
             raise UserError(f"sampling.top_p is {self.top_p}; it must be above 0 and at most 1")
 

@@ -52,6 +52,7 @@ class Voice:
             how=Decoding(False, drawing.top_k, drawing.top_p, dtype),
             eos=model.tokenizer.eos_ids,
             temperature=drawing.temperature,
+            shelf=drawing.kept * drawing.slots,
         )
         self.read_tokens = 0
         """Of all prompts, those that share a prefill counted each."""
