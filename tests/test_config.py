@@ -13,6 +13,7 @@ from train.log import UserError
 from train.plan import plan
 from train.resolve import build, differences, fingerprint, load, override, to_dict
 from train.search.settings import SearchRun
+from train.sweeps.run import Experiment
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY = CONFIGS / "tiny.yaml"
@@ -20,19 +21,24 @@ TINY = CONFIGS / "tiny.yaml"
 
 def kind(path: Path) -> type:
     keys = yaml.safe_load(path.read_text())
+    if "sweep" in keys:
+        return Experiment
     return Finetune if "data" in keys else SearchRun if "questions" in keys else Improve
 
 
-VERB = {Finetune: "sft", SearchRun: "search", Improve: "improve"}
+VERB = {Finetune: "sft", SearchRun: "search", Improve: "improve", Experiment: "improve"}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda p: p.stem)
 def test_every_config_builds_and_says_how_it_is_run(path):
-    config = load(kind(path), path)
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any(f"jaxmerge {VERB[kind(path)]} configs/{path.name}" in h for h in head)
+    assert any(f"jaxmerge {VERB[kind(path)]} configs/{path.relative_to(CONFIGS)}" in h for h in head)
     assert any("Device:" in h for h in head)
     assert any("Metric:" in h for h in head)
+    if kind(path) is Experiment:
+        Experiment.of(path.stem, yaml.safe_load(path.read_text()))
+        return
+    config = load(kind(path), path)
     again = build(kind(path), yaml.safe_load(yaml.safe_dump(to_dict(config))))
     assert again == config
 

@@ -12,12 +12,12 @@ from test_data_formats import ALPACA, CHAT, CHOICES, GSM8K, MBPP, write
 from test_models_tokenizer import byte_level
 
 from train import cli, verbs
-from train.config import Finetune, Mesh, QuestionOptions
+from train.config import Finetune, Mesh
 from train.data import sources
 from train.data.builders import ReasoningGym, prepare
 from train.data.settings import Data, Part
 from train.data.sources import load_sources
-from train.examine import open_suite
+from train.examine import QuestionOptions, open_suite
 from train.finetune import describe_rows, read_rows
 from train.learn.dataset import read_jsonl, write_version
 from train.learn.sft import Checkpoints, fine_tune

@@ -11,7 +11,8 @@ import pytest
 
 import jaxmerge
 from train.config import Mesh, Sft
-from train.generate.engine import Decoding, decode, empty_caches
+from train.generate.caches import empty_caches
+from train.generate.engine import Decoding, decode
 from train.learn.sft import init_state, make_step
 from train.mesh import make_mesh
 from train.models.decoder import init

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 import jaxmerge
 from train.checkpoint import digest
 from train.config import Mesh, Sft
-from train.generate.engine import Decoding, decode, empty_caches
+from train.generate.caches import empty_caches
+from train.generate.engine import Decoding, decode
 from train.generate.rollout import Prompt, Settings, rollout
 from train.learn.batches import Rows
 from train.learn.settings import Step

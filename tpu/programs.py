@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 import jaxmerge
-from train.generate.engine import Decoding, decode, empty_caches
+from train.generate.caches import empty_caches
+from train.generate.engine import Decoding, decode
 from train.learn.settings import Sft, Step
 from train.learn.sft import compute_of, init_state, make_step, state_shardings
 from train.mesh import batch_sharding, replicated, shardings, spread_sharding

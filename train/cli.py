@@ -25,6 +25,8 @@ jaxmerge: self-improve, extrapolate and merge language models on a JAX mesh
   jaxmerge harness  MODEL TASKS [key=value …]  tasks of EleutherAI's lm-eval, in process
   jaxmerge export   RUN OUT [method= round=]   write a run's model as a Hugging Face folder
   jaxmerge report   RUN                        write report.html of a run again
+  jaxmerge search   CONFIG [key=value …]       look for solutions step by step; trees, examples, a report
+  jaxmerge results  [key=value …]              docs/results.md from the rows of the experiments
   jaxmerge analyse  RUN [key=value …]          what training did to a run's layers, weights and samples
   jaxmerge doctor                              devices, versions, extras: what works here and what is missing
 

@@ -369,32 +369,6 @@ class Finetune:
 
 
 @dataclasses.dataclass(frozen=True)
-class QuestionOptions:
-    """Keys of `jaxmerge evaluate MODEL FILE.jsonl`."""
-
-    task: Literal["gsm8k", "choice", "problem"] | None = None
-    """How answers are judged; null tells it by the keys of the lines."""
-    limit: int | None = None
-    """Questions, from the beginning of the file; null takes all."""
-    prompt: Literal["chat", "cot"] = "chat"
-    """gsm8k: in words through the chat template, or after the eight worked examples of Wei et al."""
-    extract: Literal["flexible", "strict"] = "flexible"
-    """gsm8k: the last number, or the one after `####` or `The answer is`."""
-    split: str = "train"
-    """Of a TFDS version in place of a file."""
-    max_new_tokens: int = 512
-    slots: int = 64
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    mesh: Mesh = Mesh()
-    distributed: Distributed = Distributed()
-
-    def __post_init__(self):
-        at_least(self, "evaluate", max_new_tokens=1, slots=1)
-        if self.limit is not None:
-            at_least(self, "evaluate", limit=1)
-
-
-@dataclasses.dataclass(frozen=True)
 class SampleOptions:
     """Keys of `jaxmerge sample`."""
 

@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from . import choices
 from .answer import ask
-from .config import QuestionOptions
+from .config import Distributed, Mesh
 from .export import open_model
 from .generate.rollout import Settings
 from .learn.dataset import numbered_jsonl
 from .log import UserError, format_percent, print_table, progress, say
 from .mesh import make_mesh
 from .models.load import Model
+from .resolve import at_least
 from .tasks import FamilySpec, Question, Suite, build_suite
 from .tasks.cot import STOP
 from .tasks.local import LOCAL
 
 TASK_OF = {"gsm8k": "gsm8k", "choices": "choice", "problem": "problem"}
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionOptions:
+    """Keys of `jaxmerge evaluate MODEL FILE.jsonl`."""
+
+    task: Literal["gsm8k", "choice", "problem"] | None = None
+    """How answers are judged; null tells it by the keys of the lines."""
+    limit: int | None = None
+    """Questions, from the beginning of the file; null takes all."""
+    prompt: Literal["chat", "cot"] = "chat"
+    """gsm8k: in words through the chat template, or after the eight worked examples of Wei et al."""
+    extract: Literal["flexible", "strict"] = "flexible"
+    """gsm8k: the last number, or the one after `####` or `The answer is`."""
+    split: str = "train"
+    """Of a TFDS version in place of a file."""
+    max_new_tokens: int = 512
+    slots: int = 64
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
+
+    def __post_init__(self):
+        at_least(self, "evaluate", max_new_tokens=1, slots=1)
+        if self.limit is not None:
+            at_least(self, "evaluate", limit=1)
 
 
 def examine(path: str, source: Path, options: QuestionOptions) -> dict[str, Any]:

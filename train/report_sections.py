@@ -203,7 +203,7 @@ def paired_table(run: Run) -> str:
         body.append(
             [
                 f"{escape(p['a'])} − {escape(p['b'])}", _number(p.get("round")),
-                escape(DOMAIN_NAMES.get(p["domain"], p["domain"]) + ("" if test else f" ({p['split']})")),
+                escape(f"{DOMAIN_NAMES.get(p['domain'], p['domain'])}" + ("" if test else f" ({p['split']})")),
                 _points(p["difference"]), f"[{_points(p['low'])}, {_points(p['high'])}]", bar, _number(p.get("n")),
             ]
         )  # fmt: skip

@@ -143,7 +143,8 @@ def evaluate(words: Words, assignments: Words, dry: bool) -> int:
     max_new_tokens=512 slots=64 dtype=float32 mesh.fsdp=1 (and the other keys of mesh and distributed)
     """
     del dry
-    from .config import Improve, QuestionOptions
+    from .config import Improve
+    from .examine import QuestionOptions
 
     mine, others = take(assignments, out=None)
     if Path(words[1]).suffix in (".jsonl", ".json") or Path(words[1]).is_dir():

@@ -18,16 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..mesh import activations_on, everywhere, mesh_of, row_ways, spread, spread_sharding
+from ..mesh import activations_on, everywhere, mesh_of, row_ways, spread
 from ..models.attention import KV, visible
 from ..models.config import ModelConfig
 from ..models.decoder import Params, bind, count_up
 from ..models.stacked import unstack_layers
+from .caches import OnMesh, empty_caches, fill, grow, kept
 from .sample import choose
 from .shelf import Shelf
 
-OnMesh = jax.sharding.Mesh | None
-"""The mesh of the parameters; None is one device."""
 CHUNK = 4
 """Decode steps between two looks at which sequences ended."""
 PREFILL = 8
@@ -90,35 +89,6 @@ def prefill(
     with activations_on(mesh):
         _, caches = bind(config, params)(tokens, positions, visible(positions), dtype=jnp.dtype(dtype))
         return jax.tree.map(lambda cache: spread(cache, tensor=1), caches)
-
-
-@functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("caches",))
-def fill(caches: tuple[KV, ...], prompts: tuple[KV, ...], slots: jax.Array, rows: jax.Array, *, mesh: OnMesh = None):
-    """Copy prefilled row rows[i] into slot slots[i]; a slot out of range is skipped."""
-
-    def copy(cache, prompt):
-        return spread(cache.at[slots, :, : prompt.shape[2]].set(prompt[rows], mode="drop"), tensor=1)
-
-    with activations_on(mesh):
-        return jax.tree.map(copy, caches, prompts)
-
-
-@functools.partial(jax.jit, static_argnames=("mesh",))
-def kept(caches: tuple[KV, ...], slots: jax.Array, *, mesh: OnMesh = None) -> tuple[KV, ...]:
-    """The caches of some slots alone, [n] indices."""
-    with activations_on(mesh):
-        return jax.tree.map(lambda cache: spread(cache[slots], tensor=1), caches)
-
-
-@functools.partial(jax.jit, static_argnames=("length", "mesh"))
-def grow(caches: tuple[KV, ...], length: int, *, mesh: OnMesh = None):
-    """The caches with room for `length` positions; what they hold stays where it is."""
-
-    def longer(cache):
-        return spread(jnp.pad(cache, ((0, 0), (0, 0), (0, length - cache.shape[2]), (0, 0))), tensor=1)
-
-    with activations_on(mesh):
-        return jax.tree.map(longer, caches)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "how", "mesh"), donate_argnames=("caches",))
@@ -426,14 +396,3 @@ def turn_of(config: ModelConfig) -> int | None:
 
 def cast(params: Params, dtype) -> Params:
     return jax.tree.map(lambda x: x.astype(dtype), params)
-
-
-def empty_caches(c: ModelConfig, slots: int, length: int, dtype: str, mesh: OnMesh = None) -> tuple[KV, ...]:
-    """One KV a layer: slots over the mesh's rows, heads over its tensor axis."""
-    shape = (slots, c.num_key_value_heads, length, c.head_dim)
-    where = None if mesh is None else spread_sharding(mesh, shape, tensor=1)
-
-    def make():
-        return tuple(KV(*(jnp.zeros(shape, dtype) for _ in "kv")) for _ in range(c.num_hidden_layers))
-
-    return jax.jit(make, out_shardings=where)()
