@@ -17,11 +17,15 @@ from .resolve import at_least, build, check_known, to_dict
 from .tasks.task import FamilySpec
 
 
+def check_top_p(top_p: float, where: str) -> None:
+    if not 0 < top_p <= 1:
+        raise UserError(f"{where}.top_p is {top_p}; it must be above 0 and at most 1")
+
+
 def check_decoding(config: Any, where: str) -> None:
     """What holds for every block that says how to draw sequences."""
     at_least(config, where, samples=1, max_new_tokens=1, slots=1, temperature=0, top_k=0)
-    if not 0 < config.top_p <= 1:
-        raise UserError(f"{where}.top_p is {config.top_p}; it must be above 0 and at most 1")
+    check_top_p(config.top_p, where)
     if config.samples > 1 and config.temperature == 0:
         raise UserError(
             f"{where}.samples is {config.samples} at temperature 0: they would all be the same; set temperature "

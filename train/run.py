@@ -149,42 +149,45 @@ class Run:
 
     def worked(self, split: Split) -> list[Text]:
         """The questions of a split with their worked solutions, or their answers where a family has none."""
-        tokenizer, texts = self.model.tokenizer, []
-        for q in self.suite.questions(split):
-            prompt = round.prompt_tokens(self.suite, tokenizer, q, self.config.tasks.few_shot)
-            completion = [*tokenizer.encode(q.solution or q.answer), tokenizer.eos_ids[0]]
-            if len(prompt) + len(completion) <= self.model.config.max_position_embeddings:
-                texts.append(Text(tuple(prompt), tuple(completion)))
-        return texts
+        texts = (self.text_of(question) for question in self.suite.questions(split))
+        return [text for text in texts if text is not None]
+
+    def text_of(self, question: Question) -> Text | None:
+        """A question with its worked solution, or its answer; None where the model has no room for both."""
+        tokenizer = self.model.tokenizer
+        prompt = round.prompt_tokens(self.suite, tokenizer, question, self.config.tasks.few_shot)
+        completion = [*tokenizer.encode(question.solution or question.answer), tokenizer.eos_ids[0]]
+        fits = len(prompt) + len(completion) <= self.model.config.max_position_embeddings
+        return Text(tuple(prompt), tuple(completion)) if fits else None
 
     def stops(self, own: tuple[str, ...]) -> tuple[str, ...]:
         """Stop strings of a block, and where a model shown worked examples goes on to the next question."""
         return own + (STOP_STRINGS if self.config.tasks.few_shot else ())
 
-    def answer(self, model: str, questions: Sequence[Question], folder: Path, title: str):
-        """Greedy answers, judged: ({question id: 1.0 or 0.0}, seconds); what cannot be judged counts as wrong."""
+    def evaluated_by(self, *, samples: int = 1, temperature: float = 0.0) -> Settings:
+        """How evaluations decode: greedily unless told otherwise."""
         config = self.config.evaluation
-        settings = Settings(
+        return Settings(
+            samples=samples,
+            temperature=temperature,
             max_new_tokens=config.max_new_tokens,
             stop=self.stops(config.stop),
             slots=config.slots,
             dtype=self.config.model.dtype,
         )
-        rows, seconds = self.generate(model, questions, settings, self.key, folder, batch=config.batch, title=title)
+
+    def answer(self, model: str, questions: Sequence[Question], folder: Path, title: str):
+        """Greedy answers, judged: ({question id: 1.0 or 0.0}, seconds); what cannot be judged counts as wrong."""
+        rows, seconds = self.generate(
+            model, questions, self.evaluated_by(), self.key, folder, batch=self.config.evaluation.batch, title=title
+        )
         scored = round.verify(self.suite, {q.id: q for q in questions}, rows)
         return {row["question_id"]: float(row["score"] == 1.0) for row in scored}, seconds
 
     def successes(self, model: str, questions: Sequence[Question], folder: Path, title: str) -> dict[str, int]:
         """How many of `evaluation.samples` samples of each question are right."""
         config = self.config.evaluation
-        settings = Settings(
-            samples=config.samples,
-            temperature=config.temperature,
-            max_new_tokens=config.max_new_tokens,
-            stop=self.stops(config.stop),
-            slots=config.slots,
-            dtype=self.config.model.dtype,
-        )
+        settings = self.evaluated_by(samples=config.samples, temperature=config.temperature)
         on_first(folder.mkdir, exist_ok=True)
         key = jax.random.fold_in(self.key, np.uint32(0x9A55))
         rows, _ = self.generate(model, questions, settings, key, folder, batch=config.batch, title=title)

@@ -36,7 +36,6 @@ def write(run: Run, *, finished: bool) -> dict[str, Any]:
     seconds: Counter[str] = Counter()
     for record in records:
         seconds[record["kind"]] += record["seconds"]
-    device = jax.devices()[0]
     summary = {
         "name": run.name,
         "finished": finished,
@@ -45,14 +44,22 @@ def write(run: Run, *, finished: bool) -> dict[str, Any]:
         "majority": next((r["majority"] for r in records if r["kind"] == "load"), []),
         "seconds": sum(seconds.values()),
         "phase_seconds": dict(seconds),
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
-        "device": f"{device.platform} × {run.mesh.size} ({device.device_kind})",
-        "command": run.command,
-        "commit": commit(),
+        **made_by(run.command, run.mesh.size),
     }
     write_durably(run.journal.root / "summary.json", json.dumps(summary, indent=1))
     write_report(run.journal.root)
     return summary
+
+
+def made_by(command: str, devices: int) -> dict[str, Any]:
+    """What made a result: versions, device, command, commit."""
+    device = jax.devices()[0]
+    return {
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "device": f"{device.platform} × {devices} ({device.device_kind})",
+        "command": command,
+        "commit": commit(),
+    }
 
 
 def paired(run: Run, evaluated) -> list[dict[str, Any]]:

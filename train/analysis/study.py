@@ -120,18 +120,15 @@ class Study:
 
     def _texts(self) -> dict[str, list[Text]]:
         """Held-out questions with what should follow them, by domain."""
-        tokenizer, few_shot = self.run.model.tokenizer, self.run.config.tasks.few_shot
         found: dict[str, list[Text]] = {}
         bare = set()
         for domain in DOMAINS:
             for question in self.held_out(domain, self.options.texts):
                 if question.solution is None:
                     bare.add(question.family)
-                prompt = rounds_of_run.prompt_tokens(self.run.suite, tokenizer, question, few_shot)
-                completion = tokenizer.encode(question.solution or question.answer)
-                completion = [*completion, tokenizer.eos_ids[0]]
-                if len(prompt) + len(completion) <= self.config.max_position_embeddings:
-                    found.setdefault(domain, []).append(Text(tuple(prompt), tuple(completion)))
+                text = self.run.text_of(question)
+                if text is not None:
+                    found.setdefault(domain, []).append(text)
         if not found:
             raise UserError(
                 f"{self.run.journal.root}: the run has no validation or test question that fits the model;"
@@ -158,13 +155,7 @@ class Study:
 
     def solver(self, model: str, title: str) -> Callable[[Sequence[Question]], Mapping[str, float]]:
         """Return a function from questions to right (1.0) or not, answered greedily as the run evaluates."""
-        block, params = self.run.config.evaluation, self.weights(model)
-        settings = Settings(
-            max_new_tokens=block.max_new_tokens,
-            stop=self.run.stops(block.stop),
-            slots=block.slots,
-            dtype=self.dtype,
-        )
+        params, settings = self.weights(model), self.run.evaluated_by()
 
         def solve(questions: Sequence[Question]) -> dict[str, float]:
             rows = self._rollout(params, questions, settings, title)

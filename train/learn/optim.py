@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmerge.tree import leaf_paths
 from jaxmerge.where import matches
 
 from ..log import UserError
@@ -77,16 +78,19 @@ def decays(path: str, patterns: tuple[str, ...] = ()) -> bool:
 
 def decay_mask(params: Any, patterns: tuple[str, ...]) -> Any:
     """True at every leaf that decays; a pattern that matches no parameter is an error."""
-    paths = jax.tree_util.tree_map_with_path(
-        lambda path, _: "/".join(str(getattr(entry, "key", entry)) for entry in path), params
-    )
+    paths = checked_paths("sft.step.decay", patterns, params)
+    return jax.tree.unflatten(jax.tree.structure(params), [decays(path, patterns) for path in paths])
+
+
+def checked_paths(setting: str, patterns: tuple[str, ...], params: Any) -> list[str]:
+    """The path of every leaf, once each of a setting's patterns is known to match one."""
+    paths = leaf_paths(params)
     for pattern in patterns:
-        if not any(matches(pattern, path) for path in jax.tree.leaves(paths)):
+        if not any(matches(pattern, path) for path in paths):
             raise UserError(
-                f"sft.step.decay: {pattern!r} matches none of the {len(jax.tree.leaves(paths))} parameters; the first"
-                f" is {jax.tree.leaves(paths)[0]}"
+                f"{setting}: {pattern!r} matches none of the {len(paths)} parameters; the first is {paths[0]}"
             )
-    return jax.tree.map(lambda path: decays(path, patterns), paths)
+    return paths
 
 
 def learning_rate(config: Sft, step: int, steps: int) -> float:

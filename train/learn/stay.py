@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmerge import where
-from jaxmerge.tree import named_leaves
+from jaxmerge.where import matches
 
 from ..log import UserError
 from ..models.decoder import Params
+from .optim import checked_paths
 
 
 class Anchor(NamedTuple):
@@ -38,12 +38,7 @@ def pull(params: Params, anchor: Anchor, grads: Any) -> Any:
 
 def held(patterns: tuple[str, ...], params: Params) -> Any:
     """True at every leaf that is frozen; a pattern without a leaf is an error."""
-    paths = list(named_leaves(params))
-    for pattern in patterns:
-        if not any(where.matches(pattern, path) for path in paths):
-            raise UserError(
-                f"sft.stay.freeze: {pattern!r} matches none of the {len(paths)} parameters; the first is {paths[0]}"
-            )
-    if patterns and all(where.matches(patterns, path) for path in paths):
+    frozen = [matches(patterns, path) for path in checked_paths("sft.stay.freeze", patterns, params)]
+    if patterns and all(frozen):
         raise UserError(f"sft.stay.freeze: {', '.join(patterns)} freeze every parameter; leave some to train")
-    return jax.tree.unflatten(jax.tree.structure(params), [where.matches(patterns, path) for path in paths])
+    return jax.tree.unflatten(jax.tree.structure(params), frozen)

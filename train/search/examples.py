@@ -9,6 +9,7 @@ from typing import Any
 from ..models.tokenizer import Tokenizer
 from ..round import DATE
 from ..tasks.code import extract_code, source_of
+from ..tasks.wording import untemplated
 from .prompts import Prompts, fill
 from .questions import Item
 from .testing import compiles
@@ -108,7 +109,7 @@ def example(item: Item, text: str, tokenizer: Tokenizer, solution: Mapping[str, 
     elif tokenizer.has_chat_template:
         prompt = tokenizer.chat(item.prompt, date_string=DATE)
     else:
-        prompt = "".join(f"{message['content'].strip()}\n\n" for message in item.prompt)
+        prompt = untemplated([message["content"] for message in item.prompt])
     before = tokenizer.encode(prompt, special=not rendered)
     return {
         "question_id": item.id,

@@ -65,11 +65,9 @@ def from_families(config: Questions) -> list[Item]:
         if not isinstance(suite.tasks[q.family], CodeTask):
             items.append(Item(q.id, q.family, q.text, asked, q.answer, functools.partial(suite.verify, q)))
             continue
-        fields = {f.name: q.entry[f.name] for f in dataclasses.fields(CodeProblem)}
-        problem = CodeProblem(**{**fields, "calls": tuple(fields["calls"])})
         # The whole of what is asked: it names the function.
         text = asked if isinstance(asked, str) else asked[-1]["content"]
-        items.append(Item(q.id, q.family, text, asked, None, None, problem))
+        items.append(Item(q.id, q.family, text, asked, None, None, CodeProblem.of_entry(q.entry)))
     return items
 
 

@@ -9,9 +9,7 @@ samples/search/1.0.0/                       the examples, ready for `jaxmerge sf
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
-import platform
 import time
 from collections import Counter
 from concurrent.futures import Future
@@ -33,7 +31,7 @@ from ..processes import on_first, several
 from ..report import write_report
 from ..resolve import fingerprint, to_dict
 from ..stop import check
-from ..summary import PACKAGES, commit
+from ..summary import made_by
 from ..tasks.code import CodeProblem
 from .ask import ROLES, Ask
 from .driver import Driver
@@ -252,7 +250,6 @@ def make_examples(config: SearchRun, items: list[Item], prompts: Prompts, model:
 
 def write_summary(folder: Path, *, name: str, command: str, records: dict[str, dict[str, Any]]) -> None:
     """summary.json and the report."""
-    device = jax.devices()[0]
     summary = {
         "name": name,
         "finished": True,
@@ -260,10 +257,7 @@ def write_summary(folder: Path, *, name: str, command: str, records: dict[str, d
         "paired": [],
         "seconds": sum(record["seconds"] for record in records.values()),
         "phase_seconds": {phase: record["seconds"] for phase, record in records.items()},
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
-        "device": f"{device.platform} × {jax.device_count()} ({device.device_kind})",
-        "command": command,
-        "commit": commit(),
+        **made_by(command, jax.device_count()),
     }
     write_durably(folder / "summary.json", json.dumps(summary, indent=1))
     write_report(folder)

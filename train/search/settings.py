@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from ..config import Distributed, Mesh, Source
+from ..config import Distributed, Mesh, Source, check_top_p
 from ..log import UserError
 from ..resolve import at_least
 from ..tasks.task import FamilySpec
@@ -132,8 +132,7 @@ class Drawing:
         at_least(
             self, "sampling", temperature=1e-6, top_k=0, step=1, hint=1, score=1, chain=1, write=1, slots=1, kept=0
         )
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"sampling.top_p is {self.top_p}; it must be above 0 and at most 1")
+        check_top_p(self.top_p, "sampling")
 
 
 @dataclasses.dataclass(frozen=True)

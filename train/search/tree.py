@@ -20,7 +20,7 @@ import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 ROOT = 0
@@ -186,8 +186,3 @@ def children_of(nodes: Sequence[Mapping[str, Any]], i: int) -> Iterator[tuple[in
     """(number, node) of the children in rows of `Tree.rows`, the highest value first."""
     for child in sorted(nodes[i]["children"], key=lambda c: (-nodes[c]["value"], c)):
         yield child, nodes[child]
-
-
-def depths(nodes: Iterable[dict[str, Any]]) -> list[int]:
-    """Depth of every node but the root."""
-    return [node["depth"] for node in nodes if node["parent"] is not None]

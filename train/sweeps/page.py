@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..journal import write_durably
-from ..log import UserError, say
+from ..log import DOMAIN_NAMES, UserError, say
 from ..resolve import read_yaml
 from . import pictures
-from .cells import judge_cells, unique
-from .read import DOMAINS, Run, runs
+from .cells import judge_cells, tune_cells, unique
+from .read import Run, runs
 from .run import Experiment
 from .stats import gain, holm, mean_interval, sign_flip
 
@@ -93,18 +93,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def tuning(experiment: Experiment, done, chosen) -> list[str]:
     """Each candidate's validation score, the chosen one in bold."""
-    from .cells import score, tune_cells
-
-    found: dict[tuple[str, int], list[float]] = {}
-    for cell in tune_cells(experiment.values, experiment.sweep):
-        if cell.id in done:
-            value = score(done[cell.id]["results"][cell.method], "validation")
-            found.setdefault((cell.method, cell.candidate or 0), []).append(value)
+    scores = experiment.candidate_scores(done)
     lines = []
     for method, candidates in experiment.sweep.tune.candidates.items():
         cells = []
         for number, candidate in enumerate(candidates):
-            values = found.get((method, number), [])
+            values = scores[method][number]
             mean = f"{100 * sum(values) / len(values):.1f}" if values else "–"
             text = f"{mean} `{flat(candidate)}`"
             cells.append(f"**{text}**" if chosen and chosen[method] == number else text)
@@ -138,7 +132,7 @@ def flat(value: Any, prefix: str = "") -> str:
 def frontier(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:
     """Accuracy by domain, what each method adds to the base's frontier, and tests against the control."""
     methods = list(dict.fromkeys(run.method for run in found))
-    domains = [d for d in DOMAINS if any(d in run.domains for run in found)]
+    domains = [d for d in DOMAIN_NAMES if any(d in run.domains for run in found)]
     of = {name: [run for run in found if run.method == name] for name in methods}
     control = {str(run.axes): run for run in of.get(experiment.sweep.control, [])}
     area = {str(run.axes) + run.method: frontier_gain(run) for run in found}
@@ -150,8 +144,8 @@ def frontier(experiment: Experiment, found: list[Run], folder: Path) -> list[str
             p_mean[name] = sign_flip([balance(a) - balance(b) for a, b in pairs])
     p_area, p_mean = holm(p_area), holm(p_mean)
     k = max((int(k) for run in found for s in run.scores for k in s.pass_at), default=0)
-    head = ["method", "n", *(f"{DOMAINS[d]} %" for d in domains)]
-    head += [f"{DOMAINS[d]} pass@{k} %" for d in domains if k and d in ("id", "ood")]
+    head = ["method", "n", *(f"{DOMAIN_NAMES[d]} %" for d in domains)]
+    head += [f"{DOMAIN_NAMES[d]} pass@{k} %" for d in domains if k and d in ("id", "ood")]
     head += ["mean of in and out", "p", "adds to the frontier, %²", "p"]
     rows = [base_row(found, domains, k)]
     for name in sorted(methods, key=lambda m: -sum(map(balance, of[m])) / len(of[m])):
@@ -258,7 +252,7 @@ def curve(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:
     axis = next(iter(experiment.sweep.axes))
     methods = list(dict.fromkeys(run.method for run in found))
     labels = list(dict.fromkeys(run.axes[axis] for run in found))
-    domains = [d for d in DOMAINS if any(d in run.domains for run in found)]
+    domains = [d for d in DOMAIN_NAMES if any(d in run.domains for run in found)]
     rows = []
     for name in methods:
         for label in labels:
@@ -266,7 +260,7 @@ def curve(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:
             rows.append([name, label, str(len(here)), *(percent([run.accuracy(d) for run in here]) for d in domains)])
     picture = folder / f"{experiment.name}.svg"
     write_durably(picture, pictures.curve(axis, found))
-    head = ["method", axis, "n", *(f"{DOMAINS[d]} %" for d in domains)]
+    head = ["method", axis, "n", *(f"{DOMAIN_NAMES[d]} %" for d in domains)]
     return [*table(head, rows), f"![accuracy over {axis}]({folder.name}/{picture.name})", ""]
 
 

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..log import DOMAIN_NAMES
 from .cells import Cell
 
 Row = dict[str, Any]
-DOMAINS = {"id": "in domain", "harder": "harder", "ood": "out of domain", "unseen": "never seen"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def domains(self) -> list[str]:
-        return [d for d in DOMAINS if any(s.domain == d for s in self.scores)]
+        return [d for d in DOMAIN_NAMES if any(s.domain == d for s in self.scores)]
 
 
 def runs(cells: Iterable[Cell], done: Mapping[str, Row]) -> list[Run]:

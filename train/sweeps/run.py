@@ -62,17 +62,22 @@ class Experiment:
 
     def chosen(self, done: Mapping[str, Row]) -> dict[str, int] | None:
         """The best candidate of each tuned method on validation; None while some are not run."""
-        scores: dict[tuple[str, int], list[float]] = {}
-        for cell in tune_cells(self.values, self.sweep):
-            if cell.id not in done:
-                return None
-            found = score(done[cell.id]["results"][cell.method], "validation")
-            scores.setdefault((cell.method, cell.candidate or 0), []).append(found)
+        if any(cell.id not in done for cell in tune_cells(self.values, self.sweep)):
+            return None
         best = {}
-        for method, candidates in self.sweep.tune.candidates.items():
-            means = [sum(scores[method, i]) / len(scores[method, i]) for i in range(len(candidates))]
+        for method, candidates in self.candidate_scores(done).items():
+            means = [sum(scores) / len(scores) for scores in candidates]
             best[method] = max(range(len(means)), key=lambda i: (means[i], -i))
         return best
+
+    def candidate_scores(self, done: Mapping[str, Row]) -> dict[str, list[list[float]]]:
+        """Method → candidate → the validation scores of its finished runs."""
+        found = {method: [[] for _ in candidates] for method, candidates in self.sweep.tune.candidates.items()}
+        for cell in tune_cells(self.values, self.sweep):
+            if cell.id in done:
+                assert cell.candidate is not None, "a run of tuning is of a candidate"
+                found[cell.method][cell.candidate].append(score(done[cell.id]["results"][cell.method], "validation"))
+        return found
 
     def todo(self, done: Mapping[str, Row]) -> list[Cell]:
         """Cells not finished, of the stage that can run now."""
@@ -95,7 +100,8 @@ def run(experiment: Experiment, *, command: str, out: Path) -> Path:
             done = experiment.done()
             if cell.id in done:
                 continue
-            say(f"{experiment.name}: {cell} ({len(done)} cells done, {len(experiment.todo(done))} of this stage to do)")
+            left = sum(c.id not in done for c in cells)
+            say(f"{experiment.name}: {cell} ({len(done)} cells done, {left} of this stage to do)")
             try:
                 run_cell(experiment, cell, out, command)
             except Busy:

@@ -55,6 +55,12 @@ class CodeProblem:
     solution: str | None = None
     timeout: float = 10.0
 
+    @classmethod
+    def of_entry(cls, entry: Mapping[str, Any]) -> CodeProblem:
+        """The problem of a question, whose entry holds its fields."""
+        fields = {f.name: entry[f.name] for f in dataclasses.fields(cls)}
+        return cls(**{**fields, "calls": tuple(fields["calls"])})
+
 
 # --- from a completion to a program --------------------------------------------------------------------------
 
@@ -298,10 +304,9 @@ class CodeTask:
                 return 0.0
             key = (question.id, code)
             if key not in self._known:
-                fields = {f.name: question.entry[f.name] for f in dataclasses.fields(CodeProblem)}
-                problem = CodeProblem(**{**fields, "calls": tuple(fields["calls"])})
+                program = as_program(CodeProblem.of_entry(question.entry), code)
                 with _TURN:
-                    (verdict,) = shared_sandbox().run([as_program(problem, code)])
+                    (verdict,) = shared_sandbox().run([program])
                 self._known[key] = float(verdict.passed)
             return self._known[key]
         except Exception as error:  # recorded, never hidden: a verifier may not stop a run

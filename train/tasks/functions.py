@@ -119,21 +119,15 @@ def _of_list(ranges: Ranges, random: Random) -> Made:
     change = random.choice(["", *MAPS])
     end = random.choice(list(ENDS))
     symbols, words, stages = [], ["takes a list of whole numbers a"], []
-    condition, element = "", "v"
-    if keep:
-        k = random.randint(2, ranges.max_constant)
-        said, written = FILTERS[keep]
-        condition = written.format(k=k)
-        symbols.append(keep + (str(k) if "{k}" in said else ""))
-        words.append(said.format(k=k))
-        stages.append(condition)
-    if change:
-        k = random.randint(2, ranges.max_constant)
-        said, written = MAPS[change]
-        element = written.format(k=k)
-        symbols.append(change + (str(k) if "{k}" in said else ""))
-        words.append(said.format(k=k))
-        stages.append(element)
+    for name, table in ((keep, FILTERS), (change, MAPS)):
+        if name:
+            k = random.randint(2, ranges.max_constant)
+            said, written = table[name]
+            symbols.append(name + (str(k) if "{k}" in said else ""))
+            words.append(said.format(k=k))
+            stages.append(written.format(k=k))
+    condition = stages[0] if keep else ""
+    element = stages[-1] if change else "v"
     inside = f"{element} for v in a" + (f" if {condition}" if condition else "")
     said, written = ENDS[end]
     return Made(f"a:{','.join([*symbols, end])}?", ", ".join(words) + f", and {said}",
