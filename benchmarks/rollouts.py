@@ -12,8 +12,8 @@ r"""Rollouts against transformers' `generate`: python benchmarks/rollouts.py [ke
                                (and jax), in a process of its own: jax and torch may want different Pythons
 
 Useful tokens a second: what a sequence holds up to its end token, that included; what is decoded past it, or for
-padding, counts for nobody. Both draw from the whole softmax. Each side is warmed up by one run of 8 prompts, in which
-ours compiles; how often and how long is printed.
+padding, counts for nobody. Both draw from the whole softmax. Each side is warmed up, ours with half as many sequences
+again as it has slots, in which it compiles; how often and how long is printed.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def main() -> None:
             "transformers, useful tokens/s by batch:", ", ".join(f"{s}: {v:.0f}" for s, v in speeds.items()), flush=True
         )
         rivals["transformers"] = lambda prompts: generate(prompts, best)
-    ours(prompts[:8])
+    ours(prompts[: max(8, 3 * int(options["slots"]) // (2 * samples))])
     print(f"jaxmerge compiled {len(compiled)} programs in {sum(compiled):.1f} s")
     before = len(compiled)
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from train.cli import main
 from train.config import Mesh
 from train.harness import Requests, evaluate
 from train.log import UserError
@@ -115,6 +116,13 @@ def test_the_harness_says_of_our_model_what_it_says_of_transformers(tmp_path, mo
     lm = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4, max_length=96)
     manager = TaskManager(include_path=str(tmp_path))
     theirs = lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=manager, **options)
+    words = ["harness", str(folder), ",".join(tasks), f"include={tmp_path}", f"out={tmp_path / 'mesh.json'}", "slots=8"]
+    assert main([*words, "mesh.data=2", "mesh.fsdp=2", "mesh.gather_to_decode=true"]) == 0
+    spread = json.loads((tmp_path / "mesh.json").read_text())["results"]
+    for task in tasks:
+        for metric, value in ours["results"][task].items():
+            if isinstance(value, float) and "stderr" not in metric:
+                assert spread[task][metric] == pytest.approx(value, rel=1e-4), (task, metric)
     with pytest.raises(UserError, match=r"no task 'local_choices' among .*; did you mean local_choice\?"):
         evaluate(model, ["local_choices"], include_path=str(tmp_path))
     (tmp_path / "sums.jsonl").rename(tmp_path / "gone.jsonl")

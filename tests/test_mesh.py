@@ -19,7 +19,7 @@ from train.learn.batches import Rows
 from train.learn.settings import Step
 from train.learn.sft import compute_of, fine_tune, init_state, make_step, state_shardings
 from train.log import UserError
-from train.mesh import batch_sharding, make_mesh, replicated, sharding_of, shardings
+from train.mesh import batch_sharding, make_mesh, replicated, sharding_of, shardings, without_fsdp
 from train.models.decoder import shapes
 from train.models.source import random_config, random_model
 
@@ -191,15 +191,15 @@ def test_the_moments_lie_where_their_parameters_lie(on, rows):
         assert {x.data.shape for x in weight.addressable_shards} == {(32, 16)}
 
 
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize(("name", "gather"), [*((name, False) for name in MANY), ("2×2×2", True)])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_sampling_gives_the_same_tokens(on, name, temperature):
+def test_sampling_gives_the_same_tokens(on, name, gather, temperature):
     """No draw of these is a near-tie: on every mesh the same token."""
     prompts = [Prompt(str(i), tuple(range(2, 5 + i))) for i in range(10)]
 
     def drawn(which):
         _, model = on(which)
-        settings = Settings(max_new_tokens=12, slots=8, temperature=temperature)
+        settings = Settings(max_new_tokens=12, slots=8, temperature=temperature, gather=gather)
         return rollout(model.config, model.params, model.tokenizer, prompts, settings, jax.random.key(0))
 
     for a, b in zip(drawn(name), drawn("1×1×1"), strict=True):
@@ -301,13 +301,16 @@ def test_the_step_gathers_weights_and_never_activations(mesh):
     assert all(np.prod(shape) <= max(most, weights) for kind, sizes in found if kind == "all-reduce" for shape in sizes)
 
 
+@pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize("mesh", [Mesh(fsdp=8), Mesh(data=2, fsdp=2, tensor=2)])
-def test_decoding_leaves_the_caches_where_they_are(mesh):
+def test_decoding_leaves_the_caches_where_they_are(mesh, gather):
+    """And gathers weights for every token, or, whole over fsdp from the start, none."""
     where = make_mesh(mesh)
+    places = shardings(where, shapes(LARGE))
     params = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=place),
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=without_fsdp(place) if gather else place),
         shapes(LARGE),
-        shardings(where, shapes(LARGE)),
+        places,
     )
     caches = empty_caches(LARGE, 16, 64, "float32", where)
     numbers = np.zeros(16, np.int32)
@@ -315,8 +318,12 @@ def test_decoding_leaves_the_caches_where_they_are(mesh):
         LARGE, params, caches, numbers, numbers, numbers, np.zeros((16, 2), np.uint32), np.float32(1),
         how=Decoding(False), mesh=where,
     ).compile()  # fmt: skip
-    for kind, sizes in collectives(compiled):
+    found = collectives(compiled)
+    for kind, sizes in found:
         assert not any(len(shape) == 4 for shape in sizes), (kind, sizes)
+    weights = {x.shape[0] * x.shape[1] // mesh.tensor for x in jax.tree.leaves(shapes(LARGE)) if len(x.shape) == 2}
+    gathered = [s for kind, sizes in found for s in sizes if kind == "all-gather" and int(np.prod(s)) in weights]
+    assert bool(gathered) != gather, gathered
     kept = compiled.output_shardings[0][0].k
     assert kept.is_equivalent_to(caches[0].k.sharding, 4)
 

@@ -487,10 +487,10 @@ def test_verdicts_may_come_later(tmp_path):
 # --- as the source of an improve run's samples ---
 
 
-@pytest.mark.parametrize("source", ["dart", "mcts"])
+@pytest.mark.parametrize("source", ["dart", "tot", "mcts"])
 def test_improve_samples_by_a_search(tmp_path, source):
     tiny = load(Improve, ROOT / "configs" / "tiny.yaml")
-    small = {"dart": {"samples": 3, "most": 6}, "iterations": 2, "retries": 0}
+    small = {"dart": {"samples": 3, "most": 6}, "iterations": 2, "depth": 2, "retries": 0, "reflect": False}
     sampling = build(Sampling, {"source": source, "search": small, "max_new_tokens": 8, "slots": 8, "temperature": 1.0})
     suite = build_suite(tiny.tasks.families, seed=0, style="compact")
     model = random_model({**MODEL, "max_position_embeddings": 512}, make_mesh(tiny.mesh), seed=0)

@@ -54,6 +54,8 @@ class Plan:
     """sft: tokens a row; decode: tokens a cache holds."""
     slots: int | None = None
     """decode: sequences side by side; null: 16 for each data × fsdp."""
+    gather: bool = False
+    """decode: the run's `mesh.gather_to_decode`: weights whole over fsdp."""
     remat: Literal["none", "full", "dots"] = "full"
     masters: Literal["float32", "bfloat16"] = "float32"
     layers: Literal["stacked", "unrolled"] = "stacked"
@@ -103,7 +105,8 @@ def cost(model: ModelConfig, plan: Any, topology: Topology) -> tuple[float, ...]
     own = plan.slots / (shape["data"] * f)
     sums = 2 * (t - 1) / t * 2 * model.num_hidden_layers * 4 * model.hidden_size * own
     at_once = weights + paper.decode_memory(model, plan, shape)["caches"]
-    seconds = at_once / chip.hbm_rate + ((f - 1) / f * weights + sums) / chip.ici_rate
+    gathered = 0.0 if plan.gather else (f - 1) / f * weights
+    seconds = at_once / chip.hbm_rate + (gathered + sums) / chip.ici_rate
     return seconds / plan.slots, t
 
 
@@ -196,6 +199,8 @@ def changes(plan: Plan, model: ModelConfig, topology: Topology) -> Iterator[tupl
         yield f"mesh.fsdp={shape['fsdp'] // 2} mesh.tensor={2 * shape['tensor']}", other
     if plan.step != "merge" and plan.length > 256:
         yield f"length={plan.length // 2}", dataclasses.replace(plan, length=plan.length // 2)
+    if plan.gather:
+        yield "gather=false", dataclasses.replace(plan, gather=False)
     if plan.step == "decode" and plan.slots and plan.slots > ways:
         yield f"slots={ways}", dataclasses.replace(plan, slots=ways)
     if topology.larger is not None:

@@ -64,9 +64,10 @@ def decode_memory(model: ModelConfig, plan: Any, mesh: Shape) -> dict[str, float
     width, t = WIDTH[plan.dtype], mesh["tensor"]
     cache = 2 * width * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * plan.length / t
     table = model.vocab_size * model.hidden_size
-    gathered = 0.0 if mesh["fsdp"] == 1 else width * (2 * table + token_flops(model)[0] / model.num_hidden_layers) / t
+    spread = mesh["fsdp"] if not plan.gather else 1
+    gathered = 0.0 if spread == 1 else width * (2 * table + token_flops(model)[0] / model.num_hidden_layers) / t
     return {
-        "weights": width * parameters(model) / (mesh["fsdp"] * t),
+        "weights": width * parameters(model) / (spread * t),
         "caches": cache * plan.slots / (mesh["data"] * mesh["fsdp"]),
         "gathered": gathered,
     }

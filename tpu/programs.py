@@ -14,7 +14,7 @@ from train.generate.caches import empty_caches
 from train.generate.engine import Decoding, decode
 from train.learn.settings import Sft, Step
 from train.learn.sft import compute_of, init_state, make_step, state_shardings
-from train.mesh import batch_sharding, replicated, shardings, spread_sharding
+from train.mesh import batch_sharding, replicated, shardings, spread_sharding, without_fsdp
 from train.models.config import ModelConfig
 from train.models.decoder import shapes
 from train.models.stacked import stack_layers
@@ -65,7 +65,8 @@ def sft(model: ModelConfig, plan: Any, mesh: jax.sharding.Mesh) -> Program:
 
 def decoder(model: ModelConfig, plan: Any, mesh: jax.sharding.Mesh) -> Program:
     """`train.generate.engine.decode`: CHUNK tokens for each of `slots` sequences of up to `length` tokens."""
-    params = placed(shapes(model), shardings(mesh, shapes(model)), plan.dtype)
+    where = shardings(mesh, shapes(model))
+    params = placed(shapes(model), jax.tree.map(without_fsdp, where) if plan.gather else where, plan.dtype)
     caches = jax.eval_shape(functools.partial(empty_caches, model, plan.slots, plan.length, plan.dtype))
     caches = jax.tree.map(lambda x: shape(x.shape, x.dtype, spread_sharding(mesh, x.shape, tensor=1)), caches)
     whole = replicated(mesh)

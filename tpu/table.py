@@ -19,7 +19,7 @@ from .presets import model_of
 from .topologies import GIB, read
 
 ROWS = tuple(
-    Plan(topology=topology, model=model, step=step)  # type: ignore[arg-type]  # one of the three
+    Plan(topology=topology, model=model, step=step, gather=gather)  # type: ignore[arg-type]  # one of the three
     for model, slices in {
         "llama-3.1-8b": (
             "v5e:4x4", "v5e:8x8", "v5e:16x16", "v6e:2x4", "v6e:8x8", "v6e:16x16", "v5p:2x2x1", "v5p:4x4x4", "v5p:4x8x8",
@@ -29,7 +29,7 @@ ROWS = tuple(
         ),
     }.items()
     for topology in slices
-    for step in ("sft", "decode", "merge")
+    for step, gather in (("sft", False), ("decode", False), ("decode", True), ("merge", False))
 )  # fmt: skip
 
 HEAD = (
@@ -67,7 +67,7 @@ def line_of(report: Report) -> str:
     cells: list[Any] = [
         plan.model,
         report.topology.name,
-        plan.step,
+        plan.step + ", gathered" * plan.gather,
         "×".join(str(n) for n in plan.shape.values()),
         {"sft": plan.batch, "decode": plan.slots, "merge": ""}[plan.step],
         f"{report.bytes_per_device / GIB:.2f}",

@@ -36,6 +36,7 @@ def sample_file(path: str, source: Path, out: Path, options: SampleOptions) -> i
         options.stop,
         options.slots,
         options.dtype,
+        options.mesh.gather_to_decode,
     )
     with progress("sample", total=len(prompts) * options.samples, unit="samples") as bar:
         samples = rollout(
@@ -96,6 +97,7 @@ def evaluate_model(path: str, config: Improve) -> dict[str, Any]:
         stop=block.stop + (STOP_STRINGS if config.tasks.few_shot else ()),
         slots=block.slots,
         dtype=config.model.dtype,
+        gather=config.mesh.gather_to_decode,
     )
     rows, _ = ask(
         model, suite, questions, settings, seed=config.seed, name=Path(path).name, few_shot=config.tasks.few_shot

@@ -85,10 +85,10 @@ class Sampling:
     """Sequences decoded side by side."""
     batch: int = 64
     """Questions committed to disk at once: what a kill can lose."""
-    source: Literal["plain", "dart", "mcts"] = "plain"
-    """plain: `samples` a question. dart: until enough are right, by difficulty. mcts: a tree search, then its best."""
+    source: Literal["plain", "dart", "tot", "mcts"] = "plain"
+    """plain: `samples` a question. dart: until enough are right, by difficulty. tot, mcts: a tree, then its best."""
     search: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of dart and mcts: keys of `search` of `jaxmerge search` (docs/search.md)."""
+    """Of the other sources: keys of `search` of `jaxmerge search` (docs/search.md)."""
 
     def __post_init__(self):
         check_decoding(self, "sampling")
@@ -98,7 +98,9 @@ class Sampling:
 
             build(Search, {**self.search, "kind": self.source}, "sampling.search")
         elif self.search:
-            raise UserError("sampling.search is read with sampling.source: dart or mcts; set it, or leave search out")
+            raise UserError(
+                "sampling.search is read with sampling.source: dart, tot or mcts; set it, or leave search out"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +253,8 @@ class Mesh:
     tensor: int = 1
     cpu_devices: int | None = None
     """Split the CPU into this many virtual devices (tests, laptops)."""
+    gather_to_decode: bool = False
+    """Decode with weights whole over fsdp, gathered once and not for every token: 2 P/tensor bytes a device."""
 
     def __post_init__(self):
         at_least(self, "mesh", data=1, fsdp=1, tensor=1)

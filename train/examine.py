@@ -117,7 +117,8 @@ def answer(
     family = suite.specs[0].family
     stop = (STOP,) if asked_plainly(options, family) else ()
     settings = Settings(
-        max_new_tokens=options.max_new_tokens, slots=options.slots, dtype=options.dtype, stop=stop
+        max_new_tokens=options.max_new_tokens, slots=options.slots, dtype=options.dtype, stop=stop,
+        gather=options.mesh.gather_to_decode,
     )  # fmt: skip
     rows, scored = ask(model, suite, questions, settings, seed=0, name=name)
     return {"rows": rows, "answers": scored, "unfinished": sum(row["reason"] == "length" for row in scored)}

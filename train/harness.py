@@ -8,23 +8,46 @@ Its tasks and its metrics; our model, tokenizer and engine. Needs the package `l
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
+from .config import Distributed, Mesh
 from .generate.rollout import Prompt, Settings, rollout
 from .generate.score import encode_pair, score
 from .log import UserError
 from .models.load import Model
+from .resolve import at_least
 from .round import DATE
 
 GENERATION = {"until", "max_gen_toks", "max_tokens", "temperature", "do_sample", "top_k", "top_p"}
 MAX_GEN_TOKS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class HarnessOptions:
+    """Keys of `jaxmerge harness MODEL TASKS`."""
+
+    include: str | None = None
+    """A folder with tasks as YAML files."""
+    num_fewshot: int | None = None
+    limit: float | None = None
+    """Documents of a task, or their share below 1; null takes all."""
+    chat: bool = False
+    """Put prompts through the chat template."""
+    slots: int = 64
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
+
+    def __post_init__(self):
+        at_least(self, "harness", slots=1)
 
 
 def evaluate(
@@ -34,6 +57,7 @@ def evaluate(
     dtype: str = "float32",
     slots: int = 64,
     seed: int = 0,
+    gather: bool = False,
     include_path: str | None = None,
     **given: Any,
 ) -> dict[str, Any]:
@@ -44,6 +68,7 @@ def evaluate(
       dtype: operands of every matmul.
       slots: sequences decoded side by side.
       seed: of sampled generations; the harness's own seeds stay at its defaults.
+      gather: decode with weights whole over fsdp.
       include_path: folder with further tasks as YAML files.
       given: handed to `lm_eval.simple_evaluate`: num_fewshot, limit, apply_chat_template, …
 
@@ -61,7 +86,10 @@ def evaluate(
             raise UserError(f"no task {name!r} among the harness's{where}{hint}")
     try:
         return lm_eval.simple_evaluate(
-            model=adapt(model, dtype=dtype, slots=slots, seed=seed), tasks=list(tasks), task_manager=manager, **given
+            model=adapt(model, dtype=dtype, slots=slots, seed=seed, gather=gather),
+            tasks=list(tasks),
+            task_manager=manager,
+            **given,
         )
     except (ConnectionError, FileNotFoundError) as error:
         raise UserError(f"the data of a task could not be read: {' '.join(str(error).split())}") from error
@@ -77,9 +105,9 @@ def load(name: str) -> Any:
         ) from error
 
 
-def adapt(model: Model, *, dtype: str = "float32", slots: int = 64, seed: int = 0) -> Any:
+def adapt(model: Model, *, dtype: str = "float32", slots: int = 64, seed: int = 0, gather: bool = False) -> Any:
     """An `lm_eval.api.model.LM` over a model, for callers with a harness of their own."""
-    return _class()(Requests(model, dtype, slots, seed))
+    return _class()(Requests(model, dtype, slots, seed, gather))
 
 
 @functools.cache
@@ -123,8 +151,8 @@ def _class() -> type:
 class Requests:
     """The harness's three questions, answered by our scorer and engine."""
 
-    def __init__(self, model: Model, dtype: str = "float32", slots: int = 64, seed: int = 0):
-        self.model, self.dtype, self.slots, self.seed = model, dtype, slots, seed
+    def __init__(self, model: Model, dtype: str = "float32", slots: int = 64, seed: int = 0, gather: bool = False):
+        self.model, self.dtype, self.slots, self.seed, self.gather = model, dtype, slots, seed, gather
 
     @property
     def max_length(self) -> int:
@@ -206,6 +234,7 @@ class Requests:
             stop=tuple(u for u in ([until] if isinstance(until, str) else until) if u),
             slots=self.slots,
             dtype=self.dtype,
+            gather=self.gather,
         )
 
     def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:

@@ -104,6 +104,12 @@ def shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
+def without_fsdp(sharding: NamedSharding) -> NamedSharding:
+    """The same place, whole over fsdp."""
+    spec = (None if axis == "fsdp" else axis for axis in sharding.spec)
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
 @functools.cache
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())

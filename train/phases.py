@@ -82,25 +82,27 @@ def sample(run: Run, phase: Phase, folder: Path) -> Row:
         run.stops(config.stop),
         config.slots,
         run.config.model.dtype,
+        run.config.mesh.gather_to_decode,
     )
     key = jax.random.fold_in(run.key, phase.round)
     if config.source == "plain":
         rows, seconds = run.generate(
             phase.inputs["model"], questions, settings, key, folder, batch=config.batch, title=phase.name
         )
+        generated = sum(len(r["tokens"]) for r in rows)
     else:
         from .search.source import searched
 
         seed = run.config.seed * 1000 + phase.round
-        rows, seconds = searched(
+        rows, generated, seconds = searched(
             run, phase.inputs["model"], questions, config, settings.stop, folder, seed=seed, title=phase.name
         )
-    tokens = sum(len(r["tokens"]) for r in rows)
     return {
         "questions": len(questions),
         "samples": len(rows),
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds if seconds else None,
+        "tokens": sum(len(r["tokens"]) for r in rows),
+        "generated": generated,
+        "tokens_per_second": generated / seconds if seconds else None,
     }
 
 

@@ -174,6 +174,7 @@ class Run:
             stop=self.stops(config.stop),
             slots=config.slots,
             dtype=self.config.model.dtype,
+            gather=self.config.mesh.gather_to_decode,
         )
 
     def answer(self, model: str, questions: Sequence[Question], folder: Path, title: str):

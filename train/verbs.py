@@ -172,27 +172,29 @@ def harness(words: Words, assignments: Words, dry: bool) -> int:
 
     Evaluate MODEL on tasks of EleutherAI's lm-evaluation-harness (several with commas between), in process.
     Keys: include=DIR (a folder with tasks as YAML files), num_fewshot=null limit=null chat=false slots=64 dtype=float32
-    out=FILE (writes the results as JSON)
+    out=FILE (writes the results as JSON) mesh.fsdp=1 (and the other keys of mesh and distributed)
     """
     del dry
-    mine, others = take(
-        assignments, include=None, num_fewshot=None, limit=None, chat=False, slots=64, dtype="float32", out=None
-    )
-    if others:
-        raise UserError(f"{others[0]!r}: harness knows {', '.join(f'{key}=' for key in mine)}")
-    start_jax()
-    from .export import open_model
+    from .harness import HarnessOptions
     from .harness import evaluate as go
 
+    mine, others = take(assignments, out=None)
+    settings = options(others, HarnessOptions)
+    start_jax(settings)
+    from .export import open_model
+    from .mesh import make_mesh
+    from .processes import on_first
+
     found = go(
-        open_model(words[0]),
+        open_model(words[0], make_mesh(settings.mesh)),
         words[1].split(","),
-        dtype=mine["dtype"],
-        slots=mine["slots"],
-        include_path=mine["include"],
-        num_fewshot=mine["num_fewshot"],
-        limit=mine["limit"],
-        apply_chat_template=mine["chat"],
+        dtype=settings.dtype,
+        slots=settings.slots,
+        gather=settings.mesh.gather_to_decode,
+        include_path=settings.include,
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+        apply_chat_template=settings.chat,
     )
     for task, metrics in found["results"].items():
         for metric, value in metrics.items():
@@ -202,7 +204,7 @@ def harness(words: Words, assignments: Words, dry: bool) -> int:
         from .journal import write_durably
 
         kept = {key: found[key] for key in ("results", "configs", "versions", "n-shot", "n-samples")}
-        write_durably(Path(str(mine["out"])), json.dumps(kept, indent=1, default=str))
+        on_first(write_durably, Path(str(mine["out"])), json.dumps(kept, indent=1, default=str))
     return 0
 
 

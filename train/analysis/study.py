@@ -149,7 +149,7 @@ class Study:
         block = self.run.config.block(self.method, "sampling")
         settings = Settings(
             samples, block.temperature, block.top_k, block.top_p, block.max_new_tokens,
-            self.run.stops(block.stop), block.slots, self.dtype,
+            self.run.stops(block.stop), block.slots, self.dtype, self.run.config.mesh.gather_to_decode,
         )  # fmt: skip
         return self._rollout(self.weights(model), questions, settings, title)
 

@@ -22,10 +22,10 @@ from ..mesh import activations_on, everywhere, mesh_of, row_ways, spread
 from ..models.attention import KV, visible
 from ..models.config import ModelConfig
 from ..models.decoder import Params, bind, count_up
-from ..models.stacked import unstack_layers
 from .caches import OnMesh, empty_caches, fill, grow, kept
 from .sample import choose
 from .shelf import Shelf
+from .weights import to_decode
 
 CHUNK = 4
 """Decode steps between two looks at which sequences ended."""
@@ -35,6 +35,8 @@ GROWTH = 128
 """Positions by which caches grow for a request longer than all before it."""
 FEWEST = 8
 """Slots are not halved below this number."""
+PLACED = 8
+"""Rows copied into slots at once, at least; the next sizes are its doubles."""
 LULL = 8
 """Chunks with half of the slots idle after which they are halved, where more requests may come up."""
 
@@ -164,6 +166,7 @@ class Engine:
       eos: tokens that end a sequence.
       stop: called with the tokens so far; returns how many to keep once a stop string is complete, else None.
       shelf: prompts whose caches are kept for later ones that begin alike (shelf.py): twice the slots or more; 0: none.
+      gather: decode with a copy of the weights that is whole over fsdp, which else gathers them for every token.
     """
 
     def __init__(
@@ -177,18 +180,13 @@ class Engine:
         temperature: float = 1.0,
         stop: Callable[[Sequence[int]], int | None] | None = None,
         shelf: int = 0,
+        gather: bool = False,
     ):
         self.config, self.how = config, how
         self.mesh = mesh_of(params)
         self.slots = bucket(slots, row_ways(self.mesh))
         self.prefills = bucket(PREFILL, row_ways(self.mesh))
-        dtype = jnp.dtype(how.dtype)
-        # Scanning over stacked layers would copy a layer's cache at every step.
-        params = unstack_layers(params)
-        # Cast once a round, not at every step; in float32 this is the same array.
-        where = jax.tree.map(lambda x: x.sharding, params)
-        lower = jax.jit(cast, static_argnums=1, out_shardings=where)
-        self.params = params if dtype == jnp.float32 else lower(params, dtype)
+        self.params = to_decode(params, how.dtype, gather=gather)
         self.eos = frozenset(eos)
         self.temperature = jnp.float32(temperature)
         self.stop = stop
@@ -381,9 +379,9 @@ class Engine:
 
     def put(self, caches, prompts, slots: Sequence[int], rows: Sequence[int]):
         """Copy rows of prompt caches into slots."""
-        # Few sizes, few programs; with a shelf a row is as long as the caches, and copying all slots' worth would cost.
-        size = 1 << (len(rows) - 1).bit_length() if self.shelved else self.slots
-        padding = max(size - len(rows), 0)
+        # Few sizes, few programs; copying all slots' worth each time took a twentieth of a run.
+        size = max(PLACED, 1 << (len(rows) - 1).bit_length())
+        padding = size - len(rows)
         into = np.array([*slots[: len(rows)], *[self.slots] * padding], np.int32)  # out of range: skipped
         return fill(caches, prompts, into, np.array([*rows, *[0] * padding], np.int32), mesh=self.mesh)
 
@@ -392,7 +390,3 @@ def turn_of(config: ModelConfig) -> int | None:
     """Length at which LongRoPE turns all keys by other frequencies: the sequence is then prefilled again."""
     scaling = config.rope_scaling
     return scaling.original_max_position_embeddings + 1 if scaling is not None and scaling.kind == "longrope" else None
-
-
-def cast(params: Params, dtype) -> Params:
-    return jax.tree.map(lambda x: x.astype(dtype), params)

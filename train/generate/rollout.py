@@ -50,6 +50,8 @@ class Settings:
     stop: tuple[str, ...] = ()
     slots: int = 64
     dtype: str = "float32"
+    gather: bool = False
+    """Decode with weights whole over fsdp."""
 
 
 def rollout(
@@ -86,6 +88,7 @@ def rollout(
         eos=tokenizer.eos_ids,
         temperature=settings.temperature or 1.0,
         stop=stopper(tokenizer, settings.stop) if settings.stop else None,
+        gather=settings.gather,
     )
     done: dict[int, Sample] = {}
     for completion in engine.run(requests, between=between):

@@ -65,7 +65,7 @@ class Driver(Generic[T]):
         self.searches: Iterator[tuple[str, Asking[T]]] = iter(())
         self.made = 0
         self.counts: Counter[str] = Counter()
-        """tokens (generated), replies, replayed (from the log), verdicts."""
+        """tokens (generated), replies, replayed (from the log) with their tokens, verdicts."""
 
     def run(self, searches: Iterable[tuple[str, Asking[T]]], *, between: Callable[[], None] = lambda: None) -> None:
         """Run (id, search) pairs to their ends; `between` is called once a chunk of each engine."""
@@ -125,7 +125,7 @@ class Driver(Generic[T]):
         ask = opened.asks[i]
         known = self.log.known.pop((opened.id, ask.name), None)
         if known is not None:
-            self.counts["replayed"] += 1
+            self.counts.update(replayed=1, replayed_tokens=known.tokens)
             opened.replies[i] = known
         elif ask.role == VERIFIER:
             self.counts["verdicts"] += 1

@@ -19,12 +19,13 @@ SPECIMEN: dict[str, Any] = {"question": "q", "steps": ["s"], "hint": "h", "sibli
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One prompt: what is said, how the reply begins, where it ends."""
+    """One prompt: what is said, how the reply begins, where it ends; `plain`: said as it stands, in no chat."""
 
     messages: tuple[dict[str, str], ...]
     prefix: str = ""
     stop: tuple[str, ...] = ()
     until: tuple[str, ...] = ()
+    plain: bool = False
 
     def __post_init__(self):
         if not self.messages or any(set(m) != {"role", "content"} for m in self.messages):
@@ -40,28 +41,30 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The prompts of one domain."""
+    """The prompts of one domain; a model without a `hint` reflects on nothing."""
 
     step: Prompt
-    hint: Prompt
     score: Prompt
     chain: Prompt
     write: Prompt
     target: str
     complete: str | None = None
+    hint: Prompt | None = None
 
     def __getitem__(self, name: str) -> Prompt:
         return getattr(self, name)
 
 
-def load_prompts(domain: str, path: str | Path | None = None) -> Prompts:
-    """The prompts of a domain, every template tried on a specimen."""
+def load_prompts(domain: str, path: str | Path | None = None, *, reflects: bool = False) -> Prompts:
+    """The prompts of a domain, every template tried on a specimen; `reflects`: the search asks for hints."""
     where = Path(path) if path is not None else INSTALLED
     domains = read_yaml(where)
     if domain not in domains:
         raise UserError(f"{where}: no prompts for {domain}; it has {', '.join(domains) or 'none'}")
     found = build(Prompts, domains[domain], f"{where}: {domain}")
-    for name in PROMPTS:
+    if reflects and found.hint is None:
+        raise UserError(f"{where}: {domain} has no prompt hint; add it, or set search.reflect=false")
+    for name in PROMPTS if found.hint else (p for p in PROMPTS if p != "hint"):
         for template in (*(m["content"] for m in found[name].messages), found[name].prefix):
             check(template, f"{where}: {domain}.{name}")
     check(found.target, f"{where}: {domain}.target")

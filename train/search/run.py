@@ -61,7 +61,7 @@ def search(config: SearchRun, *, name: str, out: Path | None = None, command: st
     folder = out or Path("runs") / f"{name}-{fingerprint(content(config))}"
     on_first(check_same_config, folder, config)
     items = read_questions(config.questions)
-    prompts = load_prompts(config.questions.domain, config.prompts)
+    prompts = load_prompts(config.questions.domain, config.prompts, reflects=config.search.reflects)
     with Journal(folder) as journal:
         on_first(write_config, folder, config)
         journal.reconcile(PHASES)
@@ -99,8 +99,9 @@ def load_voices(config: SearchRun, prompts: Prompts, journal: Journal) -> dict[s
             if given.temperature is not None and sources[r] == source
         }
         voices[role] = Voice(
-            model, prompts, config.sampling, seed=config.seed, dtype=source.dtype, temperatures=temperatures
-        )
+            model, prompts, config.sampling, seed=config.seed, dtype=source.dtype, temperatures=temperatures,
+            gather=config.mesh.gather_to_decode,
+        )  # fmt: skip
     record = journal.committed("load")
     if record is None:
         journal.folder("load")

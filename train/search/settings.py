@@ -88,6 +88,11 @@ class Search:
         if self.gate <= 0:
             raise UserError(f"search.gate is {self.gate}; a value in (0, 1] ends a search, above 1 none does")
 
+    @property
+    def reflects(self) -> bool:
+        """Whether hints are asked for: mcts alone does."""
+        return self.kind == "mcts" and self.reflect
+
 
 @dataclasses.dataclass(frozen=True)
 class Questions:

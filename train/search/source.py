@@ -1,4 +1,4 @@
-"""Solutions for `jaxmerge improve` by a search in place of plain sampling: `sampling.source: dart | mcts`."""
+"""Solutions for `jaxmerge improve` by a search in place of plain sampling: `sampling.source: dart | tot | mcts`."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ Row = dict[str, Any]
 def searched(
     run: Run, weights: str, questions: list[Question], config: Sampling, stop: tuple[str, ...], folder: Path, *,
     seed: int, title: str,
-) -> tuple[list[Row], float]:  # fmt: skip
-    """Solutions of every question as rows of a sample phase, in the order of the questions; (rows, seconds spent here).
+) -> tuple[list[Row], int, float]:  # fmt: skip
+    """Solutions of every question as rows of a sample phase, in the order of the questions.
+
+    Returns (rows, tokens generated for all of it, seconds spent here).
 
     Args:
       weights: the phase that made the model.
@@ -47,14 +49,15 @@ def searched(
     suite, tokenizer, start = run.suite, run.model.tokenizer, time.perf_counter()
     search = build(Search, {**config.search, "kind": config.source}, "sampling.search")
     code = all(isinstance(suite.tasks[q.family], CodeTask) for q in questions)
-    prompts = load_prompts("code" if code else "mathematics")
+    domain = "compact" if suite.style == "compact" else "code" if code else "mathematics"
+    prompts = load_prompts(domain, reflects=search.reflects)
     # A chain is asked for in the words in which the run samples and evaluates.
     chain = Prompt(prompts.chain.messages, stop=stop)
     prompts = dataclasses.replace(prompts, chain=chain)
     asked = round.prompts(suite, tokenizer, questions, run.config.tasks.few_shot)
     voice = Voice(
         Model(run.model.config, run.weights(weights), tokenizer), prompts, drawing(config), seed=seed,
-        dtype=run.config.model.dtype, chains={p.id: p.tokens for p in asked},
+        dtype=run.config.model.dtype, chains={p.id: p.tokens for p in asked}, gather=run.config.mesh.gather_to_decode,
     )  # fmt: skip
     by_id = {q.id: q for q in questions}
     subjects = [Subject(q.id, q.text, search, seed=seed, judged=True, complete=prompts.complete) for q in questions]
@@ -72,7 +75,8 @@ def searched(
         driver.run(((c.id, KINDS[search.kind](c)) for c in subjects), between=check)
     rows = [row for q in questions for row in rows_of(q.id, found[q.id], prompts, tokenizer)]
     on_first(write_jsonl, folder / "batch-0000.jsonl", rows)
-    return rows, time.perf_counter() - start
+    generated = driver.counts["tokens"] + driver.counts["replayed_tokens"]
+    return rows, generated, time.perf_counter() - start
 
 
 def drawing(config: Sampling) -> Drawing:

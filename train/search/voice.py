@@ -30,6 +30,7 @@ class Voice:
       temperatures: of the roles that differ from `drawing`.
       dtype: of the matmuls' operands.
       chains: tokens, by question, that a chain of thought goes on from, in place of the prompt file's.
+      gather: as the engine's.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Voice:
         dtype: str = "float32",
         temperatures: Mapping[str, float] | None = None,
         chains: Mapping[str, tuple[int, ...]] | None = None,
+        gather: bool = False,
     ):
         self.model, self.prompts, self.drawing, self.seed = model, prompts, drawing, seed
         self.temperatures, self.chains = temperatures or {}, chains or {}
@@ -53,6 +55,7 @@ class Voice:
             eos=model.tokenizer.eos_ids,
             temperature=drawing.temperature,
             shelf=drawing.kept * drawing.slots,
+            gather=gather,
         )
         self.read_tokens = 0
         """Of all prompts, those that share a prefill counted each."""
@@ -61,7 +64,7 @@ class Voice:
         """What the engine is given; None if the model has no room for it."""
         prompt = self.prompts[ask.prompt]
         given = self.chains.get(id) if ask.prompt == "chain" else None
-        tokens = self.tokens(*prompt.render(ask.values)) if given is None else given
+        tokens = self.tokens(*prompt.render(ask.values), plain=prompt.plain) if given is None else given
         most = getattr(self.drawing, ask.prompt)
         if len(tokens) + most > self.model.config.context:
             return None
@@ -70,9 +73,11 @@ class Voice:
             number, tokens, key_of(self.seed, id, ask.name), most, self.temperatures.get(ask.role), self.stop(prompt)
         )
 
-    def tokens(self, messages: Sequence[Mapping[str, str]], prefix: str) -> tuple[int, ...]:
+    def tokens(self, messages: Sequence[Mapping[str, str]], prefix: str, *, plain: bool = False) -> tuple[int, ...]:
         """A chat with the beginning of its answer; to a model without a template, what is said, one below the other."""
         tokenizer = self.model.tokenizer
+        if plain:
+            return tuple(tokenizer.encode("".join(m["content"] for m in messages) + prefix))
         if tokenizer.has_chat_template:
             return tuple(tokenizer.encode(tokenizer.chat(messages, date_string=DATE) + prefix))
         return tuple(tokenizer.encode(untemplated([m["content"] for m in messages]) + prefix, special=True))

@@ -168,8 +168,7 @@ def frontier(experiment: Experiment, found: list[Run], folder: Path) -> list[str
         picture = folder / f"{experiment.name}-lines.svg"
         write_durably(picture, pictures.lines_of_coefficients(found))
         lines += [f"![accuracy along the lines from the base]({folder.name}/{picture.name})", ""]
-    lines += searches(found)
-    return lines
+    return [*lines, *data(of), *searches(found)]
 
 
 def balance(run: Run) -> float:
@@ -227,6 +226,21 @@ def by_axis(axis: str, found: list[Run], methods: list[str]) -> list[str]:
         rows.append(row)
     head = ["method", *(f"{axis} {label}: {word}" for label in labels for word in ("in", "out"))]
     return [f"<details><summary>By {axis} (%)</summary>", "", *table(head, rows), "</details>", ""]
+
+
+def data(of: dict[str, list[Run]]) -> list[str]:
+    """What each method learnt from: tokens generated for it, solutions, right ones, those kept; of all rounds."""
+    rows = []
+    for name, runs_of in of.items():
+        # Rows of before tokens were counted have four numbers a round.
+        rounds = [[r for r in run.row["rounds"] if len(r) == 5] for run in runs_of]
+        if " " not in name and any(rounds):
+            columns = [[sum(r[i] for r in each) for each in rounds if each] for i in (4, 1, 2, 3)]
+            rows.append([name, *(f"{sum(values) / len(values):,.0f}" for values in columns)])
+    if not rows:
+        return []
+    head = ["method", "tokens generated", "solutions", "right", "learnt from"]
+    return ["<details><summary>Data, a run's mean</summary>", "", *table(head, rows), "</details>", ""]
 
 
 def searches(found: list[Run]) -> list[str]:

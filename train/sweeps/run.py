@@ -139,6 +139,8 @@ def described(cell: Cell, folder: Path, command: str) -> Row:
                 + (extra if any(e is not None for e in extra) else [])
             )
     metrics = read_jsonl_tolerant(folder / "metrics.jsonl")
+    # Runs begun before searches were counted sampled plainly: what they kept is what they generated.
+    generated = {m["round"]: m.get("generated", m["tokens"]) for m in metrics if m["kind"] == "sample"}
     return {
         "cell": cell.id,
         "stage": cell.stage,
@@ -146,7 +148,11 @@ def described(cell: Cell, folder: Path, command: str) -> Row:
         "method": cell.method,
         "candidate": cell.candidate,
         "results": results,
-        "rounds": [[m["round"], m["sampled"], m["correct"], m["kept"]] for m in metrics if m["kind"] == "select"],
+        "rounds": [
+            [m["round"], m["sampled"], m["correct"], m["kept"], generated[m["round"]]]
+            for m in metrics
+            if m["kind"] == "select"
+        ],
         "coefficients": {m["phase"]: m["coefficients"] for m in metrics if m["kind"] in ("merge", "probe")},
         "search": {
             m["phase"]: {key: m[key] for key in ("validation", "trials", "search_seconds", "notes")}

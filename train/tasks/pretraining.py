@@ -65,8 +65,8 @@ def pretraining_examples(
 ) -> Iterator[str]:
     """Yield rendered examples `prompt?work#answer` without end, each with its `EOS`.
 
-    Families alternate at random in proportion to their shares. A prompt in `excluded`, and an example longer
-    than `row` - 1 symbols, is passed over. The same arguments give the same stream in every process.
+    Families alternate at random in proportion to their shares. A question in `excluded`, worked or judged, and an
+    example longer than `row` - 1 symbols, is passed over. The same arguments give the same stream in every process.
     """
     if not ingredients:
         raise UserError("pretraining: no ingredients; list at least one family with its share")
@@ -78,7 +78,7 @@ def pretraining_examples(
         (i,) = choose.choices(range(len(streams)), shares)
         prompt, solution = next(streams[i])
         text = prompt + solution + EOS
-        if prompt in excluded or len(text) > row - 1:
+        if prompt.partition("?")[0] + "?" in excluded or len(text) > row - 1:
             passed_over += 1
             if passed_over > 10_000:
                 raise UserError(

@@ -11,6 +11,7 @@ from typing import Any
 from ..log import UserError
 from .compact import CompactTask
 from .functions import code_task
+from .judged import PREFIX, JudgedTask
 from .local import local_task
 from .reasoning import InstructTask
 from .task import (
@@ -155,6 +156,8 @@ def task_of(family: str, style: Style) -> Task:
     program = code_task(family, style)
     if program is not None:
         return program
+    if family.startswith(PREFIX) and style == "compact":
+        return JudgedTask(family)
     task = local_task(family)
     if task is None:
         return TASKS[style](family)

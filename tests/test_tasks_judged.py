@@ -1,0 +1,82 @@
+"""Solutions to be judged: what the miniature learns to score is right where it says so, and in a search's own form."""
+
+import itertools
+from collections import Counter
+from random import Random
+
+import pytest
+
+from train.log import UserError
+from train.search.ask import Reply
+from train.search.examples import whole
+from train.search.prompts import load_prompts
+from train.search.read import read_score, read_step
+from train.tasks import FamilySpec, Ingredient, build_suite, held_out, pretraining_examples, render
+from train.tasks.judged import JudgedTask, shown
+
+ARGS = {"min_value": 1, "max_value": 40}
+SPEC = FamilySpec("gcd", "id", ARGS, train=40)
+
+
+def drawn(seed=0, count=400):
+    return list(JudgedTask("judge:gcd").draw(ARGS, seed, count))
+
+
+def test_scores_say_what_the_steps_are():
+    counts = Counter()
+    for text, score, solution, entry in drawn():
+        _, work, answer = render(entry)
+        right, steps = work + answer, text.partition("?")[2].removesuffix("!")
+        assert score == solution
+        wanted = 10 if steps == right else 7 if f"{right},".startswith(f"{steps},") else 0
+        assert score == f"score:{wanted}", (text, right)
+        counts[wanted] += 1
+    assert 0.4 < counts[0] / 400 < 0.6
+    assert min(counts.values()) > 40
+
+
+def test_a_draw_is_the_same_again_and_another_with_another_seed():
+    assert drawn(count=20) == drawn(count=20)
+    assert [d[0] for d in drawn(count=20)] != [d[0] for d in drawn(seed=1000, count=20)]
+
+
+def test_questions_left_out_of_pretraining_are_left_out_of_what_is_judged():
+    kept = held_out(build_suite([SPEC], seed=1, style="compact"))
+
+    def questions(excluded):
+        stream = pretraining_examples([Ingredient("judge:gcd", 1.0, ARGS)], seed=0, excluded=excluded)
+        return {text.partition("?")[0] + "?" for text in itertools.islice(stream, 3000)}
+
+    assert questions(frozenset()) & kept
+    assert not questions(kept) & kept
+
+
+def test_a_verdict_is_the_score_and_nothing_else():
+    suite = build_suite([FamilySpec("judge:gcd", "id", ARGS, test=3)], seed=0, style="compact")
+    for q in suite.all:
+        assert suite.prompt(q) == "\n" + q.text
+        assert suite.verify(q, q.answer + "\ng1,") == 1.0
+        assert suite.verify(q, q.answer + "0") == 0.0
+    with pytest.raises(UserError, match="'nothing' has no compact rendering"):
+        build_suite([FamilySpec("judge:nothing", "id", {}, test=3)], seed=0, style="compact")
+
+
+def test_a_search_asks_in_the_form_that_was_learnt():
+    """Prompts of steps and scores are beginnings of texts the miniature was trained on; a plan is a solution."""
+    prompts = load_prompts("compact")
+    for q in build_suite([SPEC], seed=1, style="compact").all:
+        steps = q.solution.split(",")
+        for count in range(len(steps) + 1):
+            said = {"question": q.text, "steps": steps[:count], "text": ",".join(steps[count:])}
+            (asked,), _ = prompts.step.render(said)
+            assert ("\n" + q.text + q.solution + ",").startswith(asked["content"])
+            (judged,), prefix = prompts.score.render(said)
+            assert judged["content"] + prefix == f"\n{q.text}{','.join(steps[:count])}!score:"
+            if count:
+                assert whole(prompts, said) == q.solution
+        assert [read_step(Reply(step)) for step in steps] == [(step, "") for step in steps]
+        assert [prompts.complete in step for step in steps] == [False] * (len(steps) - 1) + [True]
+    _, score = shown("48%18=12,18%12=6,12%6=0#6", Random(5))
+    assert read_score(Reply(f"score:{score}")) == 1.0
+    with pytest.raises(UserError, match=r"compact has no prompt hint; add it, or set search\.reflect=false"):
+        load_prompts("compact", reflects=True)
