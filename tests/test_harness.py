@@ -1,5 +1,6 @@
 """lm-evaluation-harness on our model: the same numbers as through transformers on torch, on tasks of local files."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -91,8 +92,14 @@ def test_settings_follow_transformers(requests):
 def test_chats_are_rendered_by_the_template_or_refused(requests):
     with pytest.raises(UserError, match="no chat template"):
         requests.chat([{"role": "user", "content": "x"}], True)
-    with pytest.raises(UserError, match="gen_prefix"):
-        requests.chat([{"role": "user", "content": "x"}], False)
+    each = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    template = each + "{% if add_generation_prompt %}<a>{% endif %}"
+    tokenizer = dataclasses.replace(requests.model.tokenizer, chat_template=template)
+    chatty = Requests(dataclasses.replace(requests.model, tokenizer=tokenizer))
+    asked = [{"role": "user", "content": "x"}]
+    assert chatty.chat(asked, True) == "<user>x</><a>"
+    # A task with gen_prefix begins the answer.
+    assert chatty.chat([*asked, {"role": "a", "content": "It is"}], False) == "<user>x</><a>It is"
 
 
 # --- the same numbers as through transformers ---

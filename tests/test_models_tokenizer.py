@@ -107,6 +107,28 @@ def assert_equals_transformers(ours: Tokenizer, folder) -> None:
             assert ours.chat(chat, add_generation_prompt=prompt) == wanted
 
 
+OPEN = [
+    [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is"}],
+    [{"role": "user", "content": "It is"}, {"role": "assistant", "content": " It is "}],
+]
+
+
+@pytest.mark.parametrize("strips", [False, True])
+def test_a_turn_left_open_ends_where_transformers_ends_it(tmp_path, strips):
+    from transformers import AutoTokenizer
+
+    said = "m['content'] | trim" if strips else "m['content']"
+    template = f"{{% for m in messages %}}<{{{{ m['role'] }}}}>{{{{ {said} }}}}</s>{{% endfor %}}"
+    folder = write_folder(tmp_path, byte_level(), **{**FULL, "chat_template": template})
+    ours, theirs = Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
+    for chat in OPEN:
+        wanted = theirs.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+        assert ours.chat_to_continue(chat) == wanted
+    folder = write_folder(tmp_path, byte_level(), **{**FULL, "chat_template": "{{ messages[0]['role'] }}"})
+    with pytest.raises(UserError, match="does not show the last message"):
+        Tokenizer.from_folder(folder).chat_to_continue(OPEN[0])
+
+
 @pytest.mark.parametrize("named", [True, False], ids=["a list of templates", "one template"])
 def test_folder_equals_transformers_and_so_does_what_is_saved(named, tmp_path):
     backend = byte_level()

@@ -238,10 +238,9 @@ class Requests:
         )
 
     def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        """Render a conversation up to the opening of an answer."""
-        if not add_generation_prompt:
-            raise UserError("a task with gen_prefix leaves a turn of the assistant open, which is not supported here")
-        return self.model.tokenizer.chat(messages, date_string=DATE)
+        """Render a conversation up to the opening of an answer, or (a task with gen_prefix) up to where one goes on."""
+        tokenizer = self.model.tokenizer
+        return (tokenizer.chat if add_generation_prompt else tokenizer.chat_to_continue)(messages, date_string=DATE)
 
     # --- tokens ---
 

@@ -139,6 +139,20 @@ class Tokenizer:
         """
         return self._render(messages, marks=False, add_generation_prompt=add_generation_prompt, **variables)
 
+    def chat_to_continue(self, messages: Sequence[Mapping[str, Any]], **variables) -> str:
+        """Render messages up to the end of what the last one says: its turn stays open, and the model goes on with it.
+
+        As transformers does with `continue_final_message`.
+        """
+        said = str(messages[-1]["content"])
+        text = self._render(messages, marks=False, add_generation_prompt=False, **variables)
+        start = text.rfind(said.strip())
+        if start < 0:
+            raise UserError(f"the chat template does not show the last message as it is ({said[:40]!r})")
+        # Templates that strip what is said have shown it without the spaces at its end.
+        whole = text.startswith(said.lstrip(), start)
+        return text[: start + len(said.lstrip() if whole else said.strip())]
+
     @property
     def marks_generation(self) -> bool:
         """Whether the chat template says itself what an assistant wrote: `{% generation %}…{% endgeneration %}`."""
