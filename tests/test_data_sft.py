@@ -283,9 +283,9 @@ def test_a_file_of_questions_is_evaluated(tmp_path, folder, capsys):
             assert "acc_norm" in capsys.readouterr().out
     assert cli.main(["evaluate", str(folder), str(path), "prompt=cot"]) == 2
     assert "are of gsm8k questions" in capsys.readouterr().err
-    path = write(tmp_path / "m.jsonl", [MBPP])
+    path = write(tmp_path / "m.jsonl", [{"instruction": "Say it.", "output": "it"}])
     assert cli.main(["evaluate", str(folder), str(path)]) == 2
-    assert "lines of the format mbpp cannot be asked" in capsys.readouterr().err
+    assert "lines of the format alpaca cannot be asked" in capsys.readouterr().err
 
 
 def test_a_base_model_is_asked_by_examples_or_likelihood(tmp_path, folder, capsys):

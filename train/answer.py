@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from . import evaluate, round
 from .config import Improve, SampleOptions
 from .export import open_model
 from .generate.rollout import Prompt, Settings, rollout
 from .learn.dataset import read_jsonl, write_jsonl
-from .log import UserError, print_table, progress
+from .log import UserError, format_percent, print_table, progress, say
 from .mesh import make_mesh
 from .models.load import Model
 from .processes import on_first
@@ -99,12 +102,41 @@ def evaluate_model(path: str, config: Improve) -> dict[str, Any]:
         dtype=config.model.dtype,
         gather=config.mesh.gather_to_decode,
     )
-    rows, _ = ask(
-        model, suite, questions, settings, seed=config.seed, name=Path(path).name, few_shot=config.tasks.few_shot
-    )
+    few_shot = config.tasks.few_shot
+    rows, _ = ask(model, suite, questions, settings, seed=config.seed, name=Path(path).name, few_shot=few_shot)
     result = {"name": path, "finished": True, "rows": rows, "paired": [], "majority": suite.majority_baselines()}
     print_table(result)
+    if block.samples:
+        settings = dataclasses.replace(settings, samples=block.samples, temperature=block.temperature)
+        right = successes(model, suite, questions, settings, seed=config.seed, few_shot=few_shot)
+        result["pass_at"] = tell_pass_rates(questions, right, block.samples)
     return result
+
+
+def successes(
+    model: Model, suite: Suite, questions: list[Question], settings: Settings, *, seed: int, few_shot: int = 0
+) -> dict[str, int]:
+    """How many of `settings.samples` samples of each question are right."""
+    prompts = round.prompts(suite, model.tokenizer, questions, few_shot)
+    key = jax.random.fold_in(jax.random.key(seed), np.uint32(evaluate.SAMPLED))
+    with progress("sample for pass@k", total=len(prompts) * settings.samples, unit="samples") as bar:
+        samples = rollout(
+            model.config, model.params, model.tokenizer, prompts, settings, key, on_sample=lambda tokens: bar.advance(1)
+        )
+    texts = [{"question_id": s.prompt_id, "text": s.text, "reason": s.reason} for s in samples]
+    right = dict.fromkeys((q.id for q in questions), 0)
+    for row in round.verify(suite, {q.id: q for q in questions}, texts):
+        right[row["question_id"]] += row["score"] == 1.0
+    return right
+
+
+def tell_pass_rates(questions: Sequence[Question], right: Mapping[str, int], samples: int) -> list[dict[str, Any]]:
+    """pass@k of each family, said and returned."""
+    rows = evaluate.pass_rates(questions, right, samples)
+    for row in rows:
+        mean, low, high = map(format_percent, row["value"])
+        say(f"{row['family']}  pass@{row['k']} {mean} [{low}, {high}], {row['n']} questions × {samples} samples")
+    return rows
 
 
 def ask(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .analysis.diversity import pass_at_k
+from .analysis.diversity import interval, pass_at_k
 from .tasks.task import DOMAINS, Question
 
 Z = 1.959964
@@ -84,6 +84,10 @@ def rows(
     return table
 
 
+SAMPLED = 0x9A55
+"""Folded into the run's key for the samples of pass@k."""
+
+
 def add_pass_at(
     table: Sequence[dict[str, Any]], questions: Sequence[Question], right: Mapping[str, int], samples: int
 ) -> None:
@@ -98,10 +102,36 @@ def add_pass_at(
             if (q.split, q.domain) == (row["split"], row["domain"]) and row["family"] in ("all", q.family)
         ]  # fmt: skip
         if members:
-            ks = sorted({samples} | {2**i for i in range(samples.bit_length()) if 2**i <= samples})
             row["pass_at"] = {
-                str(k): sum(pass_at_k(samples, right[q.id], k) for q in members) / len(members) for k in ks
+                str(k): sum(pass_at_k(samples, right[q.id], k) for q in members) / len(members) for k in ks_of(samples)
             }
+
+
+def ks_of(samples: int) -> list[int]:
+    """The k that pass@k is given for: 1, 2, 4, … and all samples."""
+    return sorted({samples} | {2**i for i in range(samples.bit_length()) if 2**i <= samples})
+
+
+def pass_rates(
+    questions: Sequence[Question], right: Mapping[str, int], samples: int, *, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Rows {family, k, value: [mean, low, high], n}: unbiased pass@k, a 95 % bootstrap over questions.
+
+    Args:
+      right: successes among `samples` samples, by question id.
+    """
+    families = list(dict.fromkeys(q.family for q in questions))
+    return [
+        {
+            "family": family,
+            "k": k,
+            "value": interval([pass_at_k(samples, right[q.id], k) for q in members], seed=seed),
+            "n": len(members),
+        }
+        for family in families
+        for members in [[q for q in questions if q.family == family]]
+        for k in ks_of(samples)
+    ]
 
 
 def paired_rows(

@@ -190,7 +190,7 @@ class Run:
         config = self.config.evaluation
         settings = self.evaluated_by(samples=config.samples, temperature=config.temperature)
         on_first(folder.mkdir, exist_ok=True)
-        key = jax.random.fold_in(self.key, np.uint32(0x9A55))
+        key = jax.random.fold_in(self.key, np.uint32(evaluate.SAMPLED))
         rows, _ = self.generate(model, questions, settings, key, folder, batch=config.batch, title=title)
         right = dict.fromkeys((q.id for q in questions), 0)
         for row in round.verify(self.suite, {q.id: q for q in questions}, rows):

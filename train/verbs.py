@@ -138,16 +138,17 @@ def evaluate(words: Words, assignments: Words, dry: bool) -> int:
     """evaluate MODEL CONFIG [key=value …]
 
     Accuracy of MODEL on the questions of an improve config (its tasks and evaluation blocks); out=FILE writes JSON.
-    Or of one file: CONFIG may be JSON lines (GSM8K, multiple choice, or problem and answer: told by their keys) or the
-    folder of a TFDS version. Keys then: task=null limit=null prompt=chat extract=flexible split=train
-    max_new_tokens=512 slots=64 dtype=float32 mesh.fsdp=1 (and the other keys of mesh and distributed)
+    Or of one file: CONFIG may be JSON lines (GSM8K, multiple choice, problem and answer, MBPP: told by their keys), the
+    folder of a TFDS version, or the word humaneval. Keys then: task=null limit=null prompt=chat extract=flexible
+    split=train samples=0 (of each question, for pass@k) temperature=0.8 seed=0 max_new_tokens=512 slots=64
+    dtype=float32 mesh.fsdp=1 (and the other keys of mesh and distributed)
     """
     del dry
     from .config import Improve
     from .examine import QuestionOptions
 
     mine, others = take(assignments, out=None)
-    if Path(words[1]).suffix in (".jsonl", ".json") or Path(words[1]).is_dir():
+    if words[1] == "humaneval" or Path(words[1]).suffix in (".jsonl", ".json") or Path(words[1]).is_dir():
         settings = options(others, QuestionOptions)
         start_jax(settings)
         from .examine import examine
