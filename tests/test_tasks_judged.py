@@ -11,7 +11,8 @@ from train.search.ask import Reply
 from train.search.examples import whole
 from train.search.prompts import load_prompts
 from train.search.read import read_score, read_step
-from train.tasks import FamilySpec, Ingredient, build_suite, held_out, pretraining_examples, render
+from train.tasks import FamilySpec, Ingredient, build_suite, held_out, pretraining_examples, pretraining_rows, render
+from train.tasks.characters import decode
 from train.tasks.judged import JudgedTask, shown
 
 ARGS = {"min_value": 1, "max_value": 40}
@@ -49,6 +50,15 @@ def test_questions_left_out_of_pretraining_are_left_out_of_what_is_judged():
 
     assert questions(frozenset()) & kept
     assert not questions(kept) & kept
+
+
+def test_only_the_score_is_learnt():
+    """What is wrong in the steps must not be."""
+    ingredient = Ingredient("judge:gcd", 1.0, ARGS, learn="solution")
+    rows, learnt = pretraining_rows([ingredient], 4000, seed=0)
+    texts = "".join(decode(row[mask]) for row, mask in zip(rows, learnt, strict=True))
+    assert set(texts.split("\n")) == {"", "score:0", "score:7", "score:10"}
+    assert learnt[:, 0].all()
 
 
 def test_a_verdict_is_the_score_and_nothing_else():

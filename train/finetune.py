@@ -117,11 +117,11 @@ def read_rows(config: Finetune, model: Model, home: Path) -> tuple[RowSource, Ro
         if data.exclude:
             tasks = load(Improve, data.exclude).tasks
             excluded = held_out(build_suite(tasks.families, seed=tasks.seed, style=tasks.style))
-        tokens = pretraining_rows(
+        tokens, mask = pretraining_rows(
             data.ingredients, data.pretraining_tokens, seed=config.seed, excluded=excluded, row=data.row
-        ).astype(np.int32)
+        )
         (learnt,), held = hold_out([range(len(tokens))], config.sft.watch.held_out, seed=config.seed)
-        return text_rows(tokens[learnt]), text_rows(tokens[held]) if held else None, []
+        return text_rows(tokens[learnt], mask[learnt]), text_rows(tokens[held], mask[held]) if held else None, []
     # Imported here: TFDS takes seconds, and text made on the spot does not need it.
     from .data.sources import load_sources
 
@@ -141,10 +141,9 @@ def read_rows(config: Finetune, model: Model, home: Path) -> tuple[RowSource, Ro
     return rows, unseen, notes
 
 
-def text_rows(tokens: np.ndarray) -> Rows:
-    """Rows of plain text, every token learnt."""
-    read = tokens != PAD_ID
-    return Rows(tokens, read.astype(np.float32), lengths=read.sum(axis=1))
+def text_rows(tokens: np.ndarray, learnt: np.ndarray) -> Rows:
+    """Rows of plain text, of which the tokens of `learnt` are learnt."""
+    return Rows(tokens.astype(np.int32), learnt.astype(np.float32), lengths=(tokens != PAD_ID).sum(axis=1))
 
 
 def describe_rows(rows: RowSource, notes: list[dict[str, Any]]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..log import UserError
 from .characters import EOS, EOS_ID, PAD_ID, encode
@@ -29,11 +29,13 @@ class Ingredient:
       family: a family with a compact rendering.
       share: of the examples drawn, relative to the other ingredients' shares.
       args: the generator's ranges.
+      learn: every token, or those of the solution alone: what is shown to be judged should not be learnt.
     """
 
     family: str
     share: float
     args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    learn: Literal["all", "solution"] = "all"
 
     def __post_init__(self):
         if not self.share > 0:
@@ -63,7 +65,15 @@ def held_out(suite: Suite) -> frozenset[str]:
 def pretraining_examples(
     ingredients: Sequence[Ingredient], *, seed: int, excluded: Collection[str] = frozenset(), row: int = ROW
 ) -> Iterator[str]:
-    """Yield rendered examples `prompt?work#answer` without end, each with its `EOS`.
+    """Yield rendered examples `prompt?work#answer` without end, each with its `EOS`."""
+    for text, _ in _examples(ingredients, seed=seed, excluded=excluded, row=row):
+        yield text
+
+
+def _examples(
+    ingredients: Sequence[Ingredient], *, seed: int, excluded: Collection[str], row: int
+) -> Iterator[tuple[str, int]]:
+    """Yield (example, where in it learning begins) without end.
 
     Families alternate at random in proportion to their shares. A question in `excluded`, worked or judged, and an
     example longer than `row` - 1 symbols, is passed over. The same arguments give the same stream in every process.
@@ -87,7 +97,7 @@ def pretraining_examples(
                 )
             continue
         passed_over = 0
-        yield text
+        yield text, len(prompt) if ingredients[i].learn == "solution" else 0
 
 
 def pretraining_rows(
@@ -97,34 +107,40 @@ def pretraining_rows(
     seed: int,
     excluded: Collection[str] = frozenset(),
     row: int = ROW,
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """Pack rendered examples into rows of token ids until `tokens` symbols are used, padding not counted.
 
     Every row starts with `EOS`, so that each example follows one, as it does when the model is asked; an example
     is never cut. Of 64 waiting examples the longest that still fits goes next, which leaves some 5 % padding.
 
     Returns:
-      uint8 array [R, row], padded with `PAD_ID`.
+      tokens, a uint8 array [R, row] padded with `PAD_ID`, and which of them are learnt, a bool array of that shape.
     """
     import numpy as np
 
-    examples = pretraining_examples(ingredients, seed=seed, excluded=excluded, row=row)
-    waiting = [encode(next(examples)) for _ in range(64)]
-    rows: list[np.ndarray] = []
+    def encoded() -> tuple[list[int], list[bool]]:
+        text, start = next(examples)
+        return encode(text), [i >= start for i in range(len(text))]
+
+    examples = _examples(ingredients, seed=seed, excluded=excluded, row=row)
+    waiting = [encoded() for _ in range(64)]
+    rows, masks = [], []
     used = 0
     while used < tokens:
-        line = [EOS_ID]
+        line, learnt = [EOS_ID], [True]
         # The first is whichever waited longest, so that none waits for ever.
         pick = 0
         while pick is not None:
-            line += waiting.pop(pick)
-            waiting.append(encode(next(examples)))
+            example, mask = waiting.pop(pick)
+            line, learnt = line + example, learnt + mask
+            waiting.append(encoded())
             room = row - len(line)
-            fitting = [(len(example), -i) for i, example in enumerate(waiting) if len(example) <= room]
+            fitting = [(len(example), -i) for i, (example, _) in enumerate(waiting) if len(example) <= room]
             pick = -max(fitting)[1] if fitting else None
         used += len(line)
         rows.append(np.array(line + [PAD_ID] * (row - len(line)), np.uint8))
-    return np.stack(rows)
+        masks.append(np.array(learnt + [False] * (row - len(line))))
+    return np.stack(rows), np.stack(masks)
 
 
 def _stream(ingredient: Ingredient, *, seed: int) -> Iterator[tuple[str, str]]:
