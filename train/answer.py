@@ -16,7 +16,7 @@ from .config import Improve, SampleOptions
 from .export import open_model
 from .generate.rollout import Prompt, Settings, rollout
 from .learn.dataset import read_jsonl, write_jsonl
-from .log import UserError, format_percent, print_table, progress, say
+from .log import DOMAIN_NAMES, UserError, format_percent, print_table, progress, say
 from .mesh import make_mesh
 from .models.load import Model
 from .processes import on_first
@@ -135,7 +135,8 @@ def tell_pass_rates(questions: Sequence[Question], right: Mapping[str, int], sam
     rows = evaluate.pass_rates(questions, right, samples)
     for row in rows:
         mean, low, high = map(format_percent, row["value"])
-        say(f"{row['family']}  pass@{row['k']} {mean} [{low}, {high}], {row['n']} questions × {samples} samples")
+        name = f"{row['family']} ({DOMAIN_NAMES[row['domain']]})"
+        say(f"{name}  pass@{row['k']} {mean} [{low}, {high}], {row['n']} questions × {samples} samples")
     return rows
 
 

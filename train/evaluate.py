@@ -115,21 +115,23 @@ def ks_of(samples: int) -> list[int]:
 def pass_rates(
     questions: Sequence[Question], right: Mapping[str, int], samples: int, *, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Rows {family, k, value: [mean, low, high], n}: unbiased pass@k, a 95 % bootstrap over questions.
+    """Rows {domain, family, k, value: [mean, low, high], n}: unbiased pass@k, a 95 % bootstrap over questions.
 
     Args:
       right: successes among `samples` samples, by question id.
     """
-    families = list(dict.fromkeys(q.family for q in questions))
+    pools: dict[tuple[str, str], list[Question]] = {}
+    for q in questions:
+        pools.setdefault((q.domain, q.family), []).append(q)
     return [
         {
+            "domain": domain,
             "family": family,
             "k": k,
             "value": interval([pass_at_k(samples, right[q.id], k) for q in members], seed=seed),
             "n": len(members),
         }
-        for family in families
-        for members in [[q for q in questions if q.family == family]]
+        for (domain, family), members in pools.items()
         for k in ks_of(samples)
     ]
 
