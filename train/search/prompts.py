@@ -19,13 +19,17 @@ SPECIMEN: dict[str, Any] = {"question": "q", "steps": ["s"], "hint": "h", "sibli
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One prompt: what is said, how the reply begins, where it ends; `plain`: said as it stands, in no chat."""
+    """One prompt: what is said, how the reply begins, where it ends.
+
+    `plain`: said as it stands, in no chat. `after`: what a reply says before this was thought, and is left out.
+    """
 
     messages: tuple[dict[str, str], ...]
     prefix: str = ""
     stop: tuple[str, ...] = ()
     until: tuple[str, ...] = ()
     plain: bool = False
+    after: str = ""
 
     def __post_init__(self):
         if not self.messages or any(set(m) != {"role", "content"} for m in self.messages):

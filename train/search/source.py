@@ -56,7 +56,7 @@ def searched(
     prompts = dataclasses.replace(prompts, chain=chain)
     asked = round.prompts(suite, tokenizer, questions, run.config.tasks.few_shot)
     voice = Voice(
-        Model(run.model.config, run.weights(weights), tokenizer), prompts, drawing(config), seed=seed,
+        Model(run.model.config, run.weights(weights), tokenizer), prompts, drawing(config, prompts), seed=seed,
         dtype=run.config.model.dtype, chains={p.id: p.tokens for p in asked}, gather=run.config.mesh.gather_to_decode,
     )  # fmt: skip
     by_id = {q.id: q for q in questions}
@@ -79,12 +79,13 @@ def searched(
     return rows, generated, time.perf_counter() - start
 
 
-def drawing(config: Sampling) -> Drawing:
-    """Each kind of text may be as long as a sample."""
+def drawing(config: Sampling, prompts: Prompts) -> Drawing:
+    """Each kind of text may be as long as a sample, a score where it is thought about."""
     most = config.max_new_tokens
+    score = most if prompts.score.after else Drawing.score
     return Drawing(
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, slots=config.slots,
-        step=most, chain=most, write=most,
+        step=most, chain=most, write=most, score=score,
     )  # fmt: skip
 
 

@@ -99,5 +99,12 @@ class Voice:
         for string in prompt.until:
             before, found, _ = text.partition(string)
             text = before + found
+        if prompt.after:
+            # Thought to no end, it has said nothing.
+            return Reply(
+                text.rpartition(prompt.after)[2] if prompt.after in text else "",
+                completion.reason,
+                len(completion.tokens),
+            )
         _, prefix = prompt.render(ask.values)
         return Reply(prefix + text, completion.reason, len(completion.tokens))

@@ -1,9 +1,12 @@
 """Solutions to be judged, in symbols: what teaches the miniature to be the critic of a search.
 
-family       prompt                        answer
-judge:gcd    g48,18?48%18=12,18%12=6!      score:7    (right so far)
-             g48,18?48%18=12,18%12=7!      score:0    (a step is wrong)
-             g48,18?48%18=…,12%6=0#6!      score:10   (right to its end)
+family       prompt                        work and answer
+judge:gcd    g48,18?48%18=12,18%12=6!      18%12=6;score:7        (right so far)
+             g48,18?48%18=12,18%12=7!      18%12=6;score:0        (the last step is wrong)
+             g48,18?48%18=…,12%6=0#6!      12%6=0#6;score:10      (right to its end)
+
+A critic first takes the last step itself, then compares: in one glance a model of four layers judged hardly better than
+chance (docs/log.md). Earlier steps are right: a search has judged each when it was the last.
 """
 
 from __future__ import annotations
@@ -24,46 +27,48 @@ WRONG, SO_FAR, RIGHT = 0, 7, 10
 
 
 class JudgedTask:
-    """Solutions of a compact family, half of them with a number changed, to be scored."""
+    """Solutions of a compact family, half of them with a number of the last step changed, to be scored."""
 
     def __init__(self, name: str):
         self.name, self.of = name, CompactTask(name.removeprefix(PREFIX))
         self.unjudged: Counter[str] = Counter()
 
     def draw(self, args: Mapping[str, Any], seed: int, size: int) -> Iterator[tuple[str, str, str | None, dict]]:
-        """Yield (question and steps, score, score, entry); item i depends on `args` and seed + i alone."""
+        """Yield (question and steps, score, work and score, entry); item i depends on `args` and seed + i alone."""
         for i, (question, _, solution, entry) in enumerate(self.of.draw(args, seed, size)):
             assert solution is not None, "compact families have solutions"
-            text, score = shown(solution, Random(f"judge/{seed + i}"))
+            text, last, score = shown(solution, Random(f"judge/{seed + i}"))
             answer = f"score:{score}"
-            yield f"{question}{text}!", answer, answer, entry
+            yield f"{question}{text}!", answer, f"{last};{answer}", entry
 
     def prompt(self, question: Question) -> Prompt:
         """Build the text the model continues."""
         return EOS + question.text
 
     def verify(self, question: Question, text: str) -> float:
-        """Judge a completion: it must be the score, to the end of its line."""
-        return float(text.split(EOS, 1)[0] == question.answer)
+        """Judge a completion: what stands after its last semicolon must be the score."""
+        return float(text.split(EOS, 1)[0].rpartition(";")[2] == question.answer)
 
 
-def shown(solution: str, random: Random) -> tuple[str, int]:
-    """Some first steps of a solution, or all with the answer, half of the time with one number changed; their score.
-
-    The changed number is the last one shown half of the time: that is the one a critic must look at.
+def shown(solution: str, random: Random) -> tuple[str, str, int]:
+    """Some first steps of a solution, the last of them wrong half of the time; the last one right; their score.
 
     Example:
-      >>> shown("48%18=12,18%12=6,12%6=0#6", Random(5)), shown("48%18=12,18%12=6,12%6=0#6", Random(0))
-      (('48%18=12,18%12=6,12%6=0#6', 10), ('48%18=12,18%12=5', 0))
+      >>> shown("48%18=12,18%12=6,12%6=0#6", Random(5))
+      ('48%18=12,18%12=6,12%6=0#6', '12%6=0#6', 10)
+      >>> shown("48%18=12,18%12=6,12%6=0#6", Random(0))
+      ('48%18=12,18%12=5', '18%12=6', 0)
     """
     steps = re.split(r"(?<=[,;])", solution)
     count = random.randint(1, len(steps))
-    text = "".join(steps[:count]).rstrip(",;")
+    before, last = "".join(steps[: count - 1]), steps[count - 1].rstrip(",;")
     if random.random() < 0.5:
-        return text, RIGHT if count == len(steps) else SO_FAR
-    numbers = list(re.finditer(r"\d+", text))
-    chosen = numbers[-1] if random.random() < 0.5 else random.choice(numbers)
-    return text[: chosen.start()] + other_than(chosen.group(), random) + text[chosen.end() :], WRONG
+        return before + last, last, RIGHT if count == len(steps) else SO_FAR
+    numbers = list(re.finditer(r"\d+", last))
+    # What a step comes to is what is mostly wrong.
+    chosen = numbers[-1] if random.random() < 0.7 else random.choice(numbers)
+    wrong = last[: chosen.start()] + other_than(chosen.group(), random) + last[chosen.end() :]
+    return before + wrong, last, WRONG
 
 
 def other_than(number: str, random: Random) -> str:
