@@ -197,7 +197,10 @@ def leafwise(
         for path, first in zip(trees.paths, trees.models[0], strict=True)
         if tree.is_array(first)
     }
-    depth = where.depths([p for path in trees.paths for p in layers.get(path, [path])])
+    every = [p for path in trees.paths for p in layers.get(path, [path])]
+    depth = where.depths(every)
+    for name, value in {**(shared or {}), **(each or {})}.items():
+        where.check_order(value, every, name=name)
     frozen = tuple(sorted((options or {}).items()))
     out = []
     for i, path in enumerate(trees.paths):

@@ -181,6 +181,31 @@ def resolve_each(value: Coefficient, path: str, depth: float, count: int, *, nam
     return [resolve(value, path, depth, name=name)] * count
 
 
+def check_order(value: Coefficient, paths: Sequence[str], *, name: str) -> None:
+    """Refuse a pattern that decides nothing because one before it matches all its leaves and more.
+
+    Example:
+      >>> check_order({"**": 0.3, "mlp": 1.0}, ["layers/0/mlp/w", "head/w"], name="t")
+      Traceback (most recent call last):
+      ValueError: t: the pattern 'mlp' decides for no leaf, for '**' stands before it; put 'mlp' first
+    """
+    if isinstance(value, Mapping):
+        matched = {pattern: {p for p in paths if matches(pattern, p)} for pattern in value}
+        for place, (pattern, found) in enumerate(matched.items()):
+            wider = next((b for b in list(matched)[:place] if found and found < matched[b]), None)
+            if wider is not None:
+                raise ValueError(
+                    f"{name}: the pattern {pattern!r} decides for no leaf, for {wider!r} stands before it; "
+                    f"put {pattern!r} first"
+                )
+        for inner in value.values():
+            check_order(inner, paths, name=name)
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for i, inner in enumerate(value):
+            if isinstance(inner, Mapping):
+                check_order(inner, paths, name=f"{name}[{i}]")
+
+
 def _first_match(value: Mapping[str, Any], path: str, name: str) -> Any:
     hits = [pattern for pattern in value if matches(pattern, path)]
     if not hits:

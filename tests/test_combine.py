@@ -36,6 +36,9 @@ def test_merge_is_imm_with_every_option():
     assert merged() == [2.0, 2.0]
     assert merged([0.0, 1.0]) == [1.0, 3.0]
     assert merged({"layers/0": 0.25, "**": 0.5}) == [1.5, 2.0]
+    assert merged(combine.by_layer([0.25, 0.75])) == [1.5, 2.5]
+    with pytest.raises(ValueError, match=r"'layers/0' decides for no leaf, for '\*\*' stands before it"):
+        merged({"**": 0.5, "layers/0": 0.25})
     assert merged(where=("layers/1",)) == [3.0, 2.0]
     dropped = combine.merged(anchor, tuned, Merge(rule="imm", drop=0.5), 0.5, key=jax.random.key(0))
     assert set(np.concatenate([np.ravel(x) for x in jax.tree.leaves(dropped)]).tolist()) <= {1.0, 3.0}

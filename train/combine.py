@@ -88,6 +88,18 @@ def layer_alphas(importance: Sequence[float], change: Sequence[float], span: Seq
     return [round(high + (low - high) * rank[layer] / steps, 9) for layer in range(len(scores))]
 
 
+def by_layer(alphas: Sequence[float]) -> dict[str, float]:
+    """Coefficients by path, α_l for layer l and their mean for what is of no layer.
+
+    Of several patterns that match a path the first wins, so the one that matches all comes last.
+
+    Example:
+      >>> by_layer([0.2, 0.6])
+      {'model/layers/0': 0.2, 'model/layers/1': 0.6, '**': 0.4}
+    """
+    return {f"model/layers/{i}": a for i, a in enumerate(alphas)} | {"**": sum(alphas) / len(alphas)}
+
+
 def importance_span(alpha: Any) -> Sequence[float] | None:
     """The two ends of `alpha: {importance: [α where it matters most, α where least]}`, else None."""
     return alpha["importance"] if isinstance(alpha, Mapping) and "importance" in alpha else None

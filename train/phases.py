@@ -248,8 +248,7 @@ def adapted(run: Run, anchor: Params, tuned: Params, span: Sequence[float]) -> t
     found = taylor_importance(loss, anchor, text_batches(run.worked("validation"), run.model.tokenizer.pad_id or 0))
     moved = round.change(tuned, anchor)
     importance, change = of_layers(found, count), of_layers(moved, count)
-    by_layer = combine.layer_alphas(importance, change, span)
-    alpha = {"**": sum(by_layer) / count} | {f"model/layers/{i}": a for i, a in enumerate(by_layer)}
+    alpha = combine.by_layer(combine.layer_alphas(importance, change, span))
     return alpha, {"importance": importance, "change": change}
 
 
