@@ -16,7 +16,7 @@ quickstart: setup
 	$(BIN)/jaxmerge improve configs/quickstart.yaml $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 setup:
 	@.ci/setup

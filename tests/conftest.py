@@ -13,3 +13,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compiled once per checkout: a second `make test` skips most of the XLA time.
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax-tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+LONGEST = [f"test_{name}.py" for name in ("processes", "improve", "search_run", "jaxmerge_contract", "learn_sft")]
+"""Files of minutes: begun first (`make test`), so that no worker is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
