@@ -234,11 +234,12 @@ def test_slots_are_halved_at_the_end_and_nothing_else_changes(model, prompts, mo
 def test_like_runs_compile_nothing_new(model, prompts):
     """Other prompts, another temperature, other counts of refills: the same shapes, so the same executables."""
     jitted: Any = (engines.decode, engines.prefill, engines.fill)
+    others = [f._cache_size() for f in jitted]  # what tests before this one in the same process compiled
     run(model, prompts, samples=2, temperature=1.0, slots=8)
     before = [f._cache_size() for f in jitted]
     run(model, prompts[3:], samples=3, temperature=0.7, slots=8, key=jax.random.key(9))
     assert [f._cache_size() for f in jitted] == before
-    assert max(before) < 30
+    assert max(b - o for b, o in zip(before, others)) < 10
 
 
 def test_lengths_are_rounded_up():
