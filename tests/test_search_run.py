@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -270,15 +271,22 @@ def test_a_role_may_have_a_model_and_a_temperature_of_its_own(prompts_file, tmp_
         build(SearchRun, config_of(prompts_file, roles={"judge": {}}))
 
 
-def run_verb(config, folder, *, kill=None):
-    """Run the command in a process of its own, killed at its `kill`-th flush."""
+def start_verb(config, folder, *words, kill=None):
+    """Start the command in a process of its own, killed at its `kill`-th flush."""
     program = [str(ROOT / "tests" / "killer.py"), "searching", str(kill)] if kill else ["-m", "train.cli"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax-tests")
-    return subprocess.run(
-        [sys.executable, *program, "search", str(config), f"out={folder}"],
-        cwd=folder.parent, env=environment, capture_output=True, text=True, check=False,
+    return subprocess.Popen(
+        [sys.executable, *program, "search", str(config), f"out={folder}", *words],
+        cwd=folder.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+
+
+def run_verb(config, folder, *words, kill=None):
+    """Run it; its exit code and what it said."""
+    process = start_verb(config, folder, *words, kill=kill)
+    said, _ = process.communicate()
+    return process.returncode, said
 
 
 def test_a_killed_search_goes_on_and_ends_the_same(done, prompts_file, tmp_path):
@@ -286,14 +294,33 @@ def test_a_killed_search_goes_on_and_ends_the_same(done, prompts_file, tmp_path)
     config.write_text(yaml.safe_dump(config_of(prompts_file)))
     folder = tmp_path / "run"
     for calls in (3, 12):
-        assert run_verb(config, folder, kill=calls).returncode == -9
+        assert run_verb(config, folder, kill=calls)[0] == -9
     assert (folder / "phases" / "search.partial" / "replies.jsonl").stat().st_size
-    ended = run_verb(config, folder)
-    assert ended.returncode == 0, ended.stderr
+    code, said = run_verb(config, folder)
+    assert code == 0, said
     assert (folder / "trees.jsonl").read_bytes() == (done / "trees.jsonl").read_bytes()
     assert read_version(folder / "samples", "search", "1.0.0") == read_version(done / "samples", "search", "1.0.0")
     replayed = read_jsonl(folder / "metrics.jsonl")[1]["replayed"]
     assert replayed > 0
+
+
+def test_two_processes_on_a_mesh_grow_the_same_trees(done, prompts_file, tmp_path):
+    """Weights in halves over fsdp, sequences spread over all devices."""
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(config_of(prompts_file)))
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    mesh = ("mesh.cpu_devices=2", "mesh.data=2", "mesh.fsdp=2")
+    placed = (f"distributed.coordinator=localhost:{port}", "distributed.processes=2")
+    both = [start_verb(config, tmp_path / "two", *mesh, *placed, f"distributed.process_id={i}") for i in range(2)]
+    try:
+        said = [process.communicate(timeout=240)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    assert read_jsonl(tmp_path / "two" / "trees.jsonl") == read_jsonl(done / "trees.jsonl")
 
 
 # --- questions, prompts, filters ---

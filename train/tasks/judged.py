@@ -1,12 +1,13 @@
 """Solutions to be judged, in symbols: what teaches the miniature to be the critic of a search.
 
 family       prompt                        work and answer
-judge:gcd    g48,18?48%18=12,18%12=6!      18%12=6;score:7        (right so far)
-             g48,18?48%18=12,18%12=7!      18%12=6;score:0        (the last step is wrong)
-             g48,18?48%18=…,12%6=0#6!      12%6=0#6;score:10      (right to its end)
+judge:gcd    g48,18?48%18=12,18%12=6!      18%12=6:6;score:7          (right so far)
+             g48,18?48%18=12,18%12=7!      18%12=6:7;score:0          (the last step is wrong)
+             g48,18?48%18=…,12%6=0#6!      12%6=0#6:0#6;score:10      (right to its end)
 
-A critic first takes the last step itself, then compares: in one glance a model of four layers judged hardly better than
-chance (docs/log.md). Earlier steps are right: a search has judged each when it was the last.
+A critic first takes the last step itself, then writes what was found beside what it finds, then compares: in one
+glance, or with the two apart, a model of four layers judged hardly better than chance (docs/log.md). Earlier steps are
+right: a search has judged each when it was the last.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ WRONG, SO_FAR, RIGHT = 0, 7, 10
 
 
 class JudgedTask:
-    """Solutions of a compact family, half of them with a number of the last step changed, to be scored."""
+    """Solutions of a compact family, half of them with a last step that comes to something wrong."""
 
     def __init__(self, name: str):
         self.name, self.of = name, CompactTask(name.removeprefix(PREFIX))
@@ -39,7 +40,7 @@ class JudgedTask:
             assert solution is not None, "compact families have solutions"
             text, last, score = shown(solution, Random(f"judge/{seed + i}"))
             answer = f"score:{score}"
-            yield f"{question}{text}!", answer, f"{last};{answer}", entry
+            yield f"{question}{text}!", answer, f"{last}:{result(text)};{answer}", entry
 
     def prompt(self, question: Question) -> Prompt:
         """Build the text the model continues."""
@@ -64,11 +65,20 @@ def shown(solution: str, random: Random) -> tuple[str, str, int]:
     before, last = "".join(steps[: count - 1]), steps[count - 1].rstrip(",;")
     if random.random() < 0.5:
         return before + last, last, RIGHT if count == len(steps) else SO_FAR
-    numbers = list(re.finditer(r"\d+", last))
-    # What a step comes to is what is mostly wrong.
-    chosen = numbers[-1] if random.random() < 0.7 else random.choice(numbers)
+    # A step from the wrong numbers comes to something else too, nearly always, and is not shown apart.
+    chosen = random.choice(list(re.finditer(r"\d+(?!.*=)", last)))
     wrong = last[: chosen.start()] + other_than(chosen.group(), random) + last[chosen.end() :]
     return before + wrong, last, WRONG
+
+
+def result(text: str) -> str:
+    """What the last step of a text comes to.
+
+    Example:
+      >>> result("48%18=12,18%12=5"), result("12%6=0#6")
+      ('5', '0#6')
+    """
+    return re.split("[,;=]", text)[-1]
 
 
 def other_than(number: str, random: Random) -> str:

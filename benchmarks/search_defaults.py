@@ -1,0 +1,93 @@
+r"""Which settings find most right solutions a generated token: python benchmarks/search_defaults.py [key=value …]
+
+  model=configs/miniature-judge
+  questions=300 seeds=2        gcd of numbers 1–130, drawn for this alone; each setting searches all with every seed
+  exploration=0.05,0.2,0.5     c of the upper bound
+  bonus=0.8,0.3,0.0            of children without visits
+  iterations=4,12 children=3   nodes expanded, steps proposed at each
+  gate=0.88                    a value that ends a search
+  slots=128
+
+A line a setting: share of the questions whose chosen plan is right (95 % interval over questions), tokens generated a
+question, right solutions a thousand tokens, mean steps of the plans. Plain sampling of as many tokens stands below.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pathlib
+import sys
+import tempfile
+import types
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from train import round
+from train.analysis.diversity import interval
+from train.config import Improve, Mesh, Sampling
+from train.mesh import make_mesh
+from train.models.source import load_source
+from train.resolve import build
+from train.search.source import searched
+from train.tasks import build_suite
+
+OPTIONS = {
+    "model": "configs/miniature-judge", "questions": "300", "seeds": "2", "exploration": "0.05,0.2,0.5",
+    "bonus": "0.8,0.3,0.0", "iterations": "4,12", "children": "3", "gate": "0.88", "slots": "128",
+}  # fmt: skip
+
+
+def main() -> None:
+    given = dict(word.split("=", 1) for word in sys.argv[1:])
+    if unknown := given.keys() - OPTIONS.keys():
+        raise SystemExit(f"unknown {', '.join(unknown)}; known: {', '.join(OPTIONS)}")
+    options = OPTIONS | given
+    family = {
+        "family": "gcd", "domain": "id", "args": {"min_value": 1, "max_value": 130}, "train": int(options["questions"]),
+    }  # fmt: skip
+    tasks = {"style": "compact", "seed": 77, "families": [family]}
+    config = build(Improve, {"model": {"path": options["model"]}, "tasks": tasks, "methods": {"plain": {}}})
+    model = load_source(config.model, make_mesh(Mesh()), seed=0)
+    suite = build_suite(config.tasks.families, seed=config.tasks.seed, style="compact")
+    questions = suite.questions("train")
+    run = types.SimpleNamespace(suite=suite, model=model, config=config, weights=lambda name: model.params)
+
+    def tried(label: str, sampling: dict) -> None:
+        right: dict[str, float] = dict.fromkeys((q.id for q in questions), 0.0)
+        tokens, found, steps = 0, 0.0, []
+        for seed in range(int(options["seeds"])):
+            settings = build(Sampling, {"max_new_tokens": 80, "slots": int(options["slots"]), **sampling})
+            with tempfile.TemporaryDirectory() as folder:
+                rows, generated, _ = searched(
+                    run, "base", questions, settings, (), pathlib.Path(folder), seed=seed, title=label
+                )  # type: ignore[arg-type]  # what a search reads of a run is there
+            tokens += generated
+            for row in round.verify(suite, {q.id: q for q in questions}, rows):
+                right[row["question_id"]] += row["score"] == 1.0
+                found += row["score"] == 1.0
+                steps.append(row["text"].count(",") + 1)
+        count = len(questions) * int(options["seeds"])
+        mean, low, high = (100 * x for x in interval([min(1.0, n / int(options["seeds"])) for n in right.values()]))
+        print(
+            f"{label:<58} {mean:5.1f} % [{low:.1f}, {high:.1f}]  {tokens / count:6.0f} tokens  "
+            f"{1000 * found / tokens:5.2f} right / 1000  {sum(steps) / max(1, len(steps)):.1f} steps",
+            flush=True,
+        )
+
+    values = [options[name].split(",") for name in ("exploration", "bonus", "iterations", "children", "gate")]
+    for c, bonus, iterations, children, gate in itertools.product(*values):
+        search = {
+            "exploration": float(c), "bonus": float(bonus), "iterations": int(iterations), "children": int(children),
+            "gate": float(gate), "reflect": False,
+        }  # fmt: skip
+        label = f"c {c} bonus {bonus} iterations {iterations} children {children} gate {gate}"
+        tried(label, {"source": "mcts", "temperature": 0.7, "search": search})
+    for samples in (1, 4):
+        dart = {"dart": {"mode": "uniform", "right": samples, "samples": samples, "most": samples}}
+        tried(f"{samples} plain samples", {"source": "dart", "temperature": 0.7, "search": dart})
+
+
+if __name__ == "__main__":
+    main()
