@@ -1,15 +1,17 @@
 r"""Which settings find most right solutions a generated token: python benchmarks/search_defaults.py [key=value …]
 
   model=configs/miniature-judge
-  questions=300 seeds=2        gcd of numbers 1–130, drawn for this alone; each setting searches all with every seed
+  family=gcd                   gcd of numbers 1–130, or chain_sum of 3–4 numbers
+  questions=300 seeds=2        drawn for this alone; each setting searches all with every seed
   exploration=0.05,0.2,0.5     c of the upper bound
   bonus=0.8,0.3,0.0            of children without visits
   iterations=4,12 children=3   nodes expanded, steps proposed at each
   gate=0.88                    a value that ends a search
-  slots=128
+  diverse=false                siblings one after another, each other than those before, or side by side
+  slots=128 temperature=0.7
 
-A line a setting: share of the questions whose chosen plan is right (95 % interval over questions), tokens generated a
-question, right solutions a thousand tokens, mean steps of the plans. Plain sampling of as many tokens stands below.
+A line a setting: share of the questions of which a solution is right (95 % interval over questions, mean of the seeds),
+tokens generated a question, right solutions a thousand tokens, mean steps. One and four plain samples stand below.
 """
 
 from __future__ import annotations
@@ -34,9 +36,14 @@ from train.search.source import searched
 from train.tasks import build_suite
 
 OPTIONS = {
-    "model": "configs/miniature-judge", "questions": "300", "seeds": "2", "exploration": "0.05,0.2,0.5",
-    "bonus": "0.8,0.3,0.0", "iterations": "4,12", "children": "3", "gate": "0.88", "slots": "128",
+    "model": "configs/miniature-judge", "family": "gcd", "questions": "300", "seeds": "2",
+    "exploration": "0.05,0.2,0.5", "bonus": "0.8,0.3,0.0", "iterations": "4,12", "children": "3", "gate": "0.88",
+    "diverse": "false", "slots": "128", "temperature": "0.7",
 }  # fmt: skip
+ARGS = {
+    "gcd": {"min_value": 1, "max_value": 130},
+    "chain_sum": {"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 2},
+}
 
 
 def main() -> None:
@@ -44,10 +51,8 @@ def main() -> None:
     if unknown := given.keys() - OPTIONS.keys():
         raise SystemExit(f"unknown {', '.join(unknown)}; known: {', '.join(OPTIONS)}")
     options = OPTIONS | given
-    family = {
-        "family": "gcd", "domain": "id", "args": {"min_value": 1, "max_value": 130}, "train": int(options["questions"]),
-    }  # fmt: skip
-    tasks = {"style": "compact", "seed": 77, "families": [family]}
+    family = {"family": options["family"], "args": ARGS[options["family"]], "train": int(options["questions"])}
+    tasks = {"style": "compact", "seed": 77, "families": [{"domain": "id", **family}]}
     config = build(Improve, {"model": {"path": options["model"]}, "tasks": tasks, "methods": {"plain": {}}})
     model = load_source(config.model, make_mesh(Mesh()), seed=0)
     suite = build_suite(config.tasks.families, seed=config.tasks.seed, style="compact")
@@ -56,7 +61,7 @@ def main() -> None:
 
     def tried(label: str, sampling: dict) -> None:
         right: dict[str, float] = dict.fromkeys((q.id for q in questions), 0.0)
-        tokens, found, steps = 0, 0.0, []
+        tokens, found, steps = 0, 0, []
         for seed in range(int(options["seeds"])):
             settings = build(Sampling, {"max_new_tokens": 80, "slots": int(options["slots"]), **sampling})
             with tempfile.TemporaryDirectory() as folder:
@@ -64,12 +69,13 @@ def main() -> None:
                     run, "base", questions, settings, (), pathlib.Path(folder), seed=seed, title=label
                 )  # type: ignore[arg-type]  # what a search reads of a run is there
             tokens += generated
-            for row in round.verify(suite, {q.id: q for q in questions}, rows):
-                right[row["question_id"]] += row["score"] == 1.0
-                found += row["score"] == 1.0
-                steps.append(row["text"].count(",") + 1)
+            judged = round.verify(suite, {q.id: q for q in questions}, rows)
+            found += sum(row["score"] == 1.0 for row in judged)
+            steps += [row["text"].count(",") + 1 for row in judged]
+            for id in {row["question_id"] for row in judged if row["score"] == 1.0}:
+                right[id] += 1 / int(options["seeds"])
         count = len(questions) * int(options["seeds"])
-        mean, low, high = (100 * x for x in interval([min(1.0, n / int(options["seeds"])) for n in right.values()]))
+        mean, low, high = (100 * x for x in interval(list(right.values())))
         print(
             f"{label:<58} {mean:5.1f} % [{low:.1f}, {high:.1f}]  {tokens / count:6.0f} tokens  "
             f"{1000 * found / tokens:5.2f} right / 1000  {sum(steps) / max(1, len(steps)):.1f} steps",
@@ -80,13 +86,15 @@ def main() -> None:
     for c, bonus, iterations, children, gate in itertools.product(*values):
         search = {
             "exploration": float(c), "bonus": float(bonus), "iterations": int(iterations), "children": int(children),
-            "gate": float(gate), "reflect": False,
+            "gate": float(gate), "reflect": False, "diverse": options["diverse"] == "true",
         }  # fmt: skip
         label = f"c {c} bonus {bonus} iterations {iterations} children {children} gate {gate}"
-        tried(label, {"source": "mcts", "temperature": 0.7, "search": search})
+        tried(label, {"source": "mcts", "temperature": float(options["temperature"]), "search": search})
     for samples in (1, 4):
         dart = {"dart": {"mode": "uniform", "right": samples, "samples": samples, "most": samples}}
-        tried(f"{samples} plain samples", {"source": "dart", "temperature": 0.7, "search": dart})
+        tried(
+            f"{samples} plain samples", {"source": "dart", "temperature": float(options["temperature"]), "search": dart}
+        )
 
 
 if __name__ == "__main__":

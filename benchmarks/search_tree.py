@@ -3,8 +3,8 @@ r"""Searches side by side against one tree at a time: python benchmarks/search_t
   model=package:…              what `jaxmerge search` takes; `tiny`: random weights of 3 M parameters whose critic's
                                scores are written for it: where a step costs the same for one sequence as for many,
                                as on an accelerator, and not its arithmetic, as on a CPU
-  domain=code                  prompts of train/search/prompts.yaml: `code`, small programs to be planned and written, or
-                               `compact`, gcd problems in symbols for a model of configs/miniature-judge's kind
+  domain=code                  prompts of train/search/prompts.yaml: `code`, small programs to be planned and written,
+                               or `compact`, gcd problems in symbols for a model of configs/miniature-judge's kind
   questions=24                 trees that advance together
   alone=2                      trees of the one-at-a-time run: the first ones of the same
   slots=24                     sequences decoded side by side; the run of one tree has as many as a tree can use

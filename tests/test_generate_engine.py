@@ -239,7 +239,7 @@ def test_like_runs_compile_nothing_new(model, prompts):
     before = [f._cache_size() for f in jitted]
     run(model, prompts[3:], samples=3, temperature=0.7, slots=8, key=jax.random.key(9))
     assert [f._cache_size() for f in jitted] == before
-    assert max(b - o for b, o in zip(before, others)) < 10
+    assert max(b - o for b, o in zip(before, others, strict=True)) < 10
 
 
 def test_lengths_are_rounded_up():

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from train import round
-from train.config import Improve, Sampling, Selection
+from train.config import Improve, Mesh, Sampling, Selection
 from train.data.settings import Data
 from train.generate.engine import Completion
 from train.learn.dataset import read_jsonl, read_version
@@ -28,17 +28,17 @@ from train.resolve import build, load
 from train.search import run as searching
 from train.search import source as source_of
 from train.search import testing
-from train.search.ask import Reply
+from train.search.ask import Ask, Reply
 from train.search.driver import AHEAD, Driver
 from train.search.examples import distribution, select
 from train.search.kinds import KINDS
-from train.search.prompts import INSTALLED, PROMPTS, load_prompts
+from train.search.prompts import INSTALLED, PROMPTS, Prompt, load_prompts
 from train.search.questions import Item, equal, read_questions
 from train.search.replies import Replies
-from train.search.settings import Questions, Search, SearchRun
+from train.search.settings import Drawing, Questions, Search, SearchRun
 from train.search.subject import Subject
 from train.search.testing import compiles
-from train.search.voice import key_of
+from train.search.voice import Voice, key_of
 from train.tasks import build_suite
 
 ROOT = Path(__file__).parent.parent
@@ -269,6 +269,18 @@ def test_a_role_may_have_a_model_and_a_temperature_of_its_own(prompts_file, tmp_
     assert len(set(loaded["digests"].values())) == 2
     with pytest.raises(UserError, match="no such role; there are policy, critic, reflector"):
         build(SearchRun, config_of(prompts_file, roles={"judge": {}}))
+
+
+def test_a_prompt_may_have_a_temperature_that_a_role_overrides():
+    model = random_model(MODEL, make_mesh(Mesh()), seed=0)
+    plan = {"question": "g48,18?", "steps": ["48%18=12"]}
+    for own, wanted in (({}, 0.01), ({"critic": 0.5}, 0.5)):
+        voice = Voice(model, load_prompts("compact"), Drawing(slots=2), seed=0, temperatures=own)
+        judged = voice.request(0, "q", Ask("r/score0", "score", "critic", plan))
+        proposed = voice.request(1, "q", Ask("r/step0", "step", "policy", plan))
+        assert (judged.temperature, proposed.temperature) == (wanted, None)
+    with pytest.raises(UserError, match="temperature"):
+        Prompt(messages=({"role": "user", "content": "x"},), temperature=0)
 
 
 def start_verb(config, folder, *words, kill=None):

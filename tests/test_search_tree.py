@@ -108,6 +108,27 @@ def test_ties_are_broken_at_random_and_by_the_seed():
     assert {found.count(i) > 8 for i in (1, 2, 3)} == {True}
 
 
+def test_of_equals_what_was_proposed_more_often_goes_first():
+    for seed in range(10):
+        tree = tree_of(seed=seed)
+        for times in (1, 3, 2):
+            tree.add(ROOT, str(times), 0.9, times=times)
+        tree.add(ROOT, "worse", 0.5, times=9)
+        tree.nodes[ROOT].expanded = True
+        assert tree.best() == tree.over(0.88) == tree.select() == 2
+    assert tree.over(0.95) is None
+
+
+def test_twins_proposed_side_by_side_are_one_child_that_counts_them():
+    class Twins(Script):
+        def __call__(self, ask):
+            return Reply("Add both.") if ask.prompt == "step" and "step1" not in ask.name else super().__call__(ask)
+
+    found, _, c = run(Twins(), iterations=1, diverse=False)
+    assert [(n.step, n.times) for n in found.tree.nodes[1:]] == [("Add both.", 2), ("Do r/step1/0.", 1)]
+    assert c.counts["step repeated"] == 1
+
+
 # --- backup ---
 
 

@@ -36,7 +36,9 @@ def test_scores_say_what_the_last_step_is():
         assert before == right[: len(before)], "a search has judged these before"
         true = right[len(before)]
         wanted = 0 if last != true else 10 if len(steps) == len(right) else 7
-        assert (score, solution) == (f"score:{wanted}", f"{true};score:{wanted}"), (text, right)
+        came = last.split("=")[-1]
+        assert (score, solution) == (f"score:{wanted}", f"{true}:{came};score:{wanted}"), (text, right)
+        assert (came != true.split("=")[-1]) == (wanted == 0)
         counts[wanted] += 1
     assert 0.4 < counts[0] / 400 < 0.6
     assert min(counts.values()) > 40
@@ -65,7 +67,7 @@ def test_what_is_judged_is_not_learnt():
     texts = "".join(decode(row[mask]) for row, mask in zip(rows, learnt, strict=True))
     lines = [line for line in texts.split("\n") if line]
     assert {line.partition(";")[2] for line in lines} == {"score:0", "score:7", "score:10"}
-    for step in {line.partition(";")[0].partition("#")[0] for line in lines}:
+    for step in {line.partition(":")[0].partition("#")[0] for line in lines}:
         left, right = step.split("=")
         assert int(left.split("%")[0]) % int(left.split("%")[1]) == int(right)
     assert learnt[:, 0].all()
@@ -104,7 +106,7 @@ def test_a_search_asks_in_the_form_that_was_learnt():
 
 @pytest.mark.parametrize(
     ("text", "reason", "score"),
-    [("18%12=6;score:7\n", "eos", 0.7), ("18%12=6;sc", "length", None), ("score:7\n", "eos", None)],
+    [("18%12=6:6;score:7\n", "eos", 0.7), ("18%12=6:6;sc", "length", None), ("score:7\n", "eos", None)],
 )
 def test_what_a_critic_thinks_first_is_no_score(tmp_path, text, reason, score):
     write_tokenizer(tmp_path)

@@ -70,7 +70,7 @@ def mcts(c: Subject) -> Asking[Found]:
         for leaf in leaves:
             tree.settle(leaf)
         spent += len(leaves)
-        if (over := tree.first_over(c.search.gate)) is not None:
+        if (over := tree.over(c.search.gate)) is not None:
             return Found(tree, over, "gate", (yield from write(c, tree, over)))
     best = tree.best()
     return Found(tree, best, end, (yield from write(c, tree, best)))
@@ -83,10 +83,10 @@ def tot(c: Subject) -> Asking[Found]:
         yield from gather([c.expand(tree, i, reflect=False) for i in level])
         for i in level:
             tree.settle(i)
-        if (over := tree.first_over(c.search.gate)) is not None:
+        if (over := tree.over(c.search.gate)) is not None:
             return Found(tree, over, "gate", (yield from write(c, tree, over)))
         new = [child for i in level for child in tree.nodes[i].children if not tree.nodes[child].solved]
-        level = sorted(new, key=lambda i: (-tree.nodes[i].value, i))[: c.search.beam]
+        level = sorted(new, key=lambda i: (-tree.nodes[i].value, -tree.nodes[i].times, i))[: c.search.beam]
         if not level:
             end = "exhausted"
             break

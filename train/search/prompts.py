@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..log import UserError
-from ..resolve import build, read_yaml
+from ..resolve import at_least, build, read_yaml
 
 INSTALLED = Path(__file__).with_name("prompts.yaml")
 PROMPTS = ("step", "hint", "score", "chain", "write")
@@ -22,6 +22,7 @@ class Prompt:
     """One prompt: what is said, how the reply begins, where it ends.
 
     `plain`: said as it stands, in no chat. `after`: what a reply says before this was thought, and is left out.
+    `temperature`: at which it is answered, where the role has none of its own.
     """
 
     messages: tuple[dict[str, str], ...]
@@ -30,12 +31,15 @@ class Prompt:
     until: tuple[str, ...] = ()
     plain: bool = False
     after: str = ""
+    temperature: float | None = None
 
     def __post_init__(self):
         if not self.messages or any(set(m) != {"role", "content"} for m in self.messages):
             raise UserError("prompts: messages is a list of {role, content}, one or more")
         if "" in self.stop + self.until:
             raise UserError("prompts: stop and until hold no empty string")
+        if self.temperature is not None:
+            at_least(self, "prompts", temperature=1e-6)
 
     def render(self, values: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
         """(messages, how the reply begins)."""

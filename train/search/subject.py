@@ -76,21 +76,26 @@ class Subject:
         self.counts["step given up"] += 1
         return None
 
-    def propose_all(self, name: str, steps: list[str], hint: str, count: int) -> Asking[list[str]]:
-        """Up to `count` different next steps: one after another, each shown those before it, or side by side."""
-        found: list[str] = []
+    def propose_all(self, name: str, steps: list[str], hint: str, count: int) -> Asking[dict[str, int]]:
+        """Up to `count` different next steps, and how often each was proposed.
+
+        One after another, each shown those before it, or side by side.
+        """
+        found: dict[str, int] = {}
         if self.search.diverse:
             for k in range(count):
-                step = yield from self.propose(f"{name}/step{k}", steps, hint, found, True)
-                found += [] if step is None else [step]
+                step = yield from self.propose(f"{name}/step{k}", steps, hint, list(found), True)
+                found |= {} if step is None else {step: 1}
             return found
         # Side by side none knows of the others, so their own number keys what is drawn, and twins are told after.
         drawn = yield from gather([self.propose(f"{name}/step{k}", steps, hint, [], False) for k in range(count)])
         for step in drawn:
-            if step is not None and normal(step) in {normal(s) for s in found}:
+            twin = next((s for s in found if step is not None and normal(s) == normal(step)), None)
+            if twin is not None:
                 self.counts["step repeated"] += 1
+                found[twin] += 1
             elif step is not None:
-                found.append(step)
+                found[step] = 1
         return found
 
     def judge(self, name: str, steps: list[str]) -> Asking[float | None]:
@@ -125,13 +130,13 @@ class Subject:
             if not tree.nodes[best].solved:
                 yield from self.roll_out(tree, best)
 
-    def adopt(self, tree: Tree, leaf: int, steps: list[str], proposed: list[str]) -> Asking[None]:
+    def adopt(self, tree: Tree, leaf: int, steps: list[str], proposed: dict[str, int]) -> Asking[None]:
         """Have the critic judge proposed steps; those with a score become children."""
         name = tree.name(leaf)
         scores = yield from gather([self.judge(f"{name}/child{k}", [*steps, step]) for k, step in enumerate(proposed)])
-        for step, score in zip(proposed, scores, strict=True):
+        for (step, times), score in zip(proposed.items(), scores, strict=True):
             if score is not None:
-                tree.add(leaf, step, score, solved=self.finishes(step))
+                tree.add(leaf, step, score, times=times, solved=self.finishes(step))
 
     def roll_out(self, tree: Tree, i: int) -> Asking[None]:
         """V ← (1 − a)·V + a·best, where best is the highest score of the steps walked greedily from node `i`."""
@@ -139,7 +144,7 @@ class Subject:
         steps, best = tree.steps(i), None
         for t in range(rollout.steps):
             name = f"{tree.name(i)}/rollout{t}"
-            proposed = yield from self.propose_all(name, steps, "", rollout.proposals)
+            proposed = list((yield from self.propose_all(name, steps, "", rollout.proposals)))
             scores = yield from gather([self.judge(f"{name}/child{k}", [*steps, s]) for k, s in enumerate(proposed)])
             scored = [(score, -k) for k, score in enumerate(scores) if score is not None]
             if not scored:

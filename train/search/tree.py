@@ -3,7 +3,8 @@ r"""A tree of reasoning steps: which node to expand next, and what an expansion 
 A node's state is the steps from the root to it. V is its value on [0, 1], n its visits, N those of its parent:
 
     selection   from the root, while a node is expanded, to the child with the largest
-                V + c·√(2 ln N / n),  or  V + bonus  where n = 0;  ties at random
+                V + c·√(2 ln N / n),  or  V + bonus  where n = 0;
+                among equals to one proposed most often, ties at random
     backup      from the expanded node to the root:  n ← n + 1,  V ← Σ_children n·V / Σ_children n  (if that is not 0)
 
 With several leaves in flight, each node on the way to one counts m virtual visits of value 0 until the leaf is
@@ -36,6 +37,8 @@ class Node:
     score: float | None
     """The critic's, never changed; None where no critic was asked."""
     value: float
+    times: int = 1
+    """How often it was proposed: of equals, what the policy says more often is more often right."""
     visits: int = 0
     virtual: int = 0
     """Leaves in flight at or below this node."""
@@ -118,13 +121,19 @@ class Tree:
         )  # fmt: skip
 
     def best(self) -> int | None:
-        """The node with the highest value; among equals the deepest, then the first. None if there is but the root."""
-        others = range(1, len(self.nodes))
-        return max(others, key=lambda i: (self.nodes[i].value, self.nodes[i].depth, -i), default=None)
+        """The node with the highest value; of equals the deepest, then the most proposed, then the first.
 
-    def first_over(self, gate: float) -> int | None:
-        """The first node whose value reaches the end gate."""
-        return next((i for i in range(1, len(self.nodes)) if self.nodes[i].value >= gate), None)
+        None if there is but the root.
+        """
+        others = range(1, len(self.nodes))
+        return max(
+            others, key=lambda i: (self.nodes[i].value, self.nodes[i].depth, self.nodes[i].times, -i), default=None
+        )
+
+    def over(self, gate: float) -> int | None:
+        """The node whose value reaches the end gate; of several the most proposed, then the first."""
+        found = (i for i in range(1, len(self.nodes)) if self.nodes[i].value >= gate)
+        return max(found, key=lambda i: (self.nodes[i].times, -i), default=None)
 
     # --- growing ---
 
@@ -137,17 +146,19 @@ class Tree:
             open_ones = [child for child in self.nodes[i].children if self.available(child)]
             bounds = [self.bound(child) for child in open_ones]
             highest = [child for child, b in zip(open_ones, bounds, strict=True) if b == max(bounds)]
+            most = max(self.nodes[child].times for child in highest)
+            highest = [child for child in highest if self.nodes[child].times == most]
             i = highest[0] if len(highest) == 1 else self.rng.choice(highest)
         self.in_flight.add(i)
         for n in self.lineage(i):
             self.nodes[n].virtual += 1
         return i
 
-    def add(self, parent: int, step: str, score: float | None, *, solved: bool = False) -> int:
+    def add(self, parent: int, step: str, score: float | None, *, times: int = 1, solved: bool = False) -> int:
         """A child of `parent`; its value is the critic's score until something below it is visited."""
         depth = self.nodes[parent].depth + 1
         closed = solved or depth >= self.depth
-        self.nodes.append(Node(step, parent, depth, score, score or 0.0, closed=closed, solved=solved))
+        self.nodes.append(Node(step, parent, depth, score, score or 0.0, times, closed=closed, solved=solved))
         self.nodes[parent].children.append(len(self.nodes) - 1)
         return len(self.nodes) - 1
 

@@ -27,7 +27,7 @@ class Voice:
     """One model with the roles it plays.
 
     Args:
-      temperatures: of the roles that differ from `drawing`.
+      temperatures: of the roles that differ from the prompts' and from `drawing`'s.
       dtype: of the matmuls' operands.
       chains: tokens, by question, that a chain of thought goes on from, in place of the prompt file's.
       gather: as the engine's.
@@ -70,7 +70,12 @@ class Voice:
             return None
         self.read_tokens += len(tokens)
         return Request(
-            number, tokens, key_of(self.seed, id, ask.name), most, self.temperatures.get(ask.role), self.stop(prompt)
+            number,
+            tokens,
+            key_of(self.seed, id, ask.name),
+            most,
+            self.temperatures.get(ask.role, prompt.temperature),
+            self.stop(prompt),
         )
 
     def tokens(self, messages: Sequence[Mapping[str, str]], prefix: str, *, plain: bool = False) -> tuple[int, ...]:
