@@ -20,6 +20,7 @@ from train import round
 from train.config import Improve, Mesh, Sampling, Selection
 from train.data.settings import Data
 from train.generate.engine import Completion
+from train.improve import improve
 from train.learn.dataset import read_jsonl, read_version
 from train.log import UserError
 from train.mesh import make_mesh
@@ -547,6 +548,24 @@ def test_improve_samples_by_a_search(tmp_path, source):
     scored = round.verify(suite, {q.id: q for q in questions}, rows)
     _, counts = round.select(suite, model.tokenizer, questions, scored, Selection(), seed=0)
     assert counts["sampled"] == len(rows)
+
+
+def test_a_model_learns_from_what_its_own_searches_found(tmp_path):
+    """Experiment 6 in small: one model is policy and critic, and each source's solutions train it."""
+    values = yaml.safe_load((ROOT / "configs" / "experiments" / "sources.yaml").read_text())
+    del values["sweep"]
+    families = [{**values["tasks"]["families"][0], "train": 24, "test": 8}]
+    values |= {"rounds": 1, "model": {"path": str(ROOT / "configs" / "miniature-judge")}}
+    values["tasks"] |= {"families": families}
+    values["sft"] |= {"epochs": 1, "batch": 8}
+    values["evaluation"] |= {"samples": 0}
+    folder = improve(build(Improve, values), name="sources", out=tmp_path / "run", quiet=True)
+    rows = {row["phase"]: row for row in read_jsonl(folder / "metrics.jsonl")}
+    for method in ("plain", "dart", "tot", "mcts"):
+        assert rows[f"round-1/{method}/sample"]["generated"] > 1000, method
+        assert rows[f"round-1/{method}/select"]["kept"] > 4, method
+    digests = [rows[f"round-1/{method}/sft"]["digest"] for method in ("plain", "dart", "tot", "mcts")]
+    assert len(set(digests)) == 4
 
 
 def test_a_search_is_set_where_it_is_read():
