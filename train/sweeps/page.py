@@ -78,13 +78,13 @@ def provenance(experiment: Experiment, rows: Sequence[Row]) -> str:
     return f"`{command}` · {len(rows)} runs, {minutes:.0f} minutes on {devices} · commits {named}"
 
 
-def percent(values: Sequence[float], *, scale: float = 100.0) -> str:
-    """`51.2 [49.0, 53.4]` of several values, the mean alone of one."""
+def percent(values: Sequence[float], *, scale: float = 100.0, digits: int = 1, most: float = math.inf) -> str:
+    """`51.2 [49.0, 53.4]` of several values, the mean alone of one; the interval cut at ± `most`."""
     kept = [v for v in values if not math.isnan(v)]
     if not kept:
         return "–"
-    mean, low, high = (scale * x for x in mean_interval(kept))
-    return f"{mean:.1f}" if math.isnan(low) else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+    mean, low, high = (f"{min(max(scale * x, -most), most):.{digits}f}" for x in mean_interval(kept))
+    return mean if low == "nan" else f"{mean} [{low}, {high}]"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -291,31 +291,27 @@ def layers(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:
             ]  # fmt: skip
             if tests:
                 least = sum(t["p"] < 0.05 for t in tests)
-                rows.append([name, score, str(len(tests)), percent([t["rho"] for t in tests], scale=1.0), f"{least}"])
+                rho = percent([t["rho"] for t in tests], scale=1.0, digits=2, most=1.0)
+                rows.append([name, score, str(len(tests)), rho, f"{least}"])
     lines = table(["method", "importance by", "n", "Spearman's ρ after the last round", "runs with p < 0.05"], rows)
     count = max((run.row["analysis"]["layers"] for run in looked), default=0)
-    body = []
+    columns = {}
+    for label, pick in (("importance (skip)", "skip"), ("importance (Taylor)", "taylor")):
+        # Of the base, so each point once: every method's run there has measured the same.
+        points = {str(run.axes): run for run in looked}.values()
+        values = [v for run in points if (v := run.row["analysis"]["importance"][pick])]
+        columns[label] = [percent([v[i] for v in values], scale=1.0, digits=2) for i in range(count)]
     for name in dict.fromkeys(run.method for run in looked):
-        mine = [run for run in looked if run.method == name]
-        for label, pick in (("importance (skip)", "skip"), ("importance (Taylor)", "taylor")):
-            values = [
-                run.row["analysis"]["importance"][pick] for run in mine if run.row["analysis"]["importance"][pick]
-            ]
-            body.append([name, label, *(percent([v[i] for v in values], scale=1.0) for i in range(count))])
-        changes = [pictures.last_change(run) for run in mine]
-        body.append(
-            [
-                name,
-                "change, %",
-                *(percent([c.get(f"model/layers/{i}", math.nan) for c in changes]) for i in range(count)),
-            ]
-        )
-    lines += table(["method", "", *(f"layer {i}" for i in range(count))], body)
+        changes = [pictures.last_change(run) for run in looked if run.method == name]
+        columns[f"change by {name}, %"] = [
+            percent([c.get(f"model/layers/{i}", math.nan) for c in changes], digits=2) for i in range(count)
+        ]
+    lines += table(["layer", *columns], [[str(i), *(column[i] for column in columns.values())] for i in range(count)])
     if count:
         picture = folder / f"{experiment.name}.svg"
         write_durably(picture, pictures.layers(looked, count))
         lines += [f"![change against importance]({folder.name}/{picture.name})", ""]
-        lines.append(
-            f"With {count} layers the smallest p of a permutation test is 1/{math.factorial(count)}: read ρ, not p.\n"
-        )
+        if count < 6:
+            least = f"1/{math.factorial(count)}"
+            lines.append(f"With {count} layers the smallest p of a permutation test is {least}: read ρ, not p.\n")
     return lines
