@@ -80,8 +80,9 @@ def frontier(pooled: Sequence[Row], *, width: float, height: float, name: str, s
     canvas = Canvas(width, height)
     x_low, x_high = bounds([v for p in points for v in p.x], pad=0.04, least=0.08)
     y_low, y_high = bounds([v for p in points for v in p.y], pad=0.04, least=0.08)
-    x = Scale(max(x_low, -0.02), min(x_high, 1.02), 46, width - 10)
     y = Scale(max(y_low, -0.02), min(y_high, 1.02), height - 46, 34)
+    left = max(text_width(f"{100 * v:g} %") for v in ticks(y.low, y.high, count=6))
+    x = Scale(max(x_low, -0.02), min(x_high, 1.02), max(46, left + 6), width - 10)
     if base:
         canvas.rect(x(base.x[0]), y.end, x.end - x(base.x[0]), y(base.y[0]) - y.end, "tint")
     axes(

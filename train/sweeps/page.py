@@ -156,9 +156,14 @@ def frontier(experiment: Experiment, found: list[Run], folder: Path) -> list[str
         row += [percent([area[str(run.axes) + name] for run in of[name]], scale=1e4), p_text(p_area.get(name))]
         rows.append(row)
     lines = table(head, rows)
-    picture = folder / f"{experiment.name}.svg"
-    write_durably(picture, pictures.frontier(of, found))
-    lines += [f"![accuracy in domain against out of domain]({folder.name}/{picture.name})", ""]
+    best = pictures.best(of)
+    drawn = {f"{experiment.name}.svg": best}
+    if "plain" in of and "plain" not in best:
+        # Far below the others it would press them into a corner.
+        drawn = {f"{experiment.name}.svg": [*best, "plain"], f"{experiment.name}-best.svg": best}
+    for name, shown in drawn.items():
+        write_durably(folder / name, pictures.frontier(of, found, shown))
+        lines += [f"![accuracy in domain against out of domain]({folder.name}/{name})", ""]
     lines += families(found, of, methods)
     axes = [axis for axis in experiment.sweep.axes if axis != "seed"]
     for axis in axes:

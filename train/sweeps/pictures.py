@@ -23,17 +23,20 @@ def row(method: str, number: int, domain: str, values: Sequence[float]) -> dict[
     return {"method": method, "round": number, "domain": domain, "accuracy": mean, "low": low, "high": high}
 
 
-def frontier(of: Mapping[str, Sequence[Run]], found: Sequence[Run]) -> str:
-    """In domain against out of domain: the base, and the rounds of the best methods and of the control."""
-    rows = [row("base", 0, d, [run.before(d) for run in found]) for d in ("id", "ood")]
+def best(of: Mapping[str, Sequence[Run]]) -> list[str]:
+    """The methods with the highest mean accuracy of both domains."""
 
     def merit(name: str) -> float:
         return sum(run.accuracy("id") + run.accuracy("ood") for run in of[name]) / len(of[name])
 
-    trained = [name for name in of if not COEFFICIENT.match(name)]
-    shown = sorted(trained, key=merit, reverse=True)[:BEST]
-    for name in trained:
-        if name in (*shown, "plain"):
+    return sorted((name for name in of if not COEFFICIENT.match(name)), key=merit, reverse=True)[:BEST]
+
+
+def frontier(of: Mapping[str, Sequence[Run]], found: Sequence[Run], shown: Sequence[str]) -> str:
+    """In domain against out of domain: the base, and the rounds of the methods `shown`."""
+    rows = [row("base", 0, d, [run.before(d) for run in found]) for d in ("id", "ood")]
+    for name in of:
+        if name in shown:
             for number in of[name][0].rounds:
                 for domain in ("id", "ood"):
                     rows.append(row(name, number, domain, [run.accuracy(domain, round=number) for run in of[name]]))
