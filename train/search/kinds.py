@@ -15,10 +15,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from ..generate.mcts import ROOT, Tree
 from .ask import Asking, gather
 from .settings import Kind
 from .subject import Subject
-from .tree import ROOT, Tree
 
 
 @dataclasses.dataclass(frozen=True)

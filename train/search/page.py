@@ -8,9 +8,9 @@ from typing import Any
 
 from ..charts import stacked_bar
 from ..figures import escape
+from ..generate.mcts import children_of
 from ..log import format_percent, read_jsonl_tolerant
 from ..report_sections import details, table
-from .tree import children_of
 
 Row = Mapping[str, Any]
 SHOWN = 40
