@@ -193,7 +193,8 @@ def test_a_cell_another_process_is_at_is_left_to_it(experiment, monkeypatch, tmp
 
 def test_a_real_sweep_of_two_runs(tmp_path):
     """Nothing pretended: a trained method with a probe, and the original model, in one run each."""
-    experiment = Experiment.of("real", values(axes={"seed": [3]}, control="plain", rows=str(tmp_path / "real.jsonl")))
+    sweep = {"axes": {"seed": [3]}, "control": "plain", "judge": "layers", "analyse": {"texts": 2}}
+    experiment = Experiment.of("real", values(**sweep, rows=str(tmp_path / "real.jsonl")))
     sweeps.run(experiment, command="it", out=tmp_path / "runs")
     base, judged = read_jsonl_tolerant(experiment.rows)
     assert set(base["results"]) == {"base"}
@@ -202,6 +203,12 @@ def test_a_real_sweep_of_two_runs(tmp_path):
     assert judged["results"]["half"][0][-1] == 0.5
     assert not (tmp_path / "runs" / judged["cell"] / "checkpoints").exists()
     assert (tmp_path / "runs" / judged["cell"] / "report.html").exists()
+    assert "analysis" not in base
+    looked = judged["analysis"]
+    assert len(looked["importance"]["skip"]) == len(looked["importance"]["taylor"]) == looked["layers"] > 1
+    assert looked["change"][0]["layers"]["model/layers/0"] > 0
+    assert f"\n| {looked['layers'] - 1} |" in page.section(experiment, tmp_path)
+    assert (tmp_path / "real.svg").exists()
 
 
 @pytest.mark.parametrize(
@@ -210,6 +217,7 @@ def test_a_real_sweep_of_two_runs(tmp_path):
         ({"tune": {"candidates": {"a": [{}], "b": [{}, {}]}}}, r"as many trials each, found \{'a': 1, 'b': 2\}"),
         ({"tune": {"candidates": {"plain": [{}]}}}, r"methods\.plain is also in sweep\.tune\.candidates"),
         ({"axes": {"seed": 3}}, r"sweep\.axes\.seed is 3; a list"),
+        ({"axes": {"seed": [1]}, "analyse": {"text": 8}}, r"sweep\.analyse\.text: no such key; did you mean texts"),
         ({"axes": {"seed": [1]}, "judge": "jury"}, r"judge is 'jury'; known: frontier"),
         ({"axes": {"size": {"big": {"sft": {"batches": 3}}}}}, r"sft\.batches: no such key"),
     ],

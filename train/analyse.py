@@ -76,6 +76,13 @@ def analyse_run(folder: Path, options: AnalyseOptions) -> Path:
     return page
 
 
+def layers_of_run(folder: Path, options: AnalyseOptions) -> dict[str, Any]:
+    """Importance and change of the layers alone, as plain data: what a sweep keeps of a run."""
+    study = open_study(folder, options)
+    found = {name: MEASURES[name](study) for name in ("importance", "change")}
+    return finite({**study.about(), **found, "notes": study.notes})
+
+
 @contextlib.contextmanager
 def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
     start = time.perf_counter()

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..analyse import AnalyseOptions, analyse_run
+from ..analyse import AnalyseOptions, layers_of_run
 from ..config import Improve
 from ..improve import improve
 from ..journal import Busy
@@ -26,6 +26,8 @@ from .cells import Cell, Values, judge_cells, score, tune_cells, unique, with_fi
 from .settings import Sweep
 
 Row = dict[str, Any]
+KEPT = ("method", "rounds", "layers", "importance", "change", "notes")
+"""Of an analysis, what tables are made of."""
 WAIT = 5.0
 """Seconds between two looks at whether other processes have finished the candidates they are at."""
 
@@ -50,7 +52,15 @@ class Experiment:
             raise UserError("distributed: a sweep's runs are of one process each; start the command several times")
         for cell in (*tune_cells(values, sweep), *judge_cells(values, sweep, dict.fromkeys(sweep.tune.candidates, 0))):
             build(Improve, cell.values)
-        return cls(name, values, sweep, checked)
+        experiment = cls(name, values, sweep, checked)
+        _ = experiment.looks
+        return experiment
+
+    @property
+    def looks(self) -> AnalyseOptions | None:
+        """How each trained run is looked into."""
+        given = self.sweep.analyse
+        return build(AnalyseOptions, {} if given is True else given, "sweep.analyse") if given is not False else None
 
     @property
     def rows(self) -> Path:
@@ -117,9 +127,9 @@ def run_cell(experiment: Experiment, cell: Cell, out: Path, command: str) -> Non
     folder = out / cell.id
     improve(build(Improve, cell.values), name=experiment.name, out=folder, command=command, quiet=True)
     looked = {}
-    if experiment.sweep.analyse and cell.stage != "base":
-        analyse_run(folder, AnalyseOptions())
-        looked = {"analysis": thinned(json.loads((folder / "analysis.json").read_text()))}
+    if experiment.looks and cell.stage != "base":
+        found = layers_of_run(folder, experiment.looks)
+        looked = {"analysis": {key: found[key] for key in KEPT}}
     with locked(out):
         if cell.id not in experiment.done():
             append_jsonl(experiment.rows, {**described(cell, folder, command), **looked})
@@ -166,11 +176,6 @@ def described(cell: Cell, folder: Path, command: str) -> Row:
         "command": command,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def thinned(found: Row) -> Row:
-    """The numbers of an analysis that tables are made of, without its curves and planes."""
-    return {key: found[key] for key in ("method", "rounds", "layers", "importance", "change", "notes") if key in found}
 
 
 class locked:

@@ -46,8 +46,9 @@ class Sweep:
     """JSON lines of finished cells; docs/results/NAME.jsonl by default."""
     keep_runs: bool = False
     """Keep the weights of finished cells; their metrics and reports stay in any case."""
-    analyse: bool = False
-    """Look into each trained cell as `jaxmerge analyse` does, and keep its numbers with the rows."""
+    analyse: Any = False
+    """Measure importance and change of the layers of each trained cell, and keep them with its row: true, or keys of
+    `jaxmerge analyse`, `{texts: 8}`."""
     control: str = ""
     """The method that the others are compared with, cell by cell."""
     judge: str = "frontier"
@@ -60,6 +61,8 @@ class Sweep:
 
     def __post_init__(self):
         check_axes(self.axes, "sweep.axes")
+        if not isinstance(self.analyse, (bool, Mapping)):
+            raise UserError(f"sweep.analyse is {self.analyse!r}; true, false or keys of jaxmerge analyse are wanted")
         known = ("frontier", "curve", "layers")
         if self.judge not in known:
             raise UserError(f"sweep.judge is {self.judge!r}; known: {', '.join(known)}")
