@@ -134,9 +134,18 @@ def local(address):
     return ROOT / "buckets" / address.removeprefix("gs://") if address.startswith("gs://") else pathlib.Path(address)
 
 
+def write_whole(path, data):
+    """Write as a bucket does: an object is there whole or not at all, also if this process is killed in between."""
+    import uuid
+
+    partial = ROOT / "uploads" / uuid.uuid4().hex
+    partial.parent.mkdir(exist_ok=True)
+    partial.write_bytes(data)
+    partial.rename(path)
+
+
 def storage(words, flags):
     import fnmatch
-    import shutil
 
     verb, *paths = words
     if verb == "buckets":
@@ -164,13 +173,13 @@ def storage(words, flags):
             to = to / local(paths[0]).name
         if paths[1].startswith("gs://"):
             to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_bytes(data if paths[0] == "-" else local(paths[0]).read_bytes())
+        write_whole(to, data if paths[0] == "-" else local(paths[0]).read_bytes())
     elif verb == "rsync":
         source, to = map(local, paths)
         to.mkdir(parents=True, exist_ok=True)
         for path in source.iterdir():
             if not ("no-clobber" in flags and (to / path.name).exists()):
-                shutil.copyfile(path, to / path.name)
+                write_whole(to / path.name, path.read_bytes())
         if "delete-unmatched-destination-objects" in flags:
             for path in to.iterdir():
                 if not (source / path.name).exists():
