@@ -309,7 +309,7 @@ def layers(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:
     for name in dict.fromkeys(run.method for run in looked):
         changes = [pictures.last_change(run) for run in looked if run.method == name]
         columns[f"change by {name}, %"] = [
-            percent([c.get(f"model/layers/{i}", math.nan) for c in changes], digits=2) for i in range(count)
+            percent([c.get(f"model/layers/{i}", math.nan) for c in changes], digits=3) for i in range(count)
         ]
     lines += table(["layer", *columns], [[str(i), *(column[i] for column in columns.values())] for i in range(count)])
     if count:
