@@ -59,11 +59,12 @@ def main() -> None:
     questions = suite.questions("train")
     run = types.SimpleNamespace(suite=suite, model=model, config=config, weights=lambda name: model.params)
 
-    def tried(label: str, sampling: dict) -> None:
+    def tried(label: str, source: str, search: dict) -> None:
+        drawn = {"max_new_tokens": 80, "slots": int(options["slots"]), "temperature": float(options["temperature"])}
+        settings = build(Sampling, {**drawn, "source": source, "search": search})
         right: dict[str, float] = dict.fromkeys((q.id for q in questions), 0.0)
         tokens, found, steps = 0, 0, []
         for seed in range(int(options["seeds"])):
-            settings = build(Sampling, {"max_new_tokens": 80, "slots": int(options["slots"]), **sampling})
             with tempfile.TemporaryDirectory() as folder:
                 rows, generated, _ = searched(
                     run, "base", questions, settings, (), pathlib.Path(folder), seed=seed, title=label
@@ -89,12 +90,10 @@ def main() -> None:
             "gate": float(gate), "reflect": False, "diverse": options["diverse"] == "true",
         }  # fmt: skip
         label = f"c {c} bonus {bonus} iterations {iterations} children {children} gate {gate}"
-        tried(label, {"source": "mcts", "temperature": float(options["temperature"]), "search": search})
+        tried(label, "mcts", search)
     for samples in (1, 4):
         dart = {"dart": {"mode": "uniform", "right": samples, "samples": samples, "most": samples}}
-        tried(
-            f"{samples} plain samples", {"source": "dart", "temperature": float(options["temperature"]), "search": dart}
-        )
+        tried(f"{samples} plain samples", "dart", dart)
 
 
 if __name__ == "__main__":

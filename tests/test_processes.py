@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from ports import free_port
 
 from train import peers
 from train.config import Mesh
@@ -59,12 +60,6 @@ def config(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("processes") / "small.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 class Group:

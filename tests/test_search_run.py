@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ports import free_port
 
 from train import round
 from train.config import Improve, Mesh, Sampling, Selection
@@ -321,11 +321,8 @@ def test_two_processes_on_a_mesh_grow_the_same_trees(done, prompts_file, tmp_pat
     """Weights in halves over fsdp, sequences spread over all devices."""
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(config_of(prompts_file)))
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
     mesh = ("mesh.cpu_devices=2", "mesh.data=2", "mesh.fsdp=2")
-    placed = (f"distributed.coordinator=localhost:{port}", "distributed.processes=2")
+    placed = (f"distributed.coordinator=localhost:{free_port()}", "distributed.processes=2")
     both = [start_verb(config, tmp_path / "two", *mesh, *placed, f"distributed.process_id={i}") for i in range(2)]
     try:
         said = [process.communicate(timeout=240)[0] for process in both]

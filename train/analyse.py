@@ -79,8 +79,9 @@ def analyse_run(folder: Path, options: AnalyseOptions) -> Path:
 def layers_of_run(folder: Path, options: AnalyseOptions) -> dict[str, Any]:
     """Importance and change of the layers alone, as plain data: what a sweep keeps of a run."""
     study = open_study(folder, options)
+    about = {key: value for key, value in study.about().items() if key in ("method", "rounds", "layers")}
     found = {name: MEASURES[name](study) for name in ("importance", "change")}
-    return finite({**study.about(), **found, "notes": study.notes})
+    return finite({**about, **found, "notes": study.notes})
 
 
 @contextlib.contextmanager

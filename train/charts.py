@@ -64,6 +64,11 @@ def spots(pooled: Sequence[Row]) -> list[Spot]:
 _PARTS = {0.25: "¼", 0.5: "½", 0.75: "¾", 1.25: "1¼", 1.5: "1½", 1.75: "1¾"}
 
 
+def share(value: float) -> str:
+    """Write a tick of an axis of shares: `67.5 %`."""
+    return f"{100 * value:g} %"
+
+
 def frontier(pooled: Sequence[Row], *, width: float, height: float, name: str, standalone: bool = False) -> str:
     """Draw accuracy in domain (x) against out of domain (y).
 
@@ -81,15 +86,15 @@ def frontier(pooled: Sequence[Row], *, width: float, height: float, name: str, s
     x_low, x_high = bounds([v for p in points for v in p.x], pad=0.04, least=0.08)
     y_low, y_high = bounds([v for p in points for v in p.y], pad=0.04, least=0.08)
     y = Scale(max(y_low, -0.02), min(y_high, 1.02), height - 46, 34)
-    left = max(text_width(f"{100 * v:g} %") for v in ticks(y.low, y.high, count=6))
+    left = max(text_width(share(v)) for v in ticks(y.low, y.high, count=6))
     x = Scale(max(x_low, -0.02), min(x_high, 1.02), max(46, left + 6), width - 10)
     if base:
         canvas.rect(x(base.x[0]), y.end, x.end - x(base.x[0]), y(base.y[0]) - y.end, "tint")
     axes(
         canvas, x, y, x_title="in domain →" if narrow else "accuracy in domain →",
         y_title="↑ out of domain" if narrow else "↑ accuracy out of domain",
-        x_ticks=[(v, f"{100 * v:g} %") for v in ticks(x.low, x.high, count=4 if narrow else 8)],
-        y_format=lambda v: f"{100 * v:g} %", y_count=6,
+        x_ticks=[(v, share(v)) for v in ticks(x.low, x.high, count=4 if narrow else 8)],
+        y_format=share, y_count=6,
     )  # fmt: skip
     placer = Placer((x.start + 2, y.end + 2, x.end, y.start - 3))
 
@@ -174,7 +179,7 @@ def family_dots(rows: Sequence[Row], *, title: str, name: str, methods: Sequence
     for value in (0.0, 0.25, 0.5, 0.75, 1.0):
         canvas.line((x(value), top - 4), (x(value), bottom), "grid")
         if value in (0.0, 0.5, 1.0):
-            canvas.text((x(value), bottom + 16), f"{100 * value:g} %", "soft small", anchor="middle")
+            canvas.text((x(value), bottom + 16), share(value), "soft small", anchor="middle")
     canvas.text((0, 15), title, "strong")
     n = rows[0].get("n")
     if n is not None and all(r.get("n") == n for r in rows):
@@ -222,7 +227,7 @@ def curves(
     canvas.text((0, 15), title, f"strong {css.replace('k', 'f')}")
     axes(
         canvas, x, y, x_ticks=marks, y_count=4,
-        y_format=(lambda v: f"{100 * v:g} %") if percent else "{:g}".format,
+        y_format=share if percent else "{:g}".format,
     )  # fmt: skip
     canvas.text((2, y.end - 14), y_title, "soft small")
     canvas.text((x.end, y.start + 35), x_title, "soft small", anchor="end")

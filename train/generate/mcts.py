@@ -4,7 +4,7 @@ A node's state is the steps from the root to it. V is its value on [0, 1], n its
 
     selection   from the root, while a node is expanded, to the child with the largest
                 V + c·√(2 ln N / n),  or  V + bonus  where n = 0;
-                among equals to one proposed most often, ties at random
+                of equals to one proposed most often, then at random
     backup      from the expanded node to the root:  n ← n + 1,  V ← Σ_children n·V / Σ_children n  (if that is not 0)
 
 With several leaves in flight, each node on the way to one counts m virtual visits of value 0 until the leaf is
@@ -144,10 +144,9 @@ class Tree:
         i = ROOT
         while self.nodes[i].expanded:
             open_ones = [child for child in self.nodes[i].children if self.available(child)]
-            bounds = [self.bound(child) for child in open_ones]
-            highest = [child for child, b in zip(open_ones, bounds, strict=True) if b == max(bounds)]
-            most = max(self.nodes[child].times for child in highest)
-            highest = [child for child in highest if self.nodes[child].times == most]
+            merits = [(self.bound(child), self.nodes[child].times) for child in open_ones]
+            most = max(merits)
+            highest = [child for child, merit in zip(open_ones, merits, strict=True) if merit == most]
             i = highest[0] if len(highest) == 1 else self.rng.choice(highest)
         self.in_flight.add(i)
         for n in self.lineage(i):

@@ -85,17 +85,18 @@ class Subject:
         if self.search.diverse:
             for k in range(count):
                 step = yield from self.propose(f"{name}/step{k}", steps, hint, list(found), True)
-                found |= {} if step is None else {step: 1}
+                if step is not None:
+                    found[step] = 1
             return found
         # Side by side none knows of the others, so their own number keys what is drawn, and twins are told after.
         drawn = yield from gather([self.propose(f"{name}/step{k}", steps, hint, [], False) for k in range(count)])
-        for step in drawn:
-            twin = next((s for s in found if step is not None and normal(s) == normal(step)), None)
-            if twin is not None:
+        for step in filter(None, drawn):
+            twin = next((s for s in found if normal(s) == normal(step)), None)
+            if twin is None:
+                found[step] = 1
+            else:
                 self.counts["step repeated"] += 1
                 found[twin] += 1
-            elif step is not None:
-                found[step] = 1
         return found
 
     def judge(self, name: str, steps: list[str]) -> Asking[float | None]:

@@ -83,8 +83,10 @@ def percent(values: Sequence[float], *, scale: float = 100.0, digits: int = 1, m
     kept = [v for v in values if not math.isnan(v)]
     if not kept:
         return "–"
-    mean, low, high = (f"{min(max(scale * x, -most), most):.{digits}f}" for x in mean_interval(kept))
-    return mean if low == "nan" else f"{mean} [{low}, {high}]"
+    mean, low, high = (scale * x for x in mean_interval(kept))
+    if math.isnan(low):
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} [{max(low, -most):.{digits}f}, {min(high, most):.{digits}f}]"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -148,7 +150,8 @@ def frontier(experiment: Experiment, found: list[Run], folder: Path) -> list[str
     head += [f"{DOMAIN_NAMES[d]} pass@{k} %" for d in domains if k and d in ("id", "ood")]
     head += ["mean of in and out", "p", "adds to the frontier, %²", "p"]
     rows = [base_row(found, domains, k)]
-    for name in sorted(methods, key=lambda m: -sum(map(balance, of[m])) / len(of[m])):
+    ranked = sorted(methods, key=lambda m: -sum(map(balance, of[m])) / len(of[m]))
+    for name in ranked:
         row = [f"**{name}** (control)" if name == experiment.sweep.control else name, str(len(of[name]))]
         row += [percent([run.accuracy(d) for run in of[name]]) for d in domains]
         row += [percent([run.accuracy(d, k=k) for run in of[name]]) for d in domains if k and d in ("id", "ood")]
@@ -156,11 +159,11 @@ def frontier(experiment: Experiment, found: list[Run], folder: Path) -> list[str
         row += [percent([area[str(run.axes) + name] for run in of[name]], scale=1e4), p_text(p_area.get(name))]
         rows.append(row)
     lines = table(head, rows)
-    best = pictures.best(of)
-    drawn = {f"{experiment.name}.svg": best}
+    best = [name for name in ranked if not pictures.COEFFICIENT.match(name)][: pictures.BEST]
+    drawn = {f"{experiment.name}.svg": {*best, "plain"}}
     if "plain" in of and "plain" not in best:
-        # Far below the others it would press them into a corner.
-        drawn = {f"{experiment.name}.svg": [*best, "plain"], f"{experiment.name}-best.svg": best}
+        # Far below the others it presses them into a corner.
+        drawn[f"{experiment.name}-best.svg"] = {*best}
     for name, shown in drawn.items():
         write_durably(folder / name, pictures.frontier(of, found, shown))
         lines += [f"![accuracy in domain against out of domain]({folder.name}/{name})", ""]
@@ -295,15 +298,15 @@ def layers(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:
                 if t["importance"] == score and t["round"] == run.last
             ]  # fmt: skip
             if tests:
-                least = sum(t["p"] < 0.05 for t in tests)
+                small = sum(t["p"] < 0.05 for t in tests)
                 rho = percent([t["rho"] for t in tests], scale=1.0, digits=2, most=1.0)
-                rows.append([name, score, str(len(tests)), rho, f"{least}"])
+                rows.append([name, score, str(len(tests)), rho, str(small)])
     lines = table(["method", "importance by", "n", "Spearman's ρ after the last round", "runs with p < 0.05"], rows)
     count = max((run.row["analysis"]["layers"] for run in looked), default=0)
+    # Importance is the base's, so each point counts once: every method's run there has measured the same.
+    points = {str(run.axes): run for run in looked}.values()
     columns = {}
     for label, pick in (("importance (skip)", "skip"), ("importance (Taylor)", "taylor")):
-        # Of the base, so each point once: every method's run there has measured the same.
-        points = {str(run.axes): run for run in looked}.values()
         values = [v for run in points if (v := run.row["analysis"]["importance"][pick])]
         columns[label] = [percent([v[i] for v in values], scale=1.0, digits=2) for i in range(count)]
     for name in dict.fromkeys(run.method for run in looked):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..analysis.pictures import Line, lines, scatter
@@ -23,16 +23,7 @@ def row(method: str, number: int, domain: str, values: Sequence[float]) -> dict[
     return {"method": method, "round": number, "domain": domain, "accuracy": mean, "low": low, "high": high}
 
 
-def best(of: Mapping[str, Sequence[Run]]) -> list[str]:
-    """The methods with the highest mean accuracy of both domains."""
-
-    def merit(name: str) -> float:
-        return sum(run.accuracy("id") + run.accuracy("ood") for run in of[name]) / len(of[name])
-
-    return sorted((name for name in of if not COEFFICIENT.match(name)), key=merit, reverse=True)[:BEST]
-
-
-def frontier(of: Mapping[str, Sequence[Run]], found: Sequence[Run], shown: Sequence[str]) -> str:
+def frontier(of: Mapping[str, Sequence[Run]], found: Sequence[Run], shown: Collection[str]) -> str:
     """In domain against out of domain: the base, and the rounds of the methods `shown`."""
     rows = [row("base", 0, d, [run.before(d) for run in found]) for d in ("id", "ood")]
     for name in of:

@@ -26,8 +26,6 @@ from .cells import Cell, Values, judge_cells, score, tune_cells, unique, with_fi
 from .settings import Sweep
 
 Row = dict[str, Any]
-KEPT = ("method", "rounds", "layers", "importance", "change", "notes")
-"""Of an analysis, what tables are made of."""
 WAIT = 5.0
 """Seconds between two looks at whether other processes have finished the candidates they are at."""
 
@@ -41,6 +39,8 @@ class Experiment:
     sweep: Sweep
     checked: Improve
     """The config as it is checked, with the first candidate of each tuned method."""
+    looks: AnalyseOptions | None
+    """How each trained run is looked into; None where it is not."""
 
     @classmethod
     def of(cls, name: str, values: Values) -> Experiment:
@@ -52,15 +52,10 @@ class Experiment:
             raise UserError("distributed: a sweep's runs are of one process each; start the command several times")
         for cell in (*tune_cells(values, sweep), *judge_cells(values, sweep, dict.fromkeys(sweep.tune.candidates, 0))):
             build(Improve, cell.values)
-        experiment = cls(name, values, sweep, checked)
-        _ = experiment.looks
-        return experiment
-
-    @property
-    def looks(self) -> AnalyseOptions | None:
-        """How each trained run is looked into."""
-        given = self.sweep.analyse
-        return build(AnalyseOptions, {} if given is True else given, "sweep.analyse") if given is not False else None
+        looks = None
+        if sweep.analyse is not False:
+            looks = build(AnalyseOptions, {} if sweep.analyse is True else sweep.analyse, "sweep.analyse")
+        return cls(name, values, sweep, checked, looks)
 
     @property
     def rows(self) -> Path:
@@ -128,8 +123,7 @@ def run_cell(experiment: Experiment, cell: Cell, out: Path, command: str) -> Non
     improve(build(Improve, cell.values), name=experiment.name, out=folder, command=command, quiet=True)
     looked = {}
     if experiment.looks and cell.stage != "base":
-        found = layers_of_run(folder, experiment.looks)
-        looked = {"analysis": {key: found[key] for key in KEPT}}
+        looked = {"analysis": layers_of_run(folder, experiment.looks)}
     with locked(out):
         if cell.id not in experiment.done():
             append_jsonl(experiment.rows, {**described(cell, folder, command), **looked})
