@@ -16,9 +16,10 @@ from train.config import Improve
 from train.journal import Busy
 from train.log import UserError, read_jsonl_tolerant
 from train.resolve import build
-from train.sweeps import page
+from train.sweeps import page, tables
 from train.sweeps import run as sweeps
 from train.sweeps.cells import groups, judge_cells, laid_over, points, score, tune_cells, unique
+from train.sweeps.read import Run, Score, originals
 from train.sweeps.run import Experiment
 from train.sweeps.stats import gain, holm, hypervolume, mean_interval, sign_flip
 from train.tasks import build_suite
@@ -245,7 +246,7 @@ def test_intervals_cover_as_often_as_they_say():
     rng = np.random.default_rng(1)
     inside = 0
     for _ in range(1000):
-        _, low, high = mean_interval(rng.normal(3.0, 1.0, size=5))
+        _, low, high = mean_interval(rng.normal(3.0, 1.0, size=5).tolist())
         inside += low <= 3.0 <= high
     assert 930 <= inside <= 970
     assert math.isnan(mean_interval([1.0])[1])
@@ -291,6 +292,47 @@ def test_the_page_says_what_the_rows_say(experiment, monkeypatch, tmp_path):
     picture = (tmp_path / "results" / "trial.svg").read_text()
     assert picture.startswith("<svg")
     assert "href" not in picture
+
+
+def pretended(method: str, seed: str, pressure: str, *, rounds: tuple[tuple[float, float], ...], base=0.5) -> Run:
+    """A run with these accuracies in and out of domain after its rounds."""
+
+    def at(number: int, domain: str, accuracy: float) -> Score:
+        return Score(number, domain, "all", accuracy, 100, {"4": accuracy + 0.1}, None)
+
+    found = [at(i, d, a) for i, pair in enumerate(rounds, 1) for d, a in zip(("id", "ood"), pair, strict=True)]
+    return Run(method, {"pressure": pressure, "seed": seed}, found, [at(0, d, base) for d in ("id", "ood")], {})
+
+
+def test_differences_take_the_seed_as_the_unit():
+    """Two seeds, two pressures: the pressures of a seed are averaged, and the interval is of two numbers, not four."""
+    of = {
+        "rate": [pretended("rate", s, p, rounds=((0.5, 0.5),)) for s in "12" for p in ("low", "high")],
+        "imm": [
+            pretended("imm", "1", "low", rounds=((0.52, 0.5),)), pretended("imm", "1", "high", rounds=((0.54, 0.5),)),
+            pretended("imm", "2", "low", rounds=((0.55, 0.5),)), pretended("imm", "2", "high", rounds=((0.55, 0.5),)),
+        ],
+    }  # fmt: skip
+    text = "\n".join(tables.differences(of, "rate", 4))
+    mean, low, high = mean_interval([3.0, 5.0])
+    shown = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    half = f"{mean / 2:+.1f} [{low / 2:+.1f}, {high / 2:+.1f}]"
+    flat = "+0.0 [+0.0, +0.0]"
+    assert f"| imm | 2 | {shown} | {flat} | {half} | {shown} | {flat} |" in text
+    assert "| rate |" not in text
+    assert tables.differences({"imm": of["imm"]}, "rate", 4) == []
+
+
+def test_rounds_are_shown_one_by_one():
+    of = {"plain": [pretended("plain", "1", "low", rounds=((0.6, 0.4), (0.7, 0.3)))]}
+    assert "| plain | 60.0 | 40.0 | 70.0 | 30.0 |" in tables.by_round(of)
+    assert tables.by_round({"once": [pretended("once", "1", "low", rounds=((0.6, 0.4),))]}) == []
+
+
+def test_an_original_model_counts_once():
+    found = [pretended("a", s, "low", rounds=((0.6, 0.6),), base=0.4 if s == "4" else 0.5) for s in "1234"]
+    assert tables.base_row(found, ["id", "ood"], 4)[1] == "2"
+    assert [run.before("id") for run in originals(found)] == [0.5, 0.4]
 
 
 def test_the_committed_experiments_are_sound():

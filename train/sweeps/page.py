@@ -15,7 +15,22 @@ from . import pictures
 from .cells import judge_cells, tune_cells, unique
 from .read import Run, runs
 from .run import Experiment
-from .stats import gain, holm, mean_interval, sign_flip
+from .stats import holm, sign_flip
+from .tables import (
+    balance,
+    base_row,
+    by_axis,
+    by_round,
+    data,
+    differences,
+    families,
+    folded,
+    frontier_gain,
+    p_text,
+    percent,
+    searches,
+    table,
+)
 
 Row = dict[str, Any]
 HEAD = """# Results
@@ -78,21 +93,6 @@ def provenance(experiment: Experiment, rows: Sequence[Row]) -> str:
     return f"`{command}` · {len(rows)} runs, {minutes:.0f} minutes on {devices} · commits {named}"
 
 
-def percent(values: Sequence[float], *, scale: float = 100.0, digits: int = 1, most: float = math.inf) -> str:
-    """`51.2 [49.0, 53.4]` of several values, the mean alone of one; the interval cut at ± `most`."""
-    kept = [v for v in values if not math.isnan(v)]
-    if not kept:
-        return "–"
-    mean, low, high = (scale * x for x in mean_interval(kept))
-    if math.isnan(low):
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} [{max(low, -most):.{digits}f}, {min(high, most):.{digits}f}]"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows), ""]
-
-
 def tuning(experiment: Experiment, done, chosen) -> list[str]:
     """Each candidate's validation score, the chosen one in bold."""
     scores = experiment.candidate_scores(done)
@@ -109,15 +109,7 @@ def tuning(experiment: Experiment, done, chosen) -> list[str]:
     seeds = len({str(cell.axes) for cell in tune_cells(experiment.values, experiment.sweep)})
     head = ["method", *(f"candidate {i + 1}" for i in range(count))]
     said = f"Tuning: validation score (mean of the domains' accuracies, %) after the last round, mean of {seeds} seeds."
-    return [
-        "<details><summary>Candidates and what tuning chose</summary>",
-        "",
-        said,
-        "",
-        *table(head, lines),
-        "</details>",
-        "",
-    ]
+    return folded("Candidates and what tuning chose", [said, "", *table(head, lines)])
 
 
 def flat(value: Any, prefix: str = "") -> str:
@@ -167,7 +159,7 @@ def frontier(experiment: Experiment, found: list[Run], folder: Path) -> list[str
     for name, shown in drawn.items():
         write_durably(folder / name, pictures.frontier(of, found, shown))
         lines += [f"![accuracy in domain against out of domain]({folder.name}/{name})", ""]
-    lines += families(found, of, methods)
+    lines += [*differences(of, experiment.sweep.control, k), *by_round(of), *families(found, of, methods)]
     axes = [axis for axis in experiment.sweep.axes if axis != "seed"]
     for axis in axes:
         lines += by_axis(axis, found, methods)
@@ -177,96 +169,6 @@ def frontier(experiment: Experiment, found: list[Run], folder: Path) -> list[str
         write_durably(picture, pictures.lines_of_coefficients(found))
         lines += [f"![accuracy along the lines from the base]({folder.name}/{picture.name})", ""]
     return [*lines, *data(of), *searches(found)]
-
-
-def balance(run: Run) -> float:
-    """Mean of the accuracies in and out of domain."""
-    return (run.accuracy("id") + run.accuracy("ood")) / 2
-
-
-def frontier_gain(run: Run) -> float:
-    """Area in (in domain, out of domain) that the rounds of a method add to that of the base."""
-    points = [(run.accuracy("id", round=r), run.accuracy("ood", round=r)) for r in run.rounds]
-    return gain(points, (run.before("id"), run.before("ood")))
-
-
-def base_row(found: list[Run], domains: list[str], k: int) -> list[str]:
-    seen = {str(sorted((s.domain, s.family, s.accuracy) for s in run.base)): run for run in found}.values()
-    row = ["base", str(len(seen)), *(percent([run.before(d) for run in seen]) for d in domains)]
-    row += [percent([run.before(d, k=k) for run in seen]) for d in domains if k and d in ("id", "ood")]
-    return [*row, percent([(run.before("id") + run.before("ood")) / 2 for run in seen]), "", "0", ""]
-
-
-def p_text(p: float | None) -> str:
-    return "" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
-
-
-def families(found: list[Run], of: dict[str, list[Run]], methods: list[str]) -> list[str]:
-    """Forgetting by kind of task, apart."""
-    kinds = list(
-        dict.fromkeys(s.family for run in found for s in run.scores if s.domain == "ood" and s.family != "all")
-    )
-    if len(kinds) < 2:
-        return []
-    rows = [["base", *(percent([run.before("ood", family=f) for run in found]) for f in kinds)]]
-    for name in methods:
-        rows.append([name, *(percent([run.accuracy("ood", family=f) for run in of[name]]) for f in kinds)])
-    return [
-        "<details><summary>Out of domain, kind by kind (%)</summary>",
-        "",
-        *table(["method", *kinds], rows),
-        "</details>",
-        "",
-    ]
-
-
-def by_axis(axis: str, found: list[Run], methods: list[str]) -> list[str]:
-    """In and out of domain at each point of an axis, over the others."""
-    labels = list(dict.fromkeys(run.axes[axis] for run in found))
-    if len(labels) < 2:
-        return []
-    rows = []
-    for name in methods:
-        row = [name]
-        for label in labels:
-            here = [run for run in found if run.method == name and run.axes[axis] == label]
-            row += [percent([run.accuracy(d) for run in here]) for d in ("id", "ood")]
-        rows.append(row)
-    head = ["method", *(f"{axis} {label}: {word}" for label in labels for word in ("in", "out"))]
-    return [f"<details><summary>By {axis} (%)</summary>", "", *table(head, rows), "</details>", ""]
-
-
-def data(of: dict[str, list[Run]]) -> list[str]:
-    """What each method learnt from: tokens generated for it, solutions, right ones, those kept; of all rounds."""
-    rows = []
-    for name, runs_of in of.items():
-        # Rows of before tokens were counted have four numbers a round.
-        rounds = [[r for r in run.row["rounds"] if len(r) == 5] for run in runs_of]
-        if " " not in name and any(rounds):
-            columns = [[sum(r[i] for r in each) for each in rounds if each] for i in (4, 1, 2, 3)]
-            rows.append([name, *(f"{sum(values) / len(values):,.0f}" for values in columns)])
-    if not rows:
-        return []
-    head = ["method", "tokens generated", "solutions", "right", "learnt from"]
-    return ["<details><summary>Data, a run's mean</summary>", "", *table(head, rows), "</details>", ""]
-
-
-def searches(found: list[Run]) -> list[str]:
-    """What searched probes chose, and what the search cost."""
-    lines = []
-    for run in found:
-        for phase, cost in run.row["search"].items():
-            if phase.split("/")[1] == run.method:
-                chosen = run.row["coefficients"][phase].get("found", {})
-                values = ", ".join(f"{name} {value:.3g}" for name, value in chosen.items())
-                spent = f"{cost['trials']} evaluations, {cost['search_seconds']:.0f} s"
-                lines.append(
-                    [run.method, " ".join(run.axes.values()), values, spent, f"{100 * cost['validation']:.1f}"]
-                )
-    if not lines:
-        return []
-    head = ["method", "cell", "chosen on validation", "cost", "validation %"]
-    return ["<details><summary>Searches</summary>", "", *table(head, lines), "</details>", ""]
 
 
 def curve(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:

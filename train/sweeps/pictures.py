@@ -8,7 +8,7 @@ from typing import Any
 
 from ..analysis.pictures import Line, lines, scatter
 from ..charts import frontier as frontier_of_rows
-from .read import Run
+from .read import Run, originals
 from .stats import mean_interval
 
 COEFFICIENT = re.compile(r"^(.*) ([-0-9.e]+)$")
@@ -25,7 +25,7 @@ def row(method: str, number: int, domain: str, values: Sequence[float]) -> dict[
 
 def frontier(of: Mapping[str, Sequence[Run]], found: Sequence[Run], shown: Collection[str]) -> str:
     """In domain against out of domain: the base, and the rounds of the methods `shown`."""
-    rows = [row("base", 0, d, [run.before(d) for run in found]) for d in ("id", "ood")]
+    rows = [row("base", 0, d, [run.before(d) for run in originals(found)]) for d in ("id", "ood")]
     for name in of:
         if name in shown:
             for number in of[name][0].rounds:
@@ -39,7 +39,7 @@ def lines_of_coefficients(found: Sequence[Run]) -> str:
     drawn = []
     for method in dict.fromkeys(m[1] for run in found if (m := COEFFICIENT.match(run.method))):
         own = [run for run in found if (m := COEFFICIENT.match(run.method)) and m[1] == method]
-        points = {0.0: mean_interval([run.before("id") for run in own])}
+        points = {0.0: mean_interval([run.before("id") for run in originals(own)])}
         for run in own:
             coefficient = float(run.method.rsplit(" ", 1)[1])
             same = [other.accuracy("id") for other in own if other.method == run.method]

@@ -73,6 +73,11 @@ class Run:
         return [d for d in DOMAIN_NAMES if any(s.domain == d for s in self.scores)]
 
 
+def originals(found: Sequence[Run]) -> list[Run]:
+    """One run for each original model: many start from the same, and it counts once."""
+    return list({str(sorted((s.domain, s.family, s.accuracy) for s in run.base)): run for run in found}.values())
+
+
 def runs(cells: Iterable[Cell], done: Mapping[str, Row]) -> list[Run]:
     """The finished judged cells, each with the original model of its point; a line's coefficients are runs apart."""
     cells = list(cells)

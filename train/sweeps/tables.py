@@ -1,0 +1,164 @@
+"""Tables of docs/results.md: a row a method, over the points of the axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from .read import Run, originals
+from .stats import gain, mean_interval
+
+
+def percent(
+    values: Sequence[float], *, scale: float = 100.0, digits: int = 1, most: float = math.inf, sign: bool = False
+) -> str:
+    """`51.2 [49.0, 53.4]` of several values, the mean alone of one; the interval cut at ± `most`, `sign` writes +."""
+    kept = [v for v in values if not math.isnan(v)]
+    if not kept:
+        return "–"
+    mean, low, high = (scale * x for x in mean_interval(kept))
+    form = f"{'+' if sign else ''}.{digits}f"
+    if math.isnan(low):
+        return f"{mean:{form}}"
+    return f"{mean:{form}} [{max(low, -most):{form}}, {min(high, most):{form}}]"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def folded(title: str, lines: Sequence[str]) -> list[str]:
+    """A part of the page that opens at a click; its lines end in an empty one."""
+    return [f"<details><summary>{title}</summary>", "", *lines, "</details>", ""]
+
+
+def balance(run: Run) -> float:
+    """Mean of the accuracies in and out of domain."""
+    return (run.accuracy("id") + run.accuracy("ood")) / 2
+
+
+def frontier_gain(run: Run) -> float:
+    """Area in (in domain, out of domain) that the rounds of a method add to that of the base."""
+    points = [(run.accuracy("id", round=r), run.accuracy("ood", round=r)) for r in run.rounds]
+    return gain(points, (run.before("id"), run.before("ood")))
+
+
+def base_row(found: list[Run], domains: list[str], k: int) -> list[str]:
+    seen = originals(found)
+    row = ["base", str(len(seen)), *(percent([run.before(d) for run in seen]) for d in domains)]
+    row += [percent([run.before(d, k=k) for run in seen]) for d in domains if k and d in ("id", "ood")]
+    return [*row, percent([(run.before("id") + run.before("ood")) / 2 for run in seen]), "", "0", ""]
+
+
+def p_text(p: float | None) -> str:
+    return "" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def families(found: list[Run], of: dict[str, list[Run]], methods: list[str]) -> list[str]:
+    """Forgetting by kind of task, apart."""
+    kinds = list(
+        dict.fromkeys(s.family for run in found for s in run.scores if s.domain == "ood" and s.family != "all")
+    )
+    if len(kinds) < 2:
+        return []
+    rows = [["base", *(percent([run.before("ood", family=f) for run in originals(found)]) for f in kinds)]]
+    for name in methods:
+        rows.append([name, *(percent([run.accuracy("ood", family=f) for run in of[name]]) for f in kinds)])
+    return folded("Out of domain, kind by kind (%)", table(["method", *kinds], rows))
+
+
+def by_axis(axis: str, found: list[Run], methods: list[str]) -> list[str]:
+    """In and out of domain at each point of an axis, over the others."""
+    labels = list(dict.fromkeys(run.axes[axis] for run in found))
+    if len(labels) < 2:
+        return []
+    rows = []
+    for name in methods:
+        row = [name]
+        for label in labels:
+            here = [run for run in found if run.method == name and run.axes[axis] == label]
+            row += [percent([run.accuracy(d) for run in here]) for d in ("id", "ood")]
+        rows.append(row)
+    head = ["method", *(f"{axis} {label}: {word}" for label in labels for word in ("in", "out"))]
+    return folded(f"By {axis} (%)", table(head, rows))
+
+
+def by_round(of: dict[str, list[Run]]) -> list[str]:
+    """In and out of domain after each round."""
+    last = max(run.last for own in of.values() for run in own)
+    rows = []
+    for name, own in of.items():
+        if len(own[0].rounds) > 1:
+            cells = [
+                percent([run.accuracy(d, round=r) for run in own]) for r in range(1, last + 1) for d in ("id", "ood")
+            ]
+            rows.append([name, *cells])
+    if not rows:
+        return []
+    head = ["method", *(f"round {r}: {word}" for r in range(1, last + 1) for word in ("in", "out"))]
+    return folded("By round (%)", table(head, rows))
+
+
+def differences(of: dict[str, list[Run]], control: str, k: int) -> list[str]:
+    """Each method less the control, point by point, with the seed as the unit: other axes are averaged first.
+
+    Points of one seed share the draws of their first round, so an interval over all of them would be too short.
+    """
+    measures: dict[str, Callable[[Run], float]] = {
+        "in domain": lambda run: run.accuracy("id"),
+        "out of domain": lambda run: run.accuracy("ood"),
+        "mean of in and out": balance,
+    }
+    if k:
+        measures[f"in domain pass@{k}"] = lambda run: run.accuracy("id", k=k)
+        measures[f"out of domain pass@{k}"] = lambda run: run.accuracy("ood", k=k)
+    against = {str(run.axes): run for run in of.get(control, [])}
+    rows = []
+    for name, own in of.items():
+        by_seed: dict[str, list[tuple[Run, Run]]] = {}
+        for run in own:
+            if name != control and str(run.axes) in against:
+                by_seed.setdefault(run.axes.get("seed", str(run.axes)), []).append((run, against[str(run.axes)]))
+        if by_seed:
+            cells = [
+                percent([sum(f(a) - f(b) for a, b in pairs) / len(pairs) for pairs in by_seed.values()], sign=True)
+                for f in measures.values()
+            ]
+            rows.append([name, str(len(by_seed)), *cells])
+    if not rows:
+        return []
+    said = "Points of a hundred; intervals over seeds, not corrected for the number of methods."
+    return folded(f"Less the control ({control})", [said, "", *table(["method", "seeds", *measures], rows)])
+
+
+def data(of: dict[str, list[Run]]) -> list[str]:
+    """What each method learnt from: tokens generated for it, solutions, right ones, those kept; of all rounds."""
+    rows = []
+    for name, runs_of in of.items():
+        # Rows of before tokens were counted have four numbers a round.
+        rounds = [[r for r in run.row["rounds"] if len(r) == 5] for run in runs_of]
+        if " " not in name and any(rounds):
+            columns = [[sum(r[i] for r in each) for each in rounds if each] for i in (4, 1, 2, 3)]
+            rows.append([name, *(f"{sum(values) / len(values):,.0f}" for values in columns)])
+    if not rows:
+        return []
+    head = ["method", "tokens generated", "solutions", "right", "learnt from"]
+    return folded("Data, a run's mean", table(head, rows))
+
+
+def searches(found: list[Run]) -> list[str]:
+    """What searched probes chose, and what the search cost."""
+    lines = []
+    for run in found:
+        for phase, cost in run.row["search"].items():
+            if phase.split("/")[1] == run.method:
+                chosen = run.row["coefficients"][phase].get("found", {})
+                values = ", ".join(f"{name} {value:.3g}" for name, value in chosen.items())
+                spent = f"{cost['trials']} evaluations, {cost['search_seconds']:.0f} s"
+                lines.append(
+                    [run.method, " ".join(run.axes.values()), values, spent, f"{100 * cost['validation']:.1f}"]
+                )
+    if not lines:
+        return []
+    head = ["method", "cell", "chosen on validation", "cost", "validation %"]
+    return folded("Searches", table(head, lines))
