@@ -291,7 +291,9 @@ def judge_line(points: Sequence[float], scores: Sequence[float], *, questions: i
     excess, epsilon, i, j = max(falls, default=(0.0, tolerance, 0, 0))
     shown = ", ".join(f"{g:g}: {s:.4g}" for g, s in zip(points, scores, strict=True))
     if excess <= 0:
-        note = f"the score is monotone along the line ({shown})"
+        fall = max((excess + epsilon for excess, epsilon, *_ in falls), default=0.0)
+        how = "is monotone" if fall <= 1e-12 else f"falls by {fall:.2g} at most, no more than is allowed for,"
+        note = f"the score {how} along the line ({shown})"
     else:
         note = (
             f"the score falls from {scores[i]:.4g} at {points[i]:g} to {scores[j]:.4g} at {points[j]:g}, more than "

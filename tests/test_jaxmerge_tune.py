@@ -324,7 +324,10 @@ def test_monotone_counts_every_fall_not_neighbours_alone():
     falls = judge_line(points, [0.3, 0.2, 0.4])
     assert not falls.holds
     assert "falls from 0.3 at 0 to 0.2 at 0.5" in falls.note
-    assert judge_line(points, [0.30, 0.29, 0.28], tolerance=0.02).holds
+    assert "is monotone" in judge_line(points, [0.1, 0.2, 0.2]).note
+    within = judge_line(points, [0.30, 0.29, 0.28], tolerance=0.02)
+    assert within.holds
+    assert "falls by 0.02 at most" in within.note
     assert not judge_line(points, [0.30, 0.285, 0.27], tolerance=0.02).holds  # each step is within, the sum is not
     assert not judge_line(points, [0.1, -math.inf, 0.2]).holds
 
