@@ -313,14 +313,30 @@ def test_differences_take_the_seed_as_the_unit():
             pretended("imm", "2", "low", rounds=((0.55, 0.5),)), pretended("imm", "2", "high", rounds=((0.55, 0.5),)),
         ],
     }  # fmt: skip
-    text = "\n".join(tables.differences(of, "rate", 4))
+    text = "\n".join(tables.differences(tables.against(of, "rate"), "Less rate", 4))
     mean, low, high = mean_interval([3.0, 5.0])
     shown = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
     half = f"{mean / 2:+.1f} [{low / 2:+.1f}, {high / 2:+.1f}]"
     flat = "+0.0 [+0.0, +0.0]"
-    assert f"| imm | 2 | {shown} | {flat} | {half} | {shown} | {flat} |" in text
+    areas = [5000 * mean - 2500 for mean in (0.53, 0.55)]  # 100² (id − base) ood, as they gain in domain alone
+    mean, low, high = mean_interval(areas)
+    area = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    assert f"| imm | 2 | {shown} | {flat} | {half} | {shown} | {flat} | {area} |" in text
     assert "| rate |" not in text
-    assert tables.differences({"imm": of["imm"]}, "rate", 4) == []
+    assert tables.differences(tables.against({"imm": of["imm"]}, "rate"), "", 4) == []
+
+
+def test_a_curve_is_compared_with_its_first_point():
+    found = [
+        pretended("plain", seed, pressure, rounds=((accuracy, 0.4),))
+        for seed in "12"
+        for pressure, accuracy in (("low", 0.5), ("high", 0.6))
+    ]
+    pairs = tables.against_first(found, "pressure")
+    assert {name: [(a.axes["seed"], b.axes["seed"]) for a, b in own] for name, own in pairs.items()} == {
+        "plain high": [("1", "1"), ("2", "2")]
+    }
+    assert "| plain high | 2 | +10.0 [+10.0, +10.0] | +0.0 [+0.0, +0.0] |" in "\n".join(tables.differences(pairs, ""))
 
 
 def test_rounds_are_shown_one_by_one():

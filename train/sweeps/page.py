@@ -17,6 +17,8 @@ from .read import Run, runs
 from .run import Experiment
 from .stats import holm, sign_flip
 from .tables import (
+    against,
+    against_first,
     balance,
     base_row,
     by_axis,
@@ -159,7 +161,8 @@ def frontier(experiment: Experiment, found: list[Run], folder: Path) -> list[str
     for name, shown in drawn.items():
         write_durably(folder / name, pictures.frontier(of, found, shown))
         lines += [f"![accuracy in domain against out of domain]({folder.name}/{name})", ""]
-    lines += [*differences(of, experiment.sweep.control, k), *by_round(of), *families(found, of, methods)]
+    lines += differences(against(of, experiment.sweep.control), f"Less the control ({experiment.sweep.control})", k)
+    lines += [*by_round(of), *families(found, of, methods)]
     axes = [axis for axis in experiment.sweep.axes if axis != "seed"]
     for axis in axes:
         lines += by_axis(axis, found, methods)
@@ -185,7 +188,8 @@ def curve(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:
     picture = folder / f"{experiment.name}.svg"
     write_durably(picture, pictures.curve(axis, found))
     head = ["method", axis, "n", *(f"{DOMAIN_NAMES[d]} %" for d in domains)]
-    return [*table(head, rows), f"![accuracy over {axis}]({folder.name}/{picture.name})", ""]
+    lines = [*table(head, rows), f"![accuracy over {axis}]({folder.name}/{picture.name})", ""]
+    return lines + differences(against_first(found, axis), f"Less the same method at {axis} {labels[0]}")
 
 
 def layers(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from .read import Run, originals
 from .stats import gain, mean_interval
+
+Pair = tuple[Run, Run]
 
 
 def percent(
@@ -99,8 +101,27 @@ def by_round(of: dict[str, list[Run]]) -> list[str]:
     return folded("By round (%)", table(head, rows))
 
 
-def differences(of: dict[str, list[Run]], control: str, k: int) -> list[str]:
-    """Each method less the control, point by point, with the seed as the unit: other axes are averaged first.
+def against(of: Mapping[str, Sequence[Run]], control: str) -> dict[str, list[Pair]]:
+    """Each method's runs beside the control's at the same point."""
+    there = {str(run.axes): run for run in of.get(control, ())}
+    pairs = {name: [(run, there[str(run.axes)]) for run in own if str(run.axes) in there] for name, own in of.items()}
+    return {name: found for name, found in pairs.items() if found and name != control}
+
+
+def against_first(found: Sequence[Run], axis: str) -> dict[str, list[Pair]]:
+    """Each method's runs at a point of an axis beside its own at the first point, the other axes alike."""
+    first = found[0].axes[axis]
+    there = {(run.method, str({**run.axes, axis: first})): run for run in found if run.axes[axis] == first}
+    pairs: dict[str, list[Pair]] = {}
+    for run in found:
+        other = there.get((run.method, str({**run.axes, axis: first})))
+        if other is not None and other is not run:
+            pairs.setdefault(f"{run.method} {run.axes[axis]}", []).append((run, other))
+    return pairs
+
+
+def differences(pairs: Mapping[str, Sequence[Pair]], title: str, k: int = 0) -> list[str]:
+    """One run less another, in the mean, with the seed as the unit: other axes are averaged first.
 
     Points of one seed share the draws of their first round, so an interval over all of them would be too short.
     """
@@ -112,23 +133,21 @@ def differences(of: dict[str, list[Run]], control: str, k: int) -> list[str]:
     if k:
         measures[f"in domain pass@{k}"] = lambda run: run.accuracy("id", k=k)
         measures[f"out of domain pass@{k}"] = lambda run: run.accuracy("ood", k=k)
-    against = {str(run.axes): run for run in of.get(control, [])}
+    measures["adds to the frontier, %²"] = lambda run: 100 * frontier_gain(run)
     rows = []
-    for name, own in of.items():
-        by_seed: dict[str, list[tuple[Run, Run]]] = {}
-        for run in own:
-            if name != control and str(run.axes) in against:
-                by_seed.setdefault(run.axes.get("seed", str(run.axes)), []).append((run, against[str(run.axes)]))
-        if by_seed:
-            cells = [
-                percent([sum(f(a) - f(b) for a, b in pairs) / len(pairs) for pairs in by_seed.values()], sign=True)
-                for f in measures.values()
-            ]
-            rows.append([name, str(len(by_seed)), *cells])
+    for name, own in pairs.items():
+        by_seed: dict[str, list[Pair]] = {}
+        for run, other in own:
+            by_seed.setdefault(run.axes.get("seed", str(run.axes)), []).append((run, other))
+        cells = [
+            percent([sum(f(a) - f(b) for a, b in same) / len(same) for same in by_seed.values()], sign=True)
+            for f in measures.values()
+        ]
+        rows.append([name, str(len(by_seed)), *cells])
     if not rows:
         return []
-    said = "Points of a hundred; intervals over seeds, not corrected for the number of methods."
-    return folded(f"Less the control ({control})", [said, "", *table(["method", "seeds", *measures], rows)])
+    said = "Points of a hundred; intervals over seeds, not corrected for the number of rows."
+    return folded(title, [said, "", *table(["method", "seeds", *measures], rows)])
 
 
 def data(of: dict[str, list[Run]]) -> list[str]:
