@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from . import pictures
 from .cells import judge_cells, tune_cells, unique
 from .read import Run, runs
 from .run import Experiment
-from .stats import holm, sign_flip
+from .stats import holm, paired_t
 from .tables import (
+    Pair,
+    accuracy,
     against,
     against_first,
     balance,
@@ -28,6 +30,8 @@ from .tables import (
     families,
     folded,
     frontier_gain,
+    less,
+    over_seeds,
     p_text,
     percent,
     searches,
@@ -38,9 +42,11 @@ Row = dict[str, Any]
 HEAD = """# Results
 
 Written by `jaxmerge results` from the rows in [results/](results/); every row is one finished run and names its commit,
-command and device. Intervals are 95 %, Student's t over seeds (and regimes, where there are several); p-values are of
-paired sign-flip tests against the control, cell by cell, after Holm's correction. Nothing here was chosen on the
-questions it is reported on: tuning and searches look at validation questions, with seeds of their own.
+command and device. n counts seeds, the unit of intervals and tests: what a seed has under several regimes is averaged
+first. Intervals are 95 %, Student's t; p-values are of Student's paired test against the control, after Holm's
+correction for the number of methods. Nothing here was chosen on the questions it is reported on: tuning and searches
+look at validation questions, with seeds of their own. What a method adds to the frontier is the area of all its rounds
+together: chance adds to it, and more to more rounds, so only methods of as many rounds are compared by it.
 """
 
 
@@ -130,15 +136,10 @@ def frontier(experiment: Experiment, found: list[Run], folder: Path) -> list[str
     methods = list(dict.fromkeys(run.method for run in found))
     domains = [d for d in DOMAIN_NAMES if any(d in run.domains for run in found)]
     of = {name: [run for run in found if run.method == name] for name in methods}
-    control = {str(run.axes): run for run in of.get(experiment.sweep.control, [])}
-    area = {str(run.axes) + run.method: frontier_gain(run) for run in found}
-    p_area, p_mean = {}, {}
-    for name in methods:
-        pairs = [(run, control[str(run.axes)]) for run in of[name] if str(run.axes) in control]
-        if name != experiment.sweep.control and len(pairs) > 1:
-            p_area[name] = sign_flip([area[str(a.axes) + a.method] - area[str(b.axes) + b.method] for a, b in pairs])
-            p_mean[name] = sign_flip([balance(a) - balance(b) for a, b in pairs])
-    p_area, p_mean = holm(p_area), holm(p_mean)
+    pairs = against(of, experiment.sweep.control)
+    p_mean = p_values(pairs, balance)
+    # Each round is one more chance to add: methods of fewer rounds are not compared.
+    p_area = p_values({name: own for name, own in pairs.items() if alike_in_rounds(own)}, frontier_gain)
     k = max((int(k) for run in found for s in run.scores for k in s.pass_at), default=0)
     head = ["method", "n", *(f"{DOMAIN_NAMES[d]} %" for d in domains)]
     head += [f"{DOMAIN_NAMES[d]} pass@{k} %" for d in domains if k and d in ("id", "ood")]
@@ -146,11 +147,11 @@ def frontier(experiment: Experiment, found: list[Run], folder: Path) -> list[str
     rows = [base_row(found, domains, k)]
     ranked = sorted(methods, key=lambda m: -sum(map(balance, of[m])) / len(of[m]))
     for name in ranked:
-        row = [f"**{name}** (control)" if name == experiment.sweep.control else name, str(len(of[name]))]
-        row += [percent([run.accuracy(d) for run in of[name]]) for d in domains]
-        row += [percent([run.accuracy(d, k=k) for run in of[name]]) for d in domains if k and d in ("id", "ood")]
-        row += [percent([balance(run) for run in of[name]]), p_text(p_mean.get(name))]
-        row += [percent([area[str(run.axes) + name] for run in of[name]], scale=1e4), p_text(p_area.get(name))]
+        row = [f"**{name}** (control)" if name == experiment.sweep.control else name, count_text(of[name])]
+        row += [over_seeds(of[name], accuracy(d)) for d in domains]
+        row += [over_seeds(of[name], accuracy(d, k=k)) for d in domains if k and d in ("id", "ood")]
+        row += [over_seeds(of[name], balance), p_text(p_mean.get(name))]
+        row += [over_seeds(of[name], frontier_gain, scale=1e4), p_text(p_area.get(name))]
         rows.append(row)
     lines = table(head, rows)
     best = [name for name in ranked if not pictures.COEFFICIENT.match(name)][: pictures.BEST]
@@ -161,7 +162,7 @@ def frontier(experiment: Experiment, found: list[Run], folder: Path) -> list[str
     for name, shown in drawn.items():
         write_durably(folder / name, pictures.frontier(of, found, shown))
         lines += [f"![accuracy in domain against out of domain]({folder.name}/{name})", ""]
-    lines += differences(against(of, experiment.sweep.control), f"Less the control ({experiment.sweep.control})", k)
+    lines += differences(pairs, f"Less the control ({experiment.sweep.control})", k)
     lines += [*by_round(of), *families(found, of, methods)]
     axes = [axis for axis in experiment.sweep.axes if axis != "seed"]
     for axis in axes:
@@ -174,6 +175,22 @@ def frontier(experiment: Experiment, found: list[Run], folder: Path) -> list[str
     return [*lines, *data(of), *searches(found)]
 
 
+def p_values(pairs: Mapping[str, Sequence[Pair]], measure: Callable[[Run], float]) -> dict[str, float]:
+    """Each method against the control, corrected for their number; none where there are not two seeds."""
+    found = {name: paired_t(less(own, measure)) for name, own in pairs.items()}
+    return holm({name: p for name, p in found.items() if not math.isnan(p)})
+
+
+def alike_in_rounds(pairs: Sequence[Pair]) -> bool:
+    return all(a.rounds == b.rounds for a, b in pairs)
+
+
+def count_text(found: Sequence[Run]) -> str:
+    """`5`, or `5 (15 runs)` where a seed has several points."""
+    seeds = len({run.seed for run in found})
+    return str(seeds) if seeds == len(found) else f"{seeds} ({len(found)} runs)"
+
+
 def curve(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:
     """Accuracy over the values of the first axis."""
     axis = next(iter(experiment.sweep.axes))
@@ -184,7 +201,7 @@ def curve(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:
     for name in methods:
         for label in labels:
             here = [run for run in found if run.method == name and run.axes[axis] == label]
-            rows.append([name, label, str(len(here)), *(percent([run.accuracy(d) for run in here]) for d in domains)])
+            rows.append([name, label, count_text(here), *(over_seeds(here, accuracy(d)) for d in domains)])
     picture = folder / f"{experiment.name}.svg"
     write_durably(picture, pictures.curve(axis, found))
     head = ["method", axis, "n", *(f"{DOMAIN_NAMES[d]} %" for d in domains)]
@@ -201,7 +218,7 @@ def layers(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:
             tests = [
                 t for run in looked if run.method == name
                 for t in run.row["analysis"]["importance"]["correlation"]
-                if t["importance"] == score and t["round"] == run.last
+                if t["importance"] == score and t["round"] == run.last and t["rho"] is not None
             ]  # fmt: skip
             if tests:
                 small = sum(t["p"] < 0.05 for t in tests)

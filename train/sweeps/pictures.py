@@ -8,8 +8,9 @@ from typing import Any
 
 from ..analysis.pictures import Line, lines, scatter
 from ..charts import frontier as frontier_of_rows
-from .read import Run, originals
+from .read import Run, by_seed, originals
 from .stats import mean_interval
+from .tables import accuracy
 
 COEFFICIENT = re.compile(r"^(.*) ([-0-9.e]+)$")
 BEST = 7
@@ -30,7 +31,7 @@ def frontier(of: Mapping[str, Sequence[Run]], found: Sequence[Run], shown: Colle
         if name in shown:
             for number in of[name][0].rounds:
                 for domain in ("id", "ood"):
-                    rows.append(row(name, number, domain, [run.accuracy(domain, round=number) for run in of[name]]))
+                    rows.append(row(name, number, domain, by_seed(of[name], accuracy(domain, round=number))))
     return frontier_of_rows(rows, width=720, height=520, name="frontier", standalone=True)
 
 
@@ -42,7 +43,7 @@ def lines_of_coefficients(found: Sequence[Run]) -> str:
         points = {0.0: mean_interval([run.before("id") for run in originals(own)])}
         for run in own:
             coefficient = float(run.method.rsplit(" ", 1)[1])
-            same = [other.accuracy("id") for other in own if other.method == run.method]
+            same = by_seed([other for other in own if other.method == run.method], accuracy("id"))
             points[coefficient] = mean_interval(same)
         track = sorted(points.items())
         drawn.append(
@@ -63,7 +64,8 @@ def curve(axis: str, found: Sequence[Run]) -> str:
         for domain, word in (("id", "in"), ("ood", "out")):
             points, intervals = [], []
             for label in labels:
-                values = [run.accuracy(domain) for run in found if run.method == method and run.axes[axis] == label]
+                here = [run for run in found if run.method == method and run.axes[axis] == label]
+                values = by_seed(here, accuracy(domain))
                 if values:
                     mean, low, high = mean_interval(values)
                     points.append((places[label], mean))

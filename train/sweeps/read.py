@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..log import DOMAIN_NAMES
@@ -46,6 +46,11 @@ class Run:
     row: Row
 
     @property
+    def seed(self) -> str:
+        """Its label on the axis of seeds; where there is none each point is one."""
+        return self.axes.get("seed", str(self.axes))
+
+    @property
     def last(self) -> int:
         return max(s.round for s in self.scores)
 
@@ -76,6 +81,17 @@ class Run:
 def originals(found: Sequence[Run]) -> list[Run]:
     """One run for each original model: many start from the same, and it counts once."""
     return list({str(sorted((s.domain, s.family, s.accuracy) for s in run.base)): run for run in found}.values())
+
+
+def by_seed(found: Iterable[Run], measure: Callable[[Run], float]) -> list[float]:
+    """A measure at each seed, the mean over the other axes: what intervals and tests count as one.
+
+    Points of one seed share the draws of their first round; counted each, they would make intervals too short.
+    """
+    values: dict[str, list[float]] = {}
+    for run in found:
+        values.setdefault(run.seed, []).append(measure(run))
+    return [sum(same) / len(same) for same in values.values()]
 
 
 def runs(cells: Iterable[Cell], done: Mapping[str, Row]) -> list[Run]:

@@ -6,13 +6,14 @@ may work at one sweep; each takes cells that no other is at.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import fcntl
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def run(experiment: Experiment, *, command: str, out: Path) -> Path:
     """Run all cells that are not done; returns the file of their rows."""
     experiment.rows.parent.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
+    with locked(out / "lock"):
         read_jsonl_tolerant(experiment.rows, truncate=True)
     while cells := experiment.todo(experiment.done()):
         busy = 0
@@ -118,17 +119,23 @@ def run(experiment: Experiment, *, command: str, out: Path) -> Path:
 
 
 def run_cell(experiment: Experiment, cell: Cell, out: Path, command: str) -> None:
-    """One cell, its rows and, with `keep_runs: false`, the end of its weights."""
+    """One cell, its rows and, with `keep_runs: false`, the end of its weights.
+
+    Raises:
+      Busy: another process is at it, or looks into its layers; a finished run alone would not say so.
+    """
     folder = out / cell.id
-    improve(build(Improve, cell.values), name=experiment.name, out=folder, command=command, quiet=True)
-    looked = {}
-    if experiment.looks and cell.stage != "base":
-        looked = {"analysis": layers_of_run(folder, experiment.looks)}
-    with locked(out):
-        if cell.id not in experiment.done():
+    with locked(out / f"{cell.id}.lock", wait=False):
+        if cell.id in experiment.done():
+            return
+        improve(build(Improve, cell.values), name=experiment.name, out=folder, command=command, quiet=True)
+        looked = {}
+        if experiment.looks and cell.stage != "base":
+            looked = {"analysis": layers_of_run(folder, experiment.looks)}
+        with locked(out / "lock"):
             append_jsonl(experiment.rows, {**described(cell, folder, command), **looked})
-    if not experiment.sweep.keep_runs:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if not experiment.sweep.keep_runs:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def described(cell: Cell, folder: Path, command: str) -> Row:
@@ -172,18 +179,15 @@ def described(cell: Cell, folder: Path, command: str) -> Row:
     }
 
 
-class locked:
-    """One process at a time appends rows."""
-
-    def __init__(self, out: Path):
-        self.path = out / "lock"
-
-    def __enter__(self) -> None:
-        self.file = self.path.open("w")
-        fcntl.flock(self.file, fcntl.LOCK_EX)
-
-    def __exit__(self, *exception: object) -> None:
-        self.file.close()
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """One process at a time; the others wait, or are told that it is busy."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(f"another process is at {path}") from None
+        yield
 
 
 def show_plan(experiment: Experiment) -> None:

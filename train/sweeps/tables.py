@@ -1,11 +1,13 @@
-"""Tables of docs/results.md: a row a method, over the points of the axes."""
+"""Tables of docs/results.md: a row a method, its mean and interval over seeds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from .read import Run, originals
+from .read import Run, by_seed, originals
 from .stats import gain, mean_interval
 
 Pair = tuple[Run, Run]
@@ -34,6 +36,15 @@ def folded(title: str, lines: Sequence[str]) -> list[str]:
     return [f"<details><summary>{title}</summary>", "", *lines, "</details>", ""]
 
 
+def accuracy(*which: Any, **more: Any) -> Callable[[Run], float]:
+    """`Run.accuracy` with these arguments, as a measure."""
+    return operator.methodcaller("accuracy", *which, **more)
+
+
+def over_seeds(found: Iterable[Run], measure: Callable[[Run], float], *, scale: float = 100.0) -> str:
+    return percent(by_seed(found, measure), scale=scale)
+
+
 def balance(run: Run) -> float:
     """Mean of the accuracies in and out of domain."""
     return (run.accuracy("id") + run.accuracy("ood")) / 2
@@ -46,10 +57,16 @@ def frontier_gain(run: Run) -> float:
 
 
 def base_row(found: list[Run], domains: list[str], k: int) -> list[str]:
+    """The original models' means; they are two or three, too few for an interval."""
     seen = originals(found)
-    row = ["base", str(len(seen)), *(percent([run.before(d) for run in seen]) for d in domains)]
-    row += [percent([run.before(d, k=k) for run in seen]) for d in domains if k and d in ("id", "ood")]
-    return [*row, percent([(run.before("id") + run.before("ood")) / 2 for run in seen]), "", "0", ""]
+    row = ["base", str(len(seen)), *(mean(run.before(d) for run in seen) for d in domains)]
+    row += [mean(run.before(d, k=k) for run in seen) for d in domains if k and d in ("id", "ood")]
+    return [*row, mean((run.before("id") + run.before("ood")) / 2 for run in seen), "", "0", ""]
+
+
+def mean(values: Iterable[float]) -> str:
+    kept = list(values)
+    return percent([sum(kept) / len(kept)])
 
 
 def p_text(p: float | None) -> str:
@@ -63,9 +80,9 @@ def families(found: list[Run], of: dict[str, list[Run]], methods: list[str]) -> 
     )
     if len(kinds) < 2:
         return []
-    rows = [["base", *(percent([run.before("ood", family=f) for run in originals(found)]) for f in kinds)]]
+    rows = [["base", *(mean(run.before("ood", family=f) for run in originals(found)) for f in kinds)]]
     for name in methods:
-        rows.append([name, *(percent([run.accuracy("ood", family=f) for run in of[name]]) for f in kinds)])
+        rows.append([name, *(over_seeds(of[name], accuracy("ood", family=f)) for f in kinds)])
     return folded("Out of domain, kind by kind (%)", table(["method", *kinds], rows))
 
 
@@ -79,7 +96,7 @@ def by_axis(axis: str, found: list[Run], methods: list[str]) -> list[str]:
         row = [name]
         for label in labels:
             here = [run for run in found if run.method == name and run.axes[axis] == label]
-            row += [percent([run.accuracy(d) for run in here]) for d in ("id", "ood")]
+            row += [over_seeds(here, accuracy(d)) for d in ("id", "ood")]
         rows.append(row)
     head = ["method", *(f"{axis} {label}: {word}" for label in labels for word in ("in", "out"))]
     return folded(f"By {axis} (%)", table(head, rows))
@@ -91,9 +108,7 @@ def by_round(of: dict[str, list[Run]]) -> list[str]:
     rows = []
     for name, own in of.items():
         if len(own[0].rounds) > 1:
-            cells = [
-                percent([run.accuracy(d, round=r) for run in own]) for r in range(1, last + 1) for d in ("id", "ood")
-            ]
+            cells = [over_seeds(own, accuracy(d, round=r)) for r in range(1, last + 1) for d in ("id", "ood")]
             rows.append([name, *cells])
     if not rows:
         return []
@@ -121,33 +136,26 @@ def against_first(found: Sequence[Run], axis: str) -> dict[str, list[Pair]]:
 
 
 def differences(pairs: Mapping[str, Sequence[Pair]], title: str, k: int = 0) -> list[str]:
-    """One run less another, in the mean, with the seed as the unit: other axes are averaged first.
-
-    Points of one seed share the draws of their first round, so an interval over all of them would be too short.
-    """
+    """One run less another, in the mean over seeds."""
     measures: dict[str, Callable[[Run], float]] = {
-        "in domain": lambda run: run.accuracy("id"),
-        "out of domain": lambda run: run.accuracy("ood"),
-        "mean of in and out": balance,
-    }
+        "in domain": accuracy("id"), "out of domain": accuracy("ood"), "mean of in and out": balance,
+    }  # fmt: skip
     if k:
-        measures[f"in domain pass@{k}"] = lambda run: run.accuracy("id", k=k)
-        measures[f"out of domain pass@{k}"] = lambda run: run.accuracy("ood", k=k)
-    measures["adds to the frontier, %²"] = lambda run: 100 * frontier_gain(run)
+        measures |= {f"in domain pass@{k}": accuracy("id", k=k), f"out of domain pass@{k}": accuracy("ood", k=k)}
     rows = []
     for name, own in pairs.items():
-        by_seed: dict[str, list[Pair]] = {}
-        for run, other in own:
-            by_seed.setdefault(run.axes.get("seed", str(run.axes)), []).append((run, other))
-        cells = [
-            percent([sum(f(a) - f(b) for a, b in same) / len(same) for same in by_seed.values()], sign=True)
-            for f in measures.values()
-        ]
-        rows.append([name, str(len(by_seed)), *cells])
+        found = [less(own, measure) for measure in measures.values()]
+        rows.append([name, str(len(found[0])), *(percent(values, sign=True) for values in found)])
     if not rows:
         return []
-    said = "Points of a hundred; intervals over seeds, not corrected for the number of rows."
+    said = "Points of a hundred; intervals not corrected for the number of rows."
     return folded(title, [said, "", *table(["method", "seeds", *measures], rows)])
+
+
+def less(pairs: Sequence[Pair], measure: Callable[[Run], float]) -> list[float]:
+    """What a measure of the first of each pair is above the second's, a number a seed."""
+    first, second = (by_seed([pair[i] for pair in pairs], measure) for i in (0, 1))
+    return [a - b for a, b in zip(first, second, strict=True)]
 
 
 def data(of: dict[str, list[Run]]) -> list[str]:
