@@ -16,6 +16,7 @@ from llamas import folder, load, make, merged, names_of, read, run, tensors
 import jaxmerge
 from jaxmerge.files import layers, plan, source
 from jaxmerge.files.methods import METHODS, REQUIRED
+from jaxmerge.leafwise import leafwise, requires
 from jaxmerge.rules import RULES
 
 
@@ -308,6 +309,36 @@ def test_methods_are_rules_with_those_coefficients():
         assert method.rule in RULES, name
         assert not set(method.parameters) & set(method.unused)
     assert jaxmerge.rule("average") is RULES["linear"]
+
+
+@requires(base="required")
+def towards(models, *, base=None, key=None, names=None, stacked=(), weights=None, scale=0.25, squared=False):
+    """A rule nobody wrote a method for."""
+    del key, names
+
+    def formula(x, *, weights, scale):
+        change = sum(w * d for w, d in zip(weights, x.deltas, strict=True))
+        return x.base + scale * (change**2 if squared else change)
+
+    return leafwise(formula, models, base=base, stacked=stacked, each={"weights": weights}, shared={"scale": scale})
+
+
+def test_a_new_rule_is_in_recipes(here, monkeypatch):
+    """One function and one entry of RULES: its parameters are those of its signature, with mergekit's scopes."""
+    text = {
+        "merge_method": "towards",
+        "base_model": "base",
+        "models": [{"model": "one", "parameters": {"weight": [{"filter": "mlp", "value": 0.5}, {"value": 2.0}]}}],
+        "parameters": {"squared": True},
+    }
+    with pytest.raises(ValueError, match="unknown merge_method 'towards'"):
+        merged(text)
+    monkeypatch.setitem(RULES, "towards", towards)
+    found, one, base = merged(text), load("one"), load("base")
+    wanted = {k: base[k] + 0.25 * ((0.5 if "mlp" in k else 2.0) * (one[k] - base[k])) ** 2 for k in base}
+    close(found, wanted)
+    with pytest.raises(ValueError, match="'scale' is 'much', wanted a number"):
+        merged({**text, "parameters": {"scale": "much"}})
 
 
 @pytest.mark.parametrize(

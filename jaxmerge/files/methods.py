@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxmerge import where
+from jaxmerge.rules import RULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +106,29 @@ METHODS: dict[str, Method] = {
     ),
     "imm": Method("imm", shared={"alpha": ("alpha", 0.5), "drop": ("drop", 0.0)}),
 }
-OURS = ("interpolate", "extrapolate", "extrapolation_merge", "imm")
 COPY = METHODS["passthrough"]
+
+
+def methods() -> dict[str, Method]:
+    """METHODS, and every rule that no method there stands for, if its coefficients are numbers with defaults.
+
+    So a new rule is in recipes without a word here: `weights` is `weight` of each model, the others keep their names.
+    """
+    there = {*METHODS, *(method.rule for method in METHODS.values())}
+    new = {name: _by_signature(name) for name in RULES if name not in there}
+    return METHODS | {name: method for name, method in new.items() if method is not None}
+
+
+def _by_signature(name: str) -> Method | None:
+    inputs = ("models", "base", "key", "names", "stacked")
+    given = {p.name: p.default for p in inspect.signature(RULES[name]).parameters.values() if p.name not in inputs}
+    each = {"weight": ("weights", 1.0)} if "weights" in given else {}
+    given.pop("weights", None)
+    if not all(isinstance(default, bool | int | float) for default in given.values()):
+        return None
+    traced = {key: (key, default) for key, default in given.items() if type(default) is float}
+    static = {key: (key, default) for key, default in given.items() if key not in traced}
+    return Method(name, each, traced, static, base_is_input=RULES[name].needs.base == "none")
 
 
 @dataclasses.dataclass(frozen=True)

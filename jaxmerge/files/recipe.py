@@ -37,7 +37,7 @@ import numpy as np
 import yaml
 
 from jaxmerge.files.chat import check_template
-from jaxmerge.files.methods import IGNORED, METHODS, REQUIRED, Method, Scope, check, known
+from jaxmerge.files.methods import IGNORED, METHODS, REQUIRED, Method, Scope, check, known, methods
 from jaxmerge.files.safetensors import DTYPES
 from jaxmerge.files.tokens import Options
 from jaxmerge.files.tokens import parse as parse_tokenizer
@@ -117,7 +117,7 @@ class Recipe:
 
     @property
     def method(self) -> Method:
-        return METHODS[self.merge_method]
+        return methods()[self.merge_method]
 
     @property
     def sources(self) -> list[str]:
@@ -205,10 +205,10 @@ class _Parser:
         for key in document:
             self.known(key, KEYS, "key")
         if document.get("merge_method") is None:
-            raise ValueError(f"no 'merge_method'; there are {', '.join(METHODS)}")
+            raise ValueError(f"no 'merge_method'; there are {', '.join(methods())}")
         self.name: str = document["merge_method"]
-        known(self.name, METHODS, "merge_method")
-        self.method = METHODS[self.name]
+        known(self.name, methods(), "merge_method")
+        self.method = methods()[self.name]
         base = document.get("base_model")
         self.base = None if base is None else model_name(base, "base_model")
         self.needs = RULES[self.method.rule].needs
