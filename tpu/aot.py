@@ -1,7 +1,7 @@
 """Compile the programs of a run for a slice of TPUs without a TPU, and say what a chip of it would hold and receive.
 
     python -m tpu.aot topology=v5e:4x4 model=llama-3.1-8b step=sft
-    python -m tpu.aot table                 # the rows of docs/scale.md; about half an hour on two cores
+    python -m tpu.aot table                 # the rows of docs/scale.md; over an hour on two cores
 
 The compiler is the one on the machines (`pip install libtpu`), the functions are the run's own. Exit code 0: it fits;
 1: it does not, with by how much and what to change; 2: a mistake of yours, named. The last line is JSON.

@@ -19,19 +19,19 @@ jaxmerge: self-improve, extrapolate and merge language models on a JAX mesh
   jaxmerge merge    RECIPE OUT [key=value …]   merge checkpoints on disk by a recipe (mergekit's YAML is read)
   jaxmerge inspect  BASE MODELS [key=value …]  what changed between checkpoints, per layer (picture=, json=)
   jaxmerge extract-lora BASE TUNED OUT rank=N  the change between two checkpoints as a LoRA adapter
-  jaxmerge sft      CONFIG [key=value …]       fine-tune or pretrain a model on examples
+  jaxmerge sft      CONFIG | MODEL DATA OUT    fine-tune or pretrain a model on examples
   jaxmerge sample   MODEL PROMPTS OUT [k=v …]  generate: a line of JSON a prompt in, a line out
   jaxmerge evaluate MODEL CONFIG|FILE [k=v …]  accuracy of a model on the questions of a config or a file
   jaxmerge harness  MODEL TASKS [key=value …]  tasks of EleutherAI's lm-eval, in process
   jaxmerge export   RUN OUT [method= round=]   write a run's model as a Hugging Face folder
   jaxmerge report   RUN                        write report.html of a run again
-  jaxmerge search   CONFIG [key=value …]       look for solutions step by step; trees, examples, a report
+  jaxmerge search   CONFIG | MODEL QUESTIONS OUT  look for solutions step by step; trees, examples, a report
   jaxmerge results  [key=value …]              docs/results.md from the rows of the experiments
   jaxmerge analyse  RUN [key=value …]          what training did to a run's layers, weights and samples
   jaxmerge doctor                              devices, versions, extras: what works here and what is missing
 
 MODEL is a Hugging Face folder, a GGUF file, package:NAME/FILE.gguf, a checkpoint of a run, or a hub name.
-`jaxmerge VERB --help` lists the keys of a verb.
+`jaxmerge VERB --help` lists the keys of a verb; docs/config.md those of configs.
 """
 
 

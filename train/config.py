@@ -135,7 +135,7 @@ class Merge:
     layer-adaptive); `{importance: [α, α]}` from the first, where a layer matters most and moved most, to the second
     where least; `{search: [α, …]}` takes the best on the validation questions, anew each round."""
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of rules other than imm: density, epsilon, lambda, … as `jaxmerge.RULES` takes them."""
+    """Of rules other than imm: density, epsilon, scale, … as `jaxmerge.RULES` takes them."""
     anchor: Literal["original", "previous", "average"] = "original"
     """Merge with the original model, with what the previous round ended with, or with the mean of the original and
     what all earlier rounds ended with."""

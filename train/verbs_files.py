@@ -22,7 +22,7 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
       compat=mergekit         as mergekit does it, where we differ (docs/merge.md)
       allow=missing,unused,shapes   tensors some models lack; that the base lacks; of unlike shapes: refused otherwise
       format=safetensors      or orbax
-      device=cpu              or gpu, tpu: where the arithmetic runs
+      device=null             cpu, gpu or tpu: where the arithmetic runs; null: jax's own choice
       max_shard_bytes=5000000000
     """
     mine, others = take(

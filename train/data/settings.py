@@ -60,6 +60,7 @@ class Data:
     ingredients: tuple[Ingredient, ...] = ()
     """The families of the generated text and their shares."""
     row: int = 96
+    """Tokens of a row of generated text."""
     exclude: str = ""
     """Config of an improve run none of whose questions may appear in the generated text."""
 

@@ -94,13 +94,17 @@ class Sft:
     """Supervised fine-tuning: AdamW, warm-up then cosine, loss on the completion only."""
 
     learning_rate: float = 2e-5
+    """The highest of the schedule."""
     epochs: int = 3
+    """Times each example is seen."""
     batch: int = 64
+    """Examples an update, over all devices; with packing, rows."""
     micro_batch: int | None = None
     """Rows a forward pass; the batch is accumulated from them. null: the batch at once."""
     warmup: float = 0.03
     """Share of the steps over which the rate rises from 0."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """Of the rate after the warm-up."""
     max_length: int = 512
     """Longest example, in tokens; with packing also the length of a row."""
     overlong: Literal["drop", "truncate"] = "drop"
@@ -108,6 +112,7 @@ class Sft:
     packing: bool = False
     """Put several examples into a row; `batch` counts rows. The loss stays that of the examples one by one."""
     loss: Literal["completion", "all"] = "completion"
+    """Which tokens have a loss: the completion's, or the prompt's too."""
     start: Literal["merged", "original"] = "merged"
     """What a round is fine-tuned from: the last merged model or the original one."""
     snapshots: int = 1

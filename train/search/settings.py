@@ -122,12 +122,18 @@ class Drawing:
 
     temperature: float = 0.7
     top_k: int = 0
+    """0 takes all."""
     top_p: float = 1.0
     step: int = 96
+    """Most tokens of a step."""
     hint: int = 64
+    """Of a reflection."""
     score: int = 16
+    """Of the critic's reply."""
     chain: int = 384
+    """Of a chain of thought in one piece."""
     write: int = 384
+    """Of what a plan is turned into."""
     slots: int = 64
     """Sequences decoded side by side; no result depends on it."""
     kept: int = 4

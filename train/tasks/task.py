@@ -51,8 +51,8 @@ class FamilySpec:
     """How many questions of one family to draw, and from which ranges.
 
     Attributes:
-      family: name of a generator.
-      domain: where its accuracy is reported.
+      family: name of a generator, or gsm8k, choice, problem with a file (docs/data.md).
+      domain: where its accuracy is reported: id is learnt from, harder, ood and unseen are not.
       args: the generator's own settings, such as `{"min_value": 1, "max_value": 130}`.
       train, validation, test: questions of each split; only the in-domain family needs `train`.
     """
