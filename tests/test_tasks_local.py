@@ -199,6 +199,26 @@ def test_splits_of_one_file_share_no_question(tmp_path):
     assert suite.questions("test")[0].text == "new 0?"
 
 
+def test_families_of_one_file_share_no_question_between_splits(tmp_path):
+    path = str(write(tmp_path / "g.jsonl", [{**GSM8K, "question": f"{i}?"} for i in range(10)]))
+
+    def texts(*specs):
+        suite = build_suite(
+            [FamilySpec(f, "id", {"path": path}, **counts) for f, counts in specs], seed=0, style="instruct"
+        )
+        return {q.text for q in suite.questions("train")}, {q.text for q in suite.questions("test")}
+
+    for other in ("gsm8k:b", "problem:b"):
+        train, test = texts(("gsm8k:a", {"train": 6}), (other, {"test": 4}))
+        assert not train & test
+        assert len(train | test) == 10
+    with pytest.raises(UserError, match=r"only 6 distinct questions left for train.*4 are in other splits of families"):
+        texts(("gsm8k:a", {"train": 10}), ("gsm8k:b", {"test": 4}))
+    # One question asked in two ways is in one split.
+    _, test = texts(("gsm8k:a", {"test": 10}), ("gsm8k:b", {"test": 10}))
+    assert len(test) == 10
+
+
 def test_a_tfds_version_is_a_file_too(tmp_path):
     from train.data.builders import JsonLines, prepare
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from ..log import UserError
+from .code import MbppTask
 from .compact import CompactTask
 from .functions import code_task
 from .judged import PREFIX, JudgedTask
-from .local import local_task
+from .local import LocalTask, local_task
 from .reasoning import InstructTask
 from .task import (
     DOMAINS,
@@ -116,7 +117,9 @@ def build_suite(specs: Sequence[FamilySpec], *, seed: int, style: Style) -> Suit
     """Draw the questions of `specs`, without one in common between splits, domains or specs of a family.
 
     Each (family, domain, split) draws with a seed of its own, far from the others; what two seeds may still
-    have in common is removed by comparing normalised texts. Equal arguments give equal suites in every process.
+    have in common is removed by comparing normalised texts. Families of files may read one file under two names
+    (`gsm8k:chat`, `gsm8k:cot`): they may have questions of one split in common, and none of different splits.
+    Equal arguments give equal suites in every process.
 
     Args:
       specs: families with their ranges and counts.
@@ -138,11 +141,17 @@ def build_suite(specs: Sequence[FamilySpec], *, seed: int, style: Style) -> Suit
         raise UserError("tasks: no families given; list at least one with domain id")
     tasks: dict[str, Task] = {s.family: task_of(s.family, style) for s in specs}
     taken: dict[str, set[str]] = {s.family: set() for s in specs}
+    of_files: dict[Split, set[str]] = {split: set() for split in SPLITS}
     drawn: dict[tuple[int, Split], list[Question]] = {}
     for split in DRAW_ORDER:
         for i, spec in enumerate(specs):
+            task, of_file = tasks[spec.family], isinstance(tasks[spec.family], LocalTask | MbppTask)
+            elsewhere = set().union(*(of_files[s] for s in SPLITS if s != split)) if of_file else frozenset()
             # Two specs of one family, domain and split differ in their ranges; the ranges keep the seeds apart.
-            drawn[i, split] = _draw(tasks[spec.family], spec, split, seed=seed, taken=taken[spec.family])
+            found = _draw(task, spec, split, seed=seed, taken=taken[spec.family], elsewhere=elsewhere)
+            if of_file:
+                of_files[split].update(normalise(q.text) for q in found)
+            drawn[i, split] = found
     questions = [q for i in range(len(specs)) for split in SPLITS for q in drawn[i, split]]
     ids = Counter(q.id for q in questions)
     twice = [name for name, n in ids.items() if n > 1]
@@ -172,7 +181,9 @@ def draw_seed(seed: int, *parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
-def _draw(task: Task, spec: FamilySpec, split: Split, *, seed: int, taken: set[str]) -> list[Question]:
+def _draw(
+    task: Task, spec: FamilySpec, split: Split, *, seed: int, taken: set[str], elsewhere: Set[str]
+) -> list[Question]:
     wanted = spec.count(split)
     found: list[Question] = []
     if not wanted:
@@ -188,10 +199,10 @@ def _draw(task: Task, spec: FamilySpec, split: Split, *, seed: int, taken: set[s
     useless = 0
     for text, answer, solution, entry in _blocks(task, spec, start, limit=200 * wanted + 20_000):
         key = normalise(text)
-        if key in taken:
+        if key in taken or key in elsewhere:
             useless += 1
             # a coupon collector of n kinds waits n·(ln n + 3) draws for the last one, nearly surely
-            if useless > 20 * (len(taken) + 50):
+            if useless > 20 * (len(taken) + len(elsewhere) + 50):
                 break
             continue
         useless = 0
@@ -200,10 +211,11 @@ def _draw(task: Task, spec: FamilySpec, split: Split, *, seed: int, taken: set[s
         found.append(Question(name, spec.family, spec.domain, split, text, answer, solution, entry))
         if len(found) == wanted:
             return found
+    others = f"; {len(elsewhere)} are in other splits of families of files" if elsewhere else ""
     raise UserError(
         f"tasks: family {spec.family} ({spec.domain}) with {dict(spec.args)} has only {len(found)} distinct"
         f" questions left for {split}, and {wanted} are asked for ({len(taken)} distinct ones seen over all its"
-        " splits); widen its ranges or ask for fewer"
+        f" splits{others}); widen its ranges or ask for fewer"
     )
 
 
