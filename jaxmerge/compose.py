@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,18 +53,32 @@ def masked(rule: Rule, where_: where.Where, otherwise: str = "base") -> Rule:
         trees = tree.align(models, base)
         chosen = set(where.select(models[0], where_))
 
+        def keep(path: str, leaf: Any) -> Any:
+            return leaf if path in chosen else _Aside(leaf)
+
         def aside(leaves: Sequence[Any]) -> PyTree:
-            kept = [leaf if path in chosen else _Aside(leaf) for path, leaf in zip(trees.paths, leaves, strict=True)]
-            return jax.tree.unflatten(trees.treedef, kept)
+            return jax.tree.unflatten(trees.treedef, list(map(keep, trees.paths, leaves)))
 
         def aside_if_alike(value: Any) -> Any:
             # Statistics and references are trees like the models: what is set aside there is set aside here.
             if isinstance(value, list | tuple) and value and all(alike(entry) for entry in value):
                 return [aside_if_alike(entry) for entry in value]
-            return aside(list(tree.named_leaves(value).values())) if alike(value) else value
+            if not alike(value):
+                return value
+            if isinstance(value, Mapping) and value.keys() == ranks.keys():
+                return {path: keep(path, leaf) for path, leaf in value.items()}  # flat, as Gram matrices must be
+            named = tree.named_leaves(value)
+            return aside([named[path] for path in trees.paths])
 
         def alike(value: Any) -> bool:
-            return not tree.is_array(value) and list(tree.named_leaves(value)) == trees.paths
+            """A coefficient may have the models' paths, by chance or a number a leaf; its entries are other leaves."""
+            # Ranks and not shapes: a tree of wrong shapes is for the rule to refuse.
+            return not tree.is_array(value) and {p: rank(leaf) for p, leaf in tree.named_leaves(value).items()} == ranks
+
+        def rank(leaf: Any) -> int | None:
+            return len(leaf.shape) if tree.is_array(leaf) else None
+
+        ranks = {path: rank(leaf) for path, leaf in zip(trees.paths, trees.models[0], strict=True)}
 
         merged = rule(
             [aside(model) for model in trees.models],

@@ -33,14 +33,23 @@ class Deltas(tuple[Array, ...]):
         return Deltas(self.make, self.operands.after(*results))
 
 
+CANCELLED = 1e-6  # of Σ|w|: what is left of weights that sum to zero is rounding, in float32
+
+
 def _sum(terms: list[Array]) -> Array:
     return sum(terms[1:], start=terms[0])
 
 
 def weighted_sum(deltas: tuple[Array, ...], weights: Array, *, normalize: bool) -> Array:
-    r"""Return :math:`\sum_i w_i d_i`, divided by :math:`\sum_i w_i` if `normalize`."""
+    r"""Return :math:`\sum_i w_i d_i`, divided by :math:`\sum_i w_i` if `normalize`.
+
+    Weights that sum to zero, but for rounding, are divided by 1, as in mergekit.
+    """
     total = _sum([w * d for w, d in zip(weights, deltas, strict=True)])
-    return total / or_one(weights.sum()) if normalize else total
+    if not normalize:
+        return total
+    divisor = weights.sum()
+    return total / jnp.where(jnp.abs(divisor) <= CANCELLED * jnp.abs(weights).sum(), 1, divisor)
 
 
 def _disjoint(

@@ -16,7 +16,7 @@ import jax
 
 from jaxmerge import linear
 from jaxmerge.strategies import Ask, Candidate, Float, Space, Strategy, Trial, golden, named, within, worth
-from jaxmerge.tree import PyTree
+from jaxmerge.tree import PyTree, merged_leaves
 from jaxmerge.tune import LINE, Result, judge_line, search_merge
 
 
@@ -159,7 +159,8 @@ def search_exme(
 
 
 def _lines(models: Sequence[PyTree], base: PyTree) -> list[str]:
-    cosines = jax.jit(lambda models, base: linear.collinear(models, base=base))(list(models), base)
+    trees = [merged_leaves(model) for model in (*models, base)]
+    cosines = jax.jit(lambda models, base: linear.collinear(models, base=base))(trees[:-1], trees[-1])
     return [
         f"the task vectors of checkpoints {i + 1} and {j + 1} have cosine {float(cosines[i, j]):.4f}: they lie on one "
         "line through the base, so merging these two is extrapolation by another name"

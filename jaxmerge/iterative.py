@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxmerge.leafwise import Operands, leafwise, requires
 from jaxmerge.linear import _interpolate
 from jaxmerge.sparsify import bernoulli, expected
-from jaxmerge.tree import Array, PyTree, is_concrete
+from jaxmerge.tree import Array, PyTree, align, is_array, is_concrete
 
 
 def _linear(x: Operands, *, alpha: Array) -> Array:
@@ -24,15 +24,15 @@ def _linear(x: Operands, *, alpha: Array) -> Array:
 
 
 def _dropped(x: Operands, *, alpha: Array, drop: Array) -> Array:
-    # models [tuned], base the anchor: its own delta is zero; or models [tuned, anchor], base the reference.
+    # The anchor is the base, and without a reference it is that: its own delta is zero then.
     assert x.base is not None
     assert x.keys is not None
+    start, *anchor = (*x.extra, x.base)
     shares = (alpha, 1 - alpha)
-    total = jnp.zeros_like(x.base)
-    for i, delta in enumerate(x.deltas):
-        kept = expected(bernoulli(delta, x.keys[i], 1 - drop), 1 - drop)
-        total = total + shares[i] * kept
-    return x.base + total
+    total = jnp.zeros_like(start)
+    for i, model in enumerate((*x.models, *anchor)):
+        total = total + shares[i] * expected(bernoulli(model - start, x.keys[i], 1 - drop), 1 - drop)
+    return start + total
 
 
 @requires(most=1, base="required", key="optional")
@@ -72,22 +72,26 @@ def imm(
       >>> imm([{"w": jnp.array([2.0])}], base={"w": jnp.array([1.0])}, alpha=0.5)
       {'w': Array([1.5], dtype=float32)}
     """
-    undropped = is_concrete(drop) and isinstance(drop, int | float) and drop == 0
-    if undropped:
-        return leafwise(_linear, models, base=base, stacked=stacked, shared={"alpha": alpha})
-    if isinstance(drop, int | float) and not 0 <= drop < 1:
-        raise ValueError(f"imm: drop={drop}, wanted a probability in [0, 1)")
+    is_number = isinstance(drop, int | float) or (is_array(drop) and drop.shape == ())
+    if is_number and is_concrete(drop):
+        if not 0 <= float(drop) < 1:
+            raise ValueError(f"imm: drop={float(drop)}, wanted a probability in [0, 1)")
+        if float(drop) == 0:
+            return leafwise(_linear, models, base=base, stacked=stacked, shared={"alpha": alpha})
     if key is None:
         raise ValueError(f"imm: drop={drop} draws random masks; pass key=jax.random.key(seed), or drop=0.0")
+    if reference is not None:
+        align([*models, reference], labels=["models[0]", "reference"])  # so that errors call it that
     name = "tuned" if names is None else names[0]
     return leafwise(
         _dropped,
-        list(models) if reference is None else [*models, base],
-        base=base if reference is None else reference,
+        models,
+        base=base,
         key=key,
         names=[name] if reference is None else [name, "anchor"],
         stacked=stacked,
         shared={"alpha": alpha, "drop": drop},
+        extra=[] if reference is None else [reference],
     )
 
 

@@ -38,6 +38,7 @@ from jaxmerge import tree, where
 from jaxmerge.tree import Array, PyTree, Tracer
 
 Convert = Callable[[Any, int], Any]
+Check = Callable[[Any, str], None]
 
 
 class Operands(NamedTuple):
@@ -166,7 +167,9 @@ def leafwise(
     each: Mapping[str, Any] | None = None,
     options: Mapping[str, Hashable] | None = None,
     convert: Mapping[str, Convert] | None = None,
+    check: Mapping[str, Check] | None = None,
     extra: Sequence[PyTree] = (),
+    beside: Sequence[Mapping[str, Array]] = (),
 ) -> PyTree:
     """Apply `leaf` to every floating leaf of `models`; see the module's docstring.
 
@@ -182,7 +185,10 @@ def leafwise(
       options: static, hashable arguments of `leaf`.
       convert: for some coefficients, `(value, n) -> array`: what the leaf function gets for a leaf of n
         elements (of a layer), as a count k for a density. Called on the host where the value is concrete.
+      check: for some coefficients, `(resolved value, path)`: raises where a concrete one will not do. Called for
+        every leaf (layer) before any is merged.
       extra: more trees alike in paths and shapes (statistics of the models, masks): `x.extra`.
+      beside: mappings from path to an array of any shape, after the others in `x.extra` of the leaves that have one.
 
     Returns:
       A pytree with structure, shapes, dtypes and shardings of models[0].
@@ -202,6 +208,21 @@ def leafwise(
     for name, value in {**(shared or {}), **(each or {})}.items():
         where.check_order(value, every, name=name)
     frozen = tuple(sorted((options or {}).items()))
+    resolved = {
+        path: {
+            name: [where.resolve(v, p, depth[p], name=name) for p in layers[path]] for name, v in (shared or {}).items()
+        }
+        | {
+            name: [where.resolve_each(v, p, depth[p], count, name=name) for p in layers[path]]
+            for name, v in (each or {}).items()
+        }
+        for path, first in zip(trees.paths, trees.models[0], strict=True)
+        if tree.is_merged(first)
+    }
+    for name, fits in (check or {}).items():
+        for path, coefficients in resolved.items():
+            for layer, value in zip(layers[path], coefficients[name], strict=True):
+                fits(value, layer)
     out = []
     for i, path in enumerate(trees.paths):
         first = trees.models[0][i]
@@ -211,23 +232,16 @@ def leafwise(
             continue
         is_stacked = layers[path] != [path]
         size = max(1, math.prod(first.shape) // len(layers[path])) if first.shape else 1
-        coefficients = {
-            name: [where.resolve(value, p, depth[p], name=name) for p in layers[path]]
-            for name, value in (shared or {}).items()
-        } | {
-            name: [where.resolve_each(value, p, depth[p], count, name=name) for p in layers[path]]
-            for name, value in (each or {}).items()
-        }
         salts = np.asarray([zlib.crc32(p.encode()) for p in layers[path]], np.uint32)
         merged = _run(
-            tuple(_on_device(model[i]) for model in trees.models),
+            tuple(_on_device(x) for x in (*(m[i] for m in trees.models), *(b[path] for b in beside if path in b))),
             None if base_leaf is None else _on_device(base_leaf),
             key,
             salts if is_stacked else salts[0],
             name_salts,
             {
                 name: _array(values if is_stacked else values[0], size, (convert or {}).get(name))
-                for name, values in coefficients.items()
+                for name, values in resolved[path].items()
             },
             count=count,
             leaf=leaf,
@@ -290,7 +304,10 @@ def _run(
 
 def as_key(key: Any) -> Array:
     """Return a typed threefry key, or say how to make one."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    typed = tree.is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed and not (tree.is_array(key) and key.dtype == np.uint32 and tuple(key.shape[-1:]) == (2,)):
+        raise TypeError(f"key is {tree.describe(key)}, wanted a PRNG key; pass key=jax.random.key(seed)")
+    if not typed:
         key = jax.random.wrap_key_data(key, impl="threefry2x32")
     if str(jax.random.key_impl(key)) != "threefry2x32":
         raise ValueError(

@@ -71,14 +71,15 @@ def nonfinite(params: PyTree) -> dict[str, Array]:
     """Return how many NaN or infinite elements each floating leaf has, int32 ()."""
     return {
         path: jnp.sum(~jnp.isfinite(jnp.asarray(leaf).astype(tree.wide(leaf.dtype))), dtype=jnp.int32)
-        for path, leaf in tree.named_leaves(params).items()
-        if tree.is_merged(leaf)
+        for path, leaf in tree.merged_leaves(params).items()
     }
 
 
 def check_finite(params: PyTree, name: str = "params") -> None:
     """Raise a ValueError naming the leaves of `params` with NaN or infinite elements. Host only."""
-    counts = {path: int(count) for path, count in jax.device_get(_nonfinite(params)).items() if count}
+    counts = {
+        path: int(count) for path, count in jax.device_get(_nonfinite(tree.merged_leaves(params))).items() if count
+    }
     if counts:
         path, count = next(iter(counts.items()))
         more = f" and {len(counts) - 1} more leaves" if len(counts) > 1 else ""

@@ -57,8 +57,8 @@ def divergence(x: Array, b: Array) -> Array:
 def _arcee_fusion(x: Operands) -> Array:
     assert x.base is not None
     (model,), (delta,) = x.models, x.deltas
-    if not delta.ndim:
-        return model  # one number: its softmax is 1 in both, nothing tells them apart
+    if not delta.ndim or not delta.size:
+        return model  # one number, whose softmax is 1 in both, so that nothing tells them apart; or none at all
     # Computed once, so that an element at the threshold is at it for all uses (see `jaxmerge.cut.cuts`).
     importance = jax.lax.optimization_barrier(jnp.abs(delta) * divergence(model, x.base))
     n = importance.size

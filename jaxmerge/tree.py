@@ -71,6 +71,16 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     return named
 
 
+def merged_leaves(tree: PyTree) -> dict[str, Any]:
+    """Return `{path: leaf}` of the leaves that rules merge: what may be handed to a `jit`, as functions may not.
+
+    Example:
+      >>> list(merged_leaves({"w": jnp.ones(2), "activation": jax.nn.relu, "step": jnp.int32(3)}))
+      ['w']
+    """
+    return {path: leaf for path, leaf in named_leaves(tree).items() if is_merged(leaf)}
+
+
 def leaf_paths(tree: PyTree) -> list[str]:
     """Return the path of every leaf, in flattening order."""
     return list(named_leaves(tree))

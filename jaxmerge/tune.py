@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from jax.core import eval_jaxpr
 
-from jaxmerge.strategies import Ask, Candidate, Point, Space, Strategy, Trial, listed, named, worth
+from jaxmerge.strategies import Ask, Candidate, Float, Point, Space, Strategy, Trial, listed, named, worth
 from jaxmerge.tree import PyTree, is_array
 
 
@@ -316,13 +316,16 @@ def monotone(
     """Check that interpolation from the base to the tuned model never hurts, before extrapolation is trusted.
 
     Args:
-      merge, evaluate, trials, on_trial: as in `search_merge`; a `Compiled` shares its program with the search.
+      merge, evaluate, trials, on_trial: as in `search_merge`; a `Compiled` shares its program with the search, whose
+        bounds need not hold the line.
       line: γ → coefficients; for ExPO `lambda g: {"alpha": g - 1}`: γ = 0 is the base, 1 the tuned model.
       questions, tolerance: see `judge_line`.
     """
     ends = [line(g) for g in points]
-    bounds = {name: (min(end[name] for end in ends), max(end[name] for end in ends)) for name in ends[0]}
-    space = Space(merge.space if isinstance(merge, Compiled) else bounds)
+    # The line's own bounds: those of a `Compiled` are of its search, which may begin beyond the line.
+    sizes = {name: f.size for name, f in merge.space.floats.items()} if isinstance(merge, Compiled) else {}
+    at = {name: [end[name] for end in ends] for name in ends[0]}
+    space = Space({name: Float(np.min(x), np.max(x), size=sizes.get(name)) for name, x in at.items()})
     on_line = [space.flatten(end) for end in ends]
     found = search_merge(
         merge if isinstance(merge, Compiled) else Compiled(merge, space), evaluate, space,

@@ -72,6 +72,16 @@ def test_other_implementations_of_keys_are_refused():
         jaxmerge.dare([ones("w")], base=zeros("w"), key=jax.random.key(0, impl="rbg"), density=0.5)
 
 
+@pytest.mark.parametrize(
+    ("key", "found"), [(0, "int"), ("0", "str"), (np.int32(0), r"int32\[\]"), (jnp.ones(2), r"float32\[2\]")]
+)
+def test_what_is_no_key_is_refused(key, found):
+    with pytest.raises(TypeError, match=rf"key is {found}, wanted a PRNG key; pass key=jax.random.key\(seed\)"):
+        jaxmerge.dare([ones("w")], base=zeros("w"), key=key, density=0.5)
+    with pytest.raises(ValueError, match=r"key has shape \(3,\), wanted one key"):
+        jaxmerge.dare([ones("w")], base=zeros("w"), key=jax.random.split(KEY, 3), density=0.5)
+
+
 def test_density_one_and_zero():
     tuned, base = ones("w"), zeros("w")
     for rescale in ("inverse", "l1", None):
@@ -126,8 +136,20 @@ def test_imm_asks_for_what_it_needs():
     tuned, base = ones("w"), zeros("w")
     with pytest.raises(ValueError, match=r"imm: drop=0.2 draws random masks; pass key="):
         jaxmerge.imm([tuned], base=base, drop=0.2)
-    with pytest.raises(ValueError, match=r"drop=1.0, wanted a probability in \[0, 1\)"):
-        jaxmerge.imm([tuned], base=base, drop=1.0, key=KEY)
+    for drop in (1.0, np.float32(1), jnp.float32(1)):
+        with pytest.raises(ValueError, match=r"drop=1.0, wanted a probability in \[0, 1\)"):
+            jaxmerge.imm([tuned], base=base, drop=drop, key=KEY)
+    for drop in (0, 0.0, np.float32(0), np.array(0.0), jnp.float32(0)):
+        assert float(jaxmerge.imm([tuned], base=base, alpha=0.25, drop=drop)["w"][0, 0]) == 0.25
+    with pytest.raises(ValueError, match="reference has no leaf 'w'"):
+        jaxmerge.imm([tuned], base=base, drop=0.2, key=KEY, reference=zeros("v"))
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.2])
+def test_imm_takes_what_it_does_not_merge_from_the_anchor(drop):
+    tuned, anchor, reference = ({"w": jnp.full(3, float(n)), "steps": jnp.int32(n), "name": str(n)} for n in (1, 2, 3))
+    merged = jaxmerge.imm([tuned], base=anchor, drop=drop, key=KEY, reference=reference)
+    assert (int(merged["steps"]), merged["name"]) == (2, "2")
 
 
 def test_alpha_schedules():

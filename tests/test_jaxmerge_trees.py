@@ -12,6 +12,7 @@ from flax.core import FrozenDict
 
 import jaxmerge
 from jaxmerge import where
+from jaxmerge.tree import named_leaves
 
 
 class Block(nnx.Module):
@@ -97,6 +98,34 @@ def test_a_gradient_over_depth_ignores_the_mask():
     assert [float(leaf[0]) for leaf in merged.values()] == [0.0, 0.25, 0.5, 0.0, 0.0]
 
 
+def test_a_mask_knows_trees_from_coefficients_and_matrices_by_path():
+    """All of these have the models' paths; a tree of statistics is one whose leaves are like theirs."""
+    square = lambda v: {"layers": [{"w": jnp.full((2, 2), v + l)} for l in range(12)]}  # noqa: E731
+    base, one, two = (square(float(v)) for v in (0, 1, 3))
+    paths = jaxmerge.leaf_paths(base)
+    extrapolate = jaxmerge.masked(jaxmerge.extrapolate, "layers/0")
+    for half in (0.5, jnp.float32(0.5)):
+        found = extrapolate([one], base=base, alpha=dict.fromkeys(paths, half))
+        assert [float(leaf[0, 0]) for leaf in jax.tree.leaves(found)] == [1.5, *range(1, 12)]
+    flat = [jnp.zeros(2), jnp.ones(2)]
+    found = jaxmerge.masked(jaxmerge.average, "1", "first")([flat, flat[::-1]], weights=[1, 3])
+    assert [float(leaf[0]) for leaf in found] == [0.0, 0.25]
+    deep = [{"layers": flat}, {"layers": flat[::-1]}]
+    found = jaxmerge.masked(jaxmerge.interpolate, "layers/1", "first")(deep, t={"layers": [0.0, 0.75]})
+    assert [float(leaf[0]) for leaf in found["layers"]] == [0.0, 0.25]
+
+    grams = [{path: (i + 1) * jnp.eye(2) for path in paths} for i in range(2)]
+    found = jaxmerge.masked(jaxmerge.regmean, "layers/0", "first")([one, two], grams=grams)
+    assert [round(float(leaf[0, 0]), 3) for leaf in jax.tree.leaves(found)] == [2.333, *range(2, 13)]
+    # Statistics by path, whose order is not that of a list of layers, and as a tree.
+    for fishers in ([named_leaves(tree) for tree in (one, two)], [one, two]):
+        found = jaxmerge.masked(jaxmerge.fisher, "layers/0", "first")([one, two], fishers=fishers, floor=0.0)
+        assert [float(leaf[0, 0]) for leaf in jax.tree.leaves(found)] == [2.5, *range(2, 13)]
+    wrong = {"layers": [{"w": jnp.ones((3, 2))} for _ in range(12)]}
+    with pytest.raises(ValueError, match=r"leaf 'layers/0/w' of statistics\[1\] has shape \(3, 2\), wanted \(2, 2\)"):
+        jaxmerge.masked(jaxmerge.fisher, "layers/0", "first")([one, two], fishers=[one, wrong])
+
+
 def test_stacked_scalar_is_refused():
     with pytest.raises(ValueError, match=r"leaf 'layers/scale' has shape \(\), but stacked='layers'"):
         jaxmerge.average([{"layers": {"scale": jnp.float32(1)}}], stacked=("layers",))
@@ -127,6 +156,8 @@ def test_measures_against_numpy():
 def test_nonfinite_leaves_are_named():
     tree = {"a": jnp.ones(3), "b": jnp.array([1.0, jnp.nan, jnp.inf], jnp.bfloat16)}
     assert jaxmerge.to_floats(jaxmerge.nonfinite(tree)) == {"a": 0, "b": 2}
-    jaxmerge.check_finite({"a": tree["a"]})
+    others = {"activation": jax.nn.relu, "name": "mlp", "step": 3, "key": jax.random.key(0)}
+    jaxmerge.check_finite({"a": tree["a"]} | others)
+    tree |= others
     with pytest.raises(ValueError, match="merged has 2 NaN or infinite elements in leaf 'b'"):
         jaxmerge.check_finite(tree, "merged")

@@ -361,6 +361,11 @@ def test_monotone_shares_the_program_of_the_search():
     assert traces == 1
     assert monotone(merge, lambda params: None, line, trials=told) == verdict
     assert not monotone(EXPO, near(BASE), line).holds
+    beyond = Compiled(merge, {"alpha": (0.25, 1.5)})  # a search that begins beyond the line
+    assert monotone(beyond, near(ONE), line).scores == pytest.approx(verdict.scores)
+    deep = Compiled(EXPO, {"alpha": Float(0.25, 1.5, size=2)})
+    assert monotone(deep, near(ONE), line, on_trial=told.append).scores == pytest.approx(verdict.scores)
+    assert told[-1]["coefficients"] == {"alpha": [0.0, 0.0]}
 
 
 def test_exme_search_finds_the_planted_merge_and_resumes():
@@ -404,6 +409,8 @@ def test_exme_search_tells_the_collinear_trap():
     result = search_exme([ONE, half], BASE, near(ONE), strategy=listed_once)
     assert "checkpoints 1 and 2 have cosine 1.0000: they lie on one line" in result.notes[0]
     assert not any("cosine" in n for n in search_exme([ONE, TWO], BASE, near(ONE), strategy=listed_once).notes)
+    one, half, base = (tree | {"activation": jax.nn.relu, "name": "mlp"} for tree in (ONE, half, BASE))
+    assert search_exme([one, half], base, near(ONE), strategy=listed_once).notes == result.notes
 
 
 def test_errors_name_what_was_found_and_wanted(monkeypatch):
