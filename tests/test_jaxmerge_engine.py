@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -17,6 +19,8 @@ from safetensors.numpy import load_file, save_file
 import jaxmerge
 from jaxmerge.files import engine, merge
 from jaxmerge.files.buffers import ALIGNMENT, Buffers
+from jaxmerge.files.methods import METHODS
+from jaxmerge.files.plan import Input, Job
 
 SHAPES = {"model.embed_tokens.weight": (50, 11), "model.layers.0.w": (23, 11), "model.norm.weight": (11,)}
 ELEMENTWISE = {
@@ -158,6 +162,27 @@ def test_an_error_in_a_station_ends_the_run(here, monkeypatch):
     monkeypatch.setattr(engine, "merge_arrays", broken)
     with pytest.raises(RuntimeError, match="on fire"):
         run("linear", "parameters: {weight: 0.3}")
+
+
+def one_job(method, **coefficients):
+    inputs, base = (Input("one", cast(Any, None)),), Input("base", cast(Any, None))
+    return Job("a.w", "a/w", METHODS[method], inputs, base, coefficients, None, np.dtype(np.float32), (11,))
+
+
+def test_errors_of_a_rule_name_the_tensor():
+    with pytest.raises(ValueError, match=r"tensor 'a\.w': density=2.0, wanted a share in \[0, 1\]"):
+        engine.merge_arrays(one_job("ties", weights=[1.0], density=[2.0]), [np.ones(11, np.float32)] * 2, 0)
+
+
+def test_masks_are_the_same_whatever_generator_jax_has_by_default():
+    job = one_job("dare_linear", weights=[1.0], density=[0.5])
+    arrays = [np.ones(11, np.float32), np.zeros(11, np.float32)]
+    wanted = engine.merge_arrays(job, arrays, 3)
+    jax.config.update("jax_default_prng_impl", "rbg")
+    try:
+        assert jnp.array_equal(engine.merge_arrays(job, arrays, 3), wanted)
+    finally:
+        jax.config.update("jax_default_prng_impl", "threefry2x32")
 
 
 PEAK = """

@@ -294,7 +294,7 @@ LINEAR = "merge_method: linear\nmodels: [{model: one, parameters: {weight: 1}}]\
             "merge_method: linear\nmodels: [{model: none, parameters: {weight: 1}}]",
             "model 'none' is no folder or file here",
         ),
-        (LINEAR.replace("1}", "0}"), r"average: weights \[0.0\] sum to zero"),
+        (LINEAR.replace("1}", "0}"), r"the weights \[0.0\] of linear sum to zero, .* or set normalize: false"),
     ],
 )
 def test_recipes_that_are_refused(here, text, words):

@@ -6,7 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from llamas import folder, load, make, merged, run, tensors
+from safetensors.numpy import load_file
 
+from jaxmerge.files import merge
 from jaxmerge.files.methods import METHODS
 
 
@@ -103,6 +105,85 @@ def test_dtypes_of_the_result(here):
     text += "dtype: torch.float16\n"
     assert dtypes() == {"float16"}
     assert {str(job.dtype) for job in make(text).jobs} == {"float16"}
+
+
+def parameters(method, one="{}", two=None, **rest):
+    """A recipe of one model or two over the base."""
+    models = f"[{{model: one, parameters: {one}}}" + ("]" if two is None else f", {{model: two, parameters: {two}}}]")
+    return f"merge_method: {method}\nbase_model: base\nmodels: {models}\nparameters: {rest or '{}'}\n"
+
+
+NAMED = r"tensor 'model\.layers\.\d\.[\w.]+weight': (the weights \[0.3, -0.3\] )?"
+CANCEL = (
+    "{weight: [{filter: layers.1.mlp.down_proj, value: 0.3}, {value: 1}]}",
+    "{weight: [{filter: down_proj, value: -0.3}, {value: 1}]}",
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (parameters("ties", "{weight: 1, density: [1, 2]}"), "density of model 'one' is 1.3333333333333335, wanted a "),
+        (parameters("dare_linear", "{weight: 1, density: [1, -2]}"), "density of model 'one' is -"),
+        (parameters("breadcrumbs", "{weight: 1, gamma: [0, 3.3]}"), "gamma of model 'one' is 1"),
+        (parameters("della", "{weight: 1, density: [1, 4]}"), "density of model 'one' is 2.0, wanted a share"),
+        (parameters("sce", select_topk=[1, 4]), r"select_topk is 2.0, wanted a share in \[0, 1\]"),
+        (parameters("imm", drop=[0, 3]), r"drop is 1.0, wanted a share in \[0, 1\)"),
+        (
+            parameters("linear", *CANCEL).replace("base_model: base\n", ""),
+            "of linear sum to zero, which they are divided by; change one, or set normalize: false",
+        ),
+        (parameters("multislerp", *CANCEL), "of multislerp sum to zero.* or set normalize_weights: false"),
+        (parameters("extrapolation_merge", *CANCEL, alpha=1), "of extrapolation_merge sum to zero.* change one$"),
+    ],
+)
+def test_coefficients_no_rule_takes_are_refused_before_a_tensor_is_merged(here, text, words):
+    with pytest.raises(ValueError, match=NAMED + words):
+        make(text)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "dare_linear", "breadcrumbs"])
+def test_weights_that_cancel_are_divided_by_one(here, method):
+    """As mergekit does, in methods of deltas."""
+    text = parameters(method, "{weight: 0.3}", "{weight: -0.3}", normalize=True)
+    found, plain = (
+        next(run(job) for job in make(written).jobs if job.name == "model.norm.weight")
+        for written in (text, text.replace("True", "False"))
+    )
+    np.testing.assert_allclose(found, plain, rtol=1e-6)
+
+
+def test_weights_that_cancel_but_for_rounding_are_refused(here):
+    text = "merge_method: linear\nmodels:\n" + "".join(
+        f"  - {{model: {name}, parameters: {{weight: {weight}}}}}\n"
+        for name, weight in (("one", 0.1), ("two", 0.2), ("three", -0.3))
+    )
+    with pytest.raises(ValueError, match="sum to zero"):
+        make(text)
+    assert make(text + "parameters: {normalize: false}\n").jobs
+
+
+def test_a_checkpoint_without_tensors_is_named(here):
+    folder("odd", {})
+    with pytest.raises(ValueError, match="the recipe merges no tensor: 'odd' has 0 tensors; give models with weights"):
+        make("merge_method: linear\nmodels: [{model: odd}]\nparameters: {weight: 1}\n")
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64", "int4", "complex64"])
+def test_dtypes_of_orbax_are_written_or_named(here, dtype):
+    checkpoints = pytest.importorskip("orbax.checkpoint")
+    arrays = {"w": np.ones((3, 2), np.float32), "n": np.arange(4).astype(dtype)}
+    with checkpoints.PyTreeCheckpointer() as saver:
+        saver.save(here / "saved", arrays)
+    (here / "recipe.yaml").write_text("merge_method: linear\nmodels: [{model: saved}]\nparameters: {weight: 1}\n")
+    if dtype.startswith("uint"):
+        merge("recipe.yaml", "out")
+        found = load_file("out/model.safetensors")["n"]
+        assert found.dtype == dtype
+        assert np.array_equal(found, arrays["n"])
+    else:
+        with pytest.raises(ValueError, match=f"tensor 'n' of .*saved is {dtype}, which safetensors cannot hold; store"):
+            merge("recipe.yaml", "out", dry_run=True)
 
 
 TOKENIZERS = {

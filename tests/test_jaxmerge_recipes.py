@@ -14,7 +14,7 @@ import yaml
 from llamas import folder, load, make, merged, names_of, read, run, tensors
 
 import jaxmerge
-from jaxmerge.files import layers, plan, source
+from jaxmerge.files import layers, plan, recipe, source
 from jaxmerge.files.methods import METHODS, REQUIRED
 from jaxmerge.leafwise import leafwise, requires
 from jaxmerge.rules import RULES
@@ -288,7 +288,7 @@ def sliced(*sources, **changes):
         (refused(chat_template="chatlm"), "unknown chat_template 'chatlm'; did you mean 'chatml'"),
         (refused(models=[{"model": {"path": ["one"]}}]), r"model is \['one'\], wanted the path of a model"),
         (refused(models=[{"model": "one", "parameters": {"weight": [{"filter": "mlp", "value": 0}, {"value": 1}]}}]),
-         r"tensor 'model.layers.0.mlp.down_proj.weight': average: weights \[0.0\] sum to zero"),
+         r"tensor 'model.layers.0.mlp.down_proj.weight': the weights \[0.0\] of linear sum to zero, which they are di"),
         ("", "the recipe is empty"),
     ],
 )  # fmt: skip
@@ -296,6 +296,12 @@ def test_what_is_refused(here, text, words):
     with pytest.raises(ValueError, match=words) as caught:
         make(text)
     assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_no_text_is_named(here):
+    (here / "recipe.yaml").write_bytes("merge_method: linéar".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"recipe\.yaml is no text \(byte 17 is not UTF-8\); give a recipe in YAML"):
+        recipe.read(here / "recipe.yaml")
 
 
 def test_model_references_as_mappings(here):

@@ -161,31 +161,94 @@ def test_a_line_cut_short_and_bytes_that_never_reached_the_disk(here, monkeypatc
     assert snapshot("out") == snapshot("whole")
 
 
-def test_an_input_that_changed_is_named(here, monkeypatch):
+def test_the_same_bytes_with_another_time_are_gone_on_with(here, monkeypatch):
     write("ties")
     interrupt(monkeypatch, after=3)
-    path = here / "one" / "model.safetensors"
-    before = path.read_bytes()
-    # The same bytes with another time, as after a copy: digested, found the same, gone on with.
-    os.utime(path, ns=(1, 1))
+    os.utime(here / "one" / "model.safetensors", ns=(1, 1))  # as after a copy: digested, found the same
     interrupt(monkeypatch, after=0)
     assert len(journal_lines()) == 4
+
+
+def added(path):
     arrays = load_file(path)
     for array in arrays.values():
         array += 1
     save_file(arrays, path)
-    with pytest.raises(
-        ValueError, match=r"tensor '.*' of one/model.safetensors has changed since this merge was begun"
-    ):
-        merge("recipe.yaml", "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            added,
+            "tensor '.*' of one/model.safetensors has changed since this merge was begun; put it back to go on, or",
+        ),
+        (
+            lambda path: path.write_bytes(path.read_bytes() + b" "),
+            r"one/model.safetensors has changed since .* \(\d+ bytes then, \d+ bytes now\); put it back to go on, or",
+        ),
+    ],
+)
+def test_an_input_that_changed_is_named_and_nothing_lost(here, monkeypatch, change, words):
     write("ties")
-    path.write_bytes(before)
+    merge("recipe.yaml", "whole")
     interrupt(monkeypatch, after=3)
-    path.write_bytes(before + b" ")
-    with pytest.raises(
-        ValueError, match=r"one/model.safetensors has changed since .* \(\d+ bytes then, \d+ bytes now\)"
-    ):
-        merge("recipe.yaml", "out")
+    lines = journal_lines()
+    assert len(lines) == 4
+    path = here / "one" / "model.safetensors"
+    before = path.read_bytes()
+    change(path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=words):
+            merge("recipe.yaml", "out")
+        assert journal_lines() == lines
+    path.write_bytes(before)
+    report = merge("recipe.yaml", "out")
+    assert "3 of 6 tensors were there already" in report["notes"]
+    assert snapshot("out")[0] == snapshot("whole")[0]
+
+
+@pytest.mark.parametrize("line", [1, 2, 3])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: bytes(len(line) - 1) + b"\n",
+        lambda line: line.replace(b'"tensor":"m', b'"tensor":"n').replace(b"2,", b"3,"),
+    ],
+    ids=["zeros", "a letter"],
+)
+def test_a_damaged_line_loses_what_follows_it(here, monkeypatch, line, damage):
+    write("ties")
+    merge("recipe.yaml", "whole")
+    interrupt(monkeypatch, after=4)
+    lines = journal_lines()
+    lines[line - 1] = damage(lines[line - 1])
+    (here / ".out.merging" / "journal.jsonl").write_bytes(b"".join(lines))
+    report = merge("recipe.yaml", "out")
+    (note,) = (note for note in report["notes"] if "was damaged" in note)
+    assert note.startswith(f"line {line} of ")
+    assert any(f"{line - 2} of 6 tensors were there already" in note for note in report["notes"]) == (line > 2)
+    assert snapshot("out") == snapshot("whole")
+
+
+def test_a_line_taken_in_parts_is_whole(here):
+    record = {"tensor": "w", "digest": "", "inputs": [], "statistics": {}}
+    first = journals.Journal(here / "out", "plan", {})
+    first.open()
+    file = first._file
+
+    class Sparing:
+        def write(self, data):
+            return file.write(data[:7])
+
+    first._file = Sparing()
+    first.add(record)
+    file.close()
+    second = journals.Journal(here / "out", "plan", {})
+    second.open()
+    second.close()
+    assert second.done == {"w": record}
+    assert second.notes == []
 
 
 def test_another_recipe_begins_again(here, monkeypatch):
@@ -193,7 +256,7 @@ def test_another_recipe_begins_again(here, monkeypatch):
     interrupt(monkeypatch, after=3)
     write("task_arithmetic")
     report = merge("recipe.yaml", "out")
-    assert "an unfinished merge into out of another recipe or version is gone" in " ".join(report["notes"])
+    assert "an unfinished merge into out of another recipe, tokenizer or version is gone" in " ".join(report["notes"])
     merge("recipe.yaml", "whole")
     assert snapshot("out") == snapshot("whole")
 

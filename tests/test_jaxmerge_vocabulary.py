@@ -108,7 +108,8 @@ def built(options, names=NAMES, base: str | None = "base", **more):
 
 def written(vocab, path):
     path.mkdir()
-    vocab.write(path)
+    for name, content in vocab.tokenizer.files.items():
+        (path / name).write_bytes(content)
     return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
 
 

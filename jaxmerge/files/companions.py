@@ -1,10 +1,9 @@
-"""What is written beside the weights of a merge: config.json, tokenizer, chat template, generation config."""
+"""What stands beside the weights of a merge: config.json, tokenizer, chat template, generation config."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -104,8 +103,8 @@ def _places(config: Mapping[str, Any], stack: Stack, container: str) -> list[tup
     return places
 
 
-def write(folder: pathlib.Path, *, donor: Source, config: Mapping[str, Any], template: str | None) -> None:
-    """Write the companions into the folder of the result."""
+def contents(donor: Source, config: Mapping[str, Any], template: str | None) -> dict[str, bytes]:
+    """Return the companions of the result, file name → content."""
     files = dict(donor.companions())
     if config:
         files["config.json"] = _json(config)
@@ -115,8 +114,7 @@ def write(folder: pathlib.Path, *, donor: Source, config: Mapping[str, Any], tem
         if TOKENIZER_CONFIG in files:
             # Readers that do not know the file of its own look here.
             files[TOKENIZER_CONFIG] = _json({**json.loads(files[TOKENIZER_CONFIG]), "chat_template": template})
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
+    return files
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

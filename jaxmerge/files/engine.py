@@ -29,7 +29,7 @@ import numpy as np
 import xxhash
 
 from jaxmerge.files.buffers import Buffers
-from jaxmerge.files.journal import Journal
+from jaxmerge.files.journal import Changed, Journal
 from jaxmerge.files.plan import Input, Job
 from jaxmerge.files.safetensors import Writer
 from jaxmerge.files.tally import Tally, sums
@@ -188,16 +188,23 @@ class _Progress:
 
 
 def merge_arrays(job: Job, arrays: list[Any], seed: int) -> Any:
-    """Call the job's rule on its operands (inputs, then the base): float32 arithmetic, one cast at the end."""
+    """Call the job's rule on its operands (inputs, then the base): float32 arithmetic, one cast at the end.
+
+    Raises:
+      ValueError: the rule takes no such operands or coefficients; names the tensor.
+    """
     rule = RULES[job.method.rule]
     keywords: dict[str, Any] = dict(job.coefficients)
     if job.base is not None:
         *arrays, base = arrays
         keywords["base"] = {job.path: base}
     if rule.needs.key != "none":
-        keywords |= {"key": jax.random.key(seed), "names": [i.model for i in job.inputs]}
-    with dtypes(job.dtype, job.out_dtype):
-        return rule([{job.path: array} for array in arrays], **keywords)[job.path]
+        keywords |= {"key": jax.random.key(seed, impl="threefry2x32"), "names": [i.model for i in job.inputs]}
+    try:
+        with dtypes(job.dtype, job.out_dtype):
+            return rule([{job.path: array} for array in arrays], **keywords)[job.path]
+    except ValueError as error:
+        raise ValueError(f"tensor {job.name!r}: {error}") from error
 
 
 def _sums(job: Job, flat: list[Any], count: int) -> Iterator[Any]:
@@ -269,7 +276,10 @@ def _executor(workers: int, name: str) -> Iterator[ThreadPoolExecutor]:
 def verified(jobs: tuple[Job, ...], writer: Writer, journal: Journal) -> Mapping[str, Mapping[str, Any]]:
     """Return the journal's records of jobs that are done and whose bytes are what it says.
 
-    Where an input's file has another time than the journal's, the inputs are digested again; a changed one is an error.
+    Where an input's file has another time than the journal's, the inputs are digested again.
+
+    Raises:
+      Changed: an input of a job that is done is another than it was.
     """
     kept = {}
     buffer = np.empty(2**23, np.uint8)
@@ -279,7 +289,7 @@ def verified(jobs: tuple[Job, ...], writer: Writer, journal: Journal) -> Mapping
             continue
         for operand, (_, _, digest) in zip(job.operands, record["inputs"], strict=True):
             if journal.touched and _digest(operand.tensor.read_into, operand.tensor.size, buffer) != digest:
-                raise ValueError(
+                raise Changed(
                     f"tensor {operand.tensor.name!r} of {operand.tensor.where} has changed since this merge was begun; "
                     f"put it back to go on, or remove {journal.folder} to begin again"
                 )

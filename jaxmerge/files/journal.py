@@ -3,7 +3,7 @@ r"""What of a merge is done, so that one killed anywhere goes on where it was an
 Beside the folder to make, `out`, lies `.out.merging/` until `out` is whole:
 
   journal.jsonl   first line: the plan's digest and the inputs' files with their sizes and times; then a line for each
-                  tensor written: digests of its inputs and of its bytes, and its statistics
+                  tensor written: digests of its inputs and of its bytes, and its statistics; each with its own digest
   result/         the folder itself, its files pre-sized, tensors at their places; renamed to `out` at the end
 
 A line is written after its tensor. Files are flushed to disk only at the end: after a crash of the machine a line may
@@ -23,10 +23,17 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxmerge.files.safetensors import sync
+import xxhash
 
-VERSION = 1
+from jaxmerge.files.safetensors import check_free, sync, sync_all
+
+VERSION = 2
+CHECK = b',"check":'  # the last key of each line: a digest of what stands before it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Changed(ValueError):
+    """An input is another than when the merge was begun. What is done is kept, for when it is put back."""
 
 
 class Journal:
@@ -53,23 +60,34 @@ class Journal:
             raise ValueError(
                 f"another process is merging into {self.out} now; wait for it, or choose another"
             ) from None
-        self._file.seek(0)
-        data = self._file.read()
-        # A line cut short by a crash would swallow the next one.
-        whole = data.rfind(b"\n") + 1
-        self._file.truncate(whole)
-        records = [json.loads(line) for line in data[:whole].splitlines()]
+        records = self._records()
         if records and self._continues(records[0]):
             self.done = {record["tensor"]: record for record in records[1:]}
             return
         if records:
             self.notes.append(
-                f"what was left of an unfinished merge into {self.out} of another recipe or version is gone"
+                f"what was left of an unfinished merge into {self.out} of another recipe, tokenizer or version is gone"
             )
         for file in self.result.iterdir():
             file.unlink()
         self._file.truncate(0)
         self._write(self._start)
+
+    def _records(self) -> list[dict[str, Any]]:
+        """Read the lines up to the first that is damaged, and cut the file there: what follows is merged again."""
+        self._file.seek(0)
+        lines = self._file.read().splitlines(keepends=True)
+        records: list[dict[str, Any]] = []
+        for line in lines:
+            body, _, check = line.rpartition(CHECK)
+            if check != _check(body):
+                break
+            records.append(json.loads(body + b"}"))
+        # A line cut short by a crash is no damage, but would swallow the next one.
+        if len(records) < len(lines) and lines[len(records)].endswith(b"\n"):
+            self.notes.append(f"line {len(records) + 1} of {self._path} was damaged; merged again from there on")
+        self._file.truncate(sum(map(len, lines[: len(records)])))
+        return records
 
     def _continues(self, start: Mapping[str, Any]) -> bool:
         if start.get("version") != VERSION or start.get("plan") != self._start["plan"]:
@@ -77,7 +95,7 @@ class Journal:
         for file, (size, time) in start["files"].items():
             now = self._start["files"].get(file)
             if now is None or now[0] != size:
-                raise ValueError(
+                raise Changed(
                     f"{file} has changed since this merge was begun ({size} bytes then, "
                     f"{'gone' if now is None else f'{now[0]} bytes'} now); put it back to go on, or remove "
                     f"{self.folder} to begin again"
@@ -92,13 +110,15 @@ class Journal:
         self.done[record["tensor"]] = dict(record)
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        body = json.dumps(record, separators=(",", ":")).encode().removesuffix(b"}")
+        line = body + CHECK + _check(body)
+        while line:  # an unbuffered file may take a part
+            line = line[self._file.write(line) :]
 
     def finish(self) -> None:
         """Make the result durable and give it its name."""
-        for file in self.result.iterdir():
-            sync(file)
         self.result.chmod(0o755)
+        sync_all(self.result)
         if self.out.exists():
             self.out.rmdir()
         self.result.rename(self.out)
@@ -115,6 +135,11 @@ class Journal:
             self._file.close()
 
 
+def _check(body: bytes) -> bytes:
+    """The end of a line that begins with `body`, after CHECK."""
+    return f'"{xxhash.xxh3_64_hexdigest(body)}"}}\n'.encode()
+
+
 def stamp(file: pathlib.Path) -> tuple[str, list[int]]:
     """Return a file's name with its size and time of change."""
     status = file.stat()
@@ -127,10 +152,10 @@ def unfinished(
 ) -> Iterator[Journal]:
     """Yield the journal of a merge into `out`; at the end of the block the result gets its name.
 
-    A full disk or an interrupt leaves what is done for the next try; an error of the inputs leaves nothing.
+    A full disk, an interrupt and an input that changed leave what is done for the next try; an error of the inputs
+    leaves nothing.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; give another output folder, or remove it")
+    check_free(out)
     try:
         journal = Journal(out, plan_digest, files)
         parent = journal.folder.parent
@@ -152,6 +177,8 @@ def unfinished(
             raise ValueError(
                 f"no space left while writing {out}; free some and give the same command again: it goes on where it was"
             ) from None
+        raise
+    except Changed:
         raise
     except ValueError:
         journal.remove()

@@ -218,6 +218,7 @@ def _layout(base: Source, tuned: Source, split: Split, rank: int, dtype: np.dtyp
     modules = {name.removesuffix(".weight") for name in split.factored}
     for name in split.whole:
         tensor, module = tuned.tensors[name], name.rpartition(".")[0]
+        safetensors.check_dtype(tensor.dtype, name, tensor.where)
         # PEFT keeps the bias of a module that it adapts inside the layer it wraps.
         key = f"{module}.base_layer.bias" if module in modules else name
         layout[f"base_model.model.{key}"] = _Part(tensor.dtype, tensor.shape, tensor)

@@ -6,22 +6,24 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge.consensus import CANCELLED
 from jaxmerge.delta import check_compat
-from jaxmerge.files import companions, layers, operands, vocabulary
+from jaxmerge.files import companions, layers, operands, safetensors, vocabulary
 from jaxmerge.files.methods import COPY, METHODS, REQUIRED, Method, Number, resolve
 from jaxmerge.files.operands import Draft, Operand
 from jaxmerge.files.recipe import Module, Recipe, Slice
 from jaxmerge.files.source import Source, Tensor
-from jaxmerge.linear import check_sum
 
 ALLOW = ("missing", "unused", "shapes")
+SHARES = {"density": "[0, 1]", "gamma": "[0, 1]", "select_topk": "[0, 1]", "drop": "[0, 1)"}
+DIVIDED = ("average", "multislerp", "extrapolation_merge")  # rules that divide by Σw; others take 1 where it is zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +72,19 @@ class Job:
 class Plan:
     """Jobs in the order they are written; what is written beside them; what the user should know.
 
-    companions writes config.json, tokenizer, chat template and generation config into the folder of the result.
+    files: config.json, tokenizer, chat template and generation config of the result, name → content. vocabulary: digest
+    of which rows of the models its embeddings are made of, "" where they are merged by number.
     """
 
     jobs: tuple[Job, ...]
-    companions: Callable[[pathlib.Path], None]
+    files: Mapping[str, bytes]
+    vocabulary: str
     notes: tuple[str, ...]
+
+    def companions(self, folder: pathlib.Path) -> None:
+        """Write what stands beside the weights into the folder of the result."""
+        for name, data in self.files.items():
+            (folder / name).write_bytes(data)
 
 
 def make(
@@ -116,6 +125,9 @@ def make(
         notes += vocabulary.notes
     planner = _Planner(recipe, sources, vocabulary, compat, frozenset(allow), notes)
     jobs = planner.jobs()
+    if not jobs:
+        counts = ", ".join(f"{name!r} has {len(source.tensors)} tensors" for name, source in sources.items())
+        raise ValueError(f"the recipe merges no tensor: {counts}; give models with weights")
     donor = sources[recipe.donor] if vocabulary is None else vocabulary.apply(sources[recipe.donor])
     config, more = companions.config(
         donor.config, planner.stacks, recipe, dtype=_main_dtype(jobs), rows=planner.matching.rows
@@ -124,8 +136,8 @@ def make(
     if vocabulary is None:
         notes += companions.tokenizer_notes(sources)
     template = companions.chat_template(recipe.chat_template, sources.values(), notes)
-    write = functools.partial(companions.write, donor=donor, config=config, template=template)
-    return Plan(tuple(jobs), write, tuple(dict.fromkeys(notes)))
+    files = companions.contents(donor, config, template)
+    return Plan(tuple(jobs), files, vocabulary.digest if vocabulary else "", tuple(dict.fromkeys(notes)))
 
 
 def _vocabulary(recipe: Recipe, sources: Mapping[str, Source]) -> vocabulary.Vocabulary:
@@ -243,11 +255,13 @@ class _Planner:
             method, coefficients = recipe.method, self._coefficients(draft, inputs)
         stored = inputs[0].stored.dtype
         out = recipe.out_dtype or recipe.dtype or (self._promoted(draft) if self.compat else stored)
+        dtype = np.dtype(out) if is_float else stored
+        safetensors.check_dtype(dtype, draft.name, inputs[0].stored.where)
         return Job(
             draft.name, draft.name.replace(".", "/"), method,
             tuple(Input(labels[id(operand)], operand.stored) for operand in inputs),
             None if base is None else Input(labels[id(base)], base.stored), coefficients,
-            recipe.dtype if is_float else None, np.dtype(out) if is_float else stored, tuple(draft.first.stored.shape),
+            recipe.dtype if is_float else None, dtype, tuple(draft.first.stored.shape),
         )  # fmt: skip
 
     def _promoted(self, draft: Draft) -> np.dtype:
@@ -268,21 +282,32 @@ class _Planner:
             found[keyword] = self._value(parameter, default, outer, draft.name, draft.t, None)
         if method is METHODS["passthrough"]:
             found["scale"] = found["scale"][0]
-        if method.rule in ("average", "multislerp") and found["normalize"]:
-            try:  # the rule would say so too, after hours of merging other tensors
-                check_sum(found["weights"], len(inputs), method.rule)
-            except ValueError as error:
-                raise ValueError(f"tensor {draft.name!r}: {error}") from None
+        if method.rule in DIVIDED and found.get("normalize", True):
+            self._check_sum(draft.name, found["weights"])
         if "rescale" in found:
             found["rescale"] = "l1" if found["rescale"] else None  # mergekit's keeps the L1 norm of the tensor
         return found | ({"compat": self.compat} if method.compat else {})
 
+    def _check_sum(self, name: str, weights: Sequence[float]) -> None:
+        """Raise if weights sum to zero, but for rounding: the rule would say so too, after hours of other tensors."""
+        if abs(sum(weights)) > CANCELLED * sum(map(abs, weights)):
+            return
+        recipe = self.recipe
+        switch = next((key for key, (keyword, _) in recipe.method.options.items() if keyword == "normalize"), None)
+        raise ValueError(
+            f"tensor {name!r}: the weights {weights} of {recipe.merge_method} sum to zero, which they are divided by; "
+            f"change one{f', or set {switch}: false' if switch else ''}"
+        )
+
     def _value(self, parameter, default, scopes, name: str, t: float, model: str | None) -> Number:
         value = resolve(parameter, default, scopes, name, t)
+        of = f" of model {model!r}" if model else ""
         if value is None:
             assert default is REQUIRED
-            of = f" of model {model!r}" if model else ""
             raise ValueError(f"{self.recipe.merge_method} needs the parameter {parameter!r}{of} for tensor {name!r}")
+        wanted = SHARES.get(parameter) if self.recipe.merge_method in METHODS else None
+        if wanted and not (0 <= value < 1 or (value == 1 and wanted.endswith("]"))):
+            raise ValueError(f"tensor {name!r}: {parameter}{of} is {value}, wanted a share in {wanted}")
         return value
 
 

@@ -144,9 +144,11 @@ def read(path: pathlib.Path, *, compat: str | None = None) -> list[Recipe]:
       One recipe, or the stages of several documents in the order to run them; the last is the result.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text (byte {error.start} is not UTF-8); give a recipe in YAML") from None
     try:
         documents = [document for document in yaml.safe_load_all(text) if document is not None]
     except yaml.YAMLError as error:
@@ -154,7 +156,8 @@ def read(path: pathlib.Path, *, compat: str | None = None) -> list[Recipe]:
     try:
         if len(documents) == 1:
             return [parse(documents[0], text, compat=compat)]
-        return _in_order([parse(document, compat=compat) for document in documents])
+        *before, last = _in_order([parse(document, compat=compat) for document in documents])
+        return [*before, dataclasses.replace(last, text=text)]  # it is the recipe of the result
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -194,6 +197,9 @@ def _in_order(recipes: list[Recipe]) -> list[Recipe]:
     idle = [recipe.name for recipe in recipes if recipe not in order]
     if idle:
         raise ValueError(f"stage {idle[0]!r} is used by none that leads to the result; remove it, or run it by itself")
+    for name in (str(recipe.name) for recipe in order[:-1]):
+        if name.startswith(".") or "/" in name or "\0" in name:
+            raise ValueError(f"the stage name {name!r} is no name of a folder; leave out '/', and '.' at the start")
     return order
 
 

@@ -33,6 +33,9 @@ DTYPES: dict[str, np.dtype] = {
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
     "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
@@ -134,6 +137,15 @@ def open_folder(folder: pathlib.Path) -> dict[str, Stored]:
     raise ValueError(f"{folder} holds {[f.name for f in files][:3]} but neither {SINGLE} nor {INDEX}")
 
 
+def check_dtype(dtype: np.dtype, name: str, where: str) -> None:
+    """Raise unless the format can hold the dtype of a tensor that comes from the file `where`."""
+    if dtype not in CODES:
+        raise ValueError(
+            f"tensor {name!r} of {where} is {dtype}, which safetensors cannot hold; store it as one of "
+            f"{', '.join(map(str, CODES))}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The files to write and every tensor's place in them."""
@@ -225,11 +237,16 @@ def _write_at(handle: int, data: Any, offset: int) -> None:
         view, offset = view[done:], offset + done
 
 
+def check_free(out: pathlib.Path) -> None:
+    """Raise unless `out` is a name that nothing, or an empty folder, has."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; give another output folder, or remove it")
+
+
 @contextmanager
 def new_folder(out: pathlib.Path, wanted_bytes: int = 0) -> Iterator[pathlib.Path]:
     """Yield a temporary folder beside `out` that becomes `out` when the block ends well, else goes away."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; give another output folder, or remove it")
+    check_free(out)
     parent = out.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -243,9 +260,8 @@ def new_folder(out: pathlib.Path, wanted_bytes: int = 0) -> Iterator[pathlib.Pat
         raise ValueError(f"cannot write {out}: {error.strerror}; choose another output folder") from None
     try:
         yield partial
-        for file in partial.iterdir():
-            sync(file)
         partial.chmod(0o755)
+        sync_all(partial)
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -257,6 +273,13 @@ def new_folder(out: pathlib.Path, wanted_bytes: int = 0) -> Iterator[pathlib.Pat
     finally:
         if partial.exists():
             shutil.rmtree(partial)
+
+
+def sync_all(folder: pathlib.Path) -> None:
+    """Flush a folder to disk with all that is below it: files before the folder that names them."""
+    for place, _, files in os.walk(folder, topdown=False):
+        for path in (*(pathlib.Path(place, file) for file in files), pathlib.Path(place)):
+            sync(path)
 
 
 def sync(path: pathlib.Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -19,10 +20,11 @@ from typing import Any
 import jax
 import xxhash
 
-from jaxmerge.files import card, engine, orbax, recipe, safetensors
+from jaxmerge.files import card, engine, orbax, recipe, safetensors, vocabulary
 from jaxmerge.files import plan as planning
+from jaxmerge.files.adapter import CONFIG, WEIGHTS
 from jaxmerge.files.engine import Engine, Progress
-from jaxmerge.files.journal import stamp, unfinished
+from jaxmerge.files.journal import Journal, stamp, unfinished
 from jaxmerge.files.plan import Plan
 from jaxmerge.files.recipe import Recipe
 from jaxmerge.files.source import Source, open_source, read_json
@@ -39,6 +41,7 @@ class Settings:
     max_shard_bytes: int
     device: Any
     seed: int | None
+    format: str
     dry_run: bool
 
 
@@ -57,7 +60,8 @@ def merge(
 ) -> dict[str, Any]:
     """Merge the checkpoints of a recipe into a new folder.
 
-    Killed and called again with the same arguments it goes on where it was, and ends with the same bytes.
+    Killed and called again with the same arguments it goes on where it was, and ends with the same bytes; once `out` is
+    whole, nothing is merged again.
 
     Args:
       recipe_path: a YAML recipe (see `jaxmerge.files.recipe`), of one document or of stages.
@@ -82,29 +86,21 @@ def merge(
     out = pathlib.Path(out)
     if format not in FORMATS:
         raise ValueError(f"format={format!r}, wanted one of {', '.join(FORMATS)}")
-    settings = Settings(compat, tuple(allow), max_shard_bytes, _device(device), seed, dry_run)
-    *before, last = recipe.read(pathlib.Path(recipe_path), compat=compat)
-    if dry_run and before:
+    settings = Settings(compat, tuple(allow), max_shard_bytes, _device(device), seed, format, dry_run)
+    recipes = recipe.read(pathlib.Path(recipe_path), compat=compat)
+    if dry_run and len(recipes) > 1:
         raise ValueError("a dry run needs the models of every stage, which the stages before make; run it without")
     between = out.absolute().parent / f".{out.name}.stages"
-    stages: dict[str, pathlib.Path] = {}
-    notes: list[str] = []
-    for stage in before:
-        assert stage.name is not None
-        try:
-            notes += _merge(stage, between / stage.name, stages, settings, progress)["notes"]
-        except ValueError as error:
-            raise ValueError(f"stage {stage.name!r}: {error}") from None
-        stages[stage.name] = between / stage.name
-    if format == "orbax" and not dry_run:
-        report = _merge(last, between / "result", stages, settings, progress)
-        orbax.write(between / "result", out)
+    work = _Work(recipes, between / "stages", settings, progress)
+    if dry_run:
+        report = work.merge(recipes[-1], out)
     else:
-        report = _merge(last, out, stages, settings, progress)
-    shutil.rmtree(between, ignore_errors=True)
-    return report | {
-        "out": str(out), "notes": list(dict.fromkeys(notes + report["notes"])), "seconds": time.perf_counter() - start,
-    }  # fmt: skip
+        report = _earlier(out, work.digest)
+        if report is None:
+            safetensors.check_free(out)
+            report = work.run(out, between / "result")
+        shutil.rmtree(between, ignore_errors=True)
+    return report | {"out": str(out), "seconds": time.perf_counter() - start}
 
 
 def _device(name: str | None) -> Any:
@@ -115,45 +111,94 @@ def _device(name: str | None) -> Any:
         raise ValueError(f"device={name!r} is not here; there are {', '.join(there)}") from None
 
 
-def _merge(
-    of: Recipe, out: pathlib.Path, stages: Mapping[str, pathlib.Path], settings: Settings, progress: Progress | None
-) -> dict[str, Any]:
-    """Merge one document of a recipe."""
-    sources = {name: _open(name, stages) for name in of.sources}
-    plan = planning.make(of, sources, compat=settings.compat, allow=settings.allow)
-    seed = of.seed if settings.seed is None else settings.seed
-    places = safetensors.plan({job.name: (job.out_dtype, job.shape) for job in plan.jobs}, settings.max_shard_bytes)
-    limit = engine.buffer_bytes(plan.jobs)
-    report = {
-        "merge_method": of.merge_method, "tensors": len(plan.jobs), "files": list(places.sizes),
-        "bytes_in": sum(job.read_bytes for job in plan.jobs), "bytes_out": places.total,
-        "bytes_memory": limit + max(job.size for job in plan.jobs), "notes": list(plan.notes),
-    }  # fmt: skip
-    if settings.dry_run:
-        return report
-    files = sorted({file for source in sources.values() for file in source.files})
-    digest = _digest(plan, of, seed, settings)
-    record = card.provenance(of, sources, seed, plan.notes, digest, map(stamp, files), settings.device)
-    if _is_done(out, record):
-        return report | {"notes": [*report["notes"], f"{out} is there already, merged from the same files"]}
-    with unfinished(out, record["plan"], record["files"], places.total) as journal:
-        with contextlib.closing(safetensors.Writer(journal.result, places)) as writer:
-            kept = engine.verified(plan.jobs, writer, journal)
-            if kept:
-                journal.notes.append(f"{len(kept)} of {len(plan.jobs)} tensors were there already")
-            rest = tuple(job for job in plan.jobs if job.name not in kept)
-            Engine(writer, journal, seed=seed, limit=limit, device=settings.device).run(rest, progress)
-            writer.finish()
-        plan.companions(journal.result)
-        card.write(journal.result, record, [journal.done[job.name] for job in plan.jobs])
-    return report | {"notes": [*report["notes"], *journal.notes]}
+class _Work:
+    """The documents of a recipe on their way to one result, and the models that none of them makes, open."""
+
+    def __init__(self, recipes: Sequence[Recipe], between: pathlib.Path, settings: Settings, progress: Progress | None):
+        self.recipes, self.settings, self.progress = recipes, settings, progress
+        self.stages = {str(of.name): between / str(of.name) for of in recipes[:-1]}
+        named = dict.fromkeys(name for of in recipes for name in of.sources)
+        self.models = {name: open_source(name) for name in named if not self._is_stage(name)}
+        self.later = [name for name in named if self._is_stage(name)]
+        self.notes: list[str] = []  # of all plans so far: those of stages are the result's too
+
+    def _is_stage(self, name: str) -> bool:
+        return name.partition("+")[0] in self.stages
+
+    def _open(self, name: str) -> Source:
+        if not self._is_stage(name):
+            return self.models[name]
+        stage, plus, adapter = name.partition("+")
+        return dataclasses.replace(open_source(f"{self.stages[stage]}{plus}{adapter}"), name=name)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Digest all that decides the result, known before any of it is made: recipe, settings, what is read."""
+        files = {file for source in self.models.values() for file in source.files}
+        adapters = {pathlib.Path(adapter).expanduser() for name in self.later for adapter in name.split("+")[1:]}
+        files |= {folder / name for folder in adapters for name in (CONFIG, WEIGHTS) if (folder / name).exists()}
+        beside = {name: (source.config, _digests(source.companions())) for name, source in self.models.items()}
+        for name in (of.tokenizer.source for of in self.recipes if of.tokenizer is not None):
+            if name not in ("union", "base") and name not in self.models and not self._is_stage(name):
+                beside[name] = ({}, _digests(vocabulary.companions_at(name)))
+        of, texts = self.settings, [recipe.text for recipe in self.recipes]
+        said = [texts, of.compat, sorted(of.allow), of.max_shard_bytes, of.device.platform, of.seed, of.format]
+        read = [[stamp(file) for file in sorted(files)], beside]
+        return xxhash.xxh3_128_hexdigest(json.dumps([said, card.versions(), read], sort_keys=True).encode())
+
+    def run(self, out: pathlib.Path, result: pathlib.Path) -> dict[str, Any]:
+        """Merge stage by stage; `result` is where the last goes before it is written as Orbax."""
+        *before, last = self.recipes
+        notes: list[str] = []
+        for stage in before:
+            try:
+                notes += self.merge(stage, self.stages[str(stage.name)])["notes"]
+            except ValueError as error:
+                raise ValueError(f"stage {stage.name!r}: {error}") from None
+        if self.settings.format == "orbax":
+            report = self.merge(last, result)
+            orbax.write(result, out)
+        else:
+            report = self.merge(last, out)
+        return report | {"notes": list(dict.fromkeys(notes + report["notes"]))}
+
+    def merge(self, of: Recipe, out: pathlib.Path) -> dict[str, Any]:
+        """Merge one document into a folder."""
+        settings = self.settings
+        sources = {name: self._open(name) for name in of.sources}
+        plan = planning.make(of, sources, compat=settings.compat, allow=settings.allow)
+        seed = of.seed if settings.seed is None else settings.seed
+        places = safetensors.plan({job.name: (job.out_dtype, job.shape) for job in plan.jobs}, settings.max_shard_bytes)
+        limit = engine.buffer_bytes(plan.jobs)
+        report = {
+            "merge_method": of.merge_method, "tensors": len(plan.jobs), "files": list(places.sizes),
+            "bytes_in": sum(job.read_bytes for job in plan.jobs), "bytes_out": places.total,
+            "bytes_memory": limit + max(job.size for job in plan.jobs),
+        }  # fmt: skip
+        if settings.dry_run:
+            return report | {"notes": list(plan.notes)}
+        self.notes = list(dict.fromkeys([*self.notes, *plan.notes]))
+        files = sorted({file for source in sources.values() for file in source.files})
+        digest = _digest(plan, of, seed, settings)
+        record = card.provenance(of, sources, seed, self.notes, digest, map(stamp, files), settings.device)
+        if _is_done(out, record):
+            return report | {"notes": self.notes}
+        with unfinished(out, record["plan"], record["files"], places.total) as journal:
+            with contextlib.closing(safetensors.Writer(journal.result, places)) as writer:
+                kept = engine.verified(plan.jobs, writer, journal)
+                if kept:
+                    journal.notes.append(f"{len(kept)} of {len(plan.jobs)} tensors were there already")
+                rest = tuple(job for job in plan.jobs if job.name not in kept)
+                Engine(writer, journal, seed=seed, limit=limit, device=settings.device).run(rest, self.progress)
+                writer.finish()
+            plan.companions(journal.result)
+            record |= {"command": self.digest, "report": report}
+            card.write(journal.result, record, [journal.done[job.name] for job in plan.jobs])
+        return report | {"notes": [*self.notes, *journal.notes]}
 
 
-def _open(name: str, stages: Mapping[str, pathlib.Path]) -> Source:
-    stage, plus, adapter = name.partition("+")
-    if stage not in stages:
-        return open_source(name)
-    return dataclasses.replace(open_source(f"{stages[stage]}{plus}{adapter}"), name=name)
+def _digests(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: xxhash.xxh3_128_hexdigest(data) for name, data in files.items()}
 
 
 def _digest(plan: Plan, of: Recipe, seed: int, settings: Settings) -> str:
@@ -167,10 +212,20 @@ def _digest(plan: Plan, of: Recipe, seed: int, settings: Settings) -> str:
         for job in plan.jobs
     ]  # fmt: skip
     rest = [of.text, seed, settings.compat, settings.max_shard_bytes, settings.device.platform, card.versions()]
-    return xxhash.xxh3_128_hexdigest(json.dumps([jobs, rest]).encode())
+    beside = [plan.vocabulary, _digests(plan.files)]  # what was taken from files that no time is kept of
+    return xxhash.xxh3_128_hexdigest(json.dumps([jobs, rest, beside]).encode())
+
+
+def _earlier(out: pathlib.Path, digest: str) -> dict[str, Any] | None:
+    """Return the report of the call that made `out`, if it was this very one, and remove what else it left."""
+    found = read_json(out / "merge.json")
+    if found.get("command") != digest:
+        return None
+    Journal(out, "", {}).remove()  # killed after the last rename
+    return found["report"] | {"notes": [*found["notes"], f"{out} is there already, merged from the same files"]}
 
 
 def _is_done(out: pathlib.Path, record: Mapping[str, Any]) -> bool:
-    """Whether `out` is the result of this very merge: killed between the last rename and its end, say."""
+    """Whether `out` is the result of this very merge: a stage that is done."""
     found = read_json(out / "merge.json")
     return all(found.get(key) == record[key] for key in ("plan", "files"))

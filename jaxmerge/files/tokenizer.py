@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import pathlib
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
@@ -88,11 +87,6 @@ class Tokenizer:
         fresh = {entry["content"]: dict(entry) for entry in reversed(list(entries))}
         fresh = {content: fresh[content] for content in reversed(fresh) if content not in self.added}
         return self._with(self.state["model"], [*self.added.values(), *fresh.values()]) if fresh else self
-
-    def write(self, folder: pathlib.Path) -> None:
-        """Write the files into a folder."""
-        for name, content in self.files.items():
-            (folder / name).write_bytes(content)
 
     def _with(self, model: Mapping[str, Any], added: list[dict[str, Any]]) -> Tokenizer:
         state = {**self.state, "model": model, "added_tokens": added}

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from jaxmerge.files import rows, tokenizer
 from jaxmerge.files.source import TOKENIZER_FILES, Source, companions_of, open_source
@@ -85,9 +86,14 @@ class Vocabulary:
 
         return dataclasses.replace(source, tensors=tensors, config=config, companions=companions)
 
-    def write(self, folder: pathlib.Path) -> None:
-        """Write the tokenizer's files into a folder."""
-        self.tokenizer.write(folder)
+    @property
+    def digest(self) -> str:
+        """Digest of all that says which rows of which models make the rows of the result."""
+        said = [self.size, self.base, list(self.own), sorted(self.given.items())]
+        found = xxhash.xxh3_128(json.dumps(said).encode())
+        for numbers in (*self.own.values(), self.forced, self.used):
+            found.update(np.ascontiguousarray(numbers).data)
+        return found.hexdigest()
 
     def _tensor(self, source: Source, name: str, among: Sequence[str]):
         models = [model for model in among if name in self.models[model].tensors]
@@ -210,12 +216,7 @@ def _result(
     if options.source == "base":
         return tokenizers[first]
     if options.source != "union":
-        path = pathlib.Path(options.source).expanduser()
-        given = models[options.source].companions() if options.source in models else None
-        if given is None:
-            given = (
-                companions_of(path) if (path / "tokenizer.json").exists() else open_source(options.source).companions()
-            )
+        given = models[options.source].companions() if options.source in models else companions_at(options.source)
         found = tokenizer.from_files(given, options.source)
         if found is None:
             raise ValueError(f"tokenizer source {options.source!r} has no tokenizer.json; save its tokenizer there")
@@ -230,6 +231,12 @@ def _result(
     has = tokenizers[first].vocabulary
     fresh = [entry for token, entry in plain.items() if token not in has and token not in special]
     return tokenizers[first].adding([*fresh, *special.values()])
+
+
+def companions_at(source: str) -> Mapping[str, bytes]:
+    """Read the companions of a tokenizer's source that is none of the models: a folder of a tokenizer, or a model."""
+    path = pathlib.Path(source).expanduser()
+    return companions_of(path) if (path / "tokenizer.json").exists() else open_source(source).companions()
 
 
 def _rows(ids: Mapping[str, int], has: Mapping[str, int], limit: int, size: int) -> np.ndarray:
