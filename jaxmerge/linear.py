@@ -2,13 +2,14 @@ r"""Linear rules: every result is a weighted sum of the inputs, :math:`\theta = 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxmerge import measure
+from jaxmerge.consensus import CANCELLED, weighted_sum
 from jaxmerge.leafwise import Operands, leafwise, requires
 from jaxmerge.tree import Array, PyTree, is_concrete
 
@@ -63,7 +64,7 @@ def average(
       base, key, names: not used.
       stacked: containers whose leaves have a leading layer axis.
       weights: one a model, or one for all (the default: uniform). Each a number, a list over depth, or a
-        dict pattern → value. Weights that sum to zero are an error where they are concrete.
+        dict pattern → value. Concrete ones that sum to zero at a leaf, but for rounding, are an error.
       normalize: divide by the sum of the weights; False gives :math:`\sum_i w_i \theta_i`.
 
     Returns:
@@ -77,34 +78,38 @@ def average(
       Wortsman et al., "Model soups", https://arxiv.org/abs/2203.05482
     """
     weights = 1.0 if weights is None else weights
-    if normalize:
-        check_sum(weights, len(models), "average")
     return leafwise(
-        _average, models, stacked=stacked, each={"weights": weights}, options={"normalize": bool(normalize)}
+        _average,
+        models,
+        stacked=stacked,
+        each={"weights": weights},
+        options={"normalize": bool(normalize)},
+        check={"weights": functools.partial(check_sum, rule="average", optional=True)} if normalize else None,
     )
 
 
-def check_sum(weights: Any, count: int, name: str) -> None:
-    """Raise if concrete numeric weights, one a model, sum to zero: normalising would divide by it."""
-    if isinstance(weights, dict) or not is_concrete(weights):
+def check_sum(weights: Sequence[Any], path: str | None = None, *, rule: str, optional: bool = False) -> None:
+    """Raise if weights of one leaf, one a model, are concrete and sum to zero, but for rounding: it is a divisor.
+
+    Args:
+      path: the leaf's, for the error.
+      rule: the rule's name, for the error; optional: it has `normalize=False`.
+    """
+    if not is_concrete(weights):
         return
-    several = isinstance(weights, Sequence) or np.ndim(weights) > 0
-    entries: list[Any] = list(weights) if several else [weights] * count
-    if any(isinstance(entry, dict | Sequence) or np.ndim(entry) > 0 for entry in entries):
-        return
-    if sum(float(entry) for entry in entries) == 0.0:
+    entries = [float(weight) for weight in weights]
+    # By difference, for an infinite sum is no zero.
+    if abs(sum(entries)) - CANCELLED * sum(map(abs, entries)) <= 0:
+        at = "" if path is None else f" at leaf {path!r}"
+        way_out = ", or pass normalize=False for the plain weighted sum" if optional else ""
         raise ValueError(
-            f"{name}: weights {[float(entry) for entry in entries]} sum to zero, so they cannot be normalised; "
-            "change a weight, or pass normalize=False for the plain weighted sum"
+            f"{rule}: weights {entries} sum to zero{at}, so they cannot be normalised; change a weight{way_out}"
         )
 
 
 def _task_arithmetic(x: Operands, *, weights: Array, scale: Array, normalize: bool) -> Array:
     assert x.base is not None
-    total = sum((weights[i] * delta for i, delta in enumerate(x.deltas)), start=jnp.zeros_like(x.base))
-    if normalize:
-        total = total / weights.sum()
-    return x.base + scale * total
+    return x.base + scale * weighted_sum(x.deltas, weights, normalize=normalize)
 
 
 @requires(base="required", symmetric=True, elementwise=True)
@@ -128,7 +133,7 @@ def task_arithmetic(
       stacked: containers whose leaves have a leading layer axis.
       weights: w, one a model or one for all.
       scale: λ. A number, a list over depth, or a dict pattern → value.
-      normalize: divide the sum by Σw.
+      normalize: divide the sum by Σw, by 1 where that is zero.
 
     Returns:
       Parameters with the structure, shapes, dtypes and shardings of the first model.
@@ -140,8 +145,6 @@ def task_arithmetic(
     References:
       Ilharco et al., "Editing Models with Task Arithmetic", https://arxiv.org/abs/2212.04089
     """
-    if normalize:
-        check_sum(weights, len(models), "task_arithmetic")
     return leafwise(
         _task_arithmetic,
         models,
@@ -206,7 +209,7 @@ def extrapolation_merge(
       key, names: not used.
       stacked: containers whose leaves have a leading layer axis.
       alphas: α, one a model or one for all; searched on validation data.
-      weights: w, one a model; uniform by default.
+      weights: w, one a model; uniform by default. Concrete ones that sum to zero at a leaf are an error.
 
     Returns:
       Parameters with the structure, shapes, dtypes and shardings of the first model.
@@ -220,9 +223,13 @@ def extrapolation_merge(
       Lin et al., "Extrapolation Merging", https://arxiv.org/abs/2503.04834
     """
     weights = 1.0 if weights is None else weights
-    check_sum(weights, len(models), "extrapolation_merge")
     return leafwise(
-        _extrapolation_merge, models, base=base, stacked=stacked, each={"alphas": alphas, "weights": weights}
+        _extrapolation_merge,
+        models,
+        base=base,
+        stacked=stacked,
+        each={"alphas": alphas, "weights": weights},
+        check={"weights": functools.partial(check_sum, rule="extrapolation_merge")},
     )
 
 

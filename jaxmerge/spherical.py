@@ -7,6 +7,7 @@ arithmetic on N numbers (ten steps of a Karcher mean cost nothing), and one pass
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -180,13 +181,18 @@ def multislerp(
       base: origin, or None.
       key, names: not used.
       stacked: containers whose leaves have a leading layer axis.
-      weights: one a model, divided by their sum if `normalize`.
+      weights: one a model, divided by their sum if `normalize`: concrete ones that sum to zero are an error then.
       eps: added to norms.
     """
-    if normalize:
-        check_sum(weights, len(models), "multislerp")
-    options = {"normalize": bool(normalize), "eps": float(eps)}
-    return leafwise(_multislerp, models, base=base, stacked=stacked, each={"weights": weights}, options=options)
+    return leafwise(
+        _multislerp,
+        models,
+        base=base,
+        stacked=stacked,
+        each={"weights": weights},
+        options={"normalize": bool(normalize), "eps": float(eps)},
+        check={"weights": functools.partial(check_sum, rule="multislerp", optional=True)} if normalize else None,
+    )
 
 
 def _karcher(x: Operands, *, max_iter: int, tol: float) -> Array:

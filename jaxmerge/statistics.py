@@ -2,10 +2,10 @@ r"""Rules that use statistics of the models or of data: Fisher-weighted and RegM
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxmerge import order, tree, where
@@ -42,7 +42,7 @@ def fisher(
       base, key, names: not used.
       stacked: containers whose leaves have a leading layer axis.
       fishers: N pytrees like the models: diagonal Fisher information, the mean squared gradient.
-      weights: one a model.
+      weights: one a model. Concrete ones that sum to zero at a leaf are an error.
       floor: added to F, in its units: where no model has information, the plain weighted average.
 
     Example:
@@ -54,29 +54,30 @@ def fisher(
       Matena and Raffel, "Merging Models with Fisher-Weighted Averaging", https://arxiv.org/abs/2111.09832
     """
     _check_count("fisher", "fishers", fishers, len(models))
-    check_sum(weights, len(models), "fisher")
-    return leafwise(_fisher, models, extra=fishers, stacked=stacked, shared={"floor": floor}, each={"weights": weights})
+    return leafwise(
+        _fisher,
+        models,
+        extra=fishers,
+        stacked=stacked,
+        shared={"floor": floor},
+        each={"weights": weights},
+        check={"weights": functools.partial(check_sum, rule="fisher")},
+    )
 
 
-def _regmean(x: Operands, grams: Array, damping: Array) -> Array:
+def _regmean(x: Operands, *, damping: Array) -> Array:
     first = x.models[0]
-    diagonal = jnp.eye(grams.shape[-1], dtype=first.dtype)
-    grams = grams.astype(first.dtype)
-    kept = (1 - damping) * grams + damping * grams * diagonal
-    total = kept.sum(0)
+    mean = sum(x.models[1:], start=first) / len(x.models)
+    if not x.extra:
+        return mean  # no Gram matrices of this leaf
+    diagonal = jnp.eye(first.shape[-1], dtype=first.dtype)
+    kept = [(1 - damping) * gram + damping * gram * diagonal for gram in x.extra]
+    total = sum(kept[1:], start=kept[0])
     # A feature never seen has no row in the sum: a ridge far under the mean keeps the system solvable.
     total = total + diagonal * (1e-6 * jnp.trace(total) / total.shape[0] + 1e-30)
-    mean = sum(x.models[1:], start=first) / len(x.models)
     pulled = sum(((m - mean) @ g for m, g in zip(x.models, kept, strict=True)), start=jnp.zeros_like(first))
     # The inverse of [in, in] on every device, for the rows of `pulled` may be sharded.
     return mean + pulled @ jnp.linalg.inv(total)
-
-
-@jax.jit
-def _regmean_leaf(models: tuple[Array, ...], grams: Array, damping: Array) -> Array:
-    dtype = tree.wide(models[0].dtype)
-    widened = tuple(model.astype(dtype) for model in models)
-    return _regmean(Operands(widened), grams, damping.astype(dtype)).astype(models[0].dtype)
 
 
 @requires(symmetric=True)
@@ -113,30 +114,19 @@ def regmean(
     """
     _check_count("regmean", "grams", grams, len(models))
     trees = tree.align(models)
-    averaged = leafwise(_mean, models, stacked=stacked)
-    leaves = jax.tree.leaves(averaged)
-    depth = where.depths(trees.paths)
     for path in dict.fromkeys(path for gram in grams for path in gram):
         if path not in trees.paths:
             raise ValueError(f"regmean: grams name {path!r}, which is no leaf of the models ({trees.paths[0]!r}, …)")
-        at = trees.paths.index(path)
-        weight = trees.models[0][at]
+        weight = trees.models[0][trees.paths.index(path)]
         if not tree.is_array(weight):
             continue  # set aside by a mask
+        is_matrix = len(weight.shape) == 2 and where.layer_paths(path, weight.shape, stacked) is None
         for i, gram in enumerate(grams):
-            wanted = (weight.shape[-1],) * 2 if len(weight.shape) == 2 else "a 2-D leaf"
+            wanted = (weight.shape[-1],) * 2 if is_matrix else "a 2-D leaf, not stacked"
             found = gram[path].shape if path in gram else "none"
             if found != wanted:
                 raise ValueError(f"regmean: grams[{i}] of leaf {path!r} has shape {found}, wanted {wanted}")
-        stack = jnp.stack([jnp.asarray(gram[path]) for gram in grams])
-        share = where.resolve(damping, path, depth[path], name="damping")
-        merged = _regmean_leaf(tuple(model[at] for model in trees.models), stack, jnp.asarray(share, float))
-        leaves[at] = merged
-    return jax.tree.unflatten(trees.treedef, leaves)
-
-
-def _mean(x: Operands) -> Array:
-    return sum(x.models[1:], start=x.models[0]) / len(x.models)
+    return leafwise(_regmean, models, stacked=stacked, shared={"damping": damping}, beside=grams)
 
 
 def _grafting(x: Operands) -> Array:

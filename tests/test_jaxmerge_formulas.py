@@ -7,6 +7,7 @@ import pytest
 
 import jaxmerge
 from jaxmerge import RULES
+from jaxmerge.leafwise import dtypes
 
 KEY = jax.random.key(5)
 NAMES = ["a", "b", "c"]
@@ -229,10 +230,50 @@ def test_fisher_regmean_and_grafting():
     with pytest.raises(ValueError, match="grams name 'x', which is no leaf"):
         run("regmean", models, grams=[{"x": jnp.ones((7, 7))}] * 3)
 
+    with pytest.raises(ValueError, match="no pattern of damping matches leaf 'w'"):
+        run("regmean", models, grams=[{}] * 3, damping={"mlp": 0.3})
+    with pytest.raises(ValueError, match=r"has shape \(7, 7\), wanted a 2-D leaf, not stacked"):
+        run("regmean", models, grams=grams, stacked=("w",))
+
     mask = {"w": jnp.asarray(fishers[0])}
     check(run("grafting", models[:1], base, mask=mask), base + fishers[0] * deltas(base, models)[0])
     start = jaxmerge.graft_mask({"w": jnp.asarray(models[0])}, {"w": jnp.asarray(base)}, density=0.25)["w"]
     assert np.array_equal(start, trimmed(deltas(base, models)[0], 19) != 0)
+
+
+def test_regmean_goes_by_the_engine():
+    """Dtypes of the caller, host memory and sharding: for leaves with a Gram matrix and without."""
+    _, models = arrays((8, 4))
+    trees = [{"w": jnp.asarray(m), "v": jnp.asarray(m)} for m in models]
+    gram = [{"w": jnp.asarray(m.T @ m)} for m in models]
+    wanted = jaxmerge.regmean(trees, grams=gram)
+    with pytest.raises(ValueError, match="damping: the pattern 'w' decides for no leaf"):
+        jaxmerge.regmean(trees, grams=gram, damping={"**": 0.1, "w": 0.3})
+    with dtypes(out=jnp.bfloat16):
+        merged = jaxmerge.regmean(trees, grams=gram)
+    assert {leaf.dtype.name for leaf in merged.values()} == {"bfloat16"}
+    place = jax.NamedSharding(jax.make_mesh((8,), ("x",)), jax.P("x"))
+    if "pinned_host" in {memory.kind for memory in jax.devices()[0].addressable_memories()}:
+        merged = jaxmerge.regmean(jax.device_put(trees, place.with_memory_kind("pinned_host")), grams=gram)
+        for path, leaf in merged.items():
+            assert leaf.sharding.is_equivalent_to(place, 2), path
+            assert leaf.sharding.memory_kind == "device"
+            check(leaf, wanted[path], tol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3)])
+@pytest.mark.parametrize("rule", sorted(set(RULES) - {"regmean", "dare_linear"}))
+def test_empty_leaves(rule, shape):
+    needs, size = RULES[rule].needs, jnp.zeros(shape)
+    more = {
+        "extrapolate": {"alpha": 0.5}, "extrapolation_merge": {"alphas": 0.5}, "nearswap": {"t": 0.5},
+        "fisher": {"fishers": [{"w": size, "v": jnp.ones(2)}] * 2}, "grafting": {"mask": {"w": size, "v": jnp.ones(2)}},
+    }.get(rule, {})  # fmt: skip
+    more |= {} if needs.base == "none" else {"base": {"w": size, "v": jnp.zeros(2)}}
+    more |= {} if needs.key == "none" else {"key": KEY}
+    more |= {"density": 0.5} if rule in DELTA[:-1] else {}
+    models = [{"w": size, "v": jnp.ones(2)}] * (needs.most or 2)
+    assert RULES[rule](models, **more)["w"].shape == shape
 
 
 DELTA = ["ties", "dare", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "sce"]

@@ -50,6 +50,45 @@ def test_average():
     check(jaxmerge.average([a, b, c], weights=w, normalize=False), total)
 
 
+DIVIDED = {
+    "average": {},
+    "multislerp": {},
+    "extrapolation_merge": {"base": base, "alphas": 0.1},
+    "fisher": {"fishers": [a, b, c]},
+}
+
+
+@pytest.mark.parametrize("rule", DIVIDED)
+@pytest.mark.parametrize(
+    ("weights", "leaf"),
+    [
+        ([0.1, 0.2, -0.3], "lm_head/weight"),  # in float64 5.6e-17 is left
+        (np.array([0.1, 0.2, -0.3], np.float32), "lm_head/weight"),
+        (jnp.array([0.7, -0.4, -0.3]), "lm_head/weight"),  # in float32 −3e-8
+        ([{"**": 1}, {"**": -1}, 0], "lm_head/weight"),
+        ([[1, 1], [-1, -1], 0], "lm_head/weight"),
+        ([[1, 1], [1, -1], 0], "model/layers/1/w"),
+        (0.0, "lm_head/weight"),
+    ],
+)
+def test_weights_that_sum_to_zero_at_a_leaf(rule, weights, leaf):
+    with pytest.raises(ValueError, match=f"{rule}: weights .* sum to zero at leaf '{leaf}'.*change a weight"):
+        jaxmerge.RULES[rule]([a, b, c], weights=weights, **DIVIDED[rule])
+
+
+def test_weights_that_nearly_sum_to_zero_are_taken():
+    check(jaxmerge.average([a, b], weights=[1e-9, 1e-9]), lambda p: (A[p] + B[p]) / 2)
+    check(jaxmerge.average([a, b], weights=[1, -0.99]), lambda p: 100 * A[p] - 99 * B[p], rtol=1e-4)
+    weights = jnp.array([1.0, 3.0])
+    closed = jax.jit(lambda models: jaxmerge.average(models, weights=weights))([a, b])
+    check(closed, lambda p: (A[p] + 3 * B[p]) / 4)
+    stack = {"layers": {"w": jnp.ones((2, 3))}}
+    with pytest.raises(ValueError, match="at leaf 'layers/1/w'"):
+        jaxmerge.average([stack, stack], weights=[[1, 1], [1, -1]], stacked=("layers",))
+    only = jaxmerge.masked(jaxmerge.average, "layers/0", "first")([a, b], weights=[[1, 1], [1, -1]])
+    assert np.array_equal(only[PATHS[1]], a[PATHS[1]])  # where nothing is merged nothing is divided
+
+
 def test_weights_that_sum_to_zero():
     with pytest.raises(ValueError, match=r"average: weights \[1.0, -1.0\] sum to zero.*normalize=False"):
         jaxmerge.average([a, b], weights=[1.0, -1.0])
@@ -66,6 +105,13 @@ def test_task_arithmetic():
     run = lambda **k: jaxmerge.task_arithmetic([a, b, c], base=base, weights=w, **k)  # noqa: E731
     check(run(), lambda p: BASE[p] + delta(p))
     check(run(scale=0.3, normalize=True), lambda p: BASE[p] + 0.3 * delta(p) / sum(w))
+    for balanced in ([0.1, 0.2, -0.3], [0.7, -0.4, -0.3], 0.0):  # divided by 1, as in mergekit
+        one, two = (
+            jaxmerge.task_arithmetic([a, b, c], base=base, weights=balanced, normalize=n) for n in (True, False)
+        )
+        assert all(np.array_equal(one[p], two[p]) for p in PATHS)
+        dense = jaxmerge.delta_rule(normalize=True)([a, b, c], base=base, weights=balanced)
+        assert all(np.array_equal(one[p], dense[p]) for p in PATHS)
     zero = jaxmerge.task_arithmetic([base, base], base=base, weights=3.0)
     assert all(np.array_equal(zero[p], base[p]) for p in PATHS)
 
