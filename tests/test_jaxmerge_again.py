@@ -136,6 +136,31 @@ def test_all_that_stages_read_is_compared(here):
         shutil.rmtree("out")
 
 
+def test_a_stage_that_is_done_is_gone_on_with_or_named(here, monkeypatch):
+    text, _ = COMMANDS["stages"]
+    write(text)
+    rename = pathlib.Path.rename
+
+    def stopped(self, target):
+        rename(self, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "rename", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            merge("recipe.yaml", "out")
+    write(text.replace("weight: 0.5", "weight: 0.75"))
+    with pytest.raises(
+        ValueError, match="stages/mean, which is done, is of another recipe or other inputs; put these b"
+    ):
+        merge("recipe.yaml", "out")
+    write(text)
+    seen = []
+    merge("recipe.yaml", "out", progress=lambda done, total, name: seen.append(name))
+    assert sorted(seen) == sorted(load("one"))  # those of the result alone
+    assert hidden() == []
+
+
 def test_a_stage_may_be_called_what_the_result_is(here):
     write(COMMANDS["stages, orbax"][0])
     merge("recipe.yaml", "out", format="orbax")

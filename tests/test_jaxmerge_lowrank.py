@@ -1,5 +1,6 @@
 """LoRA adapters extracted: the best factors, what is left out is said, and back to the tuned model."""
 
+import dataclasses
 import json
 import math
 
@@ -25,6 +26,18 @@ def low_rank(shape: tuple[int, int], decay: float, seed: int = 0) -> np.ndarray:
     small = min(shape)
     u, v = (np.linalg.qr(r.standard_normal((n, small)))[0] for n in shape)
     return ((u * np.exp(-decay * np.arange(small))) @ v.T).astype(np.float32)
+
+
+class Held:
+    """A tensor in memory."""
+
+    name, where, chunked = "model.norm.weight", "memory", True
+
+    def __init__(self, array):
+        self.array, self.dtype, self.shape, self.size = array, array.dtype, array.shape, array.nbytes
+
+    def read_into(self, buffer, start=0):
+        buffer[:] = self.array.view(np.uint8)[start : start + buffer.size]
 
 
 def best(delta: np.ndarray, rank: int) -> float:
@@ -172,6 +185,13 @@ def test_extraction_refuses(tmp_path, base):
     more = folder(tmp_path / "more", weights(0) | {"score.weight": normal(2, D)})
     with pytest.raises(ValueError, match="has 1 that it lacks"):
         lowrank.extract_lora(sources[0], open_source(str(more)), tmp_path / "lora", rank=2)
+    held = np.dtype(ml_dtypes.float8_e4m3b11fnuz)
+    odd = [
+        dataclasses.replace(of, tensors={**of.tensors, "model.norm.weight": Held(np.full(D, value, held))})
+        for of, value in zip(sources, (1, 2), strict=True)
+    ]
+    with pytest.raises(ValueError, match=r"norm\.weight' of memory is float8_e4m3b11fnuz, which safetensors cannot"):
+        lowrank.extract_lora(odd[0], odd[1], tmp_path / "lora", rank=2)
     assert not (tmp_path / "lora").exists()
 
 

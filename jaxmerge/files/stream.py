@@ -91,14 +91,14 @@ def merge(
     if dry_run and len(recipes) > 1:
         raise ValueError("a dry run needs the models of every stage, which the stages before make; run it without")
     between = out.absolute().parent / f".{out.name}.stages"
-    work = _Work(recipes, between / "stages", settings, progress)
+    work = _Work(recipes, between, settings, progress)
     if dry_run:
         report = work.merge(recipes[-1], out)
     else:
         report = _earlier(out, work.digest)
         if report is None:
             safetensors.check_free(out)
-            report = work.run(out, between / "result")
+            report = work.run(out)
         shutil.rmtree(between, ignore_errors=True)
     return report | {"out": str(out), "seconds": time.perf_counter() - start}
 
@@ -115,8 +115,8 @@ class _Work:
     """The documents of a recipe on their way to one result, and the models that none of them makes, open."""
 
     def __init__(self, recipes: Sequence[Recipe], between: pathlib.Path, settings: Settings, progress: Progress | None):
-        self.recipes, self.settings, self.progress = recipes, settings, progress
-        self.stages = {str(of.name): between / str(of.name) for of in recipes[:-1]}
+        self.recipes, self.between, self.settings, self.progress = recipes, between, settings, progress
+        self.stages = {str(of.name): between / "stages" / str(of.name) for of in recipes[:-1]}
         named = dict.fromkeys(name for of in recipes for name in of.sources)
         self.models = {name: open_source(name) for name in named if not self._is_stage(name)}
         self.later = [name for name in named if self._is_stage(name)]
@@ -146,9 +146,10 @@ class _Work:
         read = [[stamp(file) for file in sorted(files)], beside]
         return xxhash.xxh3_128_hexdigest(json.dumps([said, card.versions(), read], sort_keys=True).encode())
 
-    def run(self, out: pathlib.Path, result: pathlib.Path) -> dict[str, Any]:
-        """Merge stage by stage; `result` is where the last goes before it is written as Orbax."""
+    def run(self, out: pathlib.Path) -> dict[str, Any]:
+        """Merge stage by stage."""
         *before, last = self.recipes
+        result = self.between / "result"  # before it is written as Orbax
         notes: list[str] = []
         for stage in before:
             try:
@@ -183,6 +184,11 @@ class _Work:
         record = card.provenance(of, sources, seed, self.notes, digest, map(stamp, files), settings.device)
         if _is_done(out, record):
             return report | {"notes": self.notes}
+        if out.is_relative_to(self.between) and out.exists():
+            raise ValueError(
+                f"{out}, which is done, is of another recipe or other inputs; put these back to go on, or remove "
+                f"{self.between} to begin again"
+            )
         with unfinished(out, record["plan"], record["files"], places.total) as journal:
             with contextlib.closing(safetensors.Writer(journal.result, places)) as writer:
                 kept = engine.verified(plan.jobs, writer, journal)
