@@ -10,7 +10,7 @@ import yaml
 
 from train.config import Finetune, Improve, Sft
 from train.log import UserError
-from train.plan import plan
+from train.plan import check_sampled, plan, spell
 from train.resolve import build, differences, fingerprint, load, override, to_dict
 from train.search.settings import SearchRun
 from train.sweeps.run import Experiment
@@ -69,6 +69,22 @@ def test_every_config_builds_and_says_how_it_is_run(path):
         ("methods.expo.probe.alphas=[0.1, 0.3]", "an expo probe needs one alpha"),
         ("methods.expo.probe.rounds=[5]", "the run has rounds 1 to 2"),
         ("methods.expo.sft.epochs=3", "is a probe: it trains nothing"),
+        ("merge.alpha={search: [0.3, {'**': [0.3, 0.7]}]}", "merge.alpha.search holds {'\\*\\*'.*finite numbers"),
+        ("merge.alpha={search: [.inf]}", "merge.alpha.search holds inf"),
+        ("merge.alpha={importance: [0.1, high]}", "merge.alpha.importance holds 'high'"),
+        (
+            "methods.plain.merge={alpha: 0.7, drop: 0.2}",
+            r"plain\.merge sets alpha, drop.*set methods\.plain\.merge\.rule",
+        ),
+        ("methods.expo.probe.search=grid", r"probe\.search is 'grid', and a probe of kind expo does not read it"),
+        ("methods.line.probe.parameters={density: 1}", r"parameters is {'density': 1}, and a probe of kind line"),
+        ("methods.exme.probe.coefficients=[1.0]", "kind exme does not read it; it reads best, search, alphas, weights"),
+        ("methods.exme.probe={of: plain, kind: exme, search: grid, alphas: [0.1]}", "exme with a search does not read"),
+        ("methods.expo.probe={of: plain, kind: best, best: 3}", "kind best does not read it; it reads none of these"),
+        ("methods.plain.sampling={source: dart, samples: 8}", r"plain\.sampling\.samples is 8, and source: dart"),
+        ("methods.plain.sampling={source: dart, search: {beam: 2}}", "search.beam: source: dart does not read it"),
+        ("methods.plain.sampling={source: tot, search: {kind: mcts}}", "search.kind: source: tot does not read it"),
+        ("sft.step.clip=0", r"sft\.step\.clip is 0\.0; it must be above 0.*give a large one"),
         ("methods={a-b: {}, a_b: {}}", "a-b and a_b differ in - and _ alone"),
         ("methods={Imm: {}}", "a-z, 0-9"),
         ('sampling.stop=[""]', "sampling.stop holds an empty string"),
@@ -78,6 +94,31 @@ def test_every_config_builds_and_says_how_it_is_run(path):
 def test_a_mistake_is_named(assignment, message):
     with pytest.raises(UserError, match=message):
         load(Improve, TINY, [assignment])
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "methods.plain.merge={rule: none, alpha: 0.7}",  # said in so many words
+        "methods.plain.merge={offload: true}",  # has its effect under any rule
+        "sampling={source: mcts, samples: 8, search: {iterations: 4, beam: 2}}",  # shared: methods may read it
+        "methods.plain.sampling={source: tot, search: {kind: tot, beam: 2}}",
+        "methods.expo.probe={of: plain, kind: exme, best: 1, search: staged}",
+        "sft.step.clip=1e9",
+    ],
+)
+def test_what_is_read_or_inherited_is_no_mistake(assignment):
+    load(Improve, TINY, [assignment])
+
+
+def test_a_measured_alpha_in_a_list_needs_validation_questions():
+    families = [{"family": "gcd", "domain": "id", "train": 4, "test": 4}]
+    values = {**yaml.safe_load(TINY.read_text()), "methods": {"imm": {"merge": {"rule": "imm"}}}}
+    values["tasks"] = {"style": "compact", "families": families}
+    build(Improve, values)
+    values["methods"]["imm"]["merge"]["alpha"] = [0.5, {"importance": [0.1, 0.5]}]
+    with pytest.raises(UserError, match=r"methods\.imm\.merge\.alpha: importance needs validation questions"):
+        build(Improve, values)
 
 
 def test_overrides_reach_every_depth():
@@ -158,6 +199,25 @@ def test_decisions_of_the_paper_change_the_plan():
     assert set(phase("round-2/imm/select").inputs) == {"samples"}
     accumulated = phase("round-2/imm/select", "selection.data=accumulated")
     assert accumulated.inputs["earlier-0"] == "round-1/imm/select"
+    # The last selection holds all earlier ones.
+    third = phase("round-3/imm/select", "selection.data=accumulated", "rounds=3")
+    assert third.inputs == {"samples": "round-3/imm/sample", "earlier-0": "round-2/imm/select"}
+
+
+def test_numbers_in_names_are_short_and_never_shared():
+    near = [0.1234567, 0.1234568, 0.25, 1.0, 3, 1e-7]
+    assert [spell(x) for x in near] == ["0.1234567", "0.1234568", "0.25", "1", "3", "1e-07"]
+    methods = "methods={plain: {}, line: {probe: {of: plain, kind: line, coefficients: [0.1234567, 0.1234568]}}}"
+    lines = [name for name in names(methods) if "/line/" in name]
+    assert len(lines) == len(set(lines)) == 4
+
+
+def test_samples_that_nobody_would_draw_are_refused():
+    only = ["evaluation.samples=8", "evaluation.splits=[validation]"]
+    with pytest.raises(UserError, match=r"evaluation\.samples is 8.*splits is \['validation'\]"):
+        check_sampled(load(Improve, TINY, only))
+    for fine in ([*only[1:], "evaluation.samples=0"], [only[0], "evaluation.splits=[validation, test]"]):
+        check_sampled(load(Improve, TINY, fine))
 
 
 def test_exme_needs_two_checkpoints_and_validation():

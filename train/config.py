@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from typing import Any, Literal
 import jaxmerge
 
 from .data.settings import Data
+from .invariants import check_alpha, check_methods, check_probe
 from .learn.settings import Sft
 from .log import UserError
 from .resolve import at_least, build, check_known, to_dict
@@ -108,7 +108,7 @@ class Selection:
     """Which verified solutions become training examples."""
 
     per_question: int | None = None
-    """At most this many solutions a question, by sample index; null keeps all."""
+    """At most this many solutions a question, by sample index, of all rounds learnt from; null keeps all."""
     data: Literal["round", "accumulated"] = "round"
     """Train on this round's examples or on those of all rounds so far."""
     real_ratio: float = 0.0
@@ -151,18 +151,7 @@ class Merge:
     def __post_init__(self):
         if not 0 <= self.drop < 1:
             raise UserError(f"merge.drop is {self.drop}; it must lie in [0, 1)")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float, list, Mapping)):
-            raise UserError(f"merge.alpha is {self.alpha!r}; give a number, a list (one a round) or a map")
-        if isinstance(self.alpha, float) and not math.isfinite(self.alpha):
-            raise UserError(f"merge.alpha is {self.alpha}; give a finite number")
-        if isinstance(self.alpha, Mapping) and "search" in self.alpha:
-            candidates = self.alpha["search"]
-            if not isinstance(candidates, list) or not candidates or set(self.alpha) != {"search"}:
-                raise UserError(f"merge.alpha is {self.alpha!r}; a search is {{search: [α, …]}} with one α or more")
-        if isinstance(self.alpha, Mapping) and "importance" in self.alpha:
-            span = self.alpha["importance"]
-            if set(self.alpha) != {"importance"} or not isinstance(span, list | tuple) or len(span) != 2:
-                raise UserError(f"merge.alpha is {self.alpha!r}; layer-adaptive is {{importance: [α, α]}}")
+        check_alpha(self.alpha)
         if self.rule not in ("none", "imm") and (self.drop or self.reference != "anchor"):
             raise UserError(f"merge: drop and reference are imm's, and the rule is {self.rule}; use parameters")
         if self.rule == "imm" and self.parameters:
@@ -205,6 +194,7 @@ class Probe:
             )
         if (self.kind == "merge") != bool(self.rule) or (self.rule and self.rule not in jaxmerge.RULES):
             raise UserError(f"probe.rule is {self.rule!r}; kind: merge takes one of {', '.join(jaxmerge.RULES)}")
+        check_probe(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,12 +335,7 @@ class Improve:
                 )
             for block in ("sampling", "selection", "sft", "merge"):
                 self.block(name, block)
-            alpha = self.block(name, "merge").alpha
-            measured = isinstance(alpha, Mapping) and ("search" in alpha or "importance" in alpha)
-            if measured and not any(f.validation for f in self.tasks.families):
-                raise UserError(
-                    f"methods.{name}.merge.alpha: {next(iter(alpha))} needs validation questions; give families some"
-                )
+        check_methods(self)
 
     def block(self, method: str, name: str):
         """The run's block `name` with the overrides of `method`."""

@@ -10,7 +10,7 @@ from .log import say
 from .models.decoder import shapes
 from .models.load import read_config
 from .models.source import random_config
-from .plan import plan
+from .plan import check_sampled, plan
 from .tasks import build_suite
 
 
@@ -18,6 +18,7 @@ def show_plan(config: Improve) -> None:
     """Print phases, questions, sequences, parameters and bytes."""
     import jax
 
+    check_sampled(config)
     todo, _ = plan(config)
     source = config.model
     model = random_config(source.random) if source.random is not None else read_config(source.path)

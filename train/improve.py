@@ -18,7 +18,7 @@ from .config import PLACEMENT, Improve, Sft, content
 from .journal import Journal, write_durably
 from .log import UserError
 from .phases import STEPS
-from .plan import plan
+from .plan import check_sampled, plan
 from .processes import on_first
 from .resolve import differences, fingerprint, to_dict
 from .run import Run
@@ -46,6 +46,7 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
         if not quiet:
             summary.show(finished, folder)
         return folder
+    check_sampled(config)
     todo, outcomes = plan(config)
     for phase in todo.phases:
         if isinstance(phase.settings, Sft):

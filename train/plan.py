@@ -85,6 +85,27 @@ class Outcome:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def spell(number: float) -> str:
+    """A number in a name: short where that is exact, so that no two numbers share one.
+
+    Example:
+      >>> spell(0.30), spell(1), spell(0.1234567)
+      ('0.3', '1', '0.1234567')
+    """
+    return short if float(short := f"{number:g}") == number else repr(float(number))
+
+
+def check_sampled(config: Improve) -> None:
+    """Refuse `evaluation.samples` where a run has no test question to draw them for."""
+    block = config.evaluation
+    if block.samples and not ("test" in block.splits and any(f.test for f in config.tasks.families)):
+        raise UserError(
+            f"evaluation.samples is {block.samples}: they are of test questions, and evaluation.splits is "
+            f"{list(block.splits)} of families with {sum(f.test for f in config.tasks.families)}; add test to both, or "
+            "set evaluation.samples to 0"
+        )
+
+
 def plan(config: Improve) -> tuple[Plan, list[Outcome]]:
     """All phases of a run, and what each method ends each round with (round 0 is the base)."""
     todo = Plan()
@@ -96,17 +117,17 @@ def plan(config: Improve) -> tuple[Plan, list[Outcome]]:
     current = dict.fromkeys(trained, BASE)
     tuned: dict[str, str] = {}
     ended: dict[str, list[str]] = {name: [] for name in trained}
-    data: dict[str, list[str]] = {name: [] for name in trained}
+    data: dict[str, str] = {}
     for round in range(1, config.rounds + 1):
         for m in trained:
             sft, merge = config.block(m, "sft"), config.block(m, "merge")
             selection = config.block(m, "selection")
             samples = todo.add("sample", round, m, {"model": current[m]}, config.block(m, "sampling"))
-            earlier = {f"earlier-{i}": name for i, name in enumerate(data[m])}
-            inputs = {"samples": samples} | (earlier if selection.data == "accumulated" else {})
-            data[m].append(todo.add("select", round, m, inputs, selection))
+            # What the last round selected holds what those before it did.
+            earlier = {"earlier-0": data[m]} if selection.data == "accumulated" and m in data else {}
+            data[m] = todo.add("select", round, m, {"samples": samples} | earlier, selection)
             start = current[m] if sft.start == "merged" else BASE
-            tuned[m] = todo.add("sft", round, m, {"model": start, "data": data[m][-1]}, sft)
+            tuned[m] = todo.add("sft", round, m, {"model": start, "data": data[m]}, sft)
             if merge.rule == "none":
                 current[m] = tuned[m]
             else:
@@ -136,7 +157,7 @@ def plan_probe(todo: Plan, config: Improve, name: str, probe: Probe, round: int,
         return [outcome({"tuned": tuned}, {"kind": "expo", "alpha": probe.alphas[0]}, "")]
     if probe.kind == "line":
         return [
-            outcome({"tuned": current}, {"kind": "line", "coefficient": c}, f"{c:g}-", coefficient=c)
+            outcome({"tuned": current}, {"kind": "line", "coefficient": c}, f"{spell(c)}-", coefficient=c)
             for c in probe.coefficients
         ]
     wanted = probe.best if probe.kind == "exme" else 2

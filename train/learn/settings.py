@@ -37,7 +37,12 @@ class Step:
     """Stop when this many updates in a row were skipped: loss or gradient not finite, or a spike."""
 
     def __post_init__(self):
-        at_least(self, "sft.step", clip=0, logits_at_once=1, spike=0, max_skipped=1)
+        at_least(self, "sft.step", logits_at_once=1, spike=0, max_skipped=1)
+        if not self.clip > 0:
+            raise UserError(
+                f"sft.step.clip is {self.clip}; it must be above 0, the norm that gradients are scaled down to; to "
+                "clip none give a large one, 1e9"
+            )
         if not 0 <= self.ema < 1:
             raise UserError(f"sft.step.ema is {self.ema}; it must lie in [0, 1)")
         if 0 < self.spike <= 1:
@@ -49,7 +54,8 @@ class Watch:
     """What is measured while fine-tuning, and where it is written beside steps.jsonl."""
 
     held_out: int = 0
-    """Examples kept out of the training, drawn by the seed, to measure the loss on."""
+    """Examples kept out of the training, drawn by the seed, to measure the loss on; of a question all or none, so there
+    may be a few more."""
     evaluate_every: int = 50
     """Steps between two measurements of the held-out loss; it is also measured at the end."""
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
