@@ -87,6 +87,19 @@ def test_limit_per_question_and_earlier_rounds(suite, tokenizer, questions):
     assert (counts["earlier"], counts["duplicates"], counts["kept"]) == (1, 1, 1)
 
 
+def test_the_limit_per_question_is_of_all_rounds_learnt_from(suite, tokenizer, questions):
+    a, b = questions[:2]
+    first, _ = select(suite, tokenizer, questions, [sample(tokenizer, a, a.solution)], Selection(per_question=1))
+    later = [sample(tokenizer, a, f"#{a.answer}"), sample(tokenizer, b, b.solution)]
+    # Twice, as rounds that each hold those before them once gave it.
+    found, counts = select(suite, tokenizer, questions, later, Selection(per_question=1), earlier=first * 2)
+    assert [e["question_id"] for e in found] == [a.id, b.id]
+    assert (counts["earlier"], counts["over_limit"], counts["kept"], counts["examples_written"]) == (1, 1, 1, 2)
+    worked = [{**first[0], "sample": -1}]  # the generator's, in place of the model's own
+    found, _ = select(suite, tokenizer, questions, later, Selection(per_question=1), earlier=worked)
+    assert len(found) == 3
+
+
 def test_real_data_takes_the_place_of_samples(suite, tokenizer, questions):
     samples = [sample(tokenizer, q, q.solution) for q in questions]
     for ratio in (0.0, 0.5, 1.0):

@@ -101,7 +101,9 @@ def select(
         }
 
     examples = {(row["question_id"], " ".join(row["completion"].split())): row for row in earlier}
-    kept_of: Counter[str] = Counter()
+    before = len(examples)
+    # At most `per_question` of the model's own, of all rounds whose examples are learnt.
+    kept_of = Counter(row["question_id"] for row in examples.values() if row["sample"] >= 0)
     reasons: Counter[str] = Counter()
     families: dict[str, Row] = {}
     shown: dict[bool, list[Row]] = {True: [], False: []}
@@ -156,7 +158,7 @@ def select(
         "over_limit": reasons["over per_question"],
         "kept": reasons["kept"],
         "real": len(real),
-        "earlier": len(earlier),
+        "earlier": before,
         "examples_written": len(examples),
         "questions_solved": len({r["question_id"] for r in scored if r["score"] == 1.0}),
         "families": families,
