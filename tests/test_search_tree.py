@@ -392,6 +392,16 @@ def test_difficulty_decides_how_many_are_drawn(mode, every, drawn, right):
     assert found.end == ("most" if right == 0 else "right")
 
 
+def test_difficulty_is_a_share_of_whole_chains():
+    """Seven right of ten: three tenths of ten are three, which 10 · (1 − 0.7) in floats is not."""
+    verdicts = iter([1.0] * 7 + [0.0] * 3)
+    found, _, _ = run(
+        Script(verdict=lambda text: next(verdicts)), dart, judged=True,
+        dart={"mode": "prop2diff", "right": 10, "samples": 10},
+    )  # fmt: skip
+    assert sum(s.verdict == 1.0 for s in found.solutions) == 3
+
+
 def test_an_answer_in_a_step_completes_the_plan():
     def script(ask):
         if ask.prompt == "step" and len(ask.values["steps"]) == 1:

@@ -11,7 +11,6 @@ References:
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -118,7 +117,7 @@ def dart(c: Subject) -> Asking[Found]:
             end = "samples"
             break
         if drawn == 0 and dart.mode == "prop2diff":
-            wanted = max(1, math.ceil(dart.right * (1 - right / count)))
+            wanted = max(1, -(-dart.right * (count - right) // count))  # in integers: 1 − c/n rounds
         drawn += count
         if right >= wanted:
             break

@@ -1,6 +1,7 @@
 """The verb `search`: a tree for every question, the best solutions as a TFDS version, a page to read them on.
 
 config.yaml · metrics.jsonl · summary.json · report.html
+questions.jsonl · prompts.json              what is asked, and how: a search goes on with no other
 trees.jsonl                                 a question a line: every node, its scores, visits, reflection
 phases/search[.partial]/replies.jsonl       every reply: what a killed search goes on from
 samples/search/1.0.0/                       the examples, ready for `jaxmerge sft`
@@ -66,9 +67,9 @@ def search(config: SearchRun, *, name: str, out: Path | None = None, command: st
         on_first(write_config, folder, config)
         journal.reconcile(PHASES)
         if journal.committed("examples") is None:
+            on_first(refuse_others, folder, items, prompts)
             voices = load_voices(config, prompts, journal)
             if journal.committed("search") is None:
-                on_first(refuse_other_questions, folder, items)
                 grow(config, items, prompts, voices, journal)
             make_examples(config, items, prompts, voices["policy"].model, journal)
         records = {phase: journal.committed(phase) or {} for phase in PHASES}
@@ -115,13 +116,43 @@ def load_voices(config: SearchRun, prompts: Prompts, journal: Journal) -> dict[s
     return voices
 
 
-def refuse_other_questions(folder: Path, items: list[Item]) -> None:
-    """Keep the questions' texts with the search: a file that changed would mix two."""
-    path, rows = folder / "questions.jsonl", [{"id": i.id, "text": i.text, "answer": i.answer} for i in items]
+def refuse_others(folder: Path, items: list[Item], prompts: Prompts) -> None:
+    """Keep what is asked and by what it is judged with the search: a file that changed would mix two searches.
+
+    What a search begun before it was kept does not hold is not compared.
+    """
+    path, rows = folder / "questions.jsonl", [known(item) for item in items]
     if not path.exists():
         write_jsonl(path, rows)
-    elif read_jsonl(path) != rows:
-        raise UserError(f"{path}: the questions changed since this search began; choose another folder with out=DIR")
+    else:
+        then = read_jsonl(path)
+        fits = len(then) == len(rows) and all(old.items() <= new.items() for old, new in zip(then, rows, strict=True))
+        if not fits:
+            changed = [row["id"] for row in rows if not any(old.items() <= row.items() for old in then)]
+            which = f" ({', '.join(changed[:3])}{', …' if len(changed) > 3 else ''})" if changed else ""
+            raise UserError(
+                f"{path}: the questions, answers or tests{which} changed since this search began; restore them or "
+                "choose another folder with out=DIR"
+            )
+    path, ours = folder / "prompts.json", to_dict(prompts)
+    if not path.exists():
+        write_durably(path, json.dumps(ours, indent=1, ensure_ascii=False))
+        return
+    theirs = json.loads(path.read_text())
+    changed = [name for name in ours if ours[name] != theirs.get(name)]
+    if changed:
+        raise UserError(
+            f"{path}: the prompts {', '.join(changed)} changed since this search began; restore them or choose another "
+            "folder with out=DIR"
+        )
+
+
+def known(item: Item) -> dict[str, Any]:
+    """A line of questions.jsonl."""
+    row = {"id": item.id, "text": item.text, "answer": item.answer}
+    # The name of a problem may be its line's number.
+    tests = None if item.tests is None else {k: v for k, v in to_dict(item.tests).items() if k != "id"}
+    return row if tests is None else {**row, "tests": tests}
 
 
 def grow(config: SearchRun, items: list[Item], prompts: Prompts, voices: dict[str, Voice], journal: Journal) -> None:
@@ -212,7 +243,8 @@ def describe(rows: list[dict[str, Any]], driver: Driver, seconds: float) -> dict
         "counts": dict(sorted(counts.items())),
         **speed,
         "tokens_per_second": speed["tokens"] / seconds,
-        "questions_per_second": len(rows) / seconds,
+        # Of a search that was gone on with, some questions were answered before.
+        "questions_per_second": None if speed["replayed"] else len(rows) / seconds,
     }
 
 
