@@ -2,10 +2,12 @@
 
     phases/<name>.partial/   work in progress, kept over a kill and reused
     phases/<name>/           committed: record.json and whatever the phase wrote
+    phases/<name>.gone.partial/   what is being removed, because the phase is to be done again
     metrics.jsonl            one line a committed phase, in order of commitment
 
 The rename of a phase's folder is the commit. The line in metrics.jsonl follows; if a kill falls between the
-two, the line is written at the next start, so that every phase is named exactly once.
+two, the line is written at the next start, so that every phase is named exactly once. The record of a phase that was
+cut off and gone on with says `resumed`: its seconds are those since it was gone on with.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Journal:
     def __init__(self, root: Path, *, read_only: bool = False):
         self.root, self.metrics = root, root / "metrics.jsonl"
         self._named: set[str] = set()
+        self._resumed: set[str] = set()
         self._lock: Any = None
         if read_only:
             self._records = self._read()
@@ -61,6 +64,8 @@ class Journal:
         except OSError:
             self._lock.close()
             raise Busy(f"{self.root}: another process is running this run; wait for it or choose out=DIR") from None
+        for left in (self.root / "phases").glob("**/*.gone.partial"):
+            shutil.rmtree(left, ignore_errors=True)
         token = os.urandom(8).hex()
         self._lock.truncate(0)
         self._lock.write(token)
@@ -107,8 +112,13 @@ class Journal:
     def folder(self, name: str) -> Path:
         """Where a phase in progress keeps what it already has; empty unless it was cut off before."""
         path = self._partial(name)
-        on_first(path.mkdir, parents=True, exist_ok=True)
+        on_first(self._begin, name, path)
         return path
+
+    def _begin(self, name: str, path: Path) -> None:
+        if path.exists():
+            self._resumed.add(name)
+        path.mkdir(parents=True, exist_ok=True)
 
     def _partial(self, name: str) -> Path:
         return self.root / "phases" / f"{name}.partial"
@@ -122,8 +132,10 @@ class Journal:
         return self._records[name]
 
     def _commit(self, name: str, record: Mapping[str, Any]) -> Record:
-        row = {"phase": name, **record}
+        row = {"phase": name, **record} | ({"resumed": True} if name in self._resumed else {})
         partial, final = self._partial(name), self.root / "phases" / name
+        if final.is_dir() and not (final / "record.json").exists():
+            shutil.rmtree(final)  # what a kill left of a phase that was being removed
         write_durably(partial / "record.json", json.dumps(row, indent=1, allow_nan=False))
         for path in partial.iterdir():
             if path.is_file():
@@ -142,7 +154,15 @@ class Journal:
     def uncommit(self, name: str) -> None:
         """Have a phase done again, because what it made is lost."""
         del self._records[name]
-        on_first(shutil.rmtree, self.root / "phases" / name)
+        on_first(self._remove, self.root / "phases" / name)
+
+    def _remove(self, final: Path) -> None:
+        """Remove a committed folder; killed at any point, it is there whole or is not committed."""
+        gone = final.with_name(f"{final.name}.gone.partial")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(final, gone)
+        sync(final.parent)
+        shutil.rmtree(gone)
 
 
 def check_shared(path: Path, token: str) -> None:
