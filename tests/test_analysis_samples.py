@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import types
 
 import numpy as np
 import pytest
 
-from train.analysis import diversity, memorise
+from train.analysis import diversity, measures, memorise, sections_samples
 from train.analysis.diversity import Answered, answer_entropy, answer_of, grouped, interval, pass_at_k, pass_curve
+from train.learn.dataset import write_jsonl
 from train.tasks import FamilySpec, build_suite
 from train.tasks.task import Question
 
@@ -92,6 +94,37 @@ def test_bootstrap_intervals_cover():
     assert 0.88 <= covered / 200 <= 0.99
     assert interval([0.0, 1.0], seed=1) == interval([0.0, 1.0], seed=1)
     assert interval([2.0]) == [2.0, 2.0, 2.0]
+
+
+def test_what_a_search_kept_tells_no_pass_at_k(tmp_path):
+    """Its right ones are as many as it wanted, its wrong ones those it met on the way."""
+
+    def study(source, samples=0, found=1):
+        folder = tmp_path / f"{source}-{found}"
+        folder.mkdir(exist_ok=True)
+        write_jsonl(folder / "batch-0000.jsonl", rows(("1#2", 1.0), ("1#3", 0.0))[: 2 * found])
+        sampling = types.SimpleNamespace(source=source)
+        run = types.SimpleNamespace(
+            config=types.SimpleNamespace(block=lambda *_: sampling, tasks=types.SimpleNamespace(style="compact")),
+            suite=types.SimpleNamespace(questions=lambda *_, **__: [QUESTION], verify=lambda q, text: text == "1#2"),
+            journal=types.SimpleNamespace(committed_folder=lambda name: folder),
+        )
+        one = types.SimpleNamespace(number=1, sample=types.SimpleNamespace(name="sample"))
+        options = types.SimpleNamespace(samples=samples)
+        return types.SimpleNamespace(run=run, method="m", rounds=[one], options=options, seed=0, notes=[])
+
+    plain, dart, nothing = study("plain"), study("dart"), study("mcts", found=0)
+    (row,) = measures.variety(plain)
+    assert (row["solved"][0], len(row["pass"]), plain.notes) == (1.0, 2, [])
+    (row,) = measures.variety(dart)
+    assert (row["solved"], row["pass"]) == (None, [])
+    assert row["entropy"][0] == 1.0
+    assert "samples=N" in dart.notes[0]
+    assert "sampling.source: dart" in dart.notes[0]
+    assert sections_samples.passes({"diversity": [row]}) is None
+    assert "–" in sections_samples.diversity({"diversity": [row]}).table
+    assert measures.variety(nothing) == []
+    assert sections_samples.diversity({"diversity": []}) is None
 
 
 # --- memorisation ------------------------------------------------------------------------------------------

@@ -144,15 +144,20 @@ def terrain(study: Study) -> Found:
 def variety(study: Study) -> Found:
     """Entropy and number of answers, distinct solutions, and pass@k: of the run's samples, or of samples drawn now."""
     rows = drawn_now(study) if study.options.samples else drawn_by_the_run(study)
+    source = study.run.config.block(study.method, "sampling").source
+    chosen = source != "plain" and not study.options.samples
     table = []
     for about, samples, questions in rows:
         found = grouped(samples, questions, study.run.config.tasks.style)
-        table.append(
-            {
-                **about,
-                **diversity(found, seed=study.seed),
-                "pass": pass_curve([answered.counts for answered in found.values()], seed=study.seed),
-            }
+        if not found:  # a search may find nothing
+            continue
+        curve = [] if chosen else pass_curve([answered.counts for answered in found.values()], seed=study.seed)
+        row = {**about, **diversity(found, seed=study.seed), "pass": curve}
+        table.append(row | ({"solved": None} if chosen else {}))
+    if chosen:
+        study.notes.append(
+            f"Solutions come from sampling.source: {source}, which chooses what it keeps: the variety of samples is of "
+            "what was kept, and pass@k and the share solved are not told from it; samples=N draws plain samples."
         )
     return table
 

@@ -70,7 +70,9 @@ MEASURED = {
 }
 
 
-def diversity(found: Found) -> Section:
+def diversity(found: Found) -> Section | None:
+    if not found["diversity"]:
+        return None
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in found["diversity"]:
         groups.setdefault(row["domain"], []).append(row)
@@ -108,7 +110,9 @@ def diversity(found: Found) -> Section:
 
 
 def passes(found: Found) -> Section | None:
-    rows = found["diversity"]
+    rows = [row for row in found["diversity"] if row["pass"]]
+    if not rows:
+        return None
     most = max(p["k"] for row in rows for p in row["pass"])
     shown = sorted({*(k for k in (1, 2, 4, 8, 16, 32) if k <= most), most})
     drawn = []
