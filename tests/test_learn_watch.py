@@ -116,6 +116,19 @@ def test_held_out_examples_are_drawn_by_the_seed():
     assert watch.hold_out(sources, 0, seed=3) == (sources, [])
     with pytest.raises(UserError, match=r"sft\.watch\.held_out is 20, but there are only 20 examples"):
         watch.hold_out(sources, 20, seed=3)
+    # Of one example a question the draw is the same.
+    assert watch.hold_out(sources, 5, seed=3, question=lambda i: f"q{i}") == (learnt, held)
+
+
+def test_questions_are_held_out_whole():
+    examples = [(f"q{i // 3}", i) for i in range(30)]
+    for seed in range(5):
+        (learnt,), held = watch.hold_out([examples], 4, seed=seed, question=lambda e: e[0])
+        assert len(held) == 6
+        assert not {q for q, _ in learnt} & {q for q, _ in held}
+        assert sorted(learnt + held, key=lambda e: e[1]) == examples
+    with pytest.raises(UserError, match=r"held_out is 2, and the 4 examples are of 1 questions.*none would be left"):
+        watch.hold_out([[("q", i) for i in range(4)]], 2, seed=0, question=lambda e: e[0])
 
 
 # --- traces ---

@@ -7,7 +7,7 @@ import itertools
 import math
 import pathlib
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -21,8 +21,14 @@ WINDOW = 32  # accepted losses whose median a spike is measured by
 FEWEST = 8  # and as many there must be
 
 
-def hold_out(sources: Sequence[Sequence[T]], count: int, *, seed: int) -> tuple[list[list[T]], list[T]]:
+def hold_out(
+    sources: Sequence[Sequence[T]], count: int, *, seed: int, question: Callable[[T], Any] = lambda example: None
+) -> tuple[list[list[T]], list[T]]:
     """Split the examples of one or more sources into those learnt, source by source, and `count` held out of all.
+
+    Args:
+      question: of an example, what it answers; None where it stands alone. Questions are held out whole, so that
+        nothing is learnt from another answer to one, and with the last of them there may be more than `count`.
 
     Example:
       >>> (learnt, more), held = hold_out([["a", "b", "c"], ["d", "e"]], 2, seed=0)
@@ -32,7 +38,20 @@ def hold_out(sources: Sequence[Sequence[T]], count: int, *, seed: int) -> tuple[
     total = sum(map(len, sources))
     if count >= total > 0:
         raise UserError(f"sft.watch.held_out is {count}, but there are only {total} examples; lower it")
-    drawn = set(np.random.Generator(np.random.Philox(key=[seed, 0x4E1D])).permutation(total)[:count].tolist())
+    together: dict[Any, list[int]] = {}
+    for i, example in enumerate(itertools.chain.from_iterable(sources)):
+        asked = question(example)
+        together.setdefault((i,) if asked is None else asked, []).append(i)
+    members, drawn = list(together.values()), set[int]()
+    for i in np.random.Generator(np.random.Philox(key=[seed, 0x4E1D])).permutation(len(members)).tolist():
+        if len(drawn) >= count:
+            break
+        drawn.update(members[i])
+    if count and len(drawn) == total:
+        raise UserError(
+            f"sft.watch.held_out is {count}, and the {total} examples are of {len(members)} questions, held out whole: "
+            "none would be left; lower it"
+        )
     numbered = enumerate(itertools.chain.from_iterable(sources))
     held: list[T] = []
     learnt: list[list[T]] = []
