@@ -66,7 +66,7 @@ def main() -> None:
         tokens, found, steps = 0, 0, []
         for seed in range(int(options["seeds"])):
             with tempfile.TemporaryDirectory() as folder:
-                rows, generated, _ = searched(
+                rows, generated, _, _ = searched(
                     run, "base", questions, settings, (), pathlib.Path(folder), seed=seed, title=label
                 )  # type: ignore[arg-type]  # what a search reads of a run is there
             tokens += generated

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from train.log import UserError, read_jsonl_tolerant
 from train.plan import plan
 from train.resolve import build
 from train.run import Run
+from train.tasks import Question
 
 TINY = yaml.safe_load((Path(__file__).parent.parent / "configs" / "tiny.yaml").read_text())
 METHODS = {
@@ -165,7 +165,13 @@ def test_mistakes_are_named(probe, said):
         plan(config({"plain": {}, "probe": {"probe": {"of": "plain", **probe}}}))
 
 
-def test_a_rule_that_needs_data_says_so(tmp_path):
-    broken = config({"plain": {}, "probe": {"probe": {"of": "plain", "kind": "merge", "rule": "fisher"}}}, rounds=1)
-    with pytest.raises(UserError, match=r"probe/merge: fisher: .*fishers"):
-        improve(dataclasses.replace(broken), name="x", out=tmp_path / "run", quiet=True)
+def test_lines_are_checked_with_as_many_questions_as_the_mean_over_domains_is_worth():
+    def asked(**counts):
+        return [
+            Question(f"{d}{i}", "f", d, "validation", "", "", None, {}) for d, n in counts.items() for i in range(n)
+        ]
+
+    assert probes.effective_size(asked(id=20)) == 20
+    assert probes.effective_size(asked(id=20, ood=20)) == 40
+    assert probes.effective_size(asked(id=90, ood=10)) == 36  # 2² / (1/90 + 1/10)
+    assert probes.effective_size([]) == 0

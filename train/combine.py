@@ -55,6 +55,13 @@ def merged(
         ) from error
 
 
+def candidates(config: Merge, number: int, rounds: int) -> list[Any]:
+    """The values of α that round `number` may use: one, or the candidates of a search."""
+    if isinstance(config.alpha, dict) and "search" in config.alpha:
+        return list(config.alpha["search"])
+    return [jaxmerge.alpha_schedule(number, rounds, config.alpha)]
+
+
 def complement(alpha: Any) -> Any:
     """1 − α, of a number, a gradient over depth, or a map of either by path."""
     if isinstance(alpha, Mapping):

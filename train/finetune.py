@@ -15,7 +15,7 @@ from .config import Finetune, Improve, content
 from .improve import check_same_config, write_config
 from .journal import Journal
 from .learn.batches import Rows, RowSource, steps_of, to_drawn, to_rows
-from .learn.sft import fine_tune, one_epoch
+from .learn.sft import check_patterns, fine_tune, one_epoch
 from .learn.watch import hold_out, speed_of
 from .log import format_percent, say
 from .mesh import make_mesh
@@ -53,6 +53,7 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
     check_sinks(config.sft.watch.sinks)
     mesh = make_mesh(config.mesh)
     model = load_source(config.model, mesh, seed=config.seed)
+    check_patterns(config.sft, model.params)
     if config.data.chat_template:
         from .data.sources import with_template
 
@@ -132,7 +133,10 @@ def read_rows(config: Finetune, model: Model, home: Path) -> tuple[RowSource, Ro
         on_first(lambda: read() and None)  # it writes the TFDS versions that all then read
     examples, notes = read()
     pad = model.tokenizer.pad_id or 0
-    examples, held = hold_out(examples, config.sft.watch.held_out, seed=config.seed)
+    # The samples of a run may have several solutions of a question.
+    examples, held = hold_out(
+        examples, config.sft.watch.held_out, seed=config.seed, question=lambda e: e.get("question_id")
+    )
     unseen = to_rows(held, one_epoch(config.sft), pad, seed=config.seed) if held else None
     if len(examples) == 1 and data.draws is None:
         return to_rows(examples[0], config.sft, pad, seed=config.seed), unseen, notes

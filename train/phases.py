@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,10 @@ from .learn.dataset import read_jsonl, write_jsonl, write_version
 from .learn.sft import fine_tune, one_epoch
 from .learn.watch import hold_out, speed_of
 from .log import UserError, say
-from .mesh import sharding_of
 from .models.decoder import Params
-from .models.load import load_model
-from .plan import BASE, Phase
+from .plan import BASE, Phase, spell
 from .processes import on_first
+from .rehearse import read_reference, rehearse
 from .resolve import build, to_dict
 from .run import Row, Run, dataset_of
 from .sinks import followed
@@ -37,37 +35,19 @@ from .sinks import followed
 
 def load(run: Run, phase: Phase, folder: Path) -> Row:
     del phase, folder
-    check_merges(run)
+    references = rehearse(run)
     jaxmerge.check_finite(run.model.params, name=run.config.model.path or "model.random")
     on_first(export.describe, run.model, run.journal.root / "model")
     count = sum(x.size for x in jax.tree.leaves(run.model.params))
     digest = checkpoint.digest(run.model.params)
     say(f"{run.config.model.path or 'random model'}: {count / 1e6:.1f} M parameters on {run.mesh.size} device(s)")
-    return {"parameters": count, "digest": digest, "majority": run.suite.majority_baselines()}
-
-
-def check_merges(run: Run) -> None:
-    """Refuse a wrong α or path pattern now, not after an hour of sampling and training."""
-    for name, method in run.config.methods.items():
-        config = run.config.block(name, "merge")
-        if method.probe is not None or config.rule == "none":
-            continue
-        for number in range(1, run.config.rounds + 1):
-            try:
-                for alpha in alphas(config, number, run.config.rounds):
-                    if span := combine.importance_span(alpha):
-                        alpha = {"**": list(span)}
-                    merged = functools.partial(combine.merged, config=config, alpha=alpha, key=jax.random.key(0))
-                    jax.eval_shape(merged, run.model.params, run.model.params)
-            except (ValueError, TypeError) as error:
-                raise UserError(f"methods.{name}.merge: {error}") from error
-
-
-def alphas(config: Merge, number: int, rounds: int) -> list[Any]:
-    """The values of α that round `number` may use: one, or the candidates of a search."""
-    if isinstance(config.alpha, dict) and "search" in config.alpha:
-        return list(config.alpha["search"])
-    return [jaxmerge.alpha_schedule(number, rounds, config.alpha)]
+    return {
+        "parameters": count,
+        "digest": digest,
+        "questions": run.suite.digests(),
+        **({"references": references} if references else {}),
+        "majority": run.suite.majority_baselines(),
+    }
 
 
 def sample(run: Run, phase: Phase, folder: Path) -> Row:
@@ -86,7 +66,7 @@ def sample(run: Run, phase: Phase, folder: Path) -> Row:
     )
     key = jax.random.fold_in(run.key, phase.round)
     if config.source == "plain":
-        rows, seconds = run.generate(
+        rows, new, seconds = run.generate(
             phase.inputs["model"], questions, settings, key, folder, batch=config.batch, title=phase.name
         )
         generated = sum(len(r["tokens"]) for r in rows)
@@ -94,7 +74,7 @@ def sample(run: Run, phase: Phase, folder: Path) -> Row:
         from .search.source import searched
 
         seed = run.config.seed * 1000 + phase.round
-        rows, generated, seconds = searched(
+        rows, generated, new, seconds = searched(
             run, phase.inputs["model"], questions, config, settings.stop, folder, seed=seed, title=phase.name
         )
     return {
@@ -102,7 +82,8 @@ def sample(run: Run, phase: Phase, folder: Path) -> Row:
         "samples": len(rows),
         "tokens": sum(len(r["tokens"]) for r in rows),
         "generated": generated,
-        "tokens_per_second": generated / seconds if seconds else None,
+        # Of what this start generated: a phase that was cut off found the rest there.
+        "tokens_per_second": new / seconds if new else None,
     }
 
 
@@ -161,7 +142,7 @@ def sft(run: Run, phase: Phase, folder: Path) -> Row:
     config: Sft = phase.settings
     seed = run.config.seed * 1000 + phase.round
     examples = run.read_examples(run.todo[phase.inputs["data"]])
-    (learnt,), held = hold_out([examples], config.watch.held_out, seed=seed)
+    (learnt,), held = hold_out([examples], config.watch.held_out, seed=seed, question=lambda e: e["question_id"])
     pad = run.model.tokenizer.pad_id or 0
     rows = to_rows(learnt, config, pad, seed=seed)
     home = run.checkpoints(phase.name)
@@ -209,9 +190,7 @@ def merge(run: Run, phase: Phase, folder: Path) -> Row:
     tuned = run.weights(phase.inputs["tuned"])
     anchor = combine.running_average([run.weights(m) for role, m in phase.inputs.items() if role.startswith("anchor")])
     key = jax.random.fold_in(jax.random.fold_in(run.key, phase.round), np.uint32(0xDA2E))
-    reference = None
-    if config.reference != "anchor":
-        reference = load_model(config.reference, sharding=functools.partial(sharding_of, run.mesh)).params
+    reference = None if config.reference == "anchor" else read_reference(run, config.reference)
 
     def merged(alpha):
         try:
@@ -220,15 +199,16 @@ def merge(run: Run, phase: Phase, folder: Path) -> Row:
             raise UserError(f"{phase.name}: {error}") from error
 
     searched: Row = {}
-    candidates = alphas(config, phase.round, run.config.rounds)
+    candidates = combine.candidates(config, phase.round, run.config.rounds)
     if len(candidates) > 1:
         scores = {}
         for alpha in candidates:
             run.held["candidate"] = merged(alpha)
-            scores[alpha] = run.validate("candidate", folder / f"alpha-{alpha:g}", f"{phase.name} α={alpha:g}")
+            name = spell(alpha)
+            scores[alpha] = run.validate("candidate", folder / f"alpha-{name}", f"{phase.name} α={name}")
         run.held.pop("candidate", None)
         alpha = max(scores, key=lambda a: (scores[a], -a))
-        searched = {"searched": {f"{a:g}": s for a, s in scores.items()}}
+        searched = {"searched": {spell(a): s for a, s in scores.items()}}
     else:
         (alpha,) = candidates
         if span := combine.importance_span(alpha):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from .log import UserError, append_jsonl, read_jsonl_tolerant, say
 from .models.decoder import Params
 from .plan import BASE, Phase
 from .processes import on_first
+from .tasks import Question
 
 if TYPE_CHECKING:
     from .run import Run
@@ -34,8 +36,7 @@ def made(run: Run, phase: Phase) -> tuple[Params, Row]:
     if kind == "merge":
         models = [run.read_weights(path) for path in run.snapshots(phase.inputs["tuned"])]
         try:
-            rule = jaxmerge.RULES[settings["rule"]]
-            merged = rule(models, base=None if rule.needs.base == "none" else base, **settings["parameters"])
+            merged = by_rule(models, base, rule=settings["rule"], parameters=settings["parameters"])
         except (TypeError, ValueError, KeyError) as error:
             raise UserError(f"{phase.name}: {settings['rule']}: {error}") from error
         return merged, {"coefficients": settings["parameters"], "snapshots": list(range(len(models)))}
@@ -62,12 +63,28 @@ def made(run: Run, phase: Phase) -> tuple[Params, Row]:
     }  # fmt: skip
 
 
+def by_rule(models: list[Params], base: Params, *, rule: str, parameters: Mapping[str, Any]) -> Params:
+    """A rule of the library on a round's checkpoints."""
+    merge = jaxmerge.RULES[rule]
+    return merge(models, base=None if merge.needs.base == "none" else base, **parameters)
+
+
 def ranked(run: Run, phase: Phase, count: int) -> tuple[list[Params], list[int]]:
     """The best checkpoints on validation, the best first, and their numbers."""
     record = run.journal.committed(phase.inputs["rank"])
     assert record is not None, f"{phase.inputs['rank']} is read before it is committed"
     paths, best = run.snapshots(phase.inputs["tuned"]), record["best"][:count]
     return [run.read_weights(paths[i]) for i in best], best
+
+
+def effective_size(questions: Sequence[Question]) -> int:
+    r"""How many questions would make a pooled accuracy as certain as the mean over the D domains is.
+
+    Its variance is :math:`p(1-p) \frac{1}{D^2} \sum_d \frac{1}{n_d}`: :math:`D^2 / \sum_d \frac{1}{n_d}`, D times the
+    harmonic mean.
+    """
+    sizes = Counter(q.domain for q in questions).values()
+    return round(len(sizes) ** 2 / sum(1 / n for n in sizes)) if sizes else 0
 
 
 def search(run: Run, phase: Phase, folder: Path) -> tuple[Params, Row]:
@@ -92,7 +109,7 @@ def search(run: Run, phase: Phase, folder: Path) -> tuple[Params, Row]:
         base,
         evaluate,
         strategy=jaxmerge.staged if strategy == "staged" else strategy,
-        questions=len(questions),
+        questions=effective_size(questions),
         trials=before,
         on_trial=lambda trial: on_first(append_jsonl, log, trial),
     )

@@ -31,7 +31,7 @@ from .models.source import load_source
 from .plan import BASE, Outcome, Phase, Plan
 from .processes import on_first
 from .stop import check
-from .tasks import STOP_STRINGS, Question, build_suite
+from .tasks import STOP_STRINGS, Question, Suite, build_suite
 from .tasks.suite import Split
 
 Row = dict[str, Any]
@@ -47,6 +47,7 @@ class Run:
         self.name, self.command = name, command
         self.mesh = make_mesh(config.mesh)
         self.suite = build_suite(config.tasks.families, seed=config.tasks.seed, style=config.tasks.style)
+        check_questions(self.suite, journal)
         self.key = jax.random.key(config.seed)
         self.loaded: Model | None = None
         self.held: dict[str, Params] = {}
@@ -122,14 +123,17 @@ class Run:
         *,
         batch: int,
         title: str,
-    ) -> tuple[list[Row], float]:
-        """Completions of every question, committed a batch at a time to `folder`; (rows, seconds spent here)."""
+    ) -> tuple[list[Row], int, float]:
+        """Completions of every question, committed a batch at a time to `folder`.
+
+        Returns (rows, tokens generated since this start, seconds spent on them).
+        """
         prompts = round.prompts(self.suite, self.model.tokenizer, questions, self.config.tasks.few_shot)
         groups = list(batched(prompts, batch))
         paths = [folder / f"batch-{i:04d}.jsonl" for i in range(len(groups))]
         there = on_first(lambda: [path.exists() for path in paths])
         done = sum(len(group) for group, is_there in zip(groups, there, strict=True) if is_there) * settings.samples
-        start = time.perf_counter()
+        start, tokens = time.perf_counter(), 0
         with progress(title, total=len(prompts) * settings.samples, unit="samples", done=done) as bar:
             for group, path, is_there in zip(groups, paths, there, strict=True):
                 if is_there:
@@ -145,7 +149,8 @@ class Run:
                     between=check,
                 )
                 on_first(write_jsonl, path, [sample_row(s) for s in samples])
-        return [row for path in paths for row in read_jsonl(path)], time.perf_counter() - start
+                tokens += sum(len(s.tokens) for s in samples)
+        return [row for path in paths for row in read_jsonl(path)], tokens, time.perf_counter() - start
 
     def worked(self, split: Split) -> list[Text]:
         """The questions of a split with their worked solutions, or their answers where a family has none."""
@@ -179,7 +184,7 @@ class Run:
 
     def answer(self, model: str, questions: Sequence[Question], folder: Path, title: str):
         """Greedy answers, judged: ({question id: 1.0 or 0.0}, seconds); what cannot be judged counts as wrong."""
-        rows, seconds = self.generate(
+        rows, _, seconds = self.generate(
             model, questions, self.evaluated_by(), self.key, folder, batch=self.config.evaluation.batch, title=title
         )
         scored = round.verify(self.suite, {q.id: q for q in questions}, rows)
@@ -191,7 +196,7 @@ class Run:
         settings = self.evaluated_by(samples=config.samples, temperature=config.temperature)
         on_first(folder.mkdir, exist_ok=True)
         key = jax.random.fold_in(self.key, np.uint32(evaluate.SAMPLED))
-        rows, _ = self.generate(model, questions, settings, key, folder, batch=config.batch, title=title)
+        rows, _, _ = self.generate(model, questions, settings, key, folder, batch=config.batch, title=title)
         right = dict.fromkeys((q.id for q in questions), 0)
         for row in round.verify(self.suite, {q.id: q for q in questions}, rows):
             right[row["question_id"]] += row["score"] == 1.0
@@ -221,6 +226,23 @@ class Run:
 
     def read_examples(self, phase: Phase) -> list[Row]:
         return read_version(self.journal.root / "samples", *dataset_of(phase))[0]
+
+
+def check_questions(suite: Suite, journal: Journal) -> None:
+    """Refuse to go on with other questions than the run began with: some models would be judged by other answers.
+
+    A run begun before these were kept passes.
+    """
+    record = journal.committed(f"{BASE}/load") or {}
+    then, now = record.get("questions"), suite.digests()
+    changed = [family for family in now if then is not None and then.get(family) != now[family]]
+    if changed:
+        paths = {str(s.args["path"]) for s in suite.specs if s.family in changed and "path" in s.args}
+        files = f" ({', '.join(sorted(paths))})" if paths else ""
+        raise UserError(
+            f"{journal.root}: the questions, answers or solutions of {', '.join(changed)}{files} changed since this "
+            "run began; restore them or choose another folder with out=DIR"
+        )
 
 
 def sample_row(sample: Sample) -> Row:

@@ -25,6 +25,7 @@ from ..mesh import replicated, shardings
 from ..models.config import ModelConfig
 from ..models.decoder import Params, is_stacked
 from ..models.fused import choose
+from ..models.lora import check_targets, init_lora
 from ..models.lora_files import save_lora
 from ..models.stacked import stack_layers, unstack_layers
 from ..processes import on_first
@@ -33,7 +34,7 @@ from . import frozen as adapters
 from .batches import RowSource, steps_of
 from .frozen import Frozen
 from .objective import Compute, loss_sums
-from .optim import Moments, adamw, ema_keep, learning_rate, start
+from .optim import Moments, adamw, decay_mask, ema_keep, learning_rate, start
 from .settings import Sft, Stay, Step
 from .shares import Shares
 from .speed import batch_flops, peak_flops, tokens_of
@@ -177,6 +178,28 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute):
     return step
 
 
+def check_patterns(config: Sft, params: Params, where: str = "") -> None:
+    """Raise what a step would raise of path patterns that match nothing, before there are examples to learn.
+
+    Args:
+      params: arrays or shapes. where: what the message begins with.
+    """
+
+    def trained(params: Params) -> Params:
+        if config.lora is not None:
+            params = init_lora(config.lora, params, jax.random.key(0))
+        return stack_layers(params) if config.step.layers == "stacked" else params
+
+    try:
+        shapes = jax.eval_shape(trained, params)
+        held(config.stay.freeze, shapes)
+        decay_mask(shapes, config.step.decay)
+        if config.lora is not None:
+            check_targets(config.lora, params)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None
+
+
 class Checkpoints:
     """Where a fine-tuning run saves its state; this one saves nothing and starts from the beginning."""
 
@@ -221,9 +244,9 @@ def fine_tune(
 
     Returns:
       The tuned parameters (their average, with `config.step.ema`) in the dtype of `params`, and the metrics of every
-      update made: step, loss (a target), targets, gradient_norm, learning_rate, skipped (updates so far), seconds,
-      tokens_per_second (up to each row's last target), mfu (of every position computed), and held_out_loss where
-      it was measured.
+      update made: step, loss (a target; β·KL is in it with `config.stay.kl`, and is not in held_out_loss), targets,
+      gradient_norm, learning_rate, skipped (updates so far), seconds, tokens_per_second (up to each row's last
+      target), mfu (of every position computed), and held_out_loss where it was measured.
 
     Raises:
       UserError: `max_skipped` updates in a row, or the last one, were not finite or spikes.

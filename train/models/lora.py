@@ -69,6 +69,15 @@ def init_lora(lora: Lora, params: Params, key: jax.Array) -> Params:
     return adapter
 
 
+def check_targets(lora: Lora, params: Params) -> None:
+    """Refuse a pattern of `lora.targets` that names no matrix of `params`: the others would hide it."""
+    names = ["/".join(path) for path, _ in modules(params)]
+    for pattern in lora.targets:
+        if not any(re.search(pattern, name) for name in names):
+            near = sorted({name.rpartition("/")[2] for name in names})
+            raise UserError(f"lora.targets: {pattern!r} names no matrix of the model; modules end in {near}")
+
+
 def attach(lora: Lora, params: Params, adapter: Params, *, key: jax.Array | None = None) -> Params:
     """Parameters with the adapter as side paths, for `decoder.bind` and all that calls it; differentiable in both.
 

@@ -36,10 +36,10 @@ Row = dict[str, Any]
 def searched(
     run: Run, weights: str, questions: list[Question], config: Sampling, stop: tuple[str, ...], folder: Path, *,
     seed: int, title: str,
-) -> tuple[list[Row], int, float]:  # fmt: skip
+) -> tuple[list[Row], int, int, float]:  # fmt: skip
     """Solutions of every question as rows of a sample phase, in the order of the questions.
 
-    Returns (rows, tokens generated for all of it, seconds spent here).
+    Returns (rows, tokens generated for all of it, those generated since this start, seconds spent on these).
 
     Args:
       weights: the phase that made the model.
@@ -75,8 +75,8 @@ def searched(
         driver.run(((c.id, KINDS[search.kind](c)) for c in subjects), between=check)
     rows = [row for q in questions for row in rows_of(q.id, found[q.id], prompts, tokenizer)]
     on_first(write_jsonl, folder / "batch-0000.jsonl", rows)
-    generated = driver.counts["tokens"] + driver.counts["replayed_tokens"]
-    return rows, generated, time.perf_counter() - start
+    new = driver.counts["tokens"]
+    return rows, new + driver.counts["replayed_tokens"], new, time.perf_counter() - start
 
 
 def drawing(config: Sampling, prompts: Prompts) -> Drawing:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from ..log import UserError
-from .code import MbppTask
+from .code import CodeTask, MbppTask
 from .compact import CompactTask
 from .functions import code_task
 from .judged import PREFIX, JudgedTask
@@ -85,6 +86,23 @@ class Suite:
     def unjudged(self) -> dict[str, dict[str, int]]:
         """Count, a family, the exception classes that kept answers from being judged."""
         return {name: dict(task.unjudged) for name, task in self.tasks.items() if task.unjudged}
+
+    def digests(self) -> dict[str, str]:
+        """Tell the questions of each family by 32 hex digits: of ids, splits, texts, answers, solutions.
+
+        Of files also what else a verdict rests on, tests say; generators' own notes may differ between processes.
+        """
+        found = {}
+        for family in self.families():
+            task, total = self.tasks[family], hashlib.sha256()
+            read = isinstance(task, LocalTask | CodeTask)
+            for q in self.questions(family=family):
+                # The name of a problem may be its line's number.
+                entry = {key: value for key, value in q.entry.items() if key != "id"} if read else None
+                row = [q.id, q.domain, q.split, q.text, q.answer, q.solution, entry]
+                total.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+            found[family] = total.hexdigest()[:32]
+        return found
 
     def majority_baselines(self) -> list[dict[str, Any]]:
         """Compute what always giving the most common gold answer would score, a family and split.
