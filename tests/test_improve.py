@@ -56,7 +56,7 @@ def jaxmerge(*words: object, point: str | None = None, calls: int = 1, code: int
 def timeless(value):
     """Metrics without what a clock says."""
     if isinstance(value, dict):
-        clocks = ("seconds", "tokens_per_second", "mfu", "phase_seconds", "command")
+        clocks = ("seconds", "tokens_per_second", "mfu", "phase_seconds", "command", "resumed")
         return {k: timeless(v) for k, v in value.items() if k not in clocks}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
@@ -145,6 +145,9 @@ def test_killed_anywhere_a_run_goes_on_and_ends_bit_identical(undisturbed, tmp_p
     ours, theirs = lines(run / "metrics.jsonl"), lines(reference / "metrics.jsonl")
     assert [line["phase"] for line in ours] == [line["phase"] for line in theirs]
     assert timeless(ours) == timeless(theirs)  # the digests of all weights among them
+    assert [line["phase"] for line in theirs if "resumed" in line] == []
+    resumed = {line["phase"] for line in ours if line.get("resumed")}
+    assert {"round-1/plain/sample", "round-1/plain/sft"} <= resumed, "its seconds are not the whole"
     summaries = [json.loads((r / "summary.json").read_text()) for r in (run, reference)]
     assert timeless(summaries[0]) == timeless(summaries[1])
     for path in reference.glob("phases/**/batch-*.jsonl"):
