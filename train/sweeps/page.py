@@ -226,12 +226,11 @@ def layers(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:
                 rows.append([name, score, str(len(tests)), rho, str(small)])
     lines = table(["method", "importance by", "n", "Spearman's ρ after the last round", "runs with p < 0.05"], rows)
     count = max((run.row["analysis"]["layers"] for run in looked), default=0)
-    # Importance is the base's, so each point counts once: every method's run there has measured the same.
-    points = {str(run.axes): run for run in looked}.values()
     columns = {}
     for label, pick in (("importance (skip)", "skip"), ("importance (Taylor)", "taylor")):
-        values = [v for run in points if (v := run.row["analysis"]["importance"][pick])]
-        columns[label] = [percent([v[i] for v in values], scale=1.0, digits=2) for i in range(count)]
+        # It is the base's: however many runs have measured the same, a model counts once, and two have no interval.
+        values = {str(v): v for run in looked if (v := run.row["analysis"]["importance"][pick])}.values()
+        columns[label] = [f"{sum(v[i] for v in values) / len(values):.2f}" if values else "–" for i in range(count)]
     for name in dict.fromkeys(run.method for run in looked):
         changes = [pictures.last_change(run) for run in looked if run.method == name]
         columns[f"change by {name}, %"] = [
