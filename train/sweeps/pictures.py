@@ -24,9 +24,16 @@ def row(method: str, number: int, domain: str, values: Sequence[float]) -> dict[
     return {"method": method, "round": number, "domain": domain, "accuracy": mean, "low": low, "high": high}
 
 
+def before(found: Sequence[Run], domain: str) -> float:
+    """The mean of the original models."""
+    values = [run.before(domain) for run in originals(found)]
+    return sum(values) / len(values)
+
+
 def frontier(of: Mapping[str, Sequence[Run]], found: Sequence[Run], shown: Collection[str]) -> str:
     """In domain against out of domain: the base, and the rounds of the methods `shown`."""
-    rows = [row("base", 0, d, [run.before(d) for run in originals(found)]) for d in ("id", "ood")]
+    # The original models are two or three, too few for an interval that would not fill the picture.
+    rows = [row("base", 0, d, [before(found, d)]) for d in ("id", "ood")]
     for name in of:
         if name in shown:
             for number in of[name][0].rounds:
@@ -40,14 +47,18 @@ def lines_of_coefficients(found: Sequence[Run]) -> str:
     drawn = []
     for method in dict.fromkeys(m[1] for run in found if (m := COEFFICIENT.match(run.method))):
         own = [run for run in found if (m := COEFFICIENT.match(run.method)) and m[1] == method]
-        points = {0.0: mean_interval([run.before("id") for run in originals(own)])}
+        points = {0.0: mean_interval([before(own, "id")])}
         for run in own:
             coefficient = float(run.method.rsplit(" ", 1)[1])
             same = by_seed([other for other in own if other.method == run.method], accuracy("id"))
             points[coefficient] = mean_interval(same)
         track = sorted(points.items())
         drawn.append(
-            Line(method, [(c, m) for c, (m, _, _) in track], [(lo, hi) for _, (_, lo, hi) in track if lo == lo])
+            Line(
+                method,
+                [(c, m) for c, (m, _, _) in track],
+                [(lo, hi) if lo == lo else (m, m) for _, (m, lo, hi) in track],
+            )
         )
     return lines(
         drawn, name="lines", title="Along the line", x_title="λ of base + λ · change", y_title="accuracy in domain",
