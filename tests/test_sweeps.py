@@ -362,6 +362,13 @@ def test_one_more_round_is_one_more_chance_and_not_compared():
     assert not page.alike_in_rounds([(once, twice)])
 
 
+def test_two_seeds_have_no_p_value():
+    runs = {m: [pretended(m, s, "low", rounds=((a, 0.5),)) for s in "123"] for m, a in (("rate", 0.5), ("imm", 0.6))}
+    pairs = tables.against(runs, "rate")
+    assert page.p_values(pairs, tables.balance) == {"imm": 0.0}
+    assert page.p_values({"imm": pairs["imm"][:2]}, tables.balance) == {}
+
+
 def test_rounds_are_shown_one_by_one():
     of = {"plain": [pretended("plain", "1", "low", rounds=((0.6, 0.4), (0.7, 0.3)))]}
     assert "| plain | 60.0 | 40.0 | 70.0 | 30.0 |" in tables.by_round(of)
