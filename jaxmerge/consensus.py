@@ -5,7 +5,7 @@ A consensus is a function `(deltas, weights, *, normalize) -> array` of one leaf
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
@@ -34,6 +34,12 @@ class Deltas(tuple[Array, ...]):
 
 
 CANCELLED = 1e-6  # of Σ|w|: what is left of weights that sum to zero is rounding, in float32
+
+
+def cancel(weights: Sequence[float]) -> bool:
+    """Whether concrete weights sum to zero, but for rounding."""
+    # By difference, for an infinite sum is no zero.
+    return abs(sum(weights)) - CANCELLED * sum(map(abs, weights)) <= 0
 
 
 def _sum(terms: list[Array]) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxmerge import measure
-from jaxmerge.consensus import CANCELLED, weighted_sum
+from jaxmerge.consensus import cancel, weighted_sum
 from jaxmerge.leafwise import Operands, leafwise, requires
 from jaxmerge.tree import Array, PyTree, is_concrete
 
@@ -98,8 +98,7 @@ def check_sum(weights: Sequence[Any], path: str | None = None, *, rule: str, opt
     if not is_concrete(weights):
         return
     entries = [float(weight) for weight in weights]
-    # By difference, for an infinite sum is no zero.
-    if abs(sum(entries)) - CANCELLED * sum(map(abs, entries)) <= 0:
+    if cancel(entries):
         at = "" if path is None else f" at leaf {path!r}"
         way_out = ", or pass normalize=False for the plain weighted sum" if optional else ""
         raise ValueError(

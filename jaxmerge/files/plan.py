@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.consensus import CANCELLED
+from jaxmerge.consensus import cancel
 from jaxmerge.delta import check_compat
 from jaxmerge.files import companions, layers, operands, safetensors, vocabulary
 from jaxmerge.files.methods import COPY, METHODS, REQUIRED, Method, Number, resolve
@@ -290,7 +290,7 @@ class _Planner:
 
     def _check_sum(self, name: str, weights: Sequence[float]) -> None:
         """Raise if weights sum to zero, but for rounding: the rule would say so too, after hours of other tensors."""
-        if abs(sum(weights)) > CANCELLED * sum(map(abs, weights)):
+        if not cancel(weights):
             return
         recipe = self.recipe
         switch = next((key for key, (keyword, _) in recipe.method.options.items() if keyword == "normalize"), None)

@@ -28,6 +28,7 @@ Several documents with a `name` each are stages: a name stands for its result wh
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -115,7 +116,7 @@ class Recipe:
     text: str
     notes: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def method(self) -> Method:
         return methods()[self.merge_method]
 
@@ -213,8 +214,9 @@ class _Parser:
         if document.get("merge_method") is None:
             raise ValueError(f"no 'merge_method'; there are {', '.join(methods())}")
         self.name: str = document["merge_method"]
-        known(self.name, methods(), "merge_method")
-        self.method = methods()[self.name]
+        there = methods()
+        known(self.name, there, "merge_method")
+        self.method = there[self.name]
         base = document.get("base_model")
         self.base = None if base is None else model_name(base, "base_model")
         self.needs = RULES[self.method.rule].needs

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..analysis.pictures import Line, lines, scatter
 from ..charts import frontier as frontier_of_rows
-from .read import Run, by_seed, originals
+from .read import Run, before, by_seed
 from .stats import mean_interval
 from .tables import accuracy
 
@@ -24,15 +24,8 @@ def row(method: str, number: int, domain: str, values: Sequence[float]) -> dict[
     return {"method": method, "round": number, "domain": domain, "accuracy": mean, "low": low, "high": high}
 
 
-def before(found: Sequence[Run], domain: str) -> float:
-    """The mean of the original models."""
-    values = [run.before(domain) for run in originals(found)]
-    return sum(values) / len(values)
-
-
 def frontier(of: Mapping[str, Sequence[Run]], found: Sequence[Run], shown: Collection[str]) -> str:
     """In domain against out of domain: the base, and the rounds of the methods `shown`."""
-    # The original models are two or three, too few for an interval that would not fill the picture.
     rows = [row("base", 0, d, [before(found, d)]) for d in ("id", "ood")]
     for name in of:
         if name in shown:

@@ -83,6 +83,12 @@ def originals(found: Sequence[Run]) -> list[Run]:
     return list({str(sorted((s.domain, s.family, s.accuracy) for s in run.base)): run for run in found}.values())
 
 
+def before(found: Sequence[Run], domain: str, family: str = "all", k: int | None = None) -> float:
+    """The mean of the original models, each counted once; they are two or three, too few for an interval."""
+    values = [run.before(domain, family, k) for run in originals(found)]
+    return sum(values) / len(values)
+
+
 def by_seed(found: Iterable[Run], measure: Callable[[Run], float]) -> list[float]:
     """A measure at each seed, the mean over the other axes: what intervals and tests count as one.
 

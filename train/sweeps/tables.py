@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .read import Run, by_seed, originals
+from .read import Run, before, by_seed, originals
 from .stats import gain, mean_interval
 
 Pair = tuple[Run, Run]
@@ -57,16 +57,10 @@ def frontier_gain(run: Run) -> float:
 
 
 def base_row(found: list[Run], domains: list[str], k: int) -> list[str]:
-    """The original models' means; they are two or three, too few for an interval."""
-    seen = originals(found)
-    row = ["base", str(len(seen)), *(mean(run.before(d) for run in seen) for d in domains)]
-    row += [mean(run.before(d, k=k) for run in seen) for d in domains if k and d in ("id", "ood")]
-    return [*row, mean((run.before("id") + run.before("ood")) / 2 for run in seen), "", "0", ""]
-
-
-def mean(values: Iterable[float]) -> str:
-    kept = list(values)
-    return percent([sum(kept) / len(kept)])
+    """The original models' means."""
+    row = ["base", str(len(originals(found))), *(percent([before(found, d)]) for d in domains)]
+    row += [percent([before(found, d, k=k)]) for d in domains if k and d in ("id", "ood")]
+    return [*row, percent([(before(found, "id") + before(found, "ood")) / 2]), "", "0", ""]
 
 
 def p_text(p: float | None) -> str:
@@ -80,7 +74,7 @@ def families(found: list[Run], of: dict[str, list[Run]], methods: list[str]) -> 
     )
     if len(kinds) < 2:
         return []
-    rows = [["base", *(mean(run.before("ood", family=f) for run in originals(found)) for f in kinds)]]
+    rows = [["base", *(percent([before(found, "ood", f)]) for f in kinds)]]
     for name in methods:
         rows.append([name, *(over_seeds(of[name], accuracy("ood", family=f)) for f in kinds)])
     return folded("Out of domain, kind by kind (%)", table(["method", *kinds], rows))
