@@ -30,10 +30,14 @@ def picture(run: Run) -> str:
         if swept
         else ""
     )
+    based = any(row["method"] == "base" for row in rows)
+    start, tint = (
+        ("starts at the base and ", " The tinted quarter is better than the base in both.") if based else ("", "")
+    )
     caption = (
-        "Each method starts at the base and takes one numbered step a round; to the right it has learnt what it"
-        " was trained on, downwards it has forgotten other things. The tinted quarter is better than the base in"
-        f" both. Thin crosses are 95 % intervals of each accuracy by itself.{curve} The same picture for a paper:"
+        f"Each method {start}takes one numbered step a round; to the right it has learnt what it was trained on,"
+        f" downwards it has forgotten other things.{tint} Thin crosses are 95 % intervals of each accuracy by"
+        f" itself.{curve} The same picture for a paper:"
         ' <a href="figures/frontier.svg">figures/frontier.svg</a>.'
     )
     drawn = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
@@ -59,7 +63,8 @@ def families(run: Run) -> str:
             drawn.append(family_dots(rows, title=title, name=f"family{len(drawn)}", methods=methods(run)))
     if not drawn:
         return ""
-    note = "After each method's last round, with 95 % intervals; the dotted rule is the base. Numbers in percent."
+    rule = "; the dotted rule is the base" if any(r["method"] == "base" for r in single) else ""
+    note = f"After each method's last round, with 95 % intervals{rule}. Numbers in percent."
     return f'<p class="quiet">{note}</p><div class="panels">{"".join(drawn)}</div>'
 
 

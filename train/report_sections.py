@@ -123,10 +123,11 @@ def headline(run: Run) -> str:
         name = escape(method) + ("" if method == "base" else f" after round {rounds}")
         title = f'<div class="card" style="--c:{_colour(run, method)}"><h3>{name}</h3>'
         cards.append(f"{title}<dl>{''.join(lines)}</dl></div>")
-    note = (
-        "Share of questions answered right. Below it: for the base its 95 % interval, for the others the change"
-        " against the base in points, with the 95 % interval of the paired difference where it was measured."
+    below = (
+        "for the base its 95 % interval, for the others the change against the base in points, with the 95 % interval"
+        " of the paired difference where it was measured"
     )
+    note = f"Share of questions answered right. Below it: {below if base else 'its 95 % interval'}."
     return f'<div class="cards">{"".join(cards)}</div><p class="quiet">{note}</p>'
 
 

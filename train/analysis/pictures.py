@@ -52,7 +52,7 @@ def lines(
       rules: x values to mark with a dotted rule, with their names.
       x_marks: x values with what is written under them, in place of round numbers.
     """
-    xs = [x for line in drawn for x, _ in line.points]
+    xs = [x for line in drawn for x, _ in line.points] + [x for x, _ in rules]
     ys = [y for line in drawn for _, y in line.points if math.isfinite(y)]
     ys += [y for line in drawn for pair in line.intervals for y in pair]
     y_low, y_high = bounds([*ys, 0.0] if zero else ys, pad=0.08)
@@ -97,10 +97,15 @@ def scatter(
     note: str = "",
     standalone: bool = False,
 ) -> str:
-    """Draw named points, such as layers by importance (x) and change (y)."""
+    """Draw named points, such as layers by importance (x) and change (y).
+
+    Where there are more than a dozen, each is named by its last word alone: `layer 17` by `17`.
+    """
     canvas = Canvas(WIDTH, 260)
-    x = Scale(*bounds([p[0] for p in points], pad=0.1), 54, WIDTH - 8)
     y = Scale(*bounds([p[1] for p in points], pad=0.12), 212, 50)
+    left = max(text_width(short(v), size=12) for v in ticks(y.low, y.high, count=4)) + 7
+    x = Scale(*bounds([p[0] for p in points], pad=0.1), max(54, left), WIDTH - 8)
+    many = len(points) > 12
     canvas.text((0, 14), title, "strong")
     canvas.text((WIDTH, 33), note, "small", anchor="end")
     canvas.text((0, 33), y_title, "soft small")
@@ -111,8 +116,9 @@ def scatter(
         placer.avoid((x(a), y(b)), 4)
     for a, b, label in points:
         canvas.circle((x(a), y(b)), 4, "f0")
-        place, _ = placer.place((x(a), y(b)), label, gap=4, size=12)
-        canvas.text(place, label, "soft small", anchor="middle")
+        named = label.rsplit(" ", 1)[-1] if many else label
+        place, _ = placer.place((x(a), y(b)), named, gap=4, size=12)
+        canvas.text(place, named, "soft small", anchor="middle")
     said = "; ".join(f"{label}: {short(a)}, {short(b)}" for a, b, label in points)
     return canvas.svg(name=name, title=f"{title}: {y_title} by {x_title}", description=said, standalone=standalone)
 
