@@ -4,6 +4,9 @@ import json
 import os
 import pathlib
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -261,3 +264,30 @@ def test_another_tokenizer_is_another_merge(here, monkeypatch, which):
     swapped(files[which])
     with pytest.raises(ValueError, match="out exists already; give another output folder, or remove it"):
         merge("recipe.yaml", "out")
+
+
+BEGIN = """
+import os, pathlib, signal, sys
+from jaxmerge.files.safetensors import new_folder
+with new_folder(pathlib.Path(sys.argv[1])) as partial:
+    (partial / "weights").write_bytes(b"0" * 1000)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_kill_left_is_removed_by_the_next_and_what_is_being_written_is_not(tmp_path):
+    out = tmp_path / "a[1]"  # a name that a pattern would read otherwise
+    with safetensors.new_folder(out) as ours:
+        (ours / "weights").write_bytes(b"1" * 10)
+        killed = subprocess.run(
+            [sys.executable, "-c", BEGIN, str(out)], cwd=pathlib.Path(__file__).parent.parent, check=False
+        )
+        assert killed.returncode == -signal.SIGKILL
+        left = [path for path in tmp_path.iterdir() if path != ours]
+        assert len(left) == 1
+        assert (left[0] / "weights").stat().st_size == 1000
+        with pytest.raises(KeyError), safetensors.new_folder(out):
+            raise KeyError
+        assert [*tmp_path.iterdir()] == [ours]
+    assert [*tmp_path.iterdir()] == [out]
+    assert (out / "weights").read_bytes() == b"1" * 10

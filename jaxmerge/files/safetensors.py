@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
+import glob
 import json
 import math
 import os
@@ -16,7 +18,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ml_dtypes
@@ -245,11 +247,19 @@ def check_free(out: pathlib.Path) -> None:
 
 @contextmanager
 def new_folder(out: pathlib.Path, wanted_bytes: int = 0) -> Iterator[pathlib.Path]:
-    """Yield a temporary folder beside `out` that becomes `out` when the block ends well, else goes away."""
+    """Yield a temporary folder beside `out` that becomes `out` when the block ends well, else goes away.
+
+    A process that is killed leaves its temporary folder behind; the next to write the same `out` removes it. The lock
+    on the folder itself, which ends with its process, tells those of the dead from those being written.
+    """
     check_free(out)
     parent = out.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        for left in parent.glob(f".{glob.escape(out.name)}.partial-*"):
+            with suppress(FileNotFoundError), _locked(left) as free:  # another may have removed it meanwhile
+                if free:
+                    shutil.rmtree(left)
         free = shutil.disk_usage(parent).free
         if free < wanted_bytes:
             raise ValueError(
@@ -259,13 +269,14 @@ def new_folder(out: pathlib.Path, wanted_bytes: int = 0) -> Iterator[pathlib.Pat
     except OSError as error:
         raise ValueError(f"cannot write {out}: {error.strerror}; choose another output folder") from None
     try:
-        yield partial
-        partial.chmod(0o755)
-        sync_all(partial)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-        sync(parent)
+        with _locked(partial):
+            yield partial
+            partial.chmod(0o755)
+            sync_all(partial)
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
+            sync(parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ValueError(f"no space left while writing {out}; nothing was kept") from None
@@ -273,6 +284,21 @@ def new_folder(out: pathlib.Path, wanted_bytes: int = 0) -> Iterator[pathlib.Pat
     finally:
         if partial.exists():
             shutil.rmtree(partial)
+
+
+@contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[bool]:
+    """Hold the lock of a folder, if it is free and its file system has locks; yield whether it is held."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
 
 
 def sync_all(folder: pathlib.Path) -> None:
