@@ -27,7 +27,8 @@ def row(method: str, number: int, domain: str, values: Sequence[float]) -> dict[
 def frontier(of: Mapping[str, Sequence[Run]], found: Sequence[Run], shown: Collection[str]) -> str:
     """In domain against out of domain: the base, and the rounds of the methods `shown`."""
     rows = [row("base", 0, d, [before(found, d)]) for d in ("id", "ood")]
-    for name in of:
+    # Plain last: with it or without, the others keep their colours.
+    for name in sorted(of, key="plain".__eq__):
         if name in shown:
             for number in of[name][0].rounds:
                 for domain in ("id", "ood"):
