@@ -384,7 +384,7 @@ def test_an_original_model_counts_once():
     assert [run.before("id") for run in originals(found)] == [0.5, 0.4]
 
 
-@pytest.mark.parametrize("path", sorted(Path("docs/results").glob("*.svg")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "results").glob("*.svg")), ids=lambda path: path.name)
 def test_every_word_of_a_committed_picture_is_inside_it(path):
     root = ET.parse(path).getroot()
     width, height = (float(v) for v in root.get("viewBox", "").split()[2:])

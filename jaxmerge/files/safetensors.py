@@ -257,8 +257,8 @@ def new_folder(out: pathlib.Path, wanted_bytes: int = 0) -> Iterator[pathlib.Pat
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for left in parent.glob(f".{glob.escape(out.name)}.partial-*"):
-            with suppress(FileNotFoundError), _locked(left) as free:  # another may have removed it meanwhile
-                if free:
+            with suppress(FileNotFoundError), _locked(left) as held:  # another may have removed it meanwhile
+                if held:
                     shutil.rmtree(left)
         free = shutil.disk_usage(parent).free
         if free < wanted_bytes:
