@@ -291,3 +291,19 @@ def test_what_a_kill_left_is_removed_by_the_next_and_what_is_being_written_is_no
         assert [*tmp_path.iterdir()] == [ours]
     assert [*tmp_path.iterdir()] == [out]
     assert (out / "weights").read_bytes() == b"1" * 10
+
+
+def test_what_another_user_left_is_in_nobodys_way(tmp_path, monkeypatch):
+    left = tmp_path / ".out.partial-theirs"
+    left.mkdir(mode=0o700)
+    real = os.open
+
+    def opened(path, *rest, **more):
+        if pathlib.Path(path) == left:  # root, as which tests may run, is let in
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *rest, **more)
+
+    monkeypatch.setattr(safetensors.os, "open", opened)
+    with safetensors.new_folder(tmp_path / "out"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"out", left.name}

@@ -257,7 +257,8 @@ def new_folder(out: pathlib.Path, wanted_bytes: int = 0) -> Iterator[pathlib.Pat
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for left in parent.glob(f".{glob.escape(out.name)}.partial-*"):
-            with suppress(FileNotFoundError), _locked(left) as held:  # another may have removed it meanwhile
+            # Another process may have removed it meanwhile, and another user's is not ours to remove.
+            with suppress(FileNotFoundError, PermissionError), _locked(left) as held:
                 if held:
                     shutil.rmtree(left)
         free = shutil.disk_usage(parent).free
@@ -268,8 +269,8 @@ def new_folder(out: pathlib.Path, wanted_bytes: int = 0) -> Iterator[pathlib.Pat
         partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=parent))
     except OSError as error:
         raise ValueError(f"cannot write {out}: {error.strerror}; choose another output folder") from None
-    try:
-        with _locked(partial):
+    with _locked(partial):  # until it has its name or is gone
+        try:
             yield partial
             partial.chmod(0o755)
             sync_all(partial)
@@ -277,13 +278,13 @@ def new_folder(out: pathlib.Path, wanted_bytes: int = 0) -> Iterator[pathlib.Pat
                 out.rmdir()
             partial.rename(out)
             sync(parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ValueError(f"no space left while writing {out}; nothing was kept") from None
-        raise
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise ValueError(f"no space left while writing {out}; nothing was kept") from None
+            raise
+        finally:
+            if partial.exists():
+                shutil.rmtree(partial)
 
 
 @contextmanager
