@@ -30,7 +30,7 @@ import time
 import ml_dtypes
 import numpy as np
 
-from jaxmerge.files import safetensors
+from jaxmerge.files.checkpoints import safetensors
 
 HIDDEN, FFN, KEYS, VOCABULARY = 2048, 5632, 256, 32000
 BF16 = np.dtype(ml_dtypes.bfloat16)

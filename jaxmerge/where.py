@@ -232,3 +232,29 @@ def _gradient(points: Any, depth: float, name: str) -> Any:
     if part == 0.0:
         return points[low]
     return points[low] * (1.0 - part) + points[low + 1] * part
+
+
+# Kinds in the order in which a layer computes; others follow under their own names.
+KINDS = ("q", "k", "v", "o", "gate", "up", "down", "norms")
+
+
+_NAMES = {
+    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up",
+    "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down",
+}  # fmt: skip
+
+
+def kind(name: str) -> str:
+    """Name the kind of matrix that a tensor of a layer is.
+
+    Example:
+      >>> kind("model.layers.3.self_attn.q_proj.weight"), kind("model.layers.3.input_layernorm.weight")
+      ('q', 'norms')
+      >>> kind("h.0.attn.c_attn.bias"), kind("model.layers.0.mlp.experts.7.up_proj.weight")
+      ('c_attn', 'up')
+    """
+    parts = [part for part in name.split(".") if not part.isdecimal()]
+    module = parts[-2] if len(parts) > 1 and parts[-1] in ("weight", "bias") else parts[-1]
+    if "norm" in module or re.fullmatch(r"ln_\w+", module):
+        return "norms"
+    return _NAMES.get(module, module)

@@ -38,8 +38,10 @@ def killing(function, calls: int, *, after: bool = False, when=lambda *a: True):
 
 
 def arm(point: str, calls: int) -> None:
-    from train import checkpoint, combine, journal, phases, run
-    from train.learn import dataset, shares
+    from train import combine, phases, run
+    from train.data import versions as dataset
+    from train.learn import shares
+    from train.runtime import checkpoint, journal
 
     if point == "sampling":  # between two sampling batches
         run.write_jsonl = killing(run.write_jsonl, calls, after=True, when=lambda p, r: "sample" in str(p))

@@ -11,7 +11,9 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
-from jaxmerge.files import plan, recipe, source
+from jaxmerge.files import plan, recipe
+from jaxmerge.files.checkpoints import source
+from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.rules import RULES
 
 WIDE, MLP, VOCABULARY = 8, 12, 16
@@ -79,7 +81,7 @@ def read(text, **options):
 
 def make(text, **options):
     (found,) = read(text, **({"compat": options["compat"]} if "compat" in options else {}))
-    return plan.make(found, {name: source.open_source(name) for name in found.sources}, **options)
+    return plan.make(found, {name: open_source(name) for name in found.sources}, **options)
 
 
 def run(job, seed=0):
@@ -107,7 +109,7 @@ def merged(text, **options):
 
 
 def load(name):
-    return {key: source.read(tensor) for key, tensor in source.open_source(name).tensors.items()}
+    return {key: source.read(tensor) for key, tensor in open_source(name).tensors.items()}
 
 
 def ordinals(array):

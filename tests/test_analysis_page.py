@@ -11,13 +11,13 @@ import yaml
 
 from train.analyse import AnalyseOptions, analyse_run
 from train.analysis.measures import MEASURES
-from train.analysis.page import content, write_page
 from train.cli import main
 from train.config import Improve
-from train.figures import escape
 from train.improve import improve
 from train.log import UserError
-from train.report import write_report
+from train.report.analysis import content, write_page
+from train.report.html import escape
+from train.report.page import write_report
 from train.resolve import build
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.yaml"

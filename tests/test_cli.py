@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from train import cli
-from train.config import Mesh
-from train.mesh import make_mesh
 from train.models.hf import save_hf
-from train.models.source import random_model
+from train.models.open import random_model
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 
 TINY = str(Path(__file__).parent.parent / "configs" / "tiny.yaml")
 SIZES = {
@@ -158,7 +158,7 @@ def test_no_space_and_unwritable_folder(capsys, tmp_path, monkeypatch):
 
 
 def test_two_processes_do_not_share_a_run(capsys, tmp_path):
-    from train.journal import Journal
+    from train.runtime.journal import Journal
 
     with Journal(tmp_path / "run"):
         assert "another process" in refused(capsys, "improve", TINY, f"out={tmp_path / 'run'}")

@@ -13,9 +13,9 @@ from random import Random
 import pytest
 
 from train.log import UserError
+from train.models.characters import encode
 from train.tasks import FamilySpec, Ingredient, build_suite, held_out, pretraining_examples
 from train.tasks import code as code_module
-from train.tasks.characters import encode
 from train.tasks.code import (
     CodeProblem,
     as_program,

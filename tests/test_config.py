@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train.config import Finetune, Improve, Sft
+from train.config import Finetune, Improve
+from train.learn.settings import Sft
 from train.log import UserError
 from train.plan import check_sampled, plan, spell
-from train.resolve import build, differences, fingerprint, load, override, to_dict
+from train.resolve import build, load, override, to_dict
+from train.runtime.folder import differences, fingerprint
 from train.search.settings import SearchRun
 from train.sweeps.run import Experiment
 

@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.config import Mesh, Sft
 from train.data.packing import fill, pack
 from train.learn.batches import Drawn, batches, steps_of, to_drawn, to_rows
-from train.learn.objective import loss_sums
+from train.learn.settings import Sft
 from train.log import UserError
-from train.mesh import make_mesh
+from train.models.characters import PAD_ID
 from train.models.config import RopeScaling
-from train.models.source import random_model
-from train.tasks.characters import PAD_ID
+from train.models.loss import loss_sums
+from train.models.open import random_model
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,

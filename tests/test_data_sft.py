@@ -12,23 +12,24 @@ from test_data_formats import ALPACA, CHAT, CHOICES, GSM8K, MBPP, write
 from test_models_tokenizer import byte_level
 
 from train import cli, verbs
-from train.config import Finetune, Mesh
+from train.config import Finetune
 from train.data import sources
 from train.data.builders import ReasoningGym, prepare
 from train.data.settings import Data, Part
 from train.data.sources import load_sources
+from train.data.versions import write_version
 from train.examine import QuestionOptions, open_suite
 from train.finetune import describe_rows, read_rows
-from train.learn.dataset import read_jsonl, write_version
 from train.learn.sft import Checkpoints, fine_tune
 from train.log import UserError
-from train.mesh import make_mesh
 from train.models.decoder import init
 from train.models.hf import save_hf
-from train.models.load import Model
-from train.models.source import random_model
+from train.models.open import Model, random_model
 from train.models.tokenizer import Tokenizer
 from train.resolve import build
+from train.runtime.jsonl import read_jsonl
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 from train.tasks.task import FamilySpec
 
 SIZES = {

@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from train.learn.dataset import FIELDS, read_jsonl, read_version, write_jsonl, write_version
+from train.data.versions import FIELDS, read_version, write_version
 from train.log import UserError
+from train.runtime.jsonl import read_jsonl, write_jsonl
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROVENANCE = {"round": 1, "method": "plain", "model": "sha256:ab", "seed": 7, "sampling": {"temperature": 0.8, "n": 4}}
@@ -122,7 +123,7 @@ def test_bad_names_and_provenance(tmp_path):
 def test_tensorflow_is_not_imported_and_tfds_opens_the_version(tmp_path):
     program = f"""
 import sys
-import train.learn.dataset as dataset
+import train.data.versions as dataset
 assert "tensorflow_datasets" not in sys.modules, "imported before it is needed"
 dataset.write_version({str(tmp_path)!r}, "d", "1.0.0", [{example(3)!r}], {{}})
 assert dataset.read_version({str(tmp_path)!r}, "d", "1.0.0")[0] == [{example(3)!r}]

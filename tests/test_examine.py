@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from train import answer, examine
-from train.config import Mesh
 from train.generate.rollout import Sample
 from train.log import UserError
-from train.mesh import make_mesh
-from train.models.source import random_model
+from train.models.open import random_model
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 from train.tasks.code import read_humaneval
 
 SIZES = {

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.config import Mesh
 from train.generate import engine as engines
 from train.generate.engine import CHUNK, Decoding, Engine, Request, bucket
 from train.generate.rollout import Prompt, Settings, batched, rollout, sample_keys
 from train.log import UserError
-from train.mesh import make_mesh
+from train.models.characters import EOS_ID, encode
 from train.models.decoder import forward, logprobs
-from train.models.source import random_model
-from train.tasks.characters import EOS_ID, encode
+from train.models.open import random_model
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

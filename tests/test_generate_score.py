@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from train.choices import choose, summary
-from train.config import Mesh
 from train.generate.score import STEPS, TOKENS_AT_ONCE, arrays, by_length, encode_pair, score
 from train.log import UserError
-from train.mesh import make_mesh
 from train.models.decoder import forward
-from train.models.source import random_model
+from train.models.open import random_model
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 from train.tasks.task import Question
 
 SIZES = {

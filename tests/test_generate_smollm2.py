@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from train.generate.rollout import Prompt, Settings, rollout
-from train.models.load import load_model
+from train.models.open import load_model
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 sys.path.insert(0, str(GOLDENS))

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 
 from train.cli import main
-from train.config import Mesh
 from train.harness import Requests, evaluate
 from train.log import UserError
-from train.mesh import make_mesh
 from train.models.hf import save_hf
-from train.models.load import load_model
-from train.models.source import random_model
+from train.models.open import load_model, random_model
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,

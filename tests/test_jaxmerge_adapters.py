@@ -10,9 +10,10 @@ import pytest
 from llamas import Reluctant
 from safetensors.numpy import save_file
 
-from jaxmerge.files import adapter
-from jaxmerge.files import source as source_module
-from jaxmerge.files.source import open_source, read
+from jaxmerge.files.checkpoints import adapter
+from jaxmerge.files.checkpoints import source as source_module
+from jaxmerge.files.checkpoints.open import open_source
+from jaxmerge.files.checkpoints.source import read
 
 D, F, V, R = 12, 20, 31, 3
 MODULES = {

@@ -13,8 +13,10 @@ import pytest
 from llamas import WIDE, folder, load, tensors
 from safetensors.numpy import save_file
 
-from jaxmerge.files import engine, journal, merge, orbax, safetensors, stream
-from jaxmerge.files.source import open_source, read
+from jaxmerge.files import disk, engine, journal, merge, stream
+from jaxmerge.files.checkpoints import orbax
+from jaxmerge.files.checkpoints.open import open_source
+from jaxmerge.files.checkpoints.source import read
 
 STAGES = """
 name: {name}
@@ -189,8 +191,8 @@ def test_stage_names_are_names_of_folders(here, name):
 @pytest.mark.parametrize("write_it", ["safetensors", "orbax"])
 def test_all_is_flushed_before_it_gets_its_name(here, monkeypatch, write_it):
     synced, named = [], []
-    sync, rename = safetensors.sync, pathlib.Path.rename
-    monkeypatch.setattr(safetensors, "sync", lambda path: (synced.append(pathlib.Path(path)), sync(path)))
+    sync, rename = disk.sync, pathlib.Path.rename
+    monkeypatch.setattr(disk, "sync", lambda path: (synced.append(pathlib.Path(path)), sync(path)))
 
     def renamed(self, target):
         if pathlib.Path(target).name == "out":
@@ -268,7 +270,7 @@ def test_another_tokenizer_is_another_merge(here, monkeypatch, which):
 
 BEGIN = """
 import os, pathlib, signal, sys
-from jaxmerge.files.safetensors import new_folder
+from jaxmerge.files.disk import new_folder
 with new_folder(pathlib.Path(sys.argv[1])) as partial:
     (partial / "weights").write_bytes(b"0" * 1000)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -277,7 +279,7 @@ with new_folder(pathlib.Path(sys.argv[1])) as partial:
 
 def test_what_a_kill_left_is_removed_by_the_next_and_what_is_being_written_is_not(tmp_path):
     out = tmp_path / "a[1]"  # a name that a pattern would read otherwise
-    with safetensors.new_folder(out) as ours:
+    with disk.new_folder(out) as ours:
         (ours / "weights").write_bytes(b"1" * 10)
         killed = subprocess.run(
             [sys.executable, "-c", BEGIN, str(out)], cwd=pathlib.Path(__file__).parent.parent, check=False
@@ -286,7 +288,7 @@ def test_what_a_kill_left_is_removed_by_the_next_and_what_is_being_written_is_no
         left = [path for path in tmp_path.iterdir() if path != ours]
         assert len(left) == 1
         assert (left[0] / "weights").stat().st_size == 1000
-        with pytest.raises(KeyError), safetensors.new_folder(out):
+        with pytest.raises(KeyError), disk.new_folder(out):
             raise KeyError
         assert [*tmp_path.iterdir()] == [ours]
     assert [*tmp_path.iterdir()] == [out]
@@ -303,7 +305,7 @@ def test_what_another_user_left_is_in_nobodys_way(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return real(path, *rest, **more)
 
-    monkeypatch.setattr(safetensors.os, "open", opened)
-    with safetensors.new_folder(tmp_path / "out"):
+    monkeypatch.setattr(disk.os, "open", opened)
+    with disk.new_folder(tmp_path / "out"):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {"out", left.name}

@@ -12,11 +12,12 @@ import pytest
 from llamas import Reluctant
 from safetensors.numpy import save_file
 
-from jaxmerge.files import compare as compare_module
-from jaxmerge.files import moments, picture
-from jaxmerge.files.compare import compare, statistics
-from jaxmerge.files.source import Source, open_source
-from jaxmerge.files.table import table
+from jaxmerge.files.checkpoints.open import open_source
+from jaxmerge.files.checkpoints.source import Source
+from jaxmerge.files.inspect import compare as compare_module
+from jaxmerge.files.inspect import moments, picture
+from jaxmerge.files.inspect.compare import compare, statistics
+from jaxmerge.files.inspect.table import table
 
 
 def reference(base: np.ndarray, *others: np.ndarray) -> dict:

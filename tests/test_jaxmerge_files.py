@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import jaxmerge
-from jaxmerge.files import journal, merge, safetensors
+from jaxmerge.files import journal, merge
+from jaxmerge.files.checkpoints import safetensors
+from jaxmerge.files.checkpoints.source import read
 from jaxmerge.files.methods import METHODS
-from jaxmerge.files.source import read
 
 NAMES = {
     "model.embed_tokens.weight": (16, 6),

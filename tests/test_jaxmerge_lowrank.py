@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from test_jaxmerge_adapters import MODULES, NORMS, D, Q, V, alike, applied, folder, normal, weights
 
-from jaxmerge.files import adapter, lowrank
-from jaxmerge.files.source import open_source
+from jaxmerge.files.checkpoints import adapter
+from jaxmerge.files.checkpoints.open import open_source
+from jaxmerge.files.inspect import lowrank
 
 
 @pytest.fixture

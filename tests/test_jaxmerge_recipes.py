@@ -14,7 +14,8 @@ import yaml
 from llamas import folder, load, make, merged, names_of, read, run, tensors
 
 import jaxmerge
-from jaxmerge.files import layers, plan, recipe, source
+from jaxmerge.files import layers, plan, recipe
+from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.methods import METHODS, REQUIRED
 from jaxmerge.leafwise import leafwise, requires
 from jaxmerge.rules import RULES
@@ -359,7 +360,7 @@ def test_before_the_layers_or_after(name, before):
 def test_sources_must_be_open(here):
     (found,) = read(refused())
     with pytest.raises(ValueError, match="sources lack 'one'"):
-        plan.make(found, {"two": source.open_source("two")})
+        plan.make(found, {"two": open_source("two")})
 
 
 def test_the_recipes_of_the_documentation_are_read(tmp_path, monkeypatch):

@@ -14,8 +14,9 @@ import pytest
 import yaml
 from llamas import equal, folder, load, make, merged, tensors
 
-from jaxmerge.files import layers, merge, safetensors, source
+from jaxmerge.files import layers, merge
 from jaxmerge.files.chat import TEMPLATES
+from jaxmerge.files.checkpoints import safetensors, source
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 

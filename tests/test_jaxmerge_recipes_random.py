@@ -11,7 +11,7 @@ import pytest
 import yaml
 from llamas import equal, folder, merged, tensors
 
-from jaxmerge.files import safetensors, source
+from jaxmerge.files.checkpoints import safetensors, source
 from jaxmerge.files.methods import METHODS
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]

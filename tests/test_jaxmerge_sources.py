@@ -20,14 +20,14 @@ from test_models_load import write_gguf
 from test_models_tokenizer import FULL, TEXTS, byte_level, gguf_metadata
 from test_models_tokenizer import write_folder as write_tokenizer
 
-from jaxmerge.files import gguf, orbax, source
-from jaxmerge.files.source import EMBEDDING, HEAD, open_source, read
-from train import checkpoint
-from train.export import open_model
+from jaxmerge.files.checkpoints import gguf, orbax, source
+from jaxmerge.files.checkpoints.open import open_source
+from jaxmerge.files.checkpoints.source import EMBEDDING, HEAD, read
 from train.models.decoder import init
 from train.models.hf import named, save_hf
-from train.models.load import load_model
+from train.models.open import load_model, open_model
 from train.models.tokenizer import Tokenizer
+from train.runtime import checkpoint
 
 SMALL = {**BASE, "vocab_size": 400, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 
@@ -178,7 +178,7 @@ def test_adapters_are_split_off_at_the_last_plus(tmp_path, monkeypatch):
     (tmp_path / "lora").mkdir()
     applied = []
     monkeypatch.setattr(
-        "jaxmerge.files.adapter.apply", lambda opened, path: applied.append((opened.name, path)) or opened
+        "jaxmerge.files.checkpoints.adapter.apply", lambda opened, path: applied.append((opened.name, path)) or opened
     )
     assert open_source("c++").name == "c++"
     assert open_source("c+++lora").name == "c+++lora"

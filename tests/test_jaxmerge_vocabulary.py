@@ -10,8 +10,10 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from jaxmerge.files import orbax, vocabulary
-from jaxmerge.files.source import open_source, read
+from jaxmerge.files import vocabulary
+from jaxmerge.files.checkpoints import orbax
+from jaxmerge.files.checkpoints.open import open_source
+from jaxmerge.files.checkpoints.source import read
 
 D = 8
 EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"

@@ -8,7 +8,8 @@ import pytest
 import tokenizers
 from test_jaxmerge_vocabulary import EMBED, HEAD, NAMES, D, built, folder, here, ids, pieces, words, written
 
-from jaxmerge.files.source import open_source, read
+from jaxmerge.files.checkpoints.open import open_source
+from jaxmerge.files.checkpoints.source import read
 
 __all__ = ["here"]  # the fixture
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]

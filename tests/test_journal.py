@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from train import journal
-from train.journal import Journal
+from train.runtime import journal
+from train.runtime.journal import Journal
 
 NAME = "round-1/plain/sft"
 

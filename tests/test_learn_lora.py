@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from test_learn_sft import SFT, SIZES, assert_bits, tune, without_seconds
 
-from train.checkpoint import SftCheckpoints
-from train.config import Mesh
 from train.learn.batches import to_rows
+from train.learn.checkpoints import SftCheckpoints
 from train.log import UserError
-from train.mesh import make_mesh
+from train.models.characters import PAD_ID, encode
 from train.models.config import Lora
 from train.models.hf import named, save_hf
 from train.models.lora import merge_lora
 from train.models.lora_files import load_lora
-from train.models.source import random_model
+from train.models.open import random_model
 from train.resolve import build
-from train.tasks.characters import PAD_ID, encode
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 from train.tasks.pretraining import MINIATURE, pretraining_examples
 
 LORA = Lora(rank=2, alpha=8.0, targets=(r"(q|v|up|down)_proj$",))
@@ -159,7 +159,8 @@ def test_the_verb_writes_the_adapter_beside_the_merged_model(model, tmp_path, mo
     """sft.lora from outside: `hf/` is the base with `adapter/` in it, as the library's merge reads `model+adapter`."""
     import json
 
-    from jaxmerge.files.source import open_source, read
+    from jaxmerge.files.checkpoints.open import open_source
+    from jaxmerge.files.checkpoints.source import read
     from train import cli
     from train.models.hf import load_hf
 

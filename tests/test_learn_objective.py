@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.learn.objective import Compute, Head, loss_sums, nll_sum, restart, unpacked_positions
 from train.models.decoder import forward, init, logprobs
-from train.models.source import random_config
+from train.models.loss import Compute, Head, loss_sums, nll_sum, restart, unpacked_positions
+from train.models.open import random_config
 
 SIZES = {
     "vocab_size": 640, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,

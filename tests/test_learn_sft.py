@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.checkpoint import SftCheckpoints
-from train.config import Mesh, Sft
 from train.learn.batches import batches, steps_of, to_rows
-from train.learn.objective import Compute, loss_sums
+from train.learn.checkpoints import SftCheckpoints
 from train.learn.optim import learning_rate
-from train.learn.settings import Step, Watch
+from train.learn.settings import Sft, Step, Watch
 from train.learn.sft import Checkpoints, compute_of, fine_tune, init_state, make_step, mean_loss
 from train.log import UserError
-from train.mesh import make_mesh
-from train.models.source import random_model
-from train.tasks.characters import PAD_ID, encode
+from train.models.characters import PAD_ID, encode
+from train.models.loss import Compute, loss_sums
+from train.models.open import random_model
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 from train.tasks.pretraining import MINIATURE, pretraining_examples
 
 SIZES = {

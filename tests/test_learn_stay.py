@@ -7,18 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.config import Mesh
 from train.learn.batches import to_rows
-from train.learn.objective import Compute, loss_sums
 from train.learn.settings import Sft, Stay, Step
 from train.learn.sft import fine_tune
 from train.learn.stay import Anchor, held, pull
 from train.log import UserError
-from train.mesh import make_mesh
 from train.models.attention import visible
 from train.models.config import ModelConfig
 from train.models.decoder import bind, init
+from train.models.loss import Compute, loss_sums
 from train.resolve import build
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 
 TINY = build(
     ModelConfig,

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import sinks
 from train.learn import speed, watch
-from train.learn.objective import loss_sums
 from train.learn.settings import Step, Watch
 from train.log import UserError
 from train.models.decoder import init
-from train.models.source import random_config
+from train.models.loss import loss_sums
+from train.models.open import random_config
+from train.runtime import sinks
 
 # --- operations ---
 

@@ -9,6 +9,8 @@ import sys
 import pytest
 
 from train import log
+from train.report import rows
+from train.runtime import jsonl
 
 ROWS = [
     {"method": "base", "round": 0, "domain": "ood", "family": "all", "split": "test", "accuracy": 0.74, "low": 0.709,
@@ -25,7 +27,7 @@ ROWS = [
 
 
 def test_table_piped_is_aligned_and_complete(capsys):
-    log.print_table({"name": "x", "finished": True, "rows": ROWS})
+    rows.print_table({"name": "x", "finished": True, "rows": ROWS})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert lines[0].split() == ["method", "round", "domain", "accuracy", "95", "%", "interval", "n", "seconds"]
@@ -38,14 +40,14 @@ def test_table_piped_is_aligned_and_complete(capsys):
 
 def test_table_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(log, "_rich_wanted", lambda: True)
-    log.print_table({"name": "[bold]", "finished": False, "rows": ROWS})
+    rows.print_table({"name": "[bold]", "finished": False, "rows": ROWS})
     out = capsys.readouterr().out
     assert "[bold] (unfinished)" in out
     assert "42.5 %" in out
 
 
 def test_pooled_rows_order_and_split():
-    kept = log.pooled_rows(ROWS)
+    kept = rows.pooled_rows(ROWS)
     assert [(r["method"], r["domain"], r["split"]) for r in kept] == [
         ("base", "id", "test"), ("base", "ood", "test"), ("imm", "id", "validation"),
     ]  # fmt: skip
@@ -74,7 +76,7 @@ def test_quiet(capsys):
         log.say("no")
         with log.progress("no", total=1) as bar:
             bar.advance()
-        log.print_table({"rows": ROWS})
+        rows.print_table({"rows": ROWS})
     finally:
         log.set_quiet(previous)
     assert capsys.readouterr().out == ""
@@ -82,20 +84,20 @@ def test_quiet(capsys):
 
 def test_jsonl_round_trip_and_torn_last_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert log.read_jsonl_tolerant(path) == []
-    log.append_jsonl(path, {"a": 1, "θ": "é\n"})
-    log.append_jsonl(path, {"a": 2})
+    assert jsonl.read_jsonl_tolerant(path) == []
+    jsonl.append_jsonl(path, {"a": 1, "θ": "é\n"})
+    jsonl.append_jsonl(path, {"a": 2})
     whole = path.read_bytes()
     assert whole.count(b"\n") == 2
     path.write_bytes(whole + b'{"a": 3')
-    assert [r["a"] for r in log.read_jsonl_tolerant(path)] == [1, 2]
+    assert [r["a"] for r in jsonl.read_jsonl_tolerant(path)] == [1, 2]
     assert path.read_bytes() != whole
     with pytest.raises(log.UserError, match="last line is torn"):
-        log.append_jsonl(path, {"a": 3})
-    assert [r["a"] for r in log.read_jsonl_tolerant(path, truncate=True)] == [1, 2]
+        jsonl.append_jsonl(path, {"a": 3})
+    assert [r["a"] for r in jsonl.read_jsonl_tolerant(path, truncate=True)] == [1, 2]
     assert path.read_bytes() == whole
-    log.append_jsonl(path, {"a": 3})
-    assert [r["a"] for r in log.read_jsonl_tolerant(path)] == [1, 2, 3]
+    jsonl.append_jsonl(path, {"a": 3})
+    assert [r["a"] for r in jsonl.read_jsonl_tolerant(path)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("middle", [b'{"a": ', b"[1]", b"\xff\xfe", b""])
@@ -103,12 +105,12 @@ def test_damage_in_the_middle_is_an_error_that_names_the_line(tmp_path, middle):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"a": 1}\n' + middle + b'\n{"a": 3}\n')
     with pytest.raises(log.UserError, match=r"metrics\.jsonl:2: expected"):
-        log.read_jsonl_tolerant(path)
+        jsonl.read_jsonl_tolerant(path)
 
 
 def test_nan_is_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
-        log.append_jsonl(tmp_path / "m.jsonl", {"loss": float("nan")})
+        jsonl.append_jsonl(tmp_path / "m.jsonl", {"loss": float("nan")})
     assert not (tmp_path / "m.jsonl").exists()
 
 

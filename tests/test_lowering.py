@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 import jaxmerge
-from train.config import Mesh, Sft
 from train.generate.caches import empty_caches
 from train.generate.engine import Decoding, decode
+from train.learn.settings import Sft
 from train.learn.sft import init_state, make_step
-from train.mesh import make_mesh
 from train.models.decoder import init
-from train.models.source import random_config
+from train.models.open import random_config
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 
 CONFIG = random_config(
     {

@@ -10,18 +10,18 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxmerge
-from train.checkpoint import digest
-from train.config import Mesh, Sft
 from train.generate.caches import empty_caches
 from train.generate.engine import Decoding, decode
 from train.generate.rollout import Prompt, Settings, rollout
 from train.learn.batches import Rows
-from train.learn.settings import Step
+from train.learn.settings import Sft, Step
 from train.learn.sft import compute_of, fine_tune, init_state, make_step, state_shardings
 from train.log import UserError
-from train.mesh import batch_sharding, make_mesh, replicated, sharding_of, shardings, without_fsdp
 from train.models.decoder import shapes
-from train.models.source import random_config, random_model
+from train.models.open import random_config, random_model
+from train.runtime.checkpoint import digest
+from train.runtime.mesh import batch_sharding, make_mesh, replicated, sharding_of, shardings, without_fsdp
+from train.runtime.settings import Mesh
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,

@@ -20,8 +20,8 @@ from train.models.decoder import forward, init, shapes
 from train.models.families import FAMILIES
 from train.models.hf import load_hf, named, save_hf
 from train.models.hf_config import config_to_hf
+from train.models.open import random_config
 from train.models.rope import sequence_lengths
-from train.models.source import random_config
 
 sys.path.insert(0, str(GOLDENS))
 from cases import tensor

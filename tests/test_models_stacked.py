@@ -7,15 +7,15 @@ import pytest
 from test_models_families import FAMILY_CASES, IDS, config_of, logits, relative, run_engine, weights
 from test_models_hf import BASE
 
-from train.config import Mesh
 from train.log import UserError
-from train.mesh import make_mesh, shardings
 from train.models.attention import KV, visible
 from train.models.config import Lora
 from train.models.decoder import bind, count_up, forward, shapes
 from train.models.hf import load_hf, save_hf
 from train.models.lora import init_lora
 from train.models.stacked import stack_layers, unstack_layers
+from train.runtime.mesh import make_mesh, shardings
+from train.runtime.settings import Mesh
 
 # Alike layers; two kinds of window; local and global θ; some layers without rotation; fused, looking at lengths.
 MIXED = ["mistral", "gemma2", "gemma3", "smollm3", "phi3_long", "llama_dynamic"]

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from jaxmerge.files.gguf import CONTROL
+from jaxmerge.files.checkpoints.gguf import CONTROL
 from train.log import UserError
 from train.models.tokenizer import Tokenizer
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from train.analysis import pictures
-from train.figures import text_width
+from train.report import plots as pictures
+from train.report.canvas import text_width
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,11 +14,12 @@ import jaxmerge
 from train import probes
 from train.config import Improve
 from train.improve import improve
-from train.journal import Journal
-from train.log import UserError, read_jsonl_tolerant
+from train.log import UserError
 from train.plan import plan
 from train.resolve import build
 from train.run import Run
+from train.runtime.journal import Journal
+from train.runtime.jsonl import read_jsonl_tolerant
 from train.tasks import Question
 
 TINY = yaml.safe_load((Path(__file__).parent.parent / "configs" / "tiny.yaml").read_text())

@@ -25,13 +25,13 @@ import pytest
 import yaml
 from ports import free_port
 
-from train import peers
-from train.config import Mesh
-from train.export import open_model
-from train.journal import check_shared
-from train.learn.dataset import read_version
+from train.data.versions import read_version
 from train.log import UserError
-from train.mesh import make_mesh
+from train.models.open import open_model
+from train.runtime import peers
+from train.runtime.journal import check_shared
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"

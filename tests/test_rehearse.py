@@ -14,7 +14,6 @@ from train import phases, run
 from train.config import Improve
 from train.generate.rollout import Settings
 from train.improve import improve
-from train.journal import Journal
 from train.learn.settings import Sft
 from train.learn.sft import check_patterns
 from train.log import UserError
@@ -22,6 +21,7 @@ from train.models.config import ModelConfig
 from train.models.decoder import shapes
 from train.plan import plan
 from train.resolve import build
+from train.runtime.journal import Journal
 
 ROOT = Path(__file__).parent.parent
 TINY = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())

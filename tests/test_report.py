@@ -10,9 +10,10 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from train.figures import DARK, LIGHT, Placer, _overlap, escape, spread, ticks
 from train.log import UserError
-from train.report import write_report
+from train.report.canvas import DARK, LIGHT, Placer, _overlap, spread, ticks
+from train.report.html import escape
+from train.report.page import write_report
 
 NASTY = '<script>alert("x")</script> & <b>bold</b> \x1b[31m \x00 ]]> \ud800 "quoted"'
 METHODS = {  # method: (in domain, out of domain) after each round; the base is (33, 74)

@@ -17,15 +17,17 @@ import yaml
 from ports import free_port
 
 from train import round
-from train.config import Improve, Mesh, Sampling, Selection
+from train.config import Improve, Sampling, Selection
 from train.data.settings import Data
+from train.data.versions import read_version
 from train.generate.engine import Completion
 from train.improve import improve
-from train.learn.dataset import read_jsonl, read_version
 from train.log import UserError
-from train.mesh import make_mesh
-from train.models.source import random_model
+from train.models.open import random_model
 from train.resolve import build, load
+from train.runtime.jsonl import read_jsonl
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 from train.search import run as searching
 from train.search import source as source_of
 from train.search import testing

@@ -6,7 +6,6 @@ import random
 
 import pytest
 
-from train.generate.mcts import ROOT, Tree, ucb
 from train.log import UserError
 from train.resolve import build
 from train.search.ask import Ask, Reply, gather
@@ -14,6 +13,7 @@ from train.search.kinds import KINDS, cot, dart, mcts, tot
 from train.search.read import normal, read_hint, read_score, read_step
 from train.search.settings import Search
 from train.search.subject import Subject
+from train.search.tree import ROOT, Tree, ucb
 
 
 def tree_of(depth=8, exploration=0.05, bonus=0.8, seed=0):

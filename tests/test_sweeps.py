@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from train.config import Improve
-from train.journal import Busy
-from train.log import UserError, read_jsonl_tolerant
+from train.log import UserError
 from train.resolve import build
+from train.runtime.disk import Busy
+from train.runtime.jsonl import read_jsonl_tolerant
 from train.sweeps import page, tables
 from train.sweeps import run as sweeps
 from train.sweeps.cells import groups, judge_cells, laid_over, points, score, tune_cells, unique

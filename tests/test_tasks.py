@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from train.log import UserError
+from train.models.characters import EOS, decode, encode
 from train.tasks import (
     EOS_ID,
     MINIATURE,
@@ -31,7 +32,6 @@ from train.tasks import (
     reward,
     write_tokenizer,
 )
-from train.tasks.characters import EOS, decode, encode
 from train.tasks.compact import RENDERERS
 from train.tasks.reasoning import InstructTask, _is_expression, _is_literal, exact_value
 from train.tasks.task import normalise

@@ -9,6 +9,7 @@ import pytest
 
 from train.generate.engine import Completion
 from train.log import UserError
+from train.models.characters import decode, encode, write_tokenizer
 from train.models.tokenizer import Tokenizer
 from train.search.ask import Ask, Reply
 from train.search.examples import whole
@@ -16,7 +17,6 @@ from train.search.prompts import load_prompts
 from train.search.read import read_score, read_step
 from train.search.voice import Voice
 from train.tasks import FamilySpec, Ingredient, build_suite, held_out, pretraining_examples, pretraining_rows, render
-from train.tasks.characters import decode, encode, write_tokenizer
 from train.tasks.judged import JudgedTask, shown
 
 ARGS = {"min_value": 1, "max_value": 40}

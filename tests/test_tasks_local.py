@@ -7,8 +7,8 @@ import threading
 import pytest
 from test_data_formats import CHOICES, GSM8K, write
 
-from train.learn.dataset import read_jsonl
 from train.log import UserError
+from train.runtime.jsonl import read_jsonl
 from train.tasks import FamilySpec, build_suite
 from train.tasks.letters import extract_letter
 from train.tasks.local import equal_mathematics

@@ -17,10 +17,10 @@ from tpu.presets import PRESETS, model_of
 from tpu.programs import PROGRAMS
 from tpu.table import HEAD, ROWS, line_of
 from tpu.topologies import CHIPS, GIB, read
-from train.config import Mesh
 from train.log import UserError
-from train.mesh import make_mesh
-from train.models.source import random_config
+from train.models.open import random_config
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 
 TINY = random_config({
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2,

@@ -62,6 +62,6 @@ def model_of(name: str) -> ModelConfig:
         return config_from_hf(PRESETS[name], source=name)
     if not pathlib.Path(name).expanduser().exists() and not name.startswith("package:"):
         raise UserError(f"model is {name!r}: no such file or folder, nor a preset{nearest(name, list(PRESETS))}")
-    from train.models.load import read_config
+    from train.models.open import read_config
 
     return read_config(name)

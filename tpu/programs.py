@@ -14,10 +14,10 @@ from train.generate.caches import empty_caches
 from train.generate.engine import Decoding, decode
 from train.learn.settings import Sft, Step
 from train.learn.sft import compute_of, init_state, make_step, state_shardings
-from train.mesh import batch_sharding, replicated, shardings, spread_sharding, without_fsdp
 from train.models.config import ModelConfig
 from train.models.decoder import shapes
 from train.models.stacked import stack_layers
+from train.runtime.mesh import batch_sharding, replicated, shardings, spread_sharding, without_fsdp
 
 
 def sft_of(plan: Any) -> Sft:

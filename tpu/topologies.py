@@ -142,7 +142,7 @@ def devices(topology: Topology) -> Sequence[Any]:
 
 def mesh(topology: Topology, shape: tuple[int, int, int]) -> Any:
     """The mesh a run on the slice would have."""
-    from train.mesh import lay
+    from train.runtime.mesh import lay
 
     return lay(shape, devices(topology))
 

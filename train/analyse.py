@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from .analysis.measures import MEASURES
-from .analysis.page import write_page
 from .analysis.study import open_study
-from .journal import write_durably
 from .log import UserError, say
-from .report import write_report
+from .report.analysis import write_page
+from .report.page import write_report
+from .runtime.disk import write_durably
 
 
 @dataclasses.dataclass(frozen=True)

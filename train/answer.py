@@ -13,13 +13,13 @@ import numpy as np
 
 from . import evaluate, round
 from .config import Improve, SampleOptions
-from .export import open_model
 from .generate.rollout import Prompt, Settings, rollout
-from .learn.dataset import read_jsonl, write_jsonl
-from .log import DOMAIN_NAMES, UserError, format_percent, print_table, progress, say
-from .mesh import make_mesh
-from .models.load import Model
-from .processes import on_first
+from .log import UserError, format_percent, progress, say
+from .models.open import Model, open_model
+from .report.rows import DOMAIN_NAMES, print_table
+from .runtime.jsonl import read_jsonl, write_jsonl
+from .runtime.mesh import make_mesh
+from .runtime.processes import on_first
 from .tasks import STOP_STRINGS, Question, Suite, build_suite
 
 

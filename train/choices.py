@@ -11,7 +11,7 @@ from typing import Any
 
 from .evaluate import wilson
 from .generate.score import encode_pair, score
-from .models.load import Model
+from .models.open import Model
 from .tasks.task import Question
 
 CONTEXT = "Question: {question}\nAnswer:"

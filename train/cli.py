@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(version("jaxmerge"))
         return 0
-    from .stop import STOPPED
+    from .runtime.stop import STOPPED
 
     verb, rest = words[0], words[1:]
     try:
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 def attempt(verb: str, rest: list[str]) -> int:
     """Run a verb, its errors put into words."""
     from .log import UserError
-    from .stop import STOPPED, Stopped
+    from .runtime.stop import STOPPED, Stopped
 
     try:
         from .verbs import VERBS

@@ -13,7 +13,9 @@ from .data.settings import Data
 from .invariants import check_alpha, check_methods, check_probe
 from .learn.settings import Sft
 from .log import UserError
+from .models.settings import Source
 from .resolve import at_least, build, check_known, to_dict
+from .runtime.settings import Distributed, Mesh
 from .tasks.task import FamilySpec
 
 
@@ -33,24 +35,6 @@ def check_decoding(config: Any, where: str) -> None:
         )
     if "" in config.stop:
         raise UserError(f"{where}.stop holds an empty string; leave it out")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where the base model comes from, and the precision it computes in."""
-
-    path: str = ""
-    """Hugging Face folder, GGUF file, `package:NAME/FILE.gguf`, or hub name."""
-    sha256: str | None = None
-    """Refuse the file at `path` unless its digest is this one (single files only)."""
-    random: dict[str, Any] | None = None
-    """Instead of `path`: sizes of a model with random weights (fields of ModelConfig)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Operands of every matmul; sums, masters and merges are float32 whatever this says."""
-
-    def __post_init__(self):
-        if bool(self.path) == (self.random is not None):
-            raise UserError("model: give either model.path or model.random, not both and not neither")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,67 +219,6 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mesh:
-    """Device mesh: batch over data and fsdp, parameters over fsdp and tensor."""
-
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-    cpu_devices: int | None = None
-    """Split the CPU into this many virtual devices (tests, laptops)."""
-    gather_to_decode: bool = False
-    """Decode with weights whole over fsdp, gathered once and not for every token: 2 P/tensor bytes a device."""
-
-    def __post_init__(self):
-        at_least(self, "mesh", data=1, fsdp=1, tensor=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Distributed:
-    """Processes that run as one, each started with the same command; where this one finds the others."""
-
-    auto: bool = False
-    """Cloud TPU, Slurm, Open MPI, Kubernetes: jax finds them by itself."""
-    coordinator: str | None = None
-    """host:port of process 0; with it `processes` and `process_id`."""
-    processes: int | None = None
-    process_id: int | None = None
-    start_timeout: int = 300
-    """Seconds to wait for all of them."""
-    silence: int = 60
-    """Seconds after which a process that answers nothing counts as lost."""
-
-    def __post_init__(self):
-        at_least(self, "distributed", start_timeout=1, silence=3)
-        given = [name for name in ("coordinator", "processes", "process_id") if getattr(self, name) is not None]
-        if self.auto and given:
-            raise UserError(f"distributed: auto=true finds what {', '.join(given)} say; give one or the other")
-        if given and len(given) < 3:
-            missing = {"coordinator", "processes", "process_id"} - set(given)
-            raise UserError(f"distributed: {', '.join(given)} without {', '.join(sorted(missing))}")
-        if self.processes is not None and self.process_id is not None and not 0 <= self.process_id < self.processes:
-            raise UserError(f"distributed.process_id is {self.process_id}; with {self.processes} processes: from 0 on")
-
-    @property
-    def wanted(self) -> bool:
-        return self.auto or self.coordinator is not None
-
-    @property
-    def by_hand(self) -> tuple[str, int, int]:
-        """(address of process 0, number of this one, how many)."""
-        return self.coordinator or "", self.process_id or 0, self.processes or 1
-
-
-PLACEMENT = ("mesh", "distributed")
-"""Keys that say where a run is computed, not what: a run goes on on another mesh, or with more processes."""
-
-
-def content(config: Any) -> dict[str, Any]:
-    """What a config says of the result: plain data, without `PLACEMENT`."""
-    return {key: value for key, value in to_dict(config).items() if key not in PLACEMENT}
-
-
-@dataclasses.dataclass(frozen=True)
 class Improve:
     """`jaxmerge improve`: rounds of sample → verify → select → sft → merge → evaluate."""
 
@@ -309,8 +232,8 @@ class Improve:
     sft: Sft = dataclasses.field(default_factory=Sft)
     merge: Merge = Merge()
     evaluation: Evaluation = Evaluation()
-    mesh: Mesh = Mesh()
-    distributed: Distributed = Distributed()
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
     keep: int | None = None
     """Rounds whose weights stay on disk; null keeps all. Metrics and samples always stay."""
 
@@ -356,8 +279,8 @@ class Finetune:
     model: Source
     data: Data
     sft: Sft = dataclasses.field(default_factory=Sft)
-    mesh: Mesh = Mesh()
-    distributed: Distributed = Distributed()
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
     seed: int = 0
 
 
@@ -376,8 +299,8 @@ class SampleOptions:
     chat: bool | None = None
     """Render prompts through the chat template; null: if the model has one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    mesh: Mesh = Mesh()
-    distributed: Distributed = Distributed()
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
 
     def __post_init__(self):
         check_decoding(self, "sample")

@@ -8,8 +8,7 @@ from collections import Counter
 from .config import Improve
 from .log import say
 from .models.decoder import shapes
-from .models.load import read_config
-from .models.source import random_config
+from .models.open import random_config, read_config
 from .plan import check_sampled, plan
 from .tasks import build_suite
 

@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from . import choices
 from .answer import ask, successes, tell_pass_rates
-from .config import Distributed, Mesh
-from .export import open_model
 from .generate.rollout import Settings
-from .learn.dataset import numbered_jsonl
-from .log import UserError, format_percent, print_table, progress, say
-from .mesh import make_mesh
-from .models.load import Model
+from .log import UserError, format_percent, progress, say
+from .models.open import Model, open_model
+from .report.rows import print_table
 from .resolve import at_least
+from .runtime.jsonl import numbered_jsonl
+from .runtime.mesh import make_mesh
+from .runtime.settings import Distributed, Mesh
 from .tasks import FamilySpec, Question, Suite, build_suite
 from .tasks.cot import STOP
 from .tasks.local import LOCAL

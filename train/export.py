@@ -3,58 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
-import shutil
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
-from . import checkpoint
-from .config import Mesh
-from .journal import write_durably
 from .log import UserError
-from .mesh import make_mesh, sharding_of, shardings
-from .models.decoder import shapes
 from .models.hf import save_hf
-from .models.hf_config import config_from_hf, config_to_hf
-from .models.load import Model, load_model
-from .models.tokenizer import Tokenizer
-
-
-def describe(model: Model, folder: Path) -> None:
-    """Write config.json and the tokenizer's files: what a checkpoint of weights needs to be a model again."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_durably(temporary / "config.json", json.dumps(config_to_hf(model.config), indent=2))
-    model.tokenizer.save(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
-def open_model(path: str, mesh: jax.sharding.Mesh | None = None) -> Model:
-    """A model from anything that holds one: what `load_model` reads, or a checkpoint of a run."""
-    local = Path(path)
-    root = next((p for p in (local, *local.parents) if (p / "model" / "config.json").is_file()), None)
-    if not local.is_dir() or (local / "config.json").is_file() or root is None:
-        return load_model(path, sharding=None if mesh is None else functools.partial(sharding_of, mesh))
-    # A merge written as Orbax has one model, in `weights`; a run has many, in `checkpoints`.
-    if local == root and not (local / "weights" / "_METADATA").is_file():
-        found = ", ".join(sorted(str(p.parent) for p in root.glob("checkpoints/*/*/*/weights"))) or "none yet"
-        raise UserError(f"{path} is a run with several models; name one of its checkpoints: {found}")
-    candidates = [local, local / "weights", local / "merge" / "weights", local / "sft" / "weights"]
-    weights = next((p for p in candidates if (p / "_METADATA").is_file()), None)
-    if weights is None:
-        raise UserError(f"{path}: no complete checkpoint there; looked for {', '.join(str(c) for c in candidates)}")
-    config = config_from_hf(json.loads((root / "model" / "config.json").read_text()), source=root / "model")
-    like = shapes(config)
-    where = shardings(mesh or make_mesh(Mesh()), like)
-    params = checkpoint.load_weights(weights, checkpoint.abstract(like, where))
-    tokenizer = Tokenizer.from_folder(root / "model")
-    fitted = tokenizer.fitted(vocab_size=config.vocab_size, eos_ids=config.eos_token_id, source=root / "model")
-    return Model(config, params, fitted)
+from .models.open import Model, open_model
+from .runtime.settings import Mesh
 
 
 def export(run: str, out: str, *, method: str | None = None, round: int | None = None, dtype: str = "float32") -> None:
@@ -74,10 +30,10 @@ def export(run: str, out: str, *, method: str | None = None, round: int | None =
 
 def method_model(root: Path, method: str, round: int | None) -> Model:
     from .config import Improve
-    from .journal import Journal
     from .plan import BASE, plan
     from .resolve import build, read_yaml
     from .run import Run
+    from .runtime.journal import Journal
 
     if not (root / "config.yaml").is_file():
         raise UserError(f"{root}: not the folder of a run (no config.yaml); `method=` is of runs")

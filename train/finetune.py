@@ -10,22 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from . import checkpoint, export, stop
-from .config import Finetune, Improve, content
-from .improve import check_same_config, write_config
-from .journal import Journal
+from .config import Finetune, Improve
 from .learn.batches import Rows, RowSource, steps_of, to_drawn, to_rows
+from .learn.checkpoints import SftCheckpoints
 from .learn.sft import check_patterns, fine_tune, one_epoch
 from .learn.watch import hold_out, speed_of
 from .log import format_percent, say
-from .mesh import make_mesh
 from .models.hf import save_hf
-from .models.load import Model
-from .models.source import load_source
-from .processes import on_first, several
-from .resolve import fingerprint, load, to_dict
-from .round import DATE
-from .sinks import check_sinks, followed
+from .models.open import Model, describe, load_source
+from .models.tokenizer import DATE
+from .resolve import load, to_dict
+from .runtime import checkpoint, stop
+from .runtime.folder import check_same_config, content, fingerprint, write_config
+from .runtime.journal import Journal
+from .runtime.mesh import make_mesh
+from .runtime.processes import on_first, several
+from .runtime.sinks import check_sinks, followed
 from .tasks import PAD_ID, build_suite, held_out, pretraining_rows
 
 PHASE = "sft"
@@ -80,13 +80,13 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
             seed=config.seed,
             dtype=config.model.dtype,
             held_out=held_out,
-            checkpoints=checkpoint.SftCheckpoints(folder / "checkpoints" / PHASE / "state"),
+            checkpoints=SftCheckpoints(folder / "checkpoints" / PHASE / "state"),
             trace_to=folder / "trace",
             adapter_to=folder / "adapter",
             on_step=on_step,
             asked_to_stop=stop.asked,
         )
-    on_first(export.describe, model, folder / "model")
+    on_first(describe, model, folder / "model")
     on_first(shutil.rmtree, folder / "hf", ignore_errors=True)
     save_hf(folder / "hf", model.config, params, tokenizer_from=model.tokenizer)
     return journal.commit(

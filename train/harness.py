@@ -18,13 +18,13 @@ from typing import Any, Literal
 
 import jax
 
-from .config import Distributed, Mesh
 from .generate.rollout import Prompt, Settings, rollout
 from .generate.score import encode_pair, score
 from .log import UserError
-from .models.load import Model
+from .models.open import Model
+from .models.tokenizer import DATE
 from .resolve import at_least
-from .round import DATE
+from .runtime.settings import Distributed, Mesh
 
 GENERATION = {"until", "max_gen_toks", "max_tokens", "temperature", "do_sample", "top_k", "top_p"}
 MAX_GEN_TOKS = 256

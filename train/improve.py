@@ -9,21 +9,18 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from . import summary
-from .config import PLACEMENT, Improve, Sft, content
-from .journal import Journal, write_durably
-from .log import UserError
+from .config import Improve
+from .learn.settings import Sft
 from .phases import STEPS
 from .plan import check_sampled, plan
-from .processes import on_first
-from .resolve import differences, fingerprint, to_dict
 from .run import Run
-from .sinks import check_sinks
-from .stop import check
+from .runtime.folder import check_same_config, content, fingerprint, write_config
+from .runtime.journal import Journal
+from .runtime.processes import on_first
+from .runtime.sinks import check_sinks
+from .runtime.stop import check
 
 
 def improve(config: Improve, *, name: str, out: Path | None = None, command: str = "", quiet: bool = False) -> Path:
@@ -61,26 +58,6 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
         if not quiet:
             summary.show(found, folder)
     return folder
-
-
-def write_config(folder: Path, config: Any) -> None:
-    """Keep the resolved config; which process this is, is none of its business."""
-    values = {key: value for key, value in to_dict(config).items() if key != "distributed"}
-    write_durably(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-def check_same_config(folder: Path, config: Any) -> None:
-    """Refuse to mix two runs in one folder."""
-    path = folder / "config.yaml"
-    if not path.exists():
-        return
-    theirs = yaml.safe_load(path.read_text())
-    there = {key: value for key, value in theirs.items() if key not in PLACEMENT} if isinstance(theirs, dict) else {}
-    changed = differences(content(config), there)
-    if changed:
-        raise UserError(
-            f"{folder} holds a run of another config ({'; '.join(changed)}); choose another folder with out=DIR"
-        )
 
 
 def run_phases(run: Run) -> None:

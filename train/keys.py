@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from .analyse import AnalyseOptions
-from .config import Distributed, Finetune, Improve, Mesh, SampleOptions, Source
-from .journal import write_durably
+from .config import Finetune, Improve, SampleOptions
 from .learn.settings import Sft
+from .models.settings import Source
+from .runtime.disk import write_durably
+from .runtime.settings import Distributed, Mesh
 from .search.settings import SearchRun
 from .sweeps.settings import Sweep
 from .tasks.task import FamilySpec

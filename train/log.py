@@ -7,13 +7,10 @@ or a table is first drawn, and only where the output is a terminal: `jaxmerge --
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 PLAIN_EVERY_SECONDS = 10.0  # between two lines of one bar where the output is not a terminal
 
@@ -182,160 +179,10 @@ def progress(title: str, *, total: int, unit: str = "steps", done: int = 0, scal
 
 # --- the table at the end ----------------------------------------------------------------------------------
 
-DOMAIN_NAMES = {"id": "in domain", "harder": "harder", "ood": "out of domain", "unseen": "never seen"}
-DOMAINS = tuple(DOMAIN_NAMES)
-
-
-def pooled_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Keep the pooled families: a row a (method, round, domain, coefficient), test split if there is one.
-
-    Ordered as rows first appear by method, then by round, then id, harder, out of domain.
-    """
-    pooled = [dict(row) for row in rows if row.get("family", "all") == "all"]
-    tested = {(r["method"], r["round"], r["domain"]) for r in pooled if r.get("split", "test") == "test"}
-    pooled = [
-        r for r in pooled
-        if r.get("split", "test") == "test" or (r["method"], r["round"], r["domain"]) not in tested
-    ]  # fmt: skip
-    methods = list(dict.fromkeys(r["method"] for r in pooled))
-    order = {name: i for i, name in enumerate(DOMAINS)}
-    return sorted(
-        pooled,
-        key=lambda r: (
-            methods.index(r["method"]),
-            r["round"],
-            r.get("coefficient") or 0.0,
-            order.get(r["domain"], len(order)),
-        ),
-    )
-
 
 def format_percent(fraction: float | None) -> str:
     """Write a share with one decimal: `42.3 %`; a dash where it is unknown."""
     return "–" if fraction is None else f"{100 * fraction:.1f} %"
 
 
-def format_interval(row: Mapping[str, Any]) -> str:
-    """Write the 95 % interval of a row in percent: `[38.0, 46.6]`."""
-    if row.get("low") is None or row.get("high") is None:
-        return "–"
-    return f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
-
-
-def method_label(row: Mapping[str, Any]) -> str:
-    """Name a row's method, with its coefficient where it is a point of a sweep: `line λ=0.5`."""
-    coefficient = row.get("coefficient")
-    return row["method"] if coefficient is None else f"{row['method']} λ={coefficient:g}"
-
-
-def print_table(summary: Mapping[str, Any]) -> None:
-    """Print method × round × domain with accuracy, 95 % interval, n and seconds.
-
-    Args:
-      summary: the contents of `summary.json`. Families are pooled; where both were evaluated, the test split
-        stands and the validation split is left out.
-    """
-    if not is_speaker():
-        return
-    header = ("method", "round", "domain", "accuracy", "95 % interval", "n", "seconds")
-    body = [
-        (
-            method_label(row),
-            str(row["round"]),
-            str(DOMAIN_NAMES.get(row["domain"], row["domain"]))
-            + ("" if row.get("split", "test") == "test" else f" ({row['split']})"),
-            format_percent(row.get("accuracy")),
-            format_interval(row),
-            f"{row['n']:,}" if row.get("n") is not None else "–",
-            f"{row['seconds']:.1f}" if row.get("seconds") is not None else "–",
-        )
-        for row in pooled_rows(summary.get("rows", ()))
-    ]
-    if not body:
-        say("nothing evaluated yet")
-        return
-    left = (0, 2)
-    title = f"{summary.get('name', 'run')}" + ("" if summary.get("finished", True) else " (unfinished)")
-    if _rich_wanted():
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table(title=escape(title))
-        for i, name in enumerate(header):
-            table.add_column(name, justify="left" if i in left else "right", no_wrap=True)
-        for i, row in enumerate(body):
-            ends = i + 1 == len(body) or body[i + 1][:2] != row[:2]
-            table.add_row(*(escape(cell) for cell in row), end_section=ends)
-        Console().print(table)
-        return
-    widths = [max(len(header[i]), *(len(row[i]) for row in body)) for i in range(len(header))]
-    for row in (header, tuple("-" * width for width in widths), *body):
-        cells = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        say("  ".join(cells).rstrip())
-
-
 # --- JSON lines --------------------------------------------------------------------------------------------
-
-
-def append_jsonl(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
-    """Add one object as one line, on disk when this returns.
-
-    One write of one whole line: a process killed inside it leaves at most a torn last line, which
-    `read_jsonl_tolerant` knows. NaN and infinity are refused, since no JSON reader but Python's takes them.
-    """
-    line = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(", ", ": ")) + "\n"
-    with open(path, "ab", buffering=0) as file:
-        # A torn line left by a killed process must not swallow this one.
-        torn = file.tell() > 0 and _last_byte(path) != b"\n"
-        if torn:
-            raise UserError(
-                f"{os.fspath(path)}: the last line is torn (no newline at its end); expected whole lines"
-                " before appending: call read_jsonl_tolerant(path, truncate=True) first, as a resumed run does"
-            )
-        data = line.encode()
-        if file.write(data) != len(data):
-            raise OSError(f"{os.fspath(path)}: only a part of {len(data)} bytes could be written")
-        os.fsync(file.fileno())
-
-
-def _last_byte(path: str | os.PathLike[str]) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1)
-
-
-def read_jsonl_tolerant(path: str | os.PathLike[str], *, truncate: bool = False) -> list[dict[str, Any]]:
-    """Read the objects of a JSON-lines file whose writer may have been killed.
-
-    Args:
-      path: the file; one that does not exist reads as no rows.
-      truncate: also cut a torn last line from the file, so that appending can go on.
-
-    Returns:
-      The rows of all whole lines. A last line without a newline at its end is torn (its writer was killed in
-      the middle) and dropped. A bad line anywhere else is damage, and an error naming the line.
-    """
-    path = pathlib.Path(path)
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    end = data.rfind(b"\n") + 1
-    rows = []
-    for number, line in enumerate(data[:end].split(b"\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(
-                f"{path}:{number}: expected one JSON object a line, found {line[:60]!r} ({error});"
-                " only a torn last line is mended by itself: restore the file or start in a new folder"
-            ) from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-        rows.append(row)
-    if truncate and end < len(data):
-        with open(path, "r+b") as file:
-            file.truncate(end)
-            os.fsync(file.fileno())
-    return rows

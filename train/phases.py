@@ -14,30 +14,35 @@ import numpy as np
 
 import jaxmerge
 
-from . import checkpoint, combine, evaluate, export, probes, round, stop
+from . import combine, evaluate, probes, round
 from .analysis.importance import loss_of, of_layers, taylor_importance
 from .analysis.texts import batches as text_batches
-from .config import Merge, Sampling, Selection, Sft
+from .config import Merge, Sampling, Selection
+from .data.versions import write_version
 from .generate.rollout import Settings
 from .learn.batches import steps_of, to_rows
-from .learn.dataset import read_jsonl, write_jsonl, write_version
+from .learn.checkpoints import SftCheckpoints
+from .learn.settings import Sft
 from .learn.sft import fine_tune, one_epoch
 from .learn.watch import hold_out, speed_of
 from .log import UserError, say
 from .models.decoder import Params
+from .models.open import describe
 from .plan import BASE, Phase, spell
-from .processes import on_first
 from .rehearse import read_reference, rehearse
 from .resolve import build, to_dict
 from .run import Row, Run, dataset_of
-from .sinks import followed
+from .runtime import checkpoint, stop
+from .runtime.jsonl import read_jsonl, write_jsonl
+from .runtime.processes import on_first
+from .runtime.sinks import followed
 
 
 def load(run: Run, phase: Phase, folder: Path) -> Row:
     del phase, folder
     references = rehearse(run)
     jaxmerge.check_finite(run.model.params, name=run.config.model.path or "model.random")
-    on_first(export.describe, run.model, run.journal.root / "model")
+    on_first(describe, run.model, run.journal.root / "model")
     count = sum(x.size for x in jax.tree.leaves(run.model.params))
     digest = checkpoint.digest(run.model.params)
     say(f"{run.config.model.path or 'random model'}: {count / 1e6:.1f} M parameters on {run.mesh.size} device(s)")
@@ -146,7 +151,7 @@ def sft(run: Run, phase: Phase, folder: Path) -> Row:
     pad = run.model.tokenizer.pad_id or 0
     rows = to_rows(learnt, config, pad, seed=seed)
     home = run.checkpoints(phase.name)
-    kept = checkpoint.SftCheckpoints(home / "state", home / "snapshots")
+    kept = SftCheckpoints(home / "state", home / "snapshots")
     steps, root = folder / "steps.jsonl", run.journal.root
     about = {
         "folder": root,

@@ -12,10 +12,11 @@ import jax
 
 import jaxmerge
 
-from .log import UserError, append_jsonl, read_jsonl_tolerant, say
+from .log import UserError, say
 from .models.decoder import Params
 from .plan import BASE, Phase
-from .processes import on_first
+from .runtime.jsonl import append_jsonl, read_jsonl_tolerant
+from .runtime.processes import on_first
 from .tasks import Question
 
 if TYPE_CHECKING:

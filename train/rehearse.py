@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from . import checkpoint, combine, probes
+from . import combine, probes
 from .learn.sft import check_patterns
 from .log import UserError
-from .mesh import sharding_of
 from .models.decoder import Params
-from .models.load import load_model
+from .models.open import load_model
+from .runtime import checkpoint
+from .runtime.mesh import sharding_of
 
 if TYPE_CHECKING:
     from .run import Run

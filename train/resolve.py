@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import hashlib
-import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -153,23 +151,3 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
 def load(cls: type[T], path: str | Path, assignments: Sequence[str] = ()) -> T:
     """Read a config file with overrides into `cls`."""
     return build(cls, override(read_yaml(Path(path)), assignments))
-
-
-def fingerprint(config: Any) -> str:
-    """8 hex digits of the resolved config: two runs of one name share a folder only if they are the same."""
-    text = json.dumps(to_dict(config), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
-    """`key: theirs → ours` for every leaf at which two resolved configs differ."""
-    lines = []
-    for key in sorted({*ours, *theirs}):
-        a, b = ours.get(key), theirs.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f"{prefix}{key}.")
-            if list(a) != list(b) and set(a) == set(b):  # the first pattern that matches wins
-                lines.append(f"{prefix}{key}: order {list(b)} → {list(a)}")
-        elif a != b:
-            lines.append(f"{prefix}{key}: {b!r} → {a!r}")
-    return lines

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,12 +14,10 @@ from .config import Selection
 from .generate.rollout import Prompt
 from .log import UserError
 from .models.decoder import Params
-from .models.tokenizer import Tokenizer
+from .models.tokenizer import DATE, Tokenizer
+from .runtime.jsonl import Row
 from .tasks import Question, Suite, few_shot
 
-Row = dict[str, Any]
-DATE = "26 Jul 2024"
-"""What Llama 3's chat template prints where it is told no date."""
 SHOWN = 4
 """Accepted and rejected samples kept in the metrics, each, for the report."""
 

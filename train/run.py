@@ -17,22 +17,23 @@ import numpy as np
 
 import jaxmerge
 
-from . import checkpoint, evaluate, probes, round
+from . import evaluate, probes, round
 from .analysis.texts import Text
 from .config import Improve
+from .data.versions import read_version
 from .generate.rollout import Sample, Settings, batched, rollout
-from .journal import Journal
-from .learn.dataset import read_jsonl, read_version, write_jsonl
 from .log import UserError, progress
-from .mesh import make_mesh, shardings
 from .models.decoder import Params, shapes
-from .models.load import Model
-from .models.source import load_source
+from .models.open import Model, load_source
 from .plan import BASE, Outcome, Phase, Plan
-from .processes import on_first
-from .stop import check
+from .runtime import checkpoint
+from .runtime.journal import Journal
+from .runtime.jsonl import read_jsonl, write_jsonl
+from .runtime.mesh import make_mesh, shardings
+from .runtime.processes import on_first
+from .runtime.stop import check
 from .tasks import STOP_STRINGS, Question, Suite, build_suite
-from .tasks.suite import Split
+from .tasks.task import Split
 
 Row = dict[str, Any]
 

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
-import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-
 from . import evaluate
-from .journal import write_durably
-from .log import UserError, print_table, say
+from .log import UserError, say
 from .plan import BASE
-from .report import write_report
+from .report.page import write_report
+from .report.rows import print_table
+from .runtime.disk import write_durably
+from .runtime.folder import made_by
 
 if TYPE_CHECKING:
     from .run import Run
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tensorflow-datasets", "numpy")
 
 
 def write(run: Run, *, finished: bool) -> dict[str, Any]:
@@ -49,17 +44,6 @@ def write(run: Run, *, finished: bool) -> dict[str, Any]:
     write_durably(run.journal.root / "summary.json", json.dumps(summary, indent=1))
     write_report(run.journal.root)
     return summary
-
-
-def made_by(command: str, devices: int) -> dict[str, Any]:
-    """What made a result: versions, device, command, commit."""
-    device = jax.devices()[0]
-    return {
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
-        "device": f"{device.platform} × {devices} ({device.device_kind})",
-        "command": command,
-        "commit": commit(),
-    }
 
 
 def paired(run: Run, evaluated) -> list[dict[str, Any]]:
@@ -102,12 +86,3 @@ def show(summary: dict[str, Any], folder: Path) -> None:
     print_table(summary)
     say(f"report: {folder / 'report.html'}")
     say(str(folder))
-
-
-def commit() -> str | None:
-    """The checkout's commit, or None where there is no checkout."""
-    here = Path(__file__).parent
-    result = subprocess.run(
-        ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or None if result.returncode == 0 else None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .log import UserError, say
 from .resolve import build, load, override, read_yaml
-from .start import Words, options, start_jax, take
+from .runtime.start import Words, options, start_jax, take
 from .verbs_files import extract_lora, inspect, merge
 
 
@@ -161,8 +161,8 @@ def evaluate(words: Words, assignments: Words, dry: bool) -> int:
 
         result = evaluate_model(words[0], config)
     if mine["out"]:
-        from .journal import write_durably
-        from .processes import on_first
+        from .runtime.disk import write_durably
+        from .runtime.processes import on_first
 
         on_first(write_durably, Path(str(mine["out"])), json.dumps(result, indent=1))
     return 0
@@ -182,9 +182,9 @@ def harness(words: Words, assignments: Words, dry: bool) -> int:
     mine, others = take(assignments, out=None)
     settings = options(others, HarnessOptions)
     start_jax(settings)
-    from .export import open_model
-    from .mesh import make_mesh
-    from .processes import on_first
+    from .models.open import open_model
+    from .runtime.mesh import make_mesh
+    from .runtime.processes import on_first
 
     found = go(
         open_model(words[0], make_mesh(settings.mesh)),
@@ -202,7 +202,7 @@ def harness(words: Words, assignments: Words, dry: bool) -> int:
             if isinstance(value, float):
                 say(f"{task}  {metric}  {value:.4f}")
     if mine["out"]:
-        from .journal import write_durably
+        from .runtime.disk import write_durably
 
         kept = {key: found[key] for key in ("results", "configs", "versions", "n-shot", "n-samples")}
         on_first(write_durably, Path(str(mine["out"])), json.dumps(kept, indent=1, default=str))
@@ -233,7 +233,7 @@ def report(words: Words, assignments: Words, dry: bool) -> int:
     Write report.html of a run again from its metrics.
     """
     del assignments, dry
-    from .report import write_report
+    from .report.page import write_report
 
     if not (Path(words[0]) / "config.yaml").is_file():
         raise UserError(f"{words[0]}: not the folder of a run (no config.yaml)")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .log import UserError, format_percent, say
-from .start import Words, start_jax, take
+from .runtime.start import Words, start_jax, take
 
 
 def merge(words: Words, assignments: Words, dry: bool) -> int:
@@ -60,12 +60,12 @@ def inspect(words: Words, assignments: Words, dry: bool) -> int:
     mine, others = take(assignments, picture=None, json=None)
     if others:
         raise UserError(f"{others[0]!r}: inspect knows picture= and json=")
-    from jaxmerge.files.compare import compare
-    from jaxmerge.files.picture import svg
-    from jaxmerge.files.source import open_source
-    from jaxmerge.files.table import table
+    from jaxmerge.files.checkpoints.open import open_source
+    from jaxmerge.files.inspect.compare import compare
+    from jaxmerge.files.inspect.picture import svg
+    from jaxmerge.files.inspect.table import table
 
-    from .journal import write_durably
+    from .runtime.disk import write_durably
 
     with own_errors(), progress_in_bytes("inspect") as advance:
         sources = [open_source(name) for name in (words[0], *words[1].split(","))]
@@ -89,8 +89,8 @@ def extract_lora(words: Words, assignments: Words, dry: bool) -> int:
     mine, others = take(assignments, rank=None, alpha=None, targets=None, save="**", dtype="float32")
     if others or mine["rank"] is None:
         raise UserError(f"{others[0] if others else 'no rank='}: wanted rank=N, and of alpha=, targets=, save=, dtype=")
-    from jaxmerge.files.lowrank import extract_lora as extract
-    from jaxmerge.files.source import open_source
+    from jaxmerge.files.checkpoints.open import open_source
+    from jaxmerge.files.inspect.lowrank import extract_lora as extract
 
     from .log import progress
 

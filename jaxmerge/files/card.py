@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import xxhash
 
+from jaxmerge.files.checkpoints.source import Source
 from jaxmerge.files.recipe import Recipe
-from jaxmerge.files.source import Source
 
 
 def provenance(

@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxmerge.files import vocabulary
 from jaxmerge.files.chat import TEMPLATES
+from jaxmerge.files.checkpoints.source import Source
 from jaxmerge.files.recipe import Recipe
-from jaxmerge.files.source import Source
 
 # The keys under which configs count layers: of a decoder alone, and of parts of a model.
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")

@@ -29,9 +29,9 @@ import numpy as np
 import xxhash
 
 from jaxmerge.files.buffers import Buffers
+from jaxmerge.files.checkpoints.safetensors import Writer
 from jaxmerge.files.journal import Changed, Journal
 from jaxmerge.files.plan import Input, Job
-from jaxmerge.files.safetensors import Writer
 from jaxmerge.files.tally import Tally, sums
 from jaxmerge.leafwise import dtypes
 from jaxmerge.rules import RULES

@@ -25,7 +25,7 @@ from typing import Any
 
 import xxhash
 
-from jaxmerge.files.safetensors import check_free, sync, sync_all
+from jaxmerge.files.disk import check_free, sync, sync_all
 
 VERSION = 2
 CHECK = b',"check":'  # the last key of each line: a digest of what stands before it

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge.files.checkpoints.source import EMBEDDING, HEAD, Source, Tensor, is_tied
 from jaxmerge.files.methods import Method
 from jaxmerge.files.recipe import Entry, Module, Slice
-from jaxmerge.files.source import EMBEDDING, HEAD, Source, Tensor, is_tied
 from jaxmerge.files.vocabulary import INPUTS, OUTPUTS
 from jaxmerge.rules import RULES
 

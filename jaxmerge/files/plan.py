@@ -15,11 +15,12 @@ import numpy as np
 
 from jaxmerge.consensus import cancel
 from jaxmerge.delta import check_compat
-from jaxmerge.files import companions, layers, operands, safetensors, vocabulary
+from jaxmerge.files import companions, layers, operands, vocabulary
+from jaxmerge.files.checkpoints import safetensors
+from jaxmerge.files.checkpoints.source import Source, Tensor
 from jaxmerge.files.methods import COPY, METHODS, REQUIRED, Method, Number, resolve
 from jaxmerge.files.operands import Draft, Operand
 from jaxmerge.files.recipe import Module, Recipe, Slice
-from jaxmerge.files.source import Source, Tensor
 
 ALLOW = ("missing", "unused", "shapes")
 SHARES = {"density": "[0, 1]", "gamma": "[0, 1]", "select_topk": "[0, 1]", "drop": "[0, 1)"}

@@ -38,8 +38,8 @@ import numpy as np
 import yaml
 
 from jaxmerge.files.chat import check_template
+from jaxmerge.files.checkpoints.safetensors import DTYPES
 from jaxmerge.files.methods import IGNORED, METHODS, REQUIRED, Method, Scope, check, known, methods
-from jaxmerge.files.safetensors import DTYPES
 from jaxmerge.files.tokens import Options
 from jaxmerge.files.tokens import parse as parse_tokenizer
 from jaxmerge.rules import RULES

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from jaxmerge.files.source import BLOCK_BYTES, Tensor, fill_by_rows, read
+from jaxmerge.files.checkpoints.source import BLOCK_BYTES, Tensor, fill_by_rows, read
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,14 +20,16 @@ from typing import Any
 import jax
 import xxhash
 
-from jaxmerge.files import card, engine, orbax, recipe, safetensors, vocabulary
+from jaxmerge.files import card, disk, engine, recipe, vocabulary
 from jaxmerge.files import plan as planning
-from jaxmerge.files.adapter import CONFIG, WEIGHTS
+from jaxmerge.files.checkpoints import orbax, safetensors
+from jaxmerge.files.checkpoints.adapter import CONFIG, WEIGHTS
+from jaxmerge.files.checkpoints.open import open_source
+from jaxmerge.files.checkpoints.source import Source, read_json
 from jaxmerge.files.engine import Engine, Progress
 from jaxmerge.files.journal import Journal, stamp, unfinished
 from jaxmerge.files.plan import Plan
 from jaxmerge.files.recipe import Recipe
-from jaxmerge.files.source import Source, open_source, read_json
 
 FORMATS = ("safetensors", "orbax")
 
@@ -97,7 +99,7 @@ def merge(
     else:
         report = _earlier(out, work.digest)
         if report is None:
-            safetensors.check_free(out)
+            disk.check_free(out)
             report = work.run(out)
         shutil.rmtree(between, ignore_errors=True)
     return report | {"out": str(out), "seconds": time.perf_counter() - start}

@@ -13,7 +13,7 @@ import json
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
-from jaxmerge.files.source import TOKENIZER_FILES
+from jaxmerge.files.checkpoints.source import TOKENIZER_FILES
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Older forms of what tokenizer.json says; once the vocabulary changes they would contradict it.

@@ -20,7 +20,8 @@ import numpy as np
 import xxhash
 
 from jaxmerge.files import rows, tokenizer
-from jaxmerge.files.source import TOKENIZER_FILES, Source, companions_of, open_source
+from jaxmerge.files.checkpoints.open import open_source
+from jaxmerge.files.checkpoints.source import TOKENIZER_FILES, Source, companions_of
 from jaxmerge.files.tokenizer import Tokenizer, added_token
 from jaxmerge.files.tokens import Options, Row, parse
 

@@ -58,7 +58,7 @@ def make() -> list[dict]:
     from transformers import AutoModelForCausalLM
 
     from train.models.gguf import read_gguf
-    from train.models.load import resolve
+    from train.models.open import resolve
     from train.models.tokenizer import Tokenizer
 
     file = resolve(PATH)

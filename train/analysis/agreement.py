@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmerge.files.moments import Moments, Workspace, describe
+from jaxmerge.files.inspect.moments import Moments, Workspace, describe
 from jaxmerge.tree import named_leaves
 
 from ..models.decoder import Params

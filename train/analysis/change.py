@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 import jaxmerge
-from jaxmerge.files.picture import KINDS as IN_LAYERS
-from jaxmerge.files.picture import kind as kind_in_layer
 from jaxmerge.tree import named_leaves
+from jaxmerge.where import KINDS as IN_LAYERS
+from jaxmerge.where import kind as kind_in_layer
 from jaxmerge.where import layer_index
 
 from ..models.decoder import Params

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ..models.characters import EOS
 from ..tasks import Question
-from ..tasks.characters import EOS
 from ..tasks.letters import extract_letter
 from ..tasks.numbers import flexible, strict
 from ..tasks.wording import extract_answer

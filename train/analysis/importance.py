@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import jaxmerge
 from jaxmerge.tree import named_leaves
 
-from ..learn.objective import Compute, loss_sums
 from ..log import UserError
 from ..models.config import ModelConfig
 from ..models.decoder import Params
+from ..models.loss import Compute, loss_sums
 from ..models.stacked import unstack_layers, with_layers
 from .texts import Batch, Loss, mean_gradient, mean_loss
 

@@ -11,9 +11,9 @@ import numpy as np
 
 import jaxmerge
 
-from ..learn.dataset import read_jsonl
 from ..log import UserError, progress
 from ..round import verify
+from ..runtime.jsonl import read_jsonl
 from .agreement import agreement
 from .change import by_kind, by_layer, by_layer_and_kind
 from .diversity import diversity, grouped, interval, pass_curve

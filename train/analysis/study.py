@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from .. import round as rounds_of_run
-from ..config import Improve, Mesh
+from ..config import Improve
 from ..generate.rollout import Settings, rollout
-from ..journal import Journal
 from ..log import UserError, progress
 from ..models.decoder import Params
 from ..plan import BASE, Phase, plan
 from ..resolve import build, nearest, read_yaml
 from ..run import Run
+from ..runtime.journal import Journal
+from ..runtime.settings import Mesh
 from ..tasks import Question
 from ..tasks.task import DOMAINS
 from .importance import loss_of

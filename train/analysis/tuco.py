@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..generate.score import padded
-from ..mesh import gathered
 from ..models.attention import visible, within
 from ..models.config import ModelConfig
 from ..models.decoder import Params, bind, count_up
 from ..models.rope import rope_table
 from ..models.stacked import unstack_layers
+from ..runtime.mesh import gathered
 from .texts import ROWS
 
 

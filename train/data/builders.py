@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from ..learn import dataset
 from ..log import UserError
+from ..runtime.jsonl import numbered_jsonl
 from ..tasks.task import FamilySpec
+from . import versions
 from .formats import read_row
 from .records import Record, columns, from_columns, turns
 from .tfds_sets import SETS, read_set
@@ -53,7 +54,7 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def __init__(self, name: str, data_dir: str | os.PathLike[str]):
         folder = pathlib.Path(data_dir) / self.name / name / str(self.VERSION)
-        if not (folder / dataset.CHECKSUMS).exists():
+        if not (folder / versions.CHECKSUMS).exists():
             # A killed process left it: gone before TFDS reads it and takes it for whole.
             shutil.rmtree(folder, ignore_errors=True)
         log = logging.getLogger("absl")
@@ -142,13 +143,13 @@ def worked(solution: str | None, answer: str) -> str:
 def prepare(builder: Records) -> pathlib.Path:
     """Write a builder's dataset, whole or not at all, unless it is there; the folder of its version."""
     folder = pathlib.Path(builder.data_dir)
-    if (folder / dataset.CHECKSUMS).exists():
-        dataset.check_files(folder)
+    if (folder / versions.CHECKSUMS).exists():
+        versions.check_files(folder)
         return folder
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has downloaded, which it has not
         builder.download_and_prepare(file_format="array_record")
-    dataset.write_checksums(folder)
+    versions.write_checksums(folder)
     return folder
 
 
@@ -157,7 +158,7 @@ def read_records(
 ) -> list[Record]:
     """Records of a JSONL file, in order; an error names the file and the line."""
     records = []
-    for number, row in dataset.numbered_jsonl(path):
+    for number, row in numbered_jsonl(path):
         try:
             records.append(read_row(row, format, ignore=ignore))
         except UserError as error:
@@ -172,8 +173,8 @@ def read_folder(folder: str | os.PathLike[str], split: str = "train") -> list[Re
     folder = pathlib.Path(folder)
     if not (folder / "dataset_info.json").is_file():
         raise UserError(f"{folder}: not the folder of a TFDS version (no dataset_info.json)")
-    if (folder / dataset.CHECKSUMS).exists():
-        dataset.check_files(folder)
+    if (folder / versions.CHECKSUMS).exists():
+        versions.check_files(folder)
     builder: Any = tfds.builder_from_directory(str(folder))
     if split not in builder.info.splits:
         raise UserError(f"{folder}: no split {split!r}; there are: {', '.join(builder.info.splits)}")

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..learn import dataset
 from ..log import UserError
 from ..models.tokenizer import Tokenizer
+from . import versions as dataset
 from .builders import JsonLines, ReasoningGym, prepare, read_folder
 from .chat import encode
 from .records import Record
@@ -89,7 +89,7 @@ def prepare_once(builder: JsonLines | ReasoningGym, home: Path) -> Path:
 
 
 def is_samples(folder: Path) -> bool:
-    """Whether a folder is a version that a self-improvement run wrote (train/learn/dataset.py)."""
+    """Whether a folder is a version that a self-improvement run wrote (train/data/versions.py)."""
     return (folder / dataset.CHECKSUMS).exists() and "prompt_length" in (folder / "features.json").read_text()
 
 

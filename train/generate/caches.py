@@ -7,9 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ..mesh import activations_on, spread, spread_sharding
 from ..models.attention import KV
 from ..models.config import ModelConfig
+from ..runtime.mesh import activations_on, spread, spread_sharding
 
 OnMesh = jax.sharding.Mesh | None
 """The mesh of the parameters; None is one device."""

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..mesh import activations_on, everywhere, mesh_of, row_ways, spread
 from ..models.attention import KV, visible
 from ..models.config import ModelConfig
 from ..models.decoder import Params, bind, count_up
+from ..runtime.mesh import activations_on, everywhere, mesh_of, row_ways, spread
 from .caches import OnMesh, empty_caches, fill, grow, kept
 from .sample import choose
 from .shelf import Shelf

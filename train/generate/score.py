@@ -15,11 +15,11 @@ import numpy as np
 from jax import lax
 
 from ..log import UserError
-from ..mesh import activations_on, everywhere, mesh_of
 from ..models.attention import visible
 from ..models.config import ModelConfig
 from ..models.decoder import Params, bind, count_up, logprobs
 from ..models.tokenizer import Tokenizer
+from ..runtime.mesh import activations_on, everywhere, mesh_of
 
 TOKENS_AT_ONCE = 4096
 """Positions of a batch, padding included."""

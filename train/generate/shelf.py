@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..mesh import activations_on, spread
 from ..models.attention import KV
 from ..models.config import ModelConfig
 from ..models.decoder import Params, bind
+from ..runtime.mesh import activations_on, spread
 
 Tokens = tuple[int, ...]
 STEP = 32

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ..mesh import mesh_of, without_fsdp
 from ..models.decoder import Params
 from ..models.stacked import unstack_layers
+from ..runtime.mesh import mesh_of, without_fsdp
 
 
 def to_decode(params: Params, dtype: str, *, gather: bool = False) -> Params:

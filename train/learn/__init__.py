@@ -1,0 +1,1 @@
+"""Examples in, tuned weights out (`jaxmerge sft`)."""

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ..mesh import shardings
 from ..models.config import Lora
 from ..models.decoder import Params
 from ..models.lora import attach, init_lora, merge_lora
+from ..runtime.mesh import shardings
 
 DRAW = "draw"
 """Of a batch: a number a row [B] uint32, never the same twice in a run, for the dropout masks."""

@@ -21,19 +21,19 @@ import numpy as np
 import optax
 
 from ..log import UserError, say
-from ..mesh import replicated, shardings
 from ..models.config import ModelConfig
 from ..models.decoder import Params, is_stacked
 from ..models.fused import choose
 from ..models.lora import check_targets, init_lora
 from ..models.lora_files import save_lora
+from ..models.loss import Compute, loss_sums
 from ..models.stacked import stack_layers, unstack_layers
-from ..processes import on_first
-from ..stop import Stopped
+from ..runtime.mesh import replicated, shardings
+from ..runtime.processes import on_first
+from ..runtime.stop import Stopped
 from . import frozen as adapters
 from .batches import RowSource, steps_of
 from .frozen import Frozen
-from .objective import Compute, loss_sums
 from .optim import Moments, adamw, decay_mask, ema_keep, learning_rate, start
 from .settings import Sft, Stay, Step
 from .shares import Shares

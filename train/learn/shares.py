@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..mesh import batch_sharding
+from ..runtime.mesh import batch_sharding
 from . import frozen as adapters
 from .batches import RowSource, batches
 from .settings import Sft

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from ..mesh import gathered, spread
+from ..runtime.mesh import gathered, spread
 from . import lora
 from .attention import KV, attend, cap, visible, within, write
 from .config import ModelConfig

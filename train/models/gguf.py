@@ -1,4 +1,4 @@
-"""GGUF files of the Llama architecture to (ModelConfig, Params); the format itself is `jaxmerge.files.gguf`'s."""
+"""GGUF files of the Llama architecture to (ModelConfig, Params); the format itself is `jaxmerge.files.checkpoints.gguf`'s."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxmerge.files import gguf
-from jaxmerge.files.source import read
+from jaxmerge.files.checkpoints import gguf
+from jaxmerge.files.checkpoints.source import read
 
 from ..log import UserError
 from .config import ModelConfig

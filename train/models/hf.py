@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..log import UserError, is_first_process
-from ..mesh import put
-from ..processes import on_first, to_host, told
+from ..runtime.mesh import put
+from ..runtime.processes import on_first, to_host, told
 from .config import ModelConfig
 from .decoder import Params, shapes
 from .hf_config import config_from_hf, config_to_hf

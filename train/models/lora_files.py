@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..log import UserError
-from ..processes import on_first, to_host
+from ..runtime.processes import on_first, to_host
 from .config import Lora
 from .hf import named, new_folder, read_json, write_json
 from .lora import Params, modules, pairs, set_at

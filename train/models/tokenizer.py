@@ -16,12 +16,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxmerge.files import gguf
+from jaxmerge.files.checkpoints import gguf
 
 from ..log import UserError
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+DATE = "26 Jul 2024"
+"""What Llama 3's chat template prints where it is told no date."""
+
 
 MARKS = ("\uf8fe", "\uf8ff")
 """Private characters that stand around an assistant's words while a template is rendered."""

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..models.tokenizer import Tokenizer
-from ..round import DATE
+from ..models.tokenizer import DATE, Tokenizer
 from ..tasks.code import extract_code, source_of
 from ..tasks.wording import untemplated
 from .prompts import Prompts, fill

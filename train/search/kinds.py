@@ -14,10 +14,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from ..generate.mcts import ROOT, Tree
 from .ask import Asking, gather
 from .settings import Kind
 from .subject import Subject
+from .tree import ROOT, Tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..learn.dataset import numbered_jsonl
 from ..log import UserError
+from ..runtime.jsonl import numbered_jsonl
 from ..tasks import build_suite, extract_answer
 from ..tasks.code import CodeProblem, CodeTask
 from ..tasks.numbers import canonical, same

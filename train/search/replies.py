@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..log import UserError, is_first_process, read_jsonl_tolerant
-from ..processes import on_first
+from ..log import UserError, is_first_process
+from ..runtime.jsonl import read_jsonl_tolerant
+from ..runtime.processes import on_first
 from .ask import Reply
 
 SYNC_EVERY_SECONDS = 1.0

@@ -19,20 +19,20 @@ from typing import Any
 
 import jax
 
-from .. import checkpoint
-from ..config import Source, content
-from ..improve import check_same_config, write_config
-from ..journal import Journal, write_durably
-from ..learn.dataset import read_jsonl, write_jsonl, write_version
-from ..log import UserError, append_jsonl, is_first_process, progress, say
-from ..mesh import make_mesh
-from ..models.load import Model
-from ..models.source import load_source
-from ..processes import on_first, several
-from ..report import write_report
-from ..resolve import fingerprint, to_dict
-from ..stop import check
-from ..summary import made_by
+from ..data.versions import write_version
+from ..log import UserError, is_first_process, progress, say
+from ..models.open import Model, load_source
+from ..models.settings import Source
+from ..report.page import write_report
+from ..resolve import to_dict
+from ..runtime import checkpoint
+from ..runtime.disk import write_durably
+from ..runtime.folder import check_same_config, content, fingerprint, made_by, write_config
+from ..runtime.journal import Journal
+from ..runtime.jsonl import append_jsonl, read_jsonl, write_jsonl
+from ..runtime.mesh import make_mesh
+from ..runtime.processes import on_first, several
+from ..runtime.stop import check
 from ..tasks.code import CodeProblem
 from .ask import ROLES, Ask
 from .driver import Driver

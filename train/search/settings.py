@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from ..config import Distributed, Mesh, Source, check_top_p
+from ..config import check_top_p
 from ..log import UserError
+from ..models.settings import Source
 from ..resolve import at_least
+from ..runtime.settings import Distributed, Mesh
 from ..tasks.task import FamilySpec
 from .ask import ROLES
 

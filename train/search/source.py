@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from .. import round
 from ..config import Sampling
-from ..learn.dataset import write_jsonl
 from ..log import progress
-from ..models.load import Model
-from ..processes import on_first
+from ..models.open import Model
 from ..resolve import build
-from ..stop import check
+from ..runtime.jsonl import write_jsonl
+from ..runtime.processes import on_first
+from ..runtime.stop import check
 from ..tasks import Question
 from ..tasks.code import CodeTask
 from .ask import ROLES, Ask

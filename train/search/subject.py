@@ -7,10 +7,10 @@ import random
 from collections import Counter
 from typing import Any
 
-from ..generate.mcts import ROOT, Tree
 from .ask import VERIFIER, Ask, Asking, gather
 from .read import normal, read_hint, read_score, read_step
 from .settings import Search
+from .tree import ROOT, Tree
 
 
 @dataclasses.dataclass

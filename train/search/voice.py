@@ -10,8 +10,8 @@ import numpy as np
 
 from ..generate.engine import Completion, Decoding, Engine, Request
 from ..generate.rollout import stopper, without_eos
-from ..models.load import Model
-from ..round import DATE
+from ..models.open import Model
+from ..models.tokenizer import DATE
 from ..tasks.wording import untemplated
 from .ask import Ask, Reply
 from .prompts import Prompt, Prompts

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..journal import write_durably
-from ..log import DOMAIN_NAMES, UserError, say
+from ..log import UserError, say
+from ..report.rows import DOMAIN_NAMES
 from ..resolve import read_yaml
+from ..runtime.disk import write_durably
 from . import pictures
 from .cells import judge_cells, tune_cells, unique
 from .read import Run, runs

@@ -6,8 +6,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from ..analysis.pictures import Line, lines, scatter
-from ..charts import frontier as frontier_of_rows
+from ..report.frontier import frontier as frontier_of_rows
+from ..report.plots import Line, lines, scatter
 from .read import Run, before, by_seed
 from .stats import mean_interval
 from .tables import accuracy

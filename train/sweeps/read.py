@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..log import DOMAIN_NAMES
+from ..report.rows import DOMAIN_NAMES
 from .cells import Cell
 
 Row = dict[str, Any]

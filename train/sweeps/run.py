@@ -6,23 +6,22 @@ may work at one sweep; each takes cells that no other is at.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
-import fcntl
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..analyse import AnalyseOptions, layers_of_run
 from ..config import Improve
 from ..improve import improve
-from ..journal import Busy
-from ..log import UserError, append_jsonl, read_jsonl_tolerant, say
+from ..log import UserError, say
 from ..resolve import build
+from ..runtime.disk import Busy, locked
+from ..runtime.jsonl import append_jsonl, read_jsonl_tolerant
 from .cells import Cell, Values, judge_cells, score, tune_cells, unique, with_first_candidates
 from .settings import Sweep
 
@@ -177,17 +176,6 @@ def described(cell: Cell, folder: Path, command: str) -> Row:
         "command": command,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """One process at a time; the others wait, or are told that it is busy."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"another process is at {path}") from None
-        yield
 
 
 def show_plan(experiment: Experiment) -> None:

@@ -1,6 +1,6 @@
 """Tasks with verifiers: questions with gold answers, how they are asked, and who is right."""
 
-from .characters import EOS_ID, PAD_ID, SYMBOLS, write_tokenizer
+from ..models.characters import EOS_ID, PAD_ID, SYMBOLS, write_tokenizer
 from .compact import render
 from .pretraining import MINIATURE, Ingredient, held_out, pretraining_examples, pretraining_rows
 from .reasoning import family_names

@@ -206,7 +206,7 @@ def read_mbpp(path: Path) -> tuple[CodeProblem, ...]:
     References:
       Austin et al., "Program Synthesis with Large Language Models", https://arxiv.org/abs/2108.07732
     """
-    from ..learn.dataset import numbered_jsonl
+    from ..runtime.jsonl import numbered_jsonl
 
     return tuple(_mbpp_problem(row, f"{path}: line {number}") for number, row in numbered_jsonl(path))
 

@@ -18,7 +18,7 @@ from functools import reduce
 from typing import Any
 
 from ..log import UserError
-from .characters import EOS
+from ..models.characters import EOS
 from .reasoning import open_generator
 from .task import Prompt, Question
 

@@ -16,8 +16,8 @@ from random import Random
 from typing import Any, ClassVar, Literal
 
 from ..log import UserError
+from ..models.characters import EOS
 from . import wording
-from .characters import EOS
 from .code import CodeProblem, CodeTask, HumanEvalTask, MbppTask
 from .task import Prompt, Question, Style
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from random import Random
 from typing import Any
 
-from .characters import EOS
+from ..models.characters import EOS
 from .compact import CompactTask
 from .task import Prompt, Question
 

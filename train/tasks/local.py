@@ -168,7 +168,7 @@ def read(path: Path, split: str, formats: tuple[str, ...], written: int) -> tupl
     del written
     from ..data.builders import read_folder, read_records
     from ..data.formats import detect
-    from ..learn.dataset import numbered_jsonl
+    from ..runtime.jsonl import numbered_jsonl
 
     if path.is_dir():
         return tuple(read_folder(path, split))

@@ -12,7 +12,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..log import UserError
-from .characters import EOS, EOS_ID, PAD_ID, encode
+from ..models.characters import EOS, EOS_ID, PAD_ID, encode
 from .suite import Suite, draw_seed, task_of
 
 if TYPE_CHECKING:

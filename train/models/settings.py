@@ -1,0 +1,26 @@
+"""Where the base model comes from, as configured."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from ..log import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the base model comes from, and the precision it computes in."""
+
+    path: str = ""
+    """Hugging Face folder, GGUF file, `package:NAME/FILE.gguf`, or hub name."""
+    sha256: str | None = None
+    """Refuse the file at `path` unless its digest is this one (single files only)."""
+    random: dict[str, Any] | None = None
+    """Instead of `path`: sizes of a model with random weights (fields of ModelConfig)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Operands of every matmul; sums, masters and merges are float32 whatever this says."""
+
+    def __post_init__(self):
+        if bool(self.path) == (self.random is not None):
+            raise UserError("model: give either model.path or model.random, not both and not neither")

@@ -1,0 +1,1 @@
+"""What a run wrote, as a page: this folder reads files and computes nothing."""

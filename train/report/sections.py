@@ -1,0 +1,325 @@
+"""The words and tables of a report, from what the run has written; with nothing to say, a part is empty."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..log import format_percent, format_seconds
+from .charts import interval_bar, looks, stacked_bar
+from .html import details, escape, table
+from .rows import DOMAIN_NAMES, format_interval, method_label, pooled_rows
+
+if TYPE_CHECKING:
+    from .read import Run
+
+Row = Mapping[str, Any]
+PHASES = {
+    "load": "loading", "sample": "sampling", "select": "selecting", "sft": "fine-tuning", "merge": "merging",
+    "evaluate": "evaluating", "save": "saving",
+}  # fmt: skip
+
+
+def methods(run: Run) -> list[str]:
+    """List the methods that were evaluated, in the order in which they first appear."""
+    return list(dict.fromkeys(row["method"] for row in run.rows))
+
+
+def _colour(run: Run, method: str) -> str:
+    fill = looks(methods(run))[method].fill
+    return f"var(--s{fill[1:]})" if fill[1:].isdigit() else "var(--ink)" if fill == "fb" else "var(--soft)"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def _number(value: Any, form: str = ",") -> str:
+    return "–" if value is None or (isinstance(value, float) and not math.isfinite(value)) else format(value, form)
+
+
+def facts(run: Run) -> str:
+    """Say in one line what ran where, and for how long."""
+    seconds = run.summary.get("seconds") or sum(phase.get("seconds", 0.0) for phase in run.phases)
+    rounds = max((row["round"] for row in run.rows), default=0)
+    parts = [
+        f"{rounds} round{'' if rounds == 1 else 's'}" if rounds else "",
+        ", ".join(methods(run)),
+        format_seconds(seconds) + (f" on {run.summary['device']}" if "device" in run.summary else ""),
+        f"commit {str(run.summary['commit'])[:12]}" if run.summary.get("commit") else "",
+    ]
+    return f'<p class="quiet">{escape(" · ".join(part for part in parts if part))}</p>'
+
+
+def last_rounds(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """Return method → domain → row of the method's last round, sweeps left out."""
+    last: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row.get("coefficient") is None and row["method"] != "line" and row.get("accuracy") is not None:
+            cell = last.setdefault(row["method"], {})
+            if row["domain"] not in cell or row["round"] >= cell[row["domain"]]["round"]:
+                cell[row["domain"]] = row
+    return last
+
+
+def headline(run: Run) -> str:
+    """Show each method's last round, in and out of domain, beside the base."""
+    last = last_rounds(pooled_rows(run.rows))
+    if not last:
+        return ""
+    base = last.get("base", {})
+    pairs = run.summary.get("paired", ())
+    paired = {(p["a"], p["b"], p.get("round"), p["domain"], p.get("split", "test")): p for p in pairs}
+    cards = []
+    for method, cells in last.items():
+        lines = []
+        for domain in ("id", "ood"):
+            row = cells.get(domain)
+            if row is None:
+                continue
+            small = format_interval(row)
+            if method != "base" and domain in base:
+                pair = paired.get((method, "base", row["round"], domain, row.get("split", "test")))
+                small = f"{_points(row['accuracy'] - base[domain]['accuracy'])} points"
+                if pair:
+                    small = f"{_points(pair['difference'])} [{_points(pair['low'])}, {_points(pair['high'])}]"
+            share = format_percent(row["accuracy"])
+            lines.append(f"<dt>{DOMAIN_NAMES[domain]}</dt><dd>{share}<small>{small}</small></dd>")
+        rounds = max(row["round"] for row in cells.values())
+        name = escape(method) + ("" if method == "base" else f" after round {rounds}")
+        title = f'<div class="card" style="--c:{_colour(run, method)}"><h3>{name}</h3>'
+        cards.append(f"{title}<dl>{''.join(lines)}</dl></div>")
+    below = (
+        "for the base its 95 % interval, for the others the change against the base in points, with the 95 % interval"
+        " of the paired difference where it was measured"
+    )
+    note = f"Share of questions answered right. Below it: {below if base else 'its 95 % interval'}."
+    return f'<div class="cards">{"".join(cards)}</div><p class="quiet">{note}</p>'
+
+
+def _accuracy_cell(row: Row | None, n: int | None) -> str:
+    if row is None:
+        return "–"
+    count = "" if row.get("n") == n else f" n {_number(row.get('n'))}"
+    mark = "" if row.get("split", "test") == "test" else f" {escape(row['split'])}"
+    return f"{format_percent(row.get('accuracy'))}<small>{format_interval(row)}{count}{mark}</small>"
+
+
+def accuracy_table(run: Run) -> str:
+    """Show method × round × domain, and every row as it was measured behind a fold."""
+    rows = pooled_rows(run.rows)
+    if not run.rows:
+        return "<p>Nothing has been evaluated yet.</p>"
+    # The two that the claim is about first: a telephone shows no more without scrolling.
+    domains = [d for d in ("id", "ood", "harder", "unseen") if any(row["domain"] == d for row in rows)]
+    domains += sorted({row["domain"] for row in rows} - set(domains))
+    common: dict[str, int | None] = {}  # n, said once in the head where a domain has the same everywhere
+    for domain in domains:
+        counts = {row.get("n") for row in rows if row["domain"] == domain}
+        common[domain] = counts.pop() if len(counts) == 1 else None
+    lines: dict[tuple[str, str, int], dict[str, Row]] = {}
+    for row in rows:
+        lines.setdefault((method_label(row), row["method"], row["round"]), {})[row["domain"]] = row
+    body, firsts, before = [], [], None
+    for (label, method, round_), cells in lines.items():
+        if method != before:
+            firsts.append(len(body))
+        before = method
+        seconds = sum(row.get("seconds") or 0.0 for row in cells.values())
+        body.append(
+            [
+                escape(label),
+                str(round_),
+                *(_accuracy_cell(cells.get(d), common[d]) for d in domains),
+                f"{seconds:,.1f}",
+            ]
+        )
+    names = [escape(DOMAIN_NAMES.get(d, d)) + (f"<small>n {common[d]:,}</small>" if common[d] else "") for d in domains]
+    head = ["method", "round", *names, "seconds"]
+    caption = "Share of questions answered right, families pooled, with 95 % intervals; seconds of evaluation."
+    every = [
+        [
+            escape(method_label(row)),
+            str(row["round"]),
+            escape(DOMAIN_NAMES.get(row["domain"], row["domain"])),
+            escape(row.get("family", "all")),
+            escape(row.get("split", "test")),
+            format_percent(row.get("accuracy")),
+            format_interval(row),
+            _number(row.get("n")),
+            _number(row.get("seconds"), ",.1f"),
+        ]
+        for row in run.rows
+    ]
+    names = ["method", "round", "domain", "family", "split", "accuracy", "95 % interval", "n", "seconds"]
+    full = table(names, every, caption="Every row of the evaluation.", left=(0, 2, 3, 4))
+    return table(head, body, caption=caption, groups=firsts) + details(f"All {len(every)} rows", full)
+
+
+def paired_table(run: Run) -> str:
+    """Show differences between two models on the same questions."""
+    pairs = run.summary.get("paired") or []
+    if not pairs:
+        return ""
+    reach = max(max(abs(p["low"]), abs(p["high"]), 0.01) for p in pairs)
+    body = []
+    for i, p in enumerate(pairs):
+        test = p.get("split", "test") == "test"
+        said = f"{_points(p['difference'])} points, from {_points(p['low'])} to {_points(p['high'])}"
+        bar = interval_bar(p["low"], p["difference"], p["high"], reach=reach, name=f"pair{i}", said=said)
+        body.append(
+            [
+                f"{escape(p['a'])} − {escape(p['b'])}", _number(p.get("round")),
+                escape(f"{DOMAIN_NAMES.get(p['domain'], p['domain'])}" + ("" if test else f" ({p['split']})")),
+                _points(p["difference"]), f"[{_points(p['low'])}, {_points(p['high'])}]", bar, _number(p.get("n")),
+            ]
+        )  # fmt: skip
+    caption = (
+        f"Difference in percentage points on the same questions. The bars span ±{100 * reach:.0f} points around"
+        " zero; green lies above zero, orange below, black may be either."
+    )
+    head = ["difference", "round", "domain", "points", "95 % interval", "around zero", "n"]
+    return table(head, body, caption=caption, left=(0, 2, 5))
+
+
+def pass_table(run: Run) -> str:
+    """Show the chance that one of k samples is right."""
+    rows = [r for r in pooled_rows(run.rows) if r.get("pass_at")]
+    if not rows:
+        return ""
+    ks = sorted({int(k) for r in rows for k in r["pass_at"]})
+    body = [
+        [
+            escape(r["method"]), _number(r["round"]), escape(DOMAIN_NAMES.get(r["domain"], r["domain"])),
+            *(format_percent(r["pass_at"][str(k)]) if str(k) in r["pass_at"] else "–" for k in ks), _number(r["n"]),
+        ]
+        for r in rows
+    ]  # fmt: skip
+    caption = "Share of questions that one of k samples answers, estimated without bias from all samples drawn."
+    head = ["method", "round", "domain", *(f"pass@{k}" for k in ks), "n"]
+    return table(head, body, caption=caption, left=(0, 2))
+
+
+def owners(phase: Row) -> list[str]:
+    """List the methods that a phase was done for."""
+    return [str(phase.get("method", "all")), *map(str, phase.get("shared_by") or ())]
+
+
+def samples(run: Run) -> str:
+    """Show how many samples each round drew, and what became of them."""
+    tokens = {(p.get("round"), p.get("method")): p for p in run.of_kind("sample")}
+    body, shares = [], []
+    for i, p in enumerate(run.of_kind("select")):
+        sampled, kept, correct = (int(p.get(key) or 0) for key in ("sampled", "kept", "correct"))
+        unjudged = int(p.get("unjudged") or 0)
+        wrong = max(sampled - correct - unjudged, 0)
+        parts = [("f2", kept), ("f0", max(correct - kept, 0)), ("f4", unjudged), ("fx", wrong)]
+        said = f"{kept} kept, {correct - kept} correct but not kept, {unjudged} not judged, {wrong} wrong"
+        drawn = tokens.get((p.get("round"), p.get("method")), {})
+        body.append(
+            [
+                escape(", ".join(owners(p))), _number(p.get("round")),
+                stacked_bar(parts, total=sampled, name=f"share{i}", said=said), _number(sampled), _number(correct),
+                _number(p.get("duplicates")), _number(p.get("unjudged")), _number(kept),
+                _number(p.get("questions_solved")), _number(drawn.get("tokens_per_second"), ",.0f"),
+            ]
+        )  # fmt: skip
+        shares += [
+            [
+                escape(", ".join(owners(p))), _number(p.get("round")), escape(family),
+                _number(counts.get("sampled")),
+                _number(counts.get("correct")),
+                format_percent(counts["correct"] / counts["sampled"] if counts.get("sampled") else None),
+            ]
+            for family, counts in (p.get("families") or {}).items()
+        ]  # fmt: skip
+    if not body:
+        return ""
+    keys = (("--s2", "kept"), ("--s0", "correct, not kept"), ("--s4", "not judged"), ("--faint", "wrong"))
+    key = "".join(f'<span class="key" style="--c:var({c})">{name}</span>' for c, name in keys)
+    head = ["method", "round", "share", "sampled", "correct", "duplicates", "not judged", "kept"]
+    head += ["questions solved", "tokens/s"]
+    result = table(head, body, caption=f"Samples drawn for training, and what became of them:{key}", left=(0, 2))
+    if shares:
+        columns = ["method", "round", "family", "sampled", "correct", "share"]
+        result += details("By family", table(columns, shares, caption="Samples by family.", left=(0, 2)))
+    return result
+
+
+def examples(run: Run) -> str:
+    """Show some of the sampled solutions, folded, as text and nothing else."""
+    parts = []
+    for p in run.of_kind("select"):
+        shown = []
+        for e in p.get("examples") or ():
+            word = '<span class="yes">accepted</span>' if e.get("accepted") else '<span class="no">rejected</span>'
+            score = "not judged" if e.get("score") is None else f"score {e['score']:g}"
+            reason = f" · {escape(e['reason'])}" if e.get("reason") else ""
+            question = str(e.get("question", ""))
+            short = question if len(question) <= 110 else question[:109] + "…"
+            shown.append(
+                details(
+                    f"{word} · {escape(short)}",
+                    f"<pre>{escape(question)}</pre><pre>{escape(e.get('text', ''))}</pre>"
+                    f'<p class="quiet">expected answer <code>{escape(e.get("answer", ""))}</code>'
+                    f" · {score}{reason}</p>",
+                )
+            )
+        if shown:
+            title = f"Round {_number(p.get('round'))} · {escape(', '.join(owners(p)))}"
+            inside = "".join(shown)
+            parts.append(details(title, inside) if parts else f"<h3>{title}</h3>{inside}")
+    return "".join(parts)
+
+
+def time(run: Run) -> str:
+    """Show where the time went, by kind of phase, and each phase behind a fold."""
+    spent: dict[str, float] = dict(run.summary.get("phase_seconds") or {})
+    if not spent:
+        for p in run.phases:
+            spent[p.get("kind", "?")] = spent.get(p.get("kind", "?"), 0.0) + (p.get("seconds") or 0.0)
+    total = sum(spent.values())
+    if not total:
+        return ""
+    body = []
+    for i, (kind, seconds) in enumerate(sorted(spent.items(), key=lambda item: -item[1])):
+        share = format_percent(seconds / total)
+        bar = stacked_bar([("f0", seconds), ("fx", total - seconds)], total=total, name=f"time{i}", said=share)
+        body.append([escape(PHASES.get(kind, kind)), bar, share, format_seconds(seconds)])
+    phases = [
+        [
+            escape(p.get("phase", "?")), escape(p.get("kind", "?")), _number(p.get("round")),
+            escape(", ".join(owners(p))), _number(p.get("seconds"), ",.1f"),
+        ]
+        for p in run.phases
+    ]  # fmt: skip
+    caption = f"Wall-clock time by kind of phase; {format_seconds(total)} in all."
+    result = table(["phase", "", "share", "time"], body, caption=caption, left=(0, 1))
+    if phases:
+        head = ["phase", "kind", "round", "for", "seconds"]
+        result += details(f"All {len(phases)} phases", table(head, phases, caption="Phases in order.", left=(0, 1, 3)))
+    return result
+
+
+def again(run: Run) -> str:
+    """Give the command, the versions and the resolved config."""
+    parts = []
+    if run.summary.get("command"):
+        parts.append(f"<p>The command that made this run:</p><pre>{escape(run.summary['command'])}</pre>")
+    versions = run.summary.get("versions") or {}
+    if versions:
+        body = [[escape(name), escape(version)] for name, version in versions.items()]
+        parts.append(table(["package", "version"], body, caption="Versions.", left=(0, 1)))
+    if run.config:
+        text = run.config
+        parts.append(details("The resolved config", f"<pre>{escape(text)}</pre>"))
+    merges = [
+        f"{p.get('phase', '')}: {p.get('rule', '')} {json.dumps(p.get('coefficients') or {}, ensure_ascii=False)}"
+        + "".join(f"\n  {note}" for note in p.get("notes") or ())
+        for p in run.of_kind("merge")
+    ]
+    if merges:
+        parts.append(details("The merges", f"<pre>{escape(chr(10).join(merges))}</pre>"))
+    return "".join(parts)

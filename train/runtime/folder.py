@@ -1,0 +1,89 @@
+"""The folder of a run: the config it was begun with, and what made a result."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from ..log import UserError
+from ..resolve import to_dict
+from .disk import write_durably
+
+PLACEMENT = ("mesh", "distributed")
+"""Keys that say where a run is computed, not what: a run goes on on another mesh, or with more processes."""
+
+
+def content(config: Any) -> dict[str, Any]:
+    """What a config says of the result: plain data, without `PLACEMENT`."""
+    return {key: value for key, value in to_dict(config).items() if key not in PLACEMENT}
+
+
+def write_config(folder: Path, config: Any) -> None:
+    """Keep the resolved config; which process this is, is none of its business."""
+    values = {key: value for key, value in to_dict(config).items() if key != "distributed"}
+    write_durably(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def check_same_config(folder: Path, config: Any) -> None:
+    """Refuse to mix two runs in one folder."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    theirs = yaml.safe_load(path.read_text())
+    there = {key: value for key, value in theirs.items() if key not in PLACEMENT} if isinstance(theirs, dict) else {}
+    changed = differences(content(config), there)
+    if changed:
+        raise UserError(
+            f"{folder} holds a run of another config ({'; '.join(changed)}); choose another folder with out=DIR"
+        )
+
+
+def fingerprint(config: Any) -> str:
+    """8 hex digits of the resolved config: two runs of one name share a folder only if they are the same."""
+    text = json.dumps(to_dict(config), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: theirs → ours` for every leaf at which two resolved configs differ."""
+    lines = []
+    for key in sorted({*ours, *theirs}):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+            if list(a) != list(b) and set(a) == set(b):  # the first pattern that matches wins
+                lines.append(f"{prefix}{key}: order {list(b)} → {list(a)}")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {b!r} → {a!r}")
+    return lines
+
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tensorflow-datasets", "numpy")
+
+
+def made_by(command: str, devices: int) -> dict[str, Any]:
+    """What made a result: versions, device, command, commit."""
+    device = jax.devices()[0]
+    return {
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "device": f"{device.platform} × {devices} ({device.device_kind})",
+        "command": command,
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, or None where there is no checkout."""
+    here = Path(__file__).parent
+    result = subprocess.run(
+        ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or None if result.returncode == 0 else None
