@@ -35,7 +35,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from train.generate.rollout import Prompt, Settings, rollout
+from train.generate.rollout import Prompt, rollout
+from train.generate.settings import Settings
 from train.models.hf import save_hf
 from train.models.open import Model, load_model
 

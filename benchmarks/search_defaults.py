@@ -21,19 +21,20 @@ import os
 import pathlib
 import sys
 import tempfile
-import types
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from train import round
-from train.analysis.diversity import interval
-from train.config import Improve, Sampling
+from train.evaluate.answer import verify
+from train.evaluate.diversity import interval
+from train.improve.phases import drawing_of
+from train.improve.settings import Improve, Sampling
 from train.models.open import load_source
 from train.resolve import build
 from train.runtime.mesh import make_mesh
 from train.runtime.settings import Mesh
-from train.search.source import searched
+from train.search.settings import Search
+from train.search.source import search_solutions
 from train.tasks import build_suite
 
 OPTIONS = {
@@ -58,20 +59,21 @@ def main() -> None:
     model = load_source(config.model, make_mesh(Mesh()), seed=0)
     suite = build_suite(config.tasks.families, seed=config.tasks.seed, style="compact")
     questions = suite.questions("train")
-    run = types.SimpleNamespace(suite=suite, model=model, config=config, weights=lambda name: model.params)
 
     def tried(label: str, source: str, search: dict) -> None:
         drawn = {"max_new_tokens": 80, "slots": int(options["slots"]), "temperature": float(options["temperature"])}
-        settings = build(Sampling, {**drawn, "source": source, "search": search})
+        sampling = build(Sampling, {**drawn, "source": source, "search": search})
         right: dict[str, float] = dict.fromkeys((q.id for q in questions), 0.0)
         tokens, found, steps = 0, 0, []
         for seed in range(int(options["seeds"])):
             with tempfile.TemporaryDirectory() as folder:
-                rows, generated, _, _ = searched(
-                    run, "base", questions, settings, (), pathlib.Path(folder), seed=seed, title=label
-                )  # type: ignore[arg-type]  # what a search reads of a run is there
+                rows, generated, _, _ = search_solutions(
+                    model, suite, questions, build(Search, {**search, "kind": source}), drawing_of(sampling),
+                    shots=0, settings=sampling.settings(dtype="float32", gather=False),
+                    folder=pathlib.Path(folder), seed=seed, title=label,
+                )  # fmt: skip
             tokens += generated
-            judged = round.verify(suite, {q.id: q for q in questions}, rows)
+            judged = verify(suite, {q.id: q for q in questions}, rows)
             found += sum(row["score"] == 1.0 for row in judged)
             steps += [row["text"].count(",") + 1 for row in judged]
             for id in {row["question_id"] for row in judged if row["score"] == 1.0}:

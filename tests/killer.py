@@ -38,19 +38,21 @@ def killing(function, calls: int, *, after: bool = False, when=lambda *a: True):
 
 
 def arm(point: str, calls: int) -> None:
-    from train import combine, phases, run
-    from train.data import versions as dataset
+    from train.data import versions
+    from train.evaluate import answer
+    from train.improve import merge as combine
+    from train.improve import phases
     from train.learn import shares
     from train.runtime import checkpoint, journal
 
     if point == "sampling":  # between two sampling batches
-        run.write_jsonl = killing(run.write_jsonl, calls, after=True, when=lambda p, r: "sample" in str(p))
+        answer.write_jsonl = killing(answer.write_jsonl, calls, after=True, when=lambda p, r: "sample" in str(p))
     elif point == "evaluating":
-        run.write_jsonl = killing(run.write_jsonl, calls, when=lambda p, r: "evaluate" in str(p))
+        answer.write_jsonl = killing(answer.write_jsonl, calls, when=lambda p, r: "evaluate" in str(p))
     elif point == "writing data":  # the examples are on disk under a temporary name, not renamed yet
         os.rename = killing(os.rename, calls, when=lambda src, dst: "samples" in str(dst))
     elif point == "data written":  # the examples are there, the phase is not committed
-        phases.write_version = killing(dataset.write_version, calls, after=True)
+        phases.write_version = killing(versions.write_version, calls, after=True)
     elif point == "training":  # in the middle of a fine-tuning run, between two checkpoints
         shares.batches = dying_batches(shares.batches, calls)
     elif point == "saving state":  # Orbax wrote the state of step `calls` partly
@@ -99,6 +101,6 @@ def dying_save(save, calls: int):
 
 if __name__ == "__main__":
     arm(sys.argv[1], int(sys.argv[2]))
-    from train.cli import main
+    from train.cli.__main__ import main
 
     sys.exit(main(sys.argv[3:]))

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train.analyse import AnalyseOptions, analyse_run
-from train.analysis.measures import MEASURES
-from train.cli import main
-from train.config import Improve
-from train.improve import improve
+from train.cli.__main__ import main
+from train.improve.run import improve
+from train.improve.settings import Improve
 from train.log import UserError
 from train.report.analysis import content, write_page
 from train.report.html import escape
 from train.report.page import write_report
 from train.resolve import build
+from train.studies.analyse import analyse_run
+from train.studies.measures import MEASURES
+from train.studies.settings import AnalyseOptions
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 NASTY = '<script>alert("x")</script>'

@@ -7,10 +7,11 @@ import types
 import numpy as np
 import pytest
 
-from train.analysis import diversity, measures, memorise
-from train.analysis.diversity import Answered, answer_entropy, answer_of, grouped, interval, pass_at_k, pass_curve
+from train.evaluate import diversity, memorise
+from train.evaluate.diversity import Answered, answer_entropy, answer_of, grouped, interval, pass_at_k, pass_curve
 from train.report import analysis_samples as sections_samples
 from train.runtime.jsonl import write_jsonl
+from train.studies import measures
 from train.tasks import FamilySpec, build_suite
 from train.tasks.task import Question
 

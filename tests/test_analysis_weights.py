@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from train.analysis import agreement, change, line, rank, spearman
-from train.analysis.importance import loss_of, of_layers, skip_importance, taylor_importance, without_layer
-from train.analysis.texts import Text, batches, mean_loss
-from train.analysis.tuco import share, tuco
+from train.evaluate import agreement, change, line, rank
+from train.evaluate.importance import loss_of, of_layers, skip_importance, taylor_importance, without_layer
+from train.evaluate.texts import Text, batches, mean_loss
+from train.evaluate.tuco import share, tuco
 from train.log import UserError
 from train.models.config import FULL, SLIDING
 from train.models.stacked import stack_layers
+from train.studies import stats as spearman
 
 SEQUENCES = [((1, 2, 3), (4, 5)), ((6, 1), (2,)), ((3, 3, 1, 5, 2), (1, 1, 6)), ((4,), (2, 5, 1, 3))]
 TEXTS = [Text(a, b) for a, b in SEQUENCES]

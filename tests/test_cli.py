@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from train import cli
+from train.cli import __main__ as cli
 from train.models.hf import save_hf
 from train.models.open import random_model
 from train.runtime.mesh import make_mesh
@@ -151,7 +151,7 @@ def test_no_space_and_unwritable_folder(capsys, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run" / "x"))
 
-    monkeypatch.setattr("train.improve.write_durably", full)
+    monkeypatch.setattr("train.runtime.folder.write_durably", full)
     line = refused(capsys, "improve", TINY, f"out={tmp_path / 'run'}")
     assert "No space left on device" in line
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -171,7 +171,7 @@ def test_a_base_that_changed_under_a_run_is_noticed(capsys, tmp_path, model, fol
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.round.select", stop)
+        patch.setattr("train.improve.phases.select_examples", stop)
         with pytest.raises(KeyboardInterrupt):
             cli.main(["improve", TINY, *config])
     shutil.rmtree(folder)

@@ -12,9 +12,10 @@ from random import Random
 
 import pytest
 
+from train.evaluate.accuracy import pass_rates
 from train.log import UserError
 from train.models.characters import encode
-from train.tasks import FamilySpec, Ingredient, build_suite, held_out, pretraining_examples
+from train.tasks import FamilySpec, Ingredient, Question, build_suite, held_out, pretraining_examples
 from train.tasks import code as code_module
 from train.tasks.code import (
     CodeProblem,
@@ -22,7 +23,6 @@ from train.tasks.code import (
     called_names,
     extract_code,
     judge,
-    pass_rates,
     program_of,
     read_humaneval,
     read_mbpp,
@@ -31,7 +31,7 @@ from train.tasks.code import (
 from train.tasks.codeio import is_determined
 from train.tasks.functions import LISTS, NUMBERS, Ranges, make, problem_of
 from train.tasks.pretraining import ROW
-from train.tasks.sandbox import Sandbox, Verdict
+from train.tasks.sandbox import Sandbox
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROBLEM = CodeProblem(
@@ -105,20 +105,20 @@ def test_completions_are_judged_in_order(box):
 
 
 def test_pass_rates_are_the_share_of_draws_with_a_right_one():
-    counts = {"a": (5, 2), "b": (6, 0), "c": (5, 5)}
-    verdicts = [Verdict(name, i < c, "", 0.0) for name, (n, c) in counts.items() for i in range(n)]
-    rows = pass_rates(verdicts, ks=(1, 2, 5, 10))
-    assert [row["k"] for row in rows] == [1, 2, 5]
+    right = {"a": 2, "b": 0, "c": 5}
+    questions = [Question(name, "mbpp", "id", "test", "", "", None, {}) for name in right]
+    rows = pass_rates(questions, right, 5)
+    assert [row["k"] for row in rows] == [1, 2, 4, 5]
     for row in rows:
         means = []
-        for n, c in counts.values():
-            draws = list(itertools.combinations([i < c for i in range(n)], row["k"]))
+        for c in right.values():
+            draws = list(itertools.combinations([i < c for i in range(5)], row["k"]))
             means.append(sum(map(any, draws)) / len(draws))
         mean, low, high = row["value"]
         assert mean == pytest.approx(sum(means) / 3)
         assert low <= mean <= high
-        assert (row["problems"], row["samples"]) == (3, 5)
-    assert pass_rates([]) == []
+        assert row["n"] == 3
+    assert pass_rates([], {}, 5) == []
 
 
 # --- HumanEval ---------------------------------------------------------------------------------------------

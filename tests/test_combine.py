@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import jaxmerge
-from train import combine
-from train.config import Merge
+from train.improve import merge as combine
+from train.improve.settings import Merge
 from train.log import UserError
 from train.resolve import build
 

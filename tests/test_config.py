@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train.config import Finetune, Improve
-from train.learn.settings import Sft
+from train.improve.plan import check_sampled, plan, spell
+from train.improve.settings import Improve
+from train.learn.settings import Finetune, Sft
 from train.log import UserError
-from train.plan import check_sampled, plan, spell
 from train.resolve import build, load, override, to_dict
 from train.runtime.folder import differences, fingerprint
 from train.search.settings import SearchRun
-from train.sweeps.run import Experiment
+from train.studies.sweep import Experiment
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY = CONFIGS / "tiny.yaml"

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 from test_models_tokenizer import byte_level
 
-from train.data import chat
-from train.data.chat import encode_spans, prefix_spans
 from train.data.formats import read_row
 from train.data.records import Record, turns
+from train.learn import chat
+from train.learn.chat import encode_spans, prefix_spans
 from train.log import UserError
 from train.models.tokenizer import Tokenizer
 

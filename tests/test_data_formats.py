@@ -12,7 +12,7 @@ from train.data.formats import read_row
 from train.data.records import Record, columns, from_columns
 from train.data.tfds_sets import SETS, split_options
 from train.log import UserError
-from train.tasks.task import FamilySpec
+from train.tasks.settings import FamilySpec
 
 GSM8K = {
     "question": "Natalia sold clips to 48 of her friends in April, and then half as many in May. How many in all?",
@@ -183,7 +183,8 @@ def test_a_bad_line_is_named(tmp_path):
 
 
 def test_a_suite_becomes_a_tfds_version_with_its_splits(tmp_path):
-    from train.data.builders import ReasoningGym, prepare, read_folder
+    from train.data.builders import prepare, read_folder
+    from train.learn.sources import ReasoningGym
 
     families = (FamilySpec("chain_sum", "id", {"max_terms": 2}, train=6, test=3), FamilySpec("gcd", "ood", test=2))
     folder = prepare(ReasoningGym(families=families, seed=4, data_dir=tmp_path))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train.data.mixture import Mixture, chairman, permutation
+from train.learn.mixture import Mixture, chairman, permutation
 from train.log import UserError
 
 

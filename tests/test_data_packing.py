@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.data.packing import fill, pack
 from train.learn.batches import Drawn, batches, steps_of, to_drawn, to_rows
+from train.learn.packing import fill, pack
 from train.learn.settings import Sft
 from train.log import UserError
 from train.models.characters import PAD_ID

@@ -11,16 +11,17 @@ from test_data_chat import CHATML, MARKED
 from test_data_formats import ALPACA, CHAT, CHOICES, GSM8K, MBPP, write
 from test_models_tokenizer import byte_level
 
-from train import cli, verbs
-from train.config import Finetune
-from train.data import sources
-from train.data.builders import ReasoningGym, prepare
-from train.data.settings import Data, Part
-from train.data.sources import load_sources
+from train.cli import __main__ as cli
+from train.cli import verbs
+from train.data.builders import prepare
 from train.data.versions import write_version
-from train.examine import QuestionOptions, open_suite
-from train.finetune import describe_rows, read_rows
+from train.evaluate.run import open_suite
+from train.evaluate.settings import QuestionOptions
+from train.learn import sources
+from train.learn.run import describe_rows, read_rows
+from train.learn.settings import Data, Finetune, Part
 from train.learn.sft import Checkpoints, fine_tune
+from train.learn.sources import ReasoningGym, load_sources
 from train.log import UserError
 from train.models.decoder import init
 from train.models.hf import save_hf
@@ -30,7 +31,7 @@ from train.resolve import build
 from train.runtime.jsonl import read_jsonl
 from train.runtime.mesh import make_mesh
 from train.runtime.settings import Mesh
-from train.tasks.task import FamilySpec
+from train.tasks.settings import FamilySpec
 
 SIZES = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,

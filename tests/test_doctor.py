@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from train import doctor as d
+from train.cli import doctor as d
 
 
 def test_runs_and_every_check_is_well_formed(tmp_path, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from train.evaluate import Z, paired_interval, paired_rows, rows, wilson
+from train.evaluate.accuracy import Z, paired_interval, paired_rows, rows, wilson
 from train.tasks import Question
 
 
@@ -47,7 +47,7 @@ QUESTIONS = [question("a", "sums", "id"), question("b", "sums", "id"), question(
 
 
 def test_rows_by_family_and_pooled():
-    table = rows(QUESTIONS, {"a": 1.0, "b": 0.0, "c": 1.0}, method="m", round=2, seconds=3.0, coefficient=0.5)
+    table = rows(QUESTIONS, {"a": 1.0, "b": 0.0, "c": 1.0}, method="m", number=2, seconds=3.0, coefficient=0.5)
     assert [(r["domain"], r["family"], r["accuracy"], r["n"], r["seconds"]) for r in table] == [
         ("id", "all", 0.5, 2, 2.0),
         ("id", "sums", 0.5, 2, 2.0),

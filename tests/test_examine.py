@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from train import answer, examine
+from train.evaluate import answer
+from train.evaluate import run as examine
+from train.evaluate.settings import QuestionOptions
 from train.generate.rollout import Sample
 from train.log import UserError
 from train.models.open import random_model
@@ -38,7 +40,7 @@ def scripted(monkeypatch):
     def install(texts):
         asked = []
 
-        def rollout(config, params, tokenizer, prompts, settings, key, *, on_sample):
+        def rollout(config, params, tokenizer, prompts, settings, key, *, on_sample, between):
             asked.append(settings)
             return [
                 Sample(p.id, s, texts[i][s], (), (), "eos")
@@ -62,7 +64,7 @@ def test_a_file_of_programs_is_run_and_pass_at_k_is_unbiased(tmp_path, scripted,
     wrong = fenced("def double(x):\n    return x\n")
     asked = scripted([[fenced(DOUBLE), wrong, wrong, wrong], [fenced(INC)] * 2 + [wrong, "none"]])
     try:
-        result = examine.examine("MODEL", path, examine.QuestionOptions(samples=4, temperature=0.5))
+        result = examine.examine("MODEL", path, QuestionOptions(samples=4, temperature=0.5))
     except UserError as error:
         if "sandbox" in str(error):
             pytest.skip(str(error))
@@ -81,7 +83,7 @@ def test_a_file_of_programs_is_run_and_pass_at_k_is_unbiased(tmp_path, scripted,
 def test_humaneval_is_a_word_and_no_file(scripted):
     problems = read_humaneval()[:3]
     scripted([[fenced(p.stub + (p.solution or ""))] for p in problems[:2]] + [["no code"]])
-    result = examine.examine("MODEL", Path("humaneval"), examine.QuestionOptions(limit=3))
+    result = examine.examine("MODEL", Path("humaneval"), QuestionOptions(limit=3))
     assert [row["accuracy"] for row in result["rows"] if row["family"] == "all"] == [pytest.approx(2 / 3)]
     with pytest.raises(UserError, match="humaneval is a task of its own; leave task= out"):
-        examine.examine("MODEL", Path("humaneval"), examine.QuestionOptions(task="mbpp"))
+        examine.examine("MODEL", Path("humaneval"), QuestionOptions(task="mbpp"))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from train.choices import choose, summary
+from train.evaluate.choices import choose, summary
 from train.generate.score import STEPS, TOKENS_AT_ONCE, arrays, by_length, encode_pair, score
 from train.log import UserError
 from train.models.decoder import forward

@@ -12,7 +12,8 @@ import sys
 import jax
 import pytest
 
-from train.generate.rollout import Prompt, Settings, rollout
+from train.generate.rollout import Prompt, rollout
+from train.generate.settings import Settings
 from train.models.open import load_model
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"

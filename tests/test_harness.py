@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from train.cli import main
-from train.harness import Requests, evaluate
+from train.cli.__main__ import main
+from train.evaluate.harness import Requests, evaluate
 from train.log import UserError
 from train.models.hf import save_hf
 from train.models.open import load_model, random_model

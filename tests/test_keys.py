@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from train.config import Improve
-from train.keys import documented, keys, page
+from train.cli.keys import documented, keys, page
+from train.improve.settings import Improve
 
 WRITTEN = Path(__file__).parent.parent / "docs" / "config.md"
 

@@ -161,7 +161,7 @@ def test_the_verb_writes_the_adapter_beside_the_merged_model(model, tmp_path, mo
 
     from jaxmerge.files.checkpoints.open import open_source
     from jaxmerge.files.checkpoints.source import read
-    from train import cli
+    from train.cli import __main__ as cli
     from train.models.hf import load_hf
 
     monkeypatch.chdir(tmp_path)

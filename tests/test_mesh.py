@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 import jaxmerge
 from train.generate.caches import empty_caches
 from train.generate.engine import Decoding, decode
-from train.generate.rollout import Prompt, Settings, rollout
+from train.generate.rollout import Prompt, rollout
+from train.generate.settings import Settings
 from train.learn.batches import Rows
 from train.learn.settings import Sft, Step
 from train.learn.sft import compute_of, fine_tune, init_state, make_step, state_shardings

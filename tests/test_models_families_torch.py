@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_models_families import FAMILY_CASES, GOLDENS, IDS, OFF, config_of, logits, pack, relative, run_engine, weights
 
-from train import cli
+from train.cli import __main__ as cli
 from train.models.characters import SYMBOLS, write_tokenizer
 from train.models.families import FAMILIES
 from train.models.hf import load_hf, save_hf

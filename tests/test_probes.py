@@ -11,13 +11,13 @@ import pytest
 import yaml
 
 import jaxmerge
-from train import probes
-from train.config import Improve
-from train.improve import improve
+from train.improve import probes
+from train.improve.plan import plan
+from train.improve.run import improve
+from train.improve.session import Session
+from train.improve.settings import Improve
 from train.log import UserError
-from train.plan import plan
 from train.resolve import build
-from train.run import Run
 from train.runtime.journal import Journal
 from train.runtime.jsonl import read_jsonl_tolerant
 from train.tasks import Question
@@ -49,9 +49,9 @@ def record(folder: Path, phase: str) -> dict:
     return json.loads((folder / "phases" / phase / "record.json").read_text())
 
 
-def opened(folder: Path) -> Run:
+def opened(folder: Path) -> Session:
     todo, outcomes = plan(config())
-    return Run(config(), Journal(folder), todo, outcomes)
+    return Session(config(), Journal(folder), todo, outcomes)
 
 
 def test_every_method_ends_with_its_scores(done):
@@ -73,8 +73,8 @@ def test_the_running_average_is_of_the_original_and_every_round(done):
     """Round 2 merges with the mean of the original and of what round 1 ended with."""
     run = opened(done)
     with run.journal:
-        base, first = run.weights("base"), run.weights("round-1/average/merge")
-        tuned, merged = run.weights("round-2/average/sft"), run.weights("round-2/average/merge")
+        base, first = run.weights.get("base"), run.weights.get("round-1/average/merge")
+        tuned, merged = run.weights.get("round-2/average/sft"), run.weights.get("round-2/average/merge")
     wanted = jax.tree.map(lambda b, f, t: 0.5 * (b + f) / 2 + 0.5 * t, base, first, tuned)
     jax.tree.map(lambda a, b: jnp.allclose(a, b, atol=1e-6) or pytest.fail(f"{a} {b}"), merged, wanted)
 
@@ -82,8 +82,8 @@ def test_the_running_average_is_of_the_original_and_every_round(done):
 def test_probes_are_what_the_library_makes_of_the_checkpoints(done):
     run = opened(done)
     with run.journal:
-        snapshots = [run.read_weights(path) for path in run.snapshots("round-2/plain/sft")]
-        base = run.weights("base")
+        snapshots = [run.weights.read(path) for path in run.weights.snapshots("round-2/plain/sft")]
+        base = run.weights.get("base")
         ranked = record(done, "round-2/searched/rank")["best"]
         found = record(done, "round-2/searched/merge")["coefficients"]["found"]
         wanted = {
@@ -93,7 +93,7 @@ def test_probes_are_what_the_library_makes_of_the_checkpoints(done):
             "searched": jaxmerge.exme_merge([snapshots[i] for i in ranked[:2]], base)(**found),
         }
         for name, params in wanted.items():
-            made = run.weights(f"round-2/{name}/merge")
+            made = run.weights.get(f"round-2/{name}/merge")
             assert max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), made, params))) < 1e-6
 
 
@@ -120,8 +120,8 @@ def test_a_search_cut_off_goes_on_from_its_trials(done, tmp_path, monkeypatch):
         improve(config(methods), name="cut", out=out, quiet=True)
     monkeypatch.setattr(probes, "append_jsonl", append)
     asked = []
-    validate = Run.validate
-    monkeypatch.setattr(Run, "validate", lambda self, *args: asked.append(args[1].name) or validate(self, *args))
+    validate = Session.validate
+    monkeypatch.setattr(Session, "validate", lambda self, *args: asked.append(args[1].name) or validate(self, *args))
     improve(config(methods), name="cut", out=out, quiet=True)
     searched = [name for name in asked if name.startswith("trial")]
     assert searched[0] == "trial-0005"

@@ -10,16 +10,17 @@ import jax
 import pytest
 import yaml
 
-from train import phases, run
-from train.config import Improve
-from train.generate.rollout import Settings
-from train.improve import improve
+from train.evaluate.answer import generate
+from train.generate.settings import Settings
+from train.improve import phases, session
+from train.improve.plan import plan
+from train.improve.run import improve
+from train.improve.settings import Improve
 from train.learn.settings import Sft
 from train.learn.sft import check_patterns
 from train.log import UserError
 from train.models.config import ModelConfig
 from train.models.decoder import shapes
-from train.plan import plan
 from train.resolve import build
 from train.runtime.journal import Journal
 
@@ -118,8 +119,8 @@ def test_other_questions_are_refused(tmp_path, what):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     family = {"family": "gsm8k:mine", "domain": "id", "args": {"path": str(path)}, "train": 3, "test": 3}
     values = config({"plain": {}}, tasks={"families": [family]})
-    one = run.build_suite(values.tasks.families, seed=0, style="instruct")
-    assert one.digests() == run.build_suite(values.tasks.families, seed=0, style="instruct").digests()
+    one = session.build_suite(values.tasks.families, seed=0, style="instruct")
+    assert one.digests() == session.build_suite(values.tasks.families, seed=0, style="instruct").digests()
 
     class Kept:
         root = out
@@ -131,19 +132,19 @@ def test_other_questions_are_refused(tmp_path, what):
             return self.record if name == "base/load" else None
 
     kept = Kept(questions=one.digests())
-    run.check_questions(one, kept)
+    session.check_questions(one, kept)
     changed = {
         "answer": {"answer": "0 + 1 = 2\n#### 2"}, "text": {"question": "What is 0 + 2?"},
         "solution": {"answer": "1 + 0 = 1\n#### 1"},
     }  # fmt: skip
     lines[0] |= changed[what]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    other = run.build_suite(values.tasks.families, seed=0, style="instruct")
+    other = session.build_suite(values.tasks.families, seed=0, style="instruct")
     with pytest.raises(
         UserError, match=r"solutions of gsm8k:mine \(.*q\.jsonl\) changed since this run began; restore"
     ):
-        run.check_questions(other, kept)
-    run.check_questions(other, Kept(digest="of a run begun before questions were kept"))
+        session.check_questions(other, kept)
+    session.check_questions(other, Kept(digest="of a run begun before questions were kept"))
 
 
 def test_a_run_does_not_go_on_with_other_questions(tmp_path, monkeypatch):
@@ -152,8 +153,8 @@ def test_a_run_does_not_go_on_with_other_questions(tmp_path, monkeypatch):
         patch.setitem(phases.STEPS, "sample", cut)
         with pytest.raises(Cut):
             improve(config({"plain": {}}), name="x", out=out, quiet=True)
-    draw = run.build_suite
-    monkeypatch.setattr(run, "build_suite", lambda specs, *, seed, style: draw(specs, seed=seed + 1, style=style))
+    draw = session.build_suite
+    monkeypatch.setattr(session, "build_suite", lambda specs, *, seed, style: draw(specs, seed=seed + 1, style=style))
     with pytest.raises(UserError, match=r"solutions of gcd, chain_sum changed since this run began"):
         improve(config({"plain": {}}), name="x", out=out, quiet=True)
 
@@ -164,7 +165,7 @@ def test_the_speed_of_sampling_is_that_of_what_this_start_sampled(tmp_path):
     todo, outcomes = plan(values)
     phase = todo["round-1/plain/sample"]
     with Journal(tmp_path) as journal:
-        opened, folder = run.Run(values, journal, todo, outcomes), journal.folder(phase.name)
+        opened, folder = session.Session(values, journal, todo, outcomes), journal.folder(phase.name)
         first = phases.sample(opened, phase, folder)
         assert first["tokens_per_second"] > 0
         assert first["generated"] == first["tokens"]
@@ -175,5 +176,6 @@ def test_the_speed_of_sampling_is_that_of_what_this_start_sampled(tmp_path):
         last.unlink()
         settings = Settings(2, 1.0, max_new_tokens=24, slots=16)
         questions, key = opened.suite.questions("train"), jax.random.fold_in(opened.key, 1)
-        rows, new, _ = opened.generate("base", questions, settings, key, folder, batch=8, title="again")
+        model = opened.weights.model_of("base")
+        rows, new, _ = generate(model, opened.suite, questions, settings, key, batch=8, folder=folder)
     assert (sum(len(row["tokens"]) for row in rows), new) == (first["tokens"], wanted)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from train import round
-from train.config import Selection
+from train.evaluate import answer
+from train.evaluate.change import change
+from train.improve import select as rounds
+from train.improve.settings import Selection
 from train.log import UserError
+from train.models.characters import EOS_ID, write_tokenizer
 from train.models.tokenizer import Tokenizer
-from train.tasks import EOS_ID, FamilySpec, build_suite, write_tokenizer
+from train.tasks import FamilySpec, build_suite
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +40,8 @@ def sample(tokenizer, question, text, index=0, reason="eos"):
 
 
 def select(suite, tokenizer, questions, samples, config=None, **more):
-    scored = round.verify(suite, {q.id: q for q in questions}, samples)
-    return round.select(suite, tokenizer, questions, scored, config or Selection(), seed=0, **more)
+    scored = answer.verify(suite, {q.id: q for q in questions}, samples)
+    return rounds.select(suite, tokenizer, questions, scored, config or Selection(), seed=0, **more)
 
 
 def test_right_finished_and_new_samples_are_kept(suite, tokenizer, questions):
@@ -108,22 +111,22 @@ def test_real_data_takes_the_place_of_samples(suite, tokenizer, questions):
         assert len(real) == counts["real"] == ratio * len(questions)
         assert len(examples) == len({e["question_id"] for e in examples}) == len(questions)
         assert all(suite.verify({q.id: q for q in questions}[e["question_id"]], e["completion"]) == 1.0 for e in real)
-    first = round.real_questions(questions, 0.5, seed=1)
-    assert first == round.real_questions(questions, 0.5, seed=1) != round.real_questions(questions, 0.5, seed=2)
+    first = rounds.real_questions(questions, 0.5, seed=1)
+    assert first == rounds.real_questions(questions, 0.5, seed=1) != rounds.real_questions(questions, 0.5, seed=2)
 
 
 def test_few_shot_prompts_show_other_questions(suite, tokenizer, questions):
-    text = round.prompt_text(suite, tokenizer, questions[0], shots=2)
+    text = answer.prompt_text(suite, tokenizer, questions[0], shots=2)
     assert questions[0].text in text
     assert questions[1].text in text
     with pytest.raises(UserError, match=r"few_shot=20: family gcd has 7"):
-        round.prompt_text(suite, tokenizer, questions[0], shots=20)
+        answer.prompt_text(suite, tokenizer, questions[0], shots=20)
 
 
 def test_chat_questions_need_a_chat_template(tokenizer):
     chats = build_suite([FamilySpec("chain_sum", "id", {}, train=2)], seed=0, style="instruct")
     with pytest.raises(UserError, match="no chat template"):
-        round.prompt_text(chats, tokenizer, chats.questions("train")[0])
+        answer.prompt_text(chats, tokenizer, chats.questions("train")[0])
 
 
 def params(value):
@@ -131,5 +134,7 @@ def params(value):
 
 
 def test_change_is_relative_and_by_layer():
-    change = round.change(params(3.0), params(2.0))
-    assert change == {"model/layers/0": pytest.approx(0.5), "model/layers/1": pytest.approx(0.5)}
+    assert change(params(3.0), params(2.0)) == {
+        "model/layers/0": pytest.approx(0.5),
+        "model/layers/1": pytest.approx(0.5),
+    }

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import threading
-import types
 import zlib
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,12 +15,14 @@ import pytest
 import yaml
 from ports import free_port
 
-from train import round
-from train.config import Improve, Sampling, Selection
-from train.data.settings import Data
 from train.data.versions import read_version
+from train.evaluate.answer import verify
 from train.generate.engine import Completion
-from train.improve import improve
+from train.improve.phases import drawing_of
+from train.improve.run import improve
+from train.improve.select import select as select_examples
+from train.improve.settings import Improve, Sampling, Selection
+from train.learn.settings import Data
 from train.log import UserError
 from train.models.open import random_model
 from train.resolve import build, load
@@ -533,19 +534,21 @@ def test_improve_samples_by_a_search(tmp_path, source):
     sampling = build(Sampling, {"source": source, "search": small, "max_new_tokens": 8, "slots": 8, "temperature": 1.0})
     suite = build_suite(tiny.tasks.families, seed=0, style="compact")
     model = random_model({**MODEL, "max_position_embeddings": 512}, make_mesh(tiny.mesh), seed=0)
-    run = types.SimpleNamespace(suite=suite, model=model, config=tiny, weights=lambda name: model.params)
     questions = suite.questions("train", domain="id")[:4]
 
     def once(folder):
         folder.mkdir()
-        return source_of.searched(run, "base", questions, sampling, (), folder, seed=1, title="sample")[0]
+        return source_of.search_solutions(
+            model, suite, questions, build(Search, {**sampling.search, "kind": source}), drawing_of(sampling),
+            shots=0, settings=sampling.settings(dtype="float32", gather=False), folder=folder, seed=1, title="sample",
+        )[0]  # fmt: skip
 
     rows = once(tmp_path / "a")
     assert rows == once(tmp_path / "b") == read_jsonl(tmp_path / "a" / "batch-0000.jsonl")
     if source == "dart":
         assert [row["question_id"] for row in rows[::6]] == [q.id for q in questions]  # random weights: none is right
-    scored = round.verify(suite, {q.id: q for q in questions}, rows)
-    _, counts = round.select(suite, model.tokenizer, questions, scored, Selection(), seed=0)
+    scored = verify(suite, {q.id: q for q in questions}, rows)
+    _, counts = select_examples(suite, model.tokenizer, questions, scored, Selection(), seed=0)
     assert counts["sampled"] == len(rows)
 
 

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import yaml
 
-from train.config import Improve
+from train.improve.settings import Improve
 from train.log import UserError
 from train.resolve import build
 from train.runtime.disk import Busy
 from train.runtime.jsonl import read_jsonl_tolerant
-from train.sweeps import page, tables
-from train.sweeps import run as sweeps
-from train.sweeps.cells import groups, judge_cells, laid_over, points, score, tune_cells, unique
-from train.sweeps.read import Run, Score, originals
-from train.sweeps.run import Experiment
-from train.sweeps.stats import gain, holm, hypervolume, mean_interval, paired_t
+from train.studies import page, tables
+from train.studies import sweep as sweeps
+from train.studies.cells import groups, judge_cells, laid_over, points, score, tune_cells, unique
+from train.studies.read import Run, Score, originals
+from train.studies.stats import gain, holm, hypervolume, mean_interval, paired_t
+from train.studies.sweep import Experiment
 from train.tasks import build_suite
 
 ROOT = Path(__file__).parent.parent

@@ -12,12 +12,9 @@ import numpy as np
 import pytest
 
 from train.log import UserError
-from train.models.characters import EOS, decode, encode
+from train.models.characters import EOS, EOS_ID, PAD_ID, SYMBOLS, decode, encode, write_tokenizer
 from train.tasks import (
-    EOS_ID,
     MINIATURE,
-    PAD_ID,
-    SYMBOLS,
     FamilySpec,
     Ingredient,
     Question,
@@ -30,7 +27,6 @@ from train.tasks import (
     pretraining_examples,
     pretraining_rows,
     reward,
-    write_tokenizer,
 )
 from train.tasks.compact import RENDERERS
 from train.tasks.reasoning import InstructTask, _is_expression, _is_literal, exact_value

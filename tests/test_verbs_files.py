@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from train.cli import main
+from train.cli.__main__ import main
 
 SHAPES = {
     "model.embed_tokens.weight": (16, 8),

@@ -153,7 +153,7 @@ def check_job(job: Job) -> dict[str, Any]:
     """Refuse a config that `jaxmerge` would refuse; its values with the job's keys in them."""
     values = override(read_yaml(Path(job.config)), job.assignments)
     if job.verb == "improve":
-        from train.config import Improve
+        from train.improve.settings import Improve
 
         build(Improve, values)
     return values

@@ -26,10 +26,9 @@ import tensorflow_datasets as tfds
 
 from ..log import UserError
 from ..runtime.jsonl import numbered_jsonl
-from ..tasks.task import FamilySpec
 from . import versions
 from .formats import read_row
-from .records import Record, columns, from_columns, turns
+from .records import Record, columns, from_columns
 from .tfds_sets import SETS, read_set
 
 Text = tfds.features.Text
@@ -103,38 +102,6 @@ class JsonLines(Records, skip_registration=True):
 
     def records(self) -> dict[str, Sequence[Record]]:
         return {"train": read_records(self._path, self._format, ignore=self._ignore)}
-
-
-class ReasoningGym(Records, skip_registration=True):
-    """Questions of reasoning-gym families with their worked solutions, split so that none is in two places."""
-
-    def __init__(self, *, families: Sequence[FamilySpec], seed: int, data_dir: str | os.PathLike[str]):
-        self._families, self._seed = tuple(families), seed
-        drawn = [
-            {"family": f.family, "domain": f.domain, "args": dict(f.args)}
-            | {split: f.count(split) for split in ("train", "validation", "test")}
-            for f in families
-        ]
-        self.origin = {"families": json.dumps(drawn, sort_keys=True), "seed": seed}
-        super().__init__(f"suite_{fingerprint(self.origin)}", data_dir)
-
-    def records(self) -> dict[str, Sequence[Record]]:
-        from ..tasks.suite import build_suite
-
-        suite = build_suite(self._families, seed=self._seed, style="instruct")
-        splits: dict[str, Sequence[Record]] = {}
-        for split in ("train", "validation", "test"):
-            if questions := suite.questions(split):
-                splits[split] = [
-                    Record(turns(q.text, worked(q.solution, q.answer)), answer=q.answer, id=q.id) for q in questions
-                ]
-        return splits
-
-
-def worked(solution: str | None, answer: str) -> str:
-    """A solution that ends in the line `Answer: …`, where the answer is looked for."""
-    head = (solution or "").strip()
-    return f"{head}\nAnswer: {answer}" if head else f"Answer: {answer}"
 
 
 # --- preparing and reading ---------------------------------------------------------------------------------

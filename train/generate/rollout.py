@@ -16,6 +16,7 @@ from ..models.config import ModelConfig
 from ..models.decoder import Params
 from ..models.tokenizer import Tokenizer
 from .engine import Decoding, Engine, Request
+from .settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,22 +37,6 @@ class Sample:
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How sequences are drawn and when they end."""
-
-    samples: int = 1
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_new_tokens: int = 64
-    stop: tuple[str, ...] = ()
-    slots: int = 64
-    dtype: str = "float32"
-    gather: bool = False
-    """Decode with weights whole over fsdp."""
 
 
 def rollout(

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..data.mixture import Mixture
-from ..data.packing import fill, pack
 from ..log import UserError
+from .mixture import Mixture
+from .packing import fill, pack
 from .settings import Sft
 
 Batch = dict[str, np.ndarray]

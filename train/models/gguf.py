@@ -1,4 +1,4 @@
-"""GGUF files of the Llama architecture to (ModelConfig, Params); the format itself is `jaxmerge.files.checkpoints.gguf`'s."""
+"""GGUF files of the Llama architecture to (ModelConfig, Params); `jaxmerge.files.checkpoints.gguf` reads the format."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from ..runtime import checkpoint
 from ..runtime.disk import write_durably
 from ..runtime.mesh import make_mesh, put, sharding_of, shardings
 from ..runtime.settings import Mesh
-from ..tasks import EOS_ID, PAD_ID, SYMBOLS, write_tokenizer
+from .characters import EOS_ID, PAD_ID, SYMBOLS, write_tokenizer
 from .config import ModelConfig
 from .decoder import Params, init_leaf, shapes
 from .families import FAMILIES

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxmerge.tree import PyTree
+
 from ..log import UserError
-from ..models.decoder import Params
 
 
-def save_weights(path: Path, params: Params) -> None:
+def save_weights(path: Path, params: PyTree) -> None:
     """Write parameters to `path`; the folder appears under its name only when whole."""
     with failure_named(path), ocp.StandardCheckpointer() as checkpointer:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +35,7 @@ def failure_named(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: the checkpoint could not be written ({first}); is the disk full, or gone?") from error
 
 
-def load_weights(path: Path, like: Any) -> Params:
+def load_weights(path: Path, like: Any) -> PyTree:
     """Read parameters straight to the shapes, dtypes and shardings of `like` (ShapeDtypeStructs)."""
     if not path.is_dir():
         raise UserError(f"{path}: no checkpoint there")
@@ -59,7 +60,7 @@ def abstract(params: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
 
 
-def digest(params: Params) -> str:
+def digest(params: PyTree) -> str:
     """32 hex digits of paths, dtypes, shapes and bits: other digests are other weights.
 
     Computed where the weights lie, a leaf at a time, and the same on every mesh: sums of integers, which no order or

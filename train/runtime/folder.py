@@ -69,7 +69,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tensorflow-datasets", "numpy")
 
 
-def made_by(command: str, devices: int) -> dict[str, Any]:
+def provenance(command: str, devices: int) -> dict[str, Any]:
     """What made a result: versions, device, command, commit."""
     device = jax.devices()[0]
     return {

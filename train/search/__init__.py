@@ -1,1 +1,1 @@
-"""Search over reasoning steps: a tree a question, thousands of trees through one engine."""
+"""Solutions looked for step by step (`jaxmerge search`): by itself, or as the samples of a round."""

@@ -27,7 +27,7 @@ from ..report.page import write_report
 from ..resolve import to_dict
 from ..runtime import checkpoint
 from ..runtime.disk import write_durably
-from ..runtime.folder import check_same_config, content, fingerprint, made_by, write_config
+from ..runtime.folder import check_same_config, content, fingerprint, provenance, write_config
 from ..runtime.journal import Journal
 from ..runtime.jsonl import append_jsonl, read_jsonl, write_jsonl
 from ..runtime.mesh import make_mesh
@@ -290,7 +290,7 @@ def write_summary(folder: Path, *, name: str, command: str, records: dict[str, d
         "paired": [],
         "seconds": sum(record["seconds"] for record in records.values()),
         "phase_seconds": {phase: record["seconds"] for phase, record in records.items()},
-        **made_by(command, jax.device_count()),
+        **provenance(command, jax.device_count()),
     }
     write_durably(folder / "summary.json", json.dumps(summary, indent=1))
     write_report(folder)

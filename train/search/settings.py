@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from ..config import check_top_p
+from ..generate.settings import check_top_p
 from ..log import UserError
 from ..models.settings import Source
 from ..resolve import at_least
 from ..runtime.settings import Distributed, Mesh
-from ..tasks.task import FamilySpec
+from ..tasks.settings import FamilySpec
 from .ask import ROLES
 
 Kind = Literal["mcts", "tot", "cot", "dart"]

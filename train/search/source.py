@@ -1,21 +1,20 @@
-"""Solutions for `jaxmerge improve` by a search in place of plain sampling: `sampling.source: dart | tot | mcts`."""
+"""Solutions by a search in place of plain sampling: `sampling.source: dart | tot | mcts` of a self-improvement run."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .. import round
-from ..config import Sampling
+from ..evaluate.answer import prompts as prompts_of
+from ..generate.settings import Settings
 from ..log import progress
 from ..models.open import Model
-from ..resolve import build
-from ..runtime.jsonl import write_jsonl
+from ..runtime.jsonl import Row, write_jsonl
 from ..runtime.processes import on_first
 from ..runtime.stop import check
-from ..tasks import Question
+from ..tasks import Question, Suite
 from ..tasks.code import CodeTask
 from .ask import ROLES, Ask
 from .driver import Driver
@@ -27,37 +26,34 @@ from .settings import Drawing, Search
 from .subject import Subject
 from .voice import Voice
 
-if TYPE_CHECKING:
-    from ..run import Run
 
-Row = dict[str, Any]
-
-
-def searched(
-    run: Run, weights: str, questions: list[Question], config: Sampling, stop: tuple[str, ...], folder: Path, *,
-    seed: int, title: str,
+def search_solutions(
+    model: Model, suite: Suite, questions: list[Question], search: Search, drawing: Drawing, *,
+    shots: int, settings: Settings, folder: Path, seed: int, title: str,
 ) -> tuple[list[Row], int, int, float]:  # fmt: skip
     """Solutions of every question as rows of a sample phase, in the order of the questions.
 
     Returns (rows, tokens generated for all of it, those generated since this start, seconds spent on these).
 
     Args:
-      weights: the phase that made the model.
-      stop: strings at which a chain ends.
+      drawing: how texts are drawn; a score that is thought about may be as long as a step.
+      shots: worked examples before a question that a chain of thought answers.
+      settings: stop strings of a chain, precision and mesh of the model.
       folder: of the phase; replies kept there are not drawn again.
     """
-    suite, tokenizer, start = run.suite, run.model.tokenizer, time.perf_counter()
-    search = build(Search, {**config.search, "kind": config.source}, "sampling.search")
+    tokenizer, start = model.tokenizer, time.perf_counter()
     code = all(isinstance(suite.tasks[q.family], CodeTask) for q in questions)
     domain = "compact" if suite.style == "compact" else "code" if code else "mathematics"
     prompts = load_prompts(domain, reflects=search.reflects)
     # A chain is asked for in the words in which the run samples and evaluates.
-    chain = Prompt(prompts.chain.messages, stop=stop)
+    chain = Prompt(prompts.chain.messages, stop=settings.stop)
     prompts = dataclasses.replace(prompts, chain=chain)
-    asked = round.prompts(suite, tokenizer, questions, run.config.tasks.few_shot)
+    if prompts.score.after:
+        drawing = dataclasses.replace(drawing, score=drawing.step)
+    asked = prompts_of(suite, tokenizer, questions, shots)
     voice = Voice(
-        Model(run.model.config, run.weights(weights), tokenizer), prompts, drawing(config, prompts), seed=seed,
-        dtype=run.config.model.dtype, chains={p.id: p.tokens for p in asked}, gather=run.config.mesh.gather_to_decode,
+        model, prompts, drawing, seed=seed, dtype=settings.dtype, chains={p.id: p.tokens for p in asked},
+        gather=settings.gather,
     )  # fmt: skip
     by_id = {q.id: q for q in questions}
     subjects = [Subject(q.id, q.text, search, seed=seed, judged=True, complete=prompts.complete) for q in questions]
@@ -77,16 +73,6 @@ def searched(
     on_first(write_jsonl, folder / "batch-0000.jsonl", rows)
     new = driver.counts["tokens"]
     return rows, new + driver.counts["replayed_tokens"], new, time.perf_counter() - start
-
-
-def drawing(config: Sampling, prompts: Prompts) -> Drawing:
-    """Each kind of text may be as long as a sample, a score where it is thought about."""
-    most = config.max_new_tokens
-    score = most if prompts.score.after else Drawing.score
-    return Drawing(
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, slots=config.slots,
-        step=most, chain=most, write=most, score=score,
-    )  # fmt: skip
 
 
 def rows_of(id: str, found: Found, prompts: Prompts, tokenizer: Any) -> list[Row]:

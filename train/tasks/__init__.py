@@ -1,20 +1,17 @@
 """Tasks with verifiers: questions with gold answers, how they are asked, and who is right."""
 
-from ..models.characters import EOS_ID, PAD_ID, SYMBOLS, write_tokenizer
 from .compact import render
-from .pretraining import MINIATURE, Ingredient, held_out, pretraining_examples, pretraining_rows
+from .pretraining import MINIATURE, held_out, pretraining_examples, pretraining_rows
 from .reasoning import family_names
+from .settings import FamilySpec, Ingredient
 from .suite import Suite, build_suite
-from .task import FamilySpec, Prompt, Question, Task, majority_answer, reward
+from .task import Prompt, Question, Task, majority_answer, reward
 from .wording import STOP_STRINGS, extract_answer
 from .wording import shots as few_shot
 
 __all__ = [
-    "EOS_ID",
     "MINIATURE",
-    "PAD_ID",
     "STOP_STRINGS",
-    "SYMBOLS",
     "FamilySpec",
     "Ingredient",
     "Prompt",
@@ -31,5 +28,4 @@ __all__ = [
     "pretraining_rows",
     "render",
     "reward",
-    "write_tokenizer",
 ]

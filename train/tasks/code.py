@@ -142,30 +142,6 @@ def judge(
     return [v for v in verdicts if v is not None]
 
 
-def pass_rates(verdicts: Sequence[Verdict], ks: Sequence[int] = (1, 10, 100), *, seed: int = 0) -> list[dict[str, Any]]:
-    """Estimate pass@k without bias, verdicts of one id being samples of one problem.
-
-    Returns:
-      {k, value: [mean, low, high], problems, samples} for each of `ks` that every problem has samples for; the 95 %
-      interval is a bootstrap over problems.
-    """
-    from ..analysis.diversity import interval, pass_at_k
-
-    tried = Counter(v.id for v in verdicts)
-    passed = Counter(v.id for v in verdicts if v.passed)
-    fewest = min(tried.values(), default=0)
-    return [
-        {
-            "k": k,
-            "value": interval([pass_at_k(n, passed[name], k) for name, n in tried.items()], seed=seed),
-            "problems": len(tried),
-            "samples": fewest,
-        }
-        for k in ks
-        if k <= fewest
-    ]
-
-
 # --- problems ------------------------------------------------------------------------------------------------
 
 

@@ -6,42 +6,19 @@ and something to lose: it sees `gcd` of small numbers only, and is asked for lar
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from ..log import UserError
 from ..models.characters import EOS, EOS_ID, PAD_ID, encode
+from .settings import Ingredient
 from .suite import Suite, draw_seed, task_of
 
 if TYPE_CHECKING:
     import numpy as np
 
 ROW = 96  # tokens of a packed row; the longest example has ROW - 1 with its end
-
-
-@dataclasses.dataclass(frozen=True)
-class Ingredient:
-    """One family of the pretraining text.
-
-    Attributes:
-      family: a family with a compact rendering.
-      share: of the examples drawn, relative to the other ingredients' shares.
-      args: the generator's ranges.
-      learn: every token, or those of the solution alone: what is shown to be judged should not be learnt.
-    """
-
-    family: str
-    share: float
-    args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    learn: Literal["all", "solution"] = "all"
-
-    def __post_init__(self):
-        if not self.share > 0:
-            raise UserError(
-                f"pretraining: the share of {self.family} is {self.share!r}; give a positive number, or leave it out"
-            )
 
 
 MINIATURE: tuple[Ingredient, ...] = (

@@ -16,12 +16,12 @@ from .functions import code_task
 from .judged import PREFIX, JudgedTask
 from .local import LocalTask, local_task
 from .reasoning import InstructTask
+from .settings import FamilySpec
 from .task import (
     DOMAINS,
     SPLITS,
     STYLES,
     Domain,
-    FamilySpec,
     Prompt,
     Question,
     Split,

@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from ..log import UserError
-
 Domain = Literal["id", "harder", "ood", "unseen"]
 Split = Literal["train", "validation", "test"]
 Style = Literal["instruct", "compact"]
@@ -44,50 +42,6 @@ class Question:
     answer: str
     solution: str | None
     entry: Mapping[str, Any] = dataclasses.field(repr=False, compare=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class FamilySpec:
-    """How many questions of one family to draw, and from which ranges.
-
-    Attributes:
-      family: name of a generator, or gsm8k, choice, problem with a file (docs/data.md).
-      domain: where its accuracy is reported: id is learnt from, harder, ood and unseen are not.
-      args: the generator's own settings, such as `{"min_value": 1, "max_value": 130}`.
-      train, validation, test: questions of each split; only the in-domain family needs `train`.
-    """
-
-    family: str
-    domain: Domain
-    args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    train: int = 0
-    validation: int = 0
-    test: int = 0
-
-    def __post_init__(self):
-        if self.domain not in DOMAINS:
-            raise UserError(f"tasks: family {self.family}: domain is {self.domain!r}; choose one of {DOMAINS}")
-        for split in SPLITS:
-            count = self.count(split)
-            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-                raise UserError(
-                    f"tasks: family {self.family}: {split} is {count!r}; give a number of questions, 0 or more"
-                )
-        if not self.train + self.validation + self.test:
-            raise UserError(
-                f"tasks: family {self.family} ({self.domain}) asks for no questions at all;"
-                " give at least one of train, validation, test"
-            )
-        reserved = sorted({"seed", "size"} & set(self.args))
-        if reserved:
-            raise UserError(
-                f"tasks: family {self.family}: args sets {', '.join(reserved)}; the suite chooses these so that"
-                " splits stay apart. Set the run's seed and the counts train, validation, test instead"
-            )
-
-    def count(self, split: Split) -> int:
-        """Questions asked for in `split`."""
-        return {"train": self.train, "validation": self.validation, "test": self.test}[split]
 
 
 class Task(Protocol):

@@ -1,0 +1,1 @@
+"""The command `jaxmerge`: words in, one program called, an exit code out."""

@@ -1,0 +1,167 @@
+"""Put questions to a model and judge what it says: the one place where that is done.
+
+Every program that wants answers calls `ask`; `generate` is `ask` without the judging. Both take the model as an
+argument and can commit their rows to a folder, so that a call that was cut off goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from ..generate.rollout import Prompt, Sample, batched, rollout
+from ..generate.settings import Settings
+from ..log import UserError, format_percent, progress, say
+from ..models.open import Model
+from ..models.tokenizer import DATE, Tokenizer
+from ..report.rows import DOMAIN_NAMES
+from ..runtime.jsonl import Row, read_jsonl, write_jsonl
+from ..runtime.processes import on_first
+from ..runtime.stop import check
+from ..tasks import Question, Suite, few_shot
+from . import accuracy
+
+
+class Answers(NamedTuple):
+    """What a model said.
+
+    Attributes:
+      rows: one a sample, by question, then sample: {question_id, sample, text, tokens, reason}, and from `ask` score.
+      tokens: generated since this start; rows that an earlier start committed are not counted.
+      seconds: spent on generating them.
+    """
+
+    rows: list[Row]
+    tokens: int
+    seconds: float
+
+
+def generate(
+    model: Model,
+    suite: Suite,
+    questions: Sequence[Question],
+    settings: Settings,
+    key: jax.Array,
+    *,
+    shots: int = 0,
+    batch: int | None = None,
+    folder: Path | None = None,
+    title: str = "sample",
+    unit: str = "samples",
+) -> Answers:
+    """Let a model answer every question `settings.samples` times.
+
+    Args:
+      key: PRNG key; sample s of question q draws from fold_in(fold_in(key, crc32(q.id)), s), in any company.
+      shots: worked examples put before each question.
+      batch: questions generated and committed at once; None takes all.
+      folder: where the rows of each batch are committed; those found there are not generated again.
+      title, unit: of the progress bar.
+    """
+    asked = prompts(suite, model.tokenizer, questions, shots)
+    groups = list(batched(asked, batch or max(1, len(asked))))
+    paths = [folder / f"batch-{i:04d}.jsonl" if folder else None for i in range(len(groups))]
+    there = on_first(lambda: [path is not None and path.exists() for path in paths])
+    done = sum(len(group) for group, is_there in zip(groups, there, strict=True) if is_there) * settings.samples
+    rows, start, tokens = [], time.perf_counter(), 0
+    with progress(title, total=len(asked) * settings.samples, unit=unit, done=done) as bar:
+        for group, path, is_there in zip(groups, paths, there, strict=True):
+            made: list[Row] = []
+            if not is_there:
+                samples = rollout(
+                    model.config, model.params, model.tokenizer, group, settings, key,
+                    on_sample=lambda tokens: bar.advance(1), between=check,
+                )  # fmt: skip
+                made = [sample_row(s) for s in samples]
+                tokens += sum(len(s.tokens) for s in samples)
+                if path is not None:
+                    on_first(write_jsonl, path, made)
+            rows.append(made if path is None else path)
+    found = [row for part in rows for row in (read_jsonl(part) if isinstance(part, Path) else part)]
+    return Answers(found, tokens, time.perf_counter() - start)
+
+
+def ask(
+    model: Model, suite: Suite, questions: Sequence[Question], settings: Settings, key: jax.Array, **how: Any
+) -> Answers:
+    """Put questions to a model and judge what it says: the rows of `generate`, which takes `how`, with a score.
+
+    score: 1.0 right, 0.0 wrong, None where the task could not judge.
+    """
+    answers = generate(model, suite, questions, settings, key, **how)
+    return answers._replace(rows=verify(suite, {q.id: q for q in questions}, answers.rows))
+
+
+def right(rows: Sequence[Row]) -> dict[str, int]:
+    """Count the right samples of each question, by its id; what cannot be judged counts as wrong."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["question_id"]] = counts.get(row["question_id"], 0) + (row["score"] == 1.0)
+    return counts
+
+
+def is_right(rows: Sequence[Row]) -> dict[str, float]:
+    """Whether the answer to each question is right, 1.0 or 0.0, of rows with one sample a question."""
+    return {id: float(count) for id, count in right(rows).items()}
+
+
+def tell_pass_rates(questions: Sequence[Question], right: Mapping[str, int], samples: int) -> list[dict[str, Any]]:
+    """pass@k of each family, said and returned."""
+    rows = accuracy.pass_rates(questions, right, samples)
+    for row in rows:
+        mean, low, high = map(format_percent, row["value"])
+        name = f"{row['family']} ({DOMAIN_NAMES[row['domain']]})"
+        say(f"{name}  pass@{row['k']} {mean} [{low}, {high}], {row['n']} questions × {samples} samples")
+    return rows
+
+
+def prompt_text(suite: Suite, tokenizer: Tokenizer, question: Question, shots: int = 0) -> str:
+    """What the model reads: few-shot text, the chat template's rendering, or the bare prompt."""
+    if shots:
+        examples = [q for q in suite.questions("train", family=question.family) if q.solution and q.id != question.id]
+        if len(examples) < shots:
+            raise UserError(
+                f"tasks.few_shot={shots}: family {question.family} has {len(examples)} training questions with "
+                "solutions; lower it or give the family more"
+            )
+        return few_shot(question, examples[:shots])
+    prompt = suite.prompt(question)
+    if isinstance(prompt, str):
+        return prompt
+    if not tokenizer.has_chat_template:
+        raise UserError(
+            "this model has no chat template and tasks.style is instruct; set tasks.few_shot to 2 or more "
+            "(base models continue worked examples)"
+        )
+    # Templates that print a date would make a run depend on the day it is resumed.
+    return tokenizer.chat(prompt, date_string=DATE)
+
+
+def prompt_tokens(suite: Suite, tokenizer: Tokenizer, question: Question, shots: int = 0) -> list[int]:
+    """The tokens of `prompt_text`; a chat template writes its own special tokens, bare text gets the tokenizer's."""
+    rendered = not shots and not isinstance(suite.prompt(question), str)
+    return tokenizer.encode(prompt_text(suite, tokenizer, question, shots), special=not rendered)
+
+
+def prompts(suite: Suite, tokenizer: Tokenizer, questions: Sequence[Question], shots: int = 0) -> list[Prompt]:
+    """Tokenised prompts of `questions`, under the questions' ids."""
+    return [Prompt(q.id, tuple(prompt_tokens(suite, tokenizer, q, shots))) for q in questions]
+
+
+def verify(suite: Suite, questions: Mapping[str, Question], samples: Sequence[Row]) -> list[Row]:
+    """Samples with `score`: 1.0 right, 0.0 wrong, None where the task could not judge."""
+    return [{**row, "score": suite.verify(questions[row["question_id"]], row["text"])} for row in samples]
+
+
+def sample_row(sample: Sample) -> Row:
+    return {
+        "question_id": sample.prompt_id,
+        "sample": sample.index,
+        "text": sample.text,
+        "tokens": list(sample.tokens),
+        "reason": sample.reason,
+    }

@@ -1,0 +1,87 @@
+"""What would fail only after an hour of sampling and training, tried on shapes before anything is computed."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+
+from ..learn.sft import check_patterns
+from ..log import UserError
+from ..models.decoder import Params
+from ..models.open import load_model
+from ..runtime import checkpoint
+from ..runtime.mesh import sharding_of
+from . import merge
+from .session import Session
+from .weights import merge_by_rule
+
+
+def rehearse(session: Session) -> dict[str, str]:
+    """Try path patterns, merges and probes of every method; the digests of the models that merges refer to."""
+    for name in trained(session):
+        check_patterns(session.config.block(name, "sft"), session.model.params, f"methods.{name}.sft: ")
+    check_probes(session)
+    return check_merges(session)
+
+
+def trained(session: Session) -> list[str]:
+    return [name for name, method in session.config.methods.items() if method.probe is None]
+
+
+def check_merges(session: Session) -> dict[str, str]:
+    """Refuse a wrong α or path pattern, and a reference that is not there; the digest of each reference."""
+    references: dict[str, tuple[Any, str]] = {}
+    for name in trained(session):
+        config = session.config.block(name, "merge")
+        if config.rule == "none":
+            continue
+        try:
+            if config.reference != "anchor" and config.reference not in references:
+                references[config.reference] = shapes_and_digest(session, config.reference)
+            reference, _ = references.get(config.reference, (None, ""))
+            for number in range(1, session.config.rounds + 1):
+                for alpha in merge.candidates(config, number, session.config.rounds):
+                    if span := merge.importance_span(alpha):
+                        alpha = {"**": list(span)}
+                    merged = functools.partial(merge.merged, config=config, alpha=alpha, key=jax.random.key(0))
+                    jax.eval_shape(merged, session.model.params, session.model.params, reference=reference)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"methods.{name}.merge: {error}") from error
+    return {path: digest for path, (_, digest) in references.items()}
+
+
+def shapes_and_digest(session: Session, path: str) -> tuple[Any, str]:
+    params = read_reference(session, path)
+    return jax.eval_shape(lambda: params), checkpoint.digest(params)
+
+
+def check_probes(session: Session) -> None:
+    """Refuse a rule that does not take what a probe gives it: its parameters, as many models as there will be."""
+    for name, method in session.config.methods.items():
+        probe = method.probe
+        if probe is None or probe.kind != "merge":
+            continue
+        count = session.config.block(probe.of, "sft").snapshots
+        by_rule = functools.partial(merge_by_rule, rule=probe.rule, parameters=probe.parameters)
+        try:
+            jax.eval_shape(by_rule, [session.model.params] * count, session.model.params)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"methods.{name}.probe: {probe.rule} of {count} checkpoints: {error}") from error
+
+
+def read_reference(session: Session, path: str) -> Params:
+    """The weights that imm's deltas are measured from; refused if they are not those the run began with."""
+    try:
+        params = load_model(path, sharding=functools.partial(sharding_of, session.mesh)).params
+    except UserError as error:
+        raise UserError(f"merge.reference: {error}") from None
+    record = session.journal.committed("base/load") or {}
+    then = record.get("references", {}).get(path)
+    if then is not None and then != checkpoint.digest(params):
+        raise UserError(
+            f"merge.reference={path}: the weights changed since this run began; restore them or choose another folder "
+            "with out=DIR"
+        )
+    return params

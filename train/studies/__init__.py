@@ -1,0 +1,1 @@
+"""Finished runs looked at: one (`jaxmerge analyse`), or many side by side (sweeps, `jaxmerge results`)."""

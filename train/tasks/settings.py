@@ -1,0 +1,94 @@
+"""Which questions are asked and learnt from, as configured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ..log import UserError
+from .task import DOMAINS, SPLITS, Domain, Split
+
+
+@dataclasses.dataclass(frozen=True)
+class Ingredient:
+    """One family of the pretraining text.
+
+    Attributes:
+      family: a family with a compact rendering.
+      share: of the examples drawn, relative to the other ingredients' shares.
+      args: the generator's ranges.
+      learn: every token, or those of the solution alone: what is shown to be judged should not be learnt.
+    """
+
+    family: str
+    share: float
+    args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    learn: Literal["all", "solution"] = "all"
+
+    def __post_init__(self):
+        if not self.share > 0:
+            raise UserError(
+                f"pretraining: the share of {self.family} is {self.share!r}; give a positive number, or leave it out"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class FamilySpec:
+    """How many questions of one family to draw, and from which ranges.
+
+    Attributes:
+      family: name of a generator, or gsm8k, choice, problem with a file (docs/data.md).
+      domain: where its accuracy is reported: id is learnt from, harder, ood and unseen are not.
+      args: the generator's own settings, such as `{"min_value": 1, "max_value": 130}`.
+      train, validation, test: questions of each split; only the in-domain family needs `train`.
+    """
+
+    family: str
+    domain: Domain
+    args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    train: int = 0
+    validation: int = 0
+    test: int = 0
+
+    def __post_init__(self):
+        if self.domain not in DOMAINS:
+            raise UserError(f"tasks: family {self.family}: domain is {self.domain!r}; choose one of {DOMAINS}")
+        for split in SPLITS:
+            count = self.count(split)
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise UserError(
+                    f"tasks: family {self.family}: {split} is {count!r}; give a number of questions, 0 or more"
+                )
+        if not self.train + self.validation + self.test:
+            raise UserError(
+                f"tasks: family {self.family} ({self.domain}) asks for no questions at all;"
+                " give at least one of train, validation, test"
+            )
+        reserved = sorted({"seed", "size"} & set(self.args))
+        if reserved:
+            raise UserError(
+                f"tasks: family {self.family}: args sets {', '.join(reserved)}; the suite chooses these so that"
+                " splits stay apart. Set the run's seed and the counts train, validation, test instead"
+            )
+
+    def count(self, split: Split) -> int:
+        """Questions asked for in `split`."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[split]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """Which problems: the in-domain family trained on, the others only evaluated."""
+
+    families: tuple[FamilySpec, ...] = ()
+    style: Literal["instruct", "compact"] = "instruct"
+    """instruct: questions in English for a pretrained model; compact: `prompt?work#answer` for the miniature."""
+    seed: int = 0
+    """Of the questions; apart from the run's seed so that runs can share their questions."""
+    few_shot: int = 0
+    """Worked examples put before each question (for base models that follow no instruction)."""
+
+    def __post_init__(self):
+        if not any(f.domain == "id" and f.train for f in self.families):
+            raise UserError("tasks.families: at least one family with domain: id and train: N is needed")
