@@ -239,6 +239,19 @@ def test_jaxmerge_loses_two_machines_and_its_weights_are_the_same(tmp_path, buck
     assert sum("digest" in row for row in ours) >= 10
 
 
+def test_a_job_that_runs_is_not_started_a_second_time(tmp_path, job, capsys):
+    words = job(phases=3, wait_at=2)
+    machine = Machine(tmp_path, 1, *words)
+    machine.wait_for(2)
+    assert snapshot.main(["keep", str(machine.folder), REMOTE, "--", *map(str, words)]) == 74
+    assert "is kept by another process already" in capsys.readouterr().err
+    (tmp_path / "cloud/go-on").touch()
+    code, said = machine.end()
+    assert code == 0, said
+    assert digest_of(restored(tmp_path)) == undisturbed(3)
+    assert len((tmp_path / "cloud/starts.log").read_text().splitlines()) == 1
+
+
 def test_a_signal_reaches_the_job_once_and_what_it_saves_is_in_the_bucket(tmp_path, job):
     machine = Machine(tmp_path, 1, *job(phases=3, wait_at=2))
     machine.wait_for(1)
@@ -261,15 +274,11 @@ def test_a_job_that_is_killed_has_a_shells_exit_code(tmp_path, bucket):
     assert Machine(tmp_path, 1, *killed).end()[0] == 128 + signal.SIGKILL
 
 
-def test_an_end_that_is_not_saved_is_no_success(tmp_path, bucket, monkeypatch, capsys):
+def test_an_end_that_is_not_saved_is_no_success(tmp_path, bucket, capsys):
     run = tmp_path / "run"
     fill(run, 1)
     (tmp_path / "cloud/refuse-uploads").touch()
-    try:
-        assert snapshot.keep(run, REMOTE, tmp_path / "work", ["true"], retry=0) == 74
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+    assert snapshot.keep(run, REMOTE, tmp_path / "work", ["true"], retry=0) == 74
     assert "try 4 of 4 to save the end" in capsys.readouterr().err
 
 

@@ -7,13 +7,18 @@ import math
 import pathlib
 import re
 import subprocess
+import tarfile
 
+import pytest
 import yaml
 
+from tpu import machines
 from train.processes import LOST
 from train.stop import STOPPED
 
 CHECKOUT = pathlib.Path(__file__).parent.parent
+PAGE = (CHECKOUT / "tpu/README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
 TASK = yaml.safe_load((CHECKOUT / "tpu/skypilot.yaml").read_text())
 
 
@@ -83,3 +88,43 @@ def test_the_jobset_runs_a_pod_on_one_mounted_folder():
     assert f"out={runs}/" in command
     options = pod["volumes"][0]["csi"]["volumeAttributes"]["mountOptions"].split(",")
     assert {"metadata-cache:ttl-secs:0", "write:enable-streaming-writes:false"} <= set(options)
+
+
+# --- the page of commands ----------------------------------------------------------------------------------
+
+
+def test_the_one_command_is_the_same_everywhere():
+    command = re.compile(r"python -m tpu\.check \$JOB && (?:~/sky/bin/)?(sky jobs launch .*)")
+    head = (CHECKOUT / "tpu/skypilot.yaml").read_text()
+    found = {command.search(text)[1] for text in (PAGE, head, (CHECKOUT / "README.md").read_text())}  # type: ignore[index]
+    assert found == {'sky jobs launch tpu/skypilot.yaml --env RUN=demo --env BUCKET=NAME --env JOB="$JOB"'}
+    assert set(re.findall(r"--env (\w+)=", found.pop())) <= set(TASK["envs"])
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_commands_are_bash_and_name_files_that_there_are(block):
+    subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+    for name in re.findall(r"\btpu/[\w.]+", block):
+        assert (CHECKOUT / name).is_file(), name
+    for module in re.findall(r"python -m (tpu\.\w+)", block):
+        assert (CHECKOUT / f"{module.replace('.', '/')}.py").is_file(), module
+
+
+def test_the_page_packs_what_tpu_check_says_travels(tmp_path):
+    (line,) = (line for block in BLOCKS for line in block.splitlines() if line.startswith("git ls-files"))
+    for name in ("tracked.py", "runs/ignored.jsonl", "a new train.jsonl"):
+        (tmp_path / "code" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "code" / name).touch()
+    (tmp_path / "code/.gitignore").write_text("/runs/\n")
+    subprocess.run(["git", "init", "-q", "."], cwd=tmp_path / "code", check=True)
+    subprocess.run(["git", "add", ".gitignore", "tracked.py"], cwd=tmp_path / "code", check=True)
+    archive = tmp_path / "code.tar.gz"
+    subprocess.run(["bash", "-c", line.replace("/tmp/code.tar.gz", str(archive))], cwd=tmp_path / "code", check=True)
+    with tarfile.open(archive) as found:
+        assert set(found.getnames()) == {".gitignore", "tracked.py", "a new train.jsonl"}
+
+
+def test_the_page_names_the_runtime_of_each_generation():
+    for name, generation in machines.GENERATIONS.items():
+        (row,) = (line for line in PAGE.splitlines() if line.startswith("|") and f"`{name}-" in line)
+        assert f"`{generation.runtime}`" in row

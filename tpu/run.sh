@@ -6,6 +6,7 @@ set -euo pipefail
 
 bin=$HOME/jaxmerge-venv/bin
 export JAX_COMPILATION_CACHE_DIR=gs://$BUCKET/compile-cache PYTHONUNBUFFERED=1
+words=()
 eval "words=($JOB)" # a quoted value may hold spaces
 
 if [ "${HOSTS:-1}" -gt 1 ]; then

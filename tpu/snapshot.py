@@ -21,6 +21,8 @@ which the run folder is made for. Standard library alone: the machine runs this 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -50,29 +52,49 @@ def keep(folder: Path, remote: str, work: Path, command: Sequence[str], *, every
     Args:
       work: as for `save`.
       every: seconds between two snapshots while the command runs.
-      retry: seconds before the second try to save the end; the third and fourth wait longer.
+      retry: seconds before the second try to save the end; later ones wait longer.
+
+    Raises:
+      Failed: the folder is kept already, by another process of this machine; or what the bucket holds is damaged.
 
     Returns:
       The command's exit code, 128 + n if signal n killed it; `NOT_SAVED` if the bucket did not take its end.
     """
-    restore(remote, folder, work)
-    child = subprocess.Popen(command, start_new_session=True)  # a Ctrl-C comes here alone, and is handed on once
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: child.send_signal(number))
-    while (code := wait(child, every)) is None:
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
         try:
-            save(folder, remote, work)
-        except Failed as error:
-            say(f"{error}; the snapshot before stands")
-    say(f"the command ended with {code}")
-    for attempt in range(4):
-        try:
-            save(folder, remote, work)
-            return code if code >= 0 else 128 - code
-        except Failed as error:
-            say(f"{error}; try {attempt + 1} of 4 to save the end")
-        time.sleep(attempt * retry)
-    return NOT_SAVED
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Failed(f"{folder} is kept by another process already; see to that one, or end it first") from None
+        restore(remote, folder, work)
+        with started(command) as child:
+            while (code := wait(child, every)) is None:
+                try:
+                    save(folder, remote, work)
+                except Failed as error:
+                    say(f"{error}; the snapshot before stands")
+            say(f"the command ended with {code}")
+            for attempt in range(4):
+                time.sleep(attempt * retry)
+                try:
+                    save(folder, remote, work)
+                    return code if code >= 0 else 128 - code
+                except Failed as error:
+                    say(f"{error}; try {attempt + 1} of 4 to save the end")
+        return NOT_SAVED
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str]) -> Iterator[subprocess.Popen]:
+    """The command's process; signals go to it alone, and to nobody once it has ended."""
+    child = subprocess.Popen(command, start_new_session=True)  # a Ctrl-C comes here, and is handed on once
+    asked = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, _: child.send_signal(number)) for number in asked]
+    try:
+        yield child
+    finally:
+        for number, handler in zip(asked, before, strict=True):
+            signal.signal(number, handler)
 
 
 def wait(child: subprocess.Popen, seconds: float) -> int | None:
