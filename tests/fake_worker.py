@@ -45,6 +45,7 @@ for i in range(config["phases"]):
     while not stopped and i == config.get("wait_at") and not (ROOT / "go-on").exists():
         time.sleep(0.02)
     if stopped:
+        time.sleep(0.3)  # for a second signal, which would end jaxmerge before it has saved
         sys.exit(75 if len(stopped) == 1 else 99)
     if i == config.get("end_at"):
         sys.exit(config["code"])

@@ -146,6 +146,7 @@ class Machine:
             ],
             cwd=CHECKOUT,
             env={**os.environ, "JAXMERGE_EVERY": "0.2", "PATH": f"{self.cloud}/bin:{os.environ['PATH']}"},
+            start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -255,7 +256,7 @@ def test_a_job_that_runs_is_not_started_a_second_time(tmp_path, job, capsys):
 def test_a_signal_reaches_the_job_once_and_what_it_saves_is_in_the_bucket(tmp_path, job):
     machine = Machine(tmp_path, 1, *job(phases=3, wait_at=2))
     machine.wait_for(1)
-    machine.process.terminate()
+    os.killpg(machine.process.pid, signal.SIGTERM)  # as a terminal and a service manager send it
     code, said = machine.end()
     assert code == 75, said
     assert digest_of(restored(tmp_path)) == undisturbed(2)
