@@ -1,103 +1,80 @@
 #!/usr/bin/env bash
-# Make a worker ready for a run, or see in a moment that it is: bash setup.sh RUN
-# Reads ~/jaxmerge/RUN/job.env (written by tpu.launch) and ~/jaxmerge/RUN/code. What is done is not done again:
-# the file venv/ready holds the checksums the environment was made from; a mount that is there stays.
+# Make a host ready, or see in a moment that it is: BUCKET=NAME HOSTS=1 PACKAGES='…' bash tpu/setup.sh   (in the code's folder)
+# The environment is ~/jaxmerge-venv; its file `ready` holds the checksums it was made from. Of several hosts each mounts
+# the bucket, because they write one run folder together.
 set -euo pipefail
 
-run=$1
-folder=$HOME/jaxmerge/$run
-cd "$folder"
-# shellcheck source=/dev/null
-. ./job.env
-mount_point=${JAXMERGE_MOUNT:-/mnt/jaxmerge}
+venv=$HOME/jaxmerge-venv
+mount_point=${JAXMERGE_MOUNT:-/mnt/jaxmerge-runs}
+packages=${PACKAGES:-}
 
 say() { echo "setup: $*"; }
 fail() { echo "setup: $*" >&2; exit 1; }
 # The image's own updates may hold the lock of dpkg for minutes after the first boot.
 apt() { sudo apt-get -qq -o DPkg::Lock::Timeout=600 "$@"; }
 
-# A Python that jaxmerge runs on, with venv. The images of today bring 3.10.
-find_python() {
-  local name
-  for name in python3.12 python3.11; do
-    if "$name" -c 'import ensurepip, venv' > /dev/null 2>&1; then
-      command -v "$name"
-      return
-    fi
-  done
+# uv brings a Python that jaxmerge runs on; the images of today bring 3.10.
+find_uv() {
+  if command -v uv > /dev/null; then
+    echo uv
+    return
+  fi
   if ! python3 -m uv --version > /dev/null 2>&1; then
     python3 -m pip --version > /dev/null 2>&1 || { apt update && apt install -y python3-pip; } >&2
     python3 -m pip install -qq --user uv >&2
   fi
-  python3 -m uv python install -q 3.12 >&2
-  python3 -m uv python find 3.12
+  echo "python3 -m uv"
 }
 
 # The bucket as a file system, with the semantics a run folder needs: nothing remembered about files that another host
-# may have changed, and a file is in the bucket when fsync or close returns.
+# may have changed, a file in the bucket when fsync or close returns, a folder renamed in one step. SkyPilot's own mounts
+# (0.14: gcsfuse 2.2 with caches of five seconds) promise none of these.
 mount_bucket() {
-  local bucket=${1#gs://}
-  if ! command -v gcsfuse > /dev/null; then
-    if ! apt install -y gcsfuse > /dev/null 2>&1; then
-      gcloud storage cp "gs://$bucket/tools/gcsfuse.deb" "$folder/gcsfuse.deb" --quiet \
-        || fail "gcsfuse is not installed: put its Debian package at gs://$bucket/tools/gcsfuse.deb, or use shared=HOST:/EXPORT"
-      apt install -y fuse "$folder/gcsfuse.deb"
+  if mountpoint -q "$mount_point"; then
+    return
+  fi
+  if ! gcsfuse --version 2> /dev/null | grep -q "version 3"; then
+    if ! apt install -y gcsfuse > /dev/null 2>&1 || ! gcsfuse --version | grep -q "version 3"; then
+      gcloud storage cp "gs://$BUCKET/tools/gcsfuse.deb" "$HOME/gcsfuse.deb" --quiet \
+        || fail "gcsfuse 3 is not installed: put its Debian package at gs://$BUCKET/tools/gcsfuse.deb"
+      apt install -y fuse "$HOME/gcsfuse.deb"
     fi
   fi
-  cat > "$folder/gcsfuse.yaml" << 'YAML'
+  cat > "$HOME/gcsfuse.yaml" << 'YAML'
 metadata-cache: {ttl-secs: 0, negative-ttl-secs: 0}
 file-system: {kernel-list-cache-ttl-secs: 0}
 write: {enable-streaming-writes: false}
 YAML
-  gcsfuse --config-file="$folder/gcsfuse.yaml" "$bucket" "$mount_point" > "$folder/gcsfuse.log" 2>&1 \
-    || fail "gs://$bucket could not be mounted: $(tail -n 2 "$folder/gcsfuse.log")"
-}
-
-mount_shared() {
-  if mountpoint -q "$mount_point"; then
-    return
-  fi
   sudo mkdir -p "$mount_point"
-  case $JAXMERGE_SHARED in
-    gs://*)
-      sudo chown "$(id -u):$(id -g)" "$mount_point"
-      mount_bucket "$JAXMERGE_SHARED"
-      ;;
-    *)
-      command -v mount.nfs > /dev/null || { apt update && apt install -y nfs-common; }
-      # hard: a server that is away for a while is waited for; sync on close is NFS's own promise.
-      sudo mount -t nfs -o hard,noatime "$JAXMERGE_SHARED" "$mount_point"
-      sudo mkdir -p "$mount_point/runs"
-      sudo chown "$(id -u):$(id -g)" "$mount_point/runs"
-      ;;
-  esac
-  say "$JAXMERGE_SHARED is mounted at $mount_point"
+  sudo chown "$(id -u):$(id -g)" "$mount_point"
+  gcsfuse --config-file="$HOME/gcsfuse.yaml" "$BUCKET" "$mount_point" > "$HOME/gcsfuse.log" 2>&1 \
+    || fail "gs://$BUCKET could not be mounted: $(tail -n 2 "$HOME/gcsfuse.log")"
+  say "gs://$BUCKET is mounted at $mount_point"
 }
 
-exec 9> setup.lock
-flock 9 # two launchers at once: the second waits, and finds all done
-
-if [ -n "$JAXMERGE_SHARED" ]; then
-  mount_shared
+if [ "${HOSTS:-1}" -gt 1 ]; then
+  # Only there is renaming a folder one step, which is how a phase and a checkpoint are committed.
+  gcloud storage buckets describe "gs://$BUCKET" --raw --format='value(hierarchicalNamespace.enabled)' | grep -qi true \
+    || fail "gs://$BUCKET has no hierarchical namespace, which several hosts need; make one that has (tpu/README.md)"
+  mount_bucket
 fi
 
-sums="$(cksum code/pyproject.toml code/constraints.txt) $JAXMERGE_PACKAGES"
-if [ -f venv/ready ] && [ "$(cat venv/ready)" = "$sums" ]; then
+sums="$(cksum pyproject.toml constraints.txt) $packages"
+if [ -f "$venv/ready" ] && [ "$(cat "$venv/ready")" = "$sums" ]; then
   say "ready"
   exit 0
 fi
-
-python=$(find_python)
-say "environment with $python"
-rm -rf venv
-"$python" -m venv venv
-install() { venv/bin/python -m pip install -qq --disable-pip-version-check "$@"; }
+found=$(find_uv)
+read -ra uv <<< "$found"
+say "environment with ${uv[*]}"
+rm -rf "$venv"
+"${uv[@]}" venv -q --python 3.12 "$venv"
+install() { "${uv[@]}" pip install -q --python "$venv/bin/python" "$@"; }
 # gcsfs: JAX's compile cache writes to gs:// through etils and fsspec.
-(cd code && ../venv/bin/python -m pip install -qq --disable-pip-version-check \
-  -c constraints.txt -e '.[train]' 'jax[tpu]' gcsfs)
-if [ -n "$JAXMERGE_PACKAGES" ]; then
+install -c constraints.txt -e '.[tpu]' gcsfs
+if [ -n "$packages" ]; then
   # shellcheck disable=SC2086 # several requirements, apart by spaces
-  install --no-deps $JAXMERGE_PACKAGES
+  install --no-deps $packages
 fi
-printf '%s' "$sums" > venv/ready
+printf '%s' "$sums" > "$venv/ready"
 say "ready"

@@ -1,7 +1,10 @@
 """A run folder in a bucket, whole or not at all.
 
+    python -m tpu.snapshot keep FOLDER gs://… -- COMMAND    restore, run COMMAND, save every minute and at its end
     python -m tpu.snapshot save FOLDER gs://…
     python -m tpu.snapshot restore gs://… FOLDER
+
+`keep` ends with COMMAND's exit code, or with 74 where what COMMAND left could not be saved.
 
 In the bucket:
 
@@ -13,23 +16,97 @@ such as a phase that is committed and weights that are not there; here the manif
 and only contents that neither the old nor the new manifest names are ever deleted.
 
 A snapshot is what a kill at that moment would have left on the disk, so resuming from it is resuming from a kill,
-which the run folder is made for. Standard library alone: the workers run this beside the job.
+which the run folder is made for. Standard library alone: the machine runs this around the job.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 LINKED = "checkpoints/"  # large, and never changed once there; everything else may be appended to, and is copied
 TRIES = 5  # of catching a folder while the job renames in it
 OBJECTS, MANIFEST = "objects", "manifest.json"
+NOT_SAVED = 74  # EX_IOERR of sysexits.h
+
+
+class Failed(Exception):
+    """A snapshot that was not taken or not brought back; the one before stands."""
+
+
+def keep(folder: Path, remote: str, work: Path, command: Sequence[str], *, every: float = 60, retry: float = 10) -> int:
+    """Run `command` on `folder`: what the bucket holds is there first, and what the command leaves is saved.
+
+    A SIGTERM or SIGINT is handed on to the command, which may still save its state; no signal reaches it twice.
+
+    Args:
+      work: as for `save`.
+      every: seconds between two snapshots while the command runs.
+      retry: seconds before the second try to save the end; later ones wait longer.
+
+    Raises:
+      Failed: the folder is kept already, by another process of this machine; or what the bucket holds is damaged.
+
+    Returns:
+      The command's exit code, 128 + n if signal n killed it; `NOT_SAVED` if the bucket did not take its end.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Failed(f"{folder} is kept by another process already; see to that one, or end it first") from None
+        restore(remote, folder, work)
+        with started(command) as child:
+            while (code := wait(child, every)) is None:
+                try:
+                    save(folder, remote, work)
+                except Failed as error:
+                    say(f"{error}; the snapshot before stands")
+            say(f"the command ended with {code}")
+            for attempt in range(4):
+                time.sleep(attempt * retry)
+                try:
+                    save(folder, remote, work)
+                    return code if code >= 0 else 128 - code
+                except Failed as error:
+                    say(f"{error}; try {attempt + 1} of 4 to save the end")
+        return NOT_SAVED
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str]) -> Iterator[subprocess.Popen]:
+    """The command's process; signals go to it alone, and to nobody once it has ended."""
+    child = subprocess.Popen(command, start_new_session=True)  # a Ctrl-C comes here, and is handed on once
+    asked = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, _: child.send_signal(number)) for number in asked]
+    try:
+        yield child
+    finally:
+        for number, handler in zip(asked, before, strict=True):
+            signal.signal(number, handler)
+
+
+def wait(child: subprocess.Popen, seconds: float) -> int | None:
+    """The child's exit code, or None if it still runs after so many seconds."""
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def say(line: str) -> None:
+    print(f"snapshot: {line}", file=sys.stderr, flush=True)
 
 
 def save(folder: Path, remote: str, work: Path) -> bool:
@@ -40,7 +117,7 @@ def save(folder: Path, remote: str, work: Path) -> bool:
     """
     work.mkdir(parents=True, exist_ok=True)
     stage = work / OBJECTS
-    manifest = catch(folder, stage, work / "digests.json")
+    manifest = catch(folder, stage, work / "digests.json") if folder.exists() else {}
     text = json.dumps(manifest, indent=1, sort_keys=True)
     committed = work / "committed.json"
     if committed.exists() and committed.read_text() == text:
@@ -70,7 +147,7 @@ def restore(remote: str, folder: Path, work: Path) -> int:
     if answer.returncode:
         if "matched no objects" in answer.stderr:
             return 0
-        raise SystemExit(f"snapshot: {remote}/{MANIFEST} cannot be read: {answer.stderr.strip()[-400:]}")
+        raise Failed(f"{remote}/{MANIFEST} cannot be read: {answer.stderr.strip()[-400:]}")
     manifest = json.loads(answer.stdout)
     stage = work / OBJECTS
     shutil.rmtree(stage, ignore_errors=True)
@@ -81,8 +158,8 @@ def restore(remote: str, folder: Path, work: Path) -> int:
     for name, wanted in manifest.items():
         found = digest(stage / wanted) if (stage / wanted).is_file() else "nothing"
         if found != wanted:
-            raise SystemExit(
-                f"snapshot: {name}: {remote}/{OBJECTS}/{wanted} holds {found}; "
+            raise Failed(
+                f"{name}: {remote}/{OBJECTS}/{wanted} holds {found}; "
                 "the snapshot is damaged: restore an older version of the bucket's objects, or start a new run"
             )
         path = whole / name
@@ -110,7 +187,7 @@ def catch(folder: Path, stage: Path, digests: Path) -> dict[str, str]:
             continue
         if folders(folder) == before:
             return manifest
-    raise SystemExit(f"snapshot: {folder} changed {TRIES} times while it was read; the next call tries again")
+    raise Failed(f"{folder} changed {TRIES} times while it was read; the next call tries again")
 
 
 def catch_once(folder: Path, stage: Path, digests: Path) -> dict[str, str]:
@@ -162,22 +239,35 @@ def digest(path: Path) -> str:
 def gcloud(*words: str) -> None:
     done = subprocess.run(["gcloud", "storage", *words, "--quiet"], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"snapshot: gcloud storage {words[0]} ended with {done.returncode}: {done.stderr[-400:]}")
+        raise Failed(f"gcloud storage {words[0]} ended with {done.returncode}: {done.stderr[-400:]}")
 
 
-def main(words: list[str]) -> None:
-    match words:
-        case ["save", folder, remote]:
-            path = Path(folder).absolute()
-            saved = save(path, remote, path.with_name(path.name + ".snapshot"))
-            print("snapshot: saved" if saved else "snapshot: nothing new")
-        case ["restore", remote, folder]:
-            path = Path(folder).absolute()
-            count = restore(remote, path, path.with_name(path.name + ".snapshot"))
-            print(f"snapshot: {count} files restored")
-        case _:
-            raise SystemExit("usage: python -m tpu.snapshot save FOLDER gs://… | restore gs://… FOLDER")
+def main(words: list[str]) -> int:
+    try:
+        match words:
+            case ["keep", folder, remote, "--", *command] if command:
+                path = Path(folder).absolute()
+                every = float(os.environ.get("JAXMERGE_EVERY", "60"))
+                return keep(path, remote, beside(path), command, every=every)
+            case ["save", folder, remote]:
+                path = Path(folder).absolute()
+                say("saved" if save(path, remote, beside(path)) else "nothing new")
+            case ["restore", remote, folder]:
+                path = Path(folder).absolute()
+                say(f"{restore(remote, path, beside(path))} files restored")
+            case _:
+                say("usage: snapshot keep FOLDER gs://… -- COMMAND | save FOLDER gs://… | restore gs://… FOLDER")
+                return 2
+    except Failed as error:
+        say(str(error))
+        return NOT_SAVED
+    return 0
+
+
+def beside(folder: Path) -> Path:
+    """Where staged contents and their digests lie: on the folder's own file system."""
+    return folder.with_name(folder.name + ".snapshot")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    raise SystemExit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ from typing import Any
 
 from train.log import UserError, say
 
-from .aot import Compiled, Report, as_json, examine, versions
+from .compile import Compiled, Report, as_json, examine, versions
 from .layout import Plan, advice, needed, settle
 from .presets import model_of
 from .topologies import GIB, read
