@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import pathlib
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -115,6 +118,40 @@ def test_any_run_of_elements_is_what_the_whole_has(tmp_path, base, dtype):
             buffer = np.empty((stop - start) * width, np.uint8)
             tensor.read_into(buffer, start * width)
             assert np.array_equal(buffer.view(tensor.dtype), whole[start:stop])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("rows", "rank", "columns"), [(70, 1, 9000), (70, 4, 12), (130, 16, 1100), (33, 300, 64), (5, 3, 1)]
+)
+def test_any_rows_of_a_product_are_what_the_whole_has(rows, rank, columns, dtype):
+    """As `left[first:last] @ right` would not be on every processor; `.ci/run numeric` holds it to others than this."""
+    r = np.random.default_rng(0)
+    left = r.standard_normal((-(-rows // adapter.TILE_ROWS) * adapter.TILE_ROWS, rank)).astype(dtype)
+    right = r.standard_normal((rank, columns)).astype(dtype)
+    whole = adapter.multiply_rows(left, right, 0, rows)
+    assert whole.dtype == dtype
+    alike(whole, (left.astype(np.longdouble) @ right)[:rows], 4.0 + math.sqrt(rank))
+    for first, last in [*((i, i + 1) for i in range(rows)), (0, min(3, rows)), (rows // 2, rows), (1, rows - 1)]:
+        assert np.array_equal(adapter.multiply_rows(left, right, first, last), whole[first:last])
+
+
+def test_the_number_of_threads_changes_no_bit_of_a_product():
+    program = (
+        "import numpy as np, zlib; from jaxmerge.files.adapter import multiply_rows; r = np.random.default_rng(0)\n"
+        "for rank in (16, 256, 1000):\n"
+        "  left, right = (r.standard_normal(s, np.float32) for s in ((2048, rank), (rank, 700)))\n"
+        "  print(zlib.crc32(multiply_rows(left, right, 0, 2048)))"
+    )
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | {"OPENBLAS_NUM_THREADS": threads}, check=True,
+            capture_output=True, text=True,
+        ).stdout.split()
+        for threads in ("1", "2")
+    ]  # fmt: skip
+    assert len(found[0]) == 3
+    assert found[0] == found[1]
 
 
 def test_a_base_that_cannot_be_read_in_parts_is_read_once(tmp_path, base, monkeypatch):

@@ -7,6 +7,9 @@ A tensor that is adapted stays a `Tensor`: rows are made when they are read. Ari
 float64 weights), then one rounding to the weight's dtype. PEFT's `merge_and_unload` adds the same product in
 the weight's dtype, so that a low-precision result may differ from it in the last place.
 
+Law: any run of elements has the bits that it has in the whole tensor, on every processor. So B·A is made of tiles of
+one shape (`multiply_rows`). Another processor may round the product otherwise in the last place.
+
 References:
   Hu et al., "LoRA", https://arxiv.org/abs/2106.09685
   Kalajdzievski, "Rank-Stabilized LoRA", https://arxiv.org/abs/2312.03732
@@ -18,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 import pathlib
 import re
 from collections.abc import Mapping
@@ -48,6 +52,8 @@ _UNKNOWN_KINDS = (
     "layer_replication", "use_qalora", "use_bdlora", "kasa_config", "arrow_config", "alora_invocation_tokens",
     "trainable_token_indices", "target_parameters", "megatron_config",
 )  # fmt: skip
+TILE_ROWS, TILE_RANK = 32, 256
+TILE_PRODUCTS = 1 << 18  # multiplications in a tile: OpenBLAS gives no second thread to a product as small as this
 # Initialisations that also change the base's weights, which the adapter then does not fit as they are.
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -339,7 +345,7 @@ class Adapted(_Like):
                 self.base.read_into(stored.reshape(-1).view(np.uint8), first * columns * self.dtype.itemsize)
             else:
                 stored = held[first:last]
-            made = left[first:last] @ right
+            made = multiply_rows(left, right, first, last)
             made *= self.scale
             made += stored.astype(wide)
             if magnitude is not None:
@@ -351,8 +357,48 @@ class Adapted(_Like):
 
 @functools.lru_cache(maxsize=8)
 def _factors(tensor: Adapted) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Read the small factors (left [rows, r], right [r, columns], magnitudes); kept for a tensor's other chunks."""
+    """Read the small factors (left [rows, r], right [r, columns], magnitudes); kept for a tensor's other chunks.
+
+    Left repeats its last row up to a whole number of tiles.
+    """
     wide = _wide(tensor.dtype)
     a, b = read(tensor.a).astype(wide), read(tensor.b).astype(wide)
     magnitude = None if tensor.magnitude is None else read(tensor.magnitude).astype(wide)
-    return (a.T, b.T, magnitude) if tensor.flipped else (b, a, magnitude)
+    left, right = (a.T, b.T) if tensor.flipped else (b, a)
+    return np.pad(left, ((0, -len(left) % TILE_ROWS), (0, 0)), "edge"), np.ascontiguousarray(right), magnitude
+
+
+def multiply_rows(left: np.ndarray, right: np.ndarray, first: int, last: int) -> np.ndarray:
+    """Return rows [first, last) of left @ right, bit for bit those of the whole product.
+
+    BLAS chooses its kernel, and with it the order of sums, by the shapes it is given and by the processor. So a product
+    of a few rows may differ in the last place from the same rows of the whole. Here every product is a tile whose
+    shape depends on the factors alone: tiles begin at multiples of TILE_ROWS rows, and those that hold a wanted row are
+    computed whole. Tiles are so small that BLAS keeps to one thread, so the number of threads changes nothing either.
+
+    Args:
+      left: [n, r], n a multiple of TILE_ROWS.
+      right: [r, columns].
+      first, last: 0 ≤ first < last ≤ n.
+    """
+    begin, end = first // TILE_ROWS, -(-last // TILE_ROWS)
+    rows = left.reshape(-1, TILE_ROWS, left.shape[1])[begin:end]
+    ranks = range(0, left.shape[1], TILE_RANK)
+    parts = (_multiply_tiles(rows[..., k : k + TILE_RANK], right[k : k + TILE_RANK]) for k in ranks)
+    made = functools.reduce(operator.iadd, parts).reshape(-1, right.shape[1])
+    return made[first - begin * TILE_ROWS : last - begin * TILE_ROWS]
+
+
+def _multiply_tiles(rows: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Multiply [blocks, TILE_ROWS, r] by [r, columns], r at most TILE_RANK."""
+    blocks, (rank, columns) = len(rows), right.shape
+    made = np.empty((blocks, TILE_ROWS, columns), right.dtype)
+    width = TILE_PRODUCTS // (TILE_ROWS * rank)
+    count = columns // width
+    whole = count * width
+    tiles = right[:, :whole].reshape(rank, count, width).swapaxes(0, 1)
+    out = made[:, :, :whole].reshape(blocks, TILE_ROWS, count, width).swapaxes(1, 2)
+    np.matmul(rows[:, None], tiles, out=out)
+    if whole < columns:
+        np.matmul(rows, right[:, whole:], out=made[:, :, whole:])
+    return made
