@@ -1,5 +1,5 @@
 """RULES: every rule by name. A new rule is one function and one line here; then it is under the contract test of
-`tests/test_jaxmerge_contract.py`, in recipes (`jaxmerge.files.methods`) and a probe of `improve`."""
+`tests/jaxmerge/test_contract.py`, in recipes (`jaxmerge.files.methods`) and a probe of `improve`."""
 
 from __future__ import annotations
 

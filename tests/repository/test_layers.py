@@ -7,8 +7,8 @@ import ast
 import pathlib
 
 import pytest
+from helpers import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 SHELVES = (
     {"cli"},
     {"studies"},

@@ -1,5 +1,7 @@
-"""Every key of a config with its default and meaning, from the settings' own docstrings: `python -m train.cli.keys` writes
-docs/config.md."""
+"""Every key of a config with its default and meaning, from the settings' own docstrings.
+
+`python -m train.cli.keys` writes docs/config.md.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ from ..tasks.settings import FamilySpec
 
 HEAD = """# Keys of a config
 
-Written by `python -m train.cli.keys` from the settings' docstrings. On the command line `a.b=value` sets a key of a config,
-values in YAML. A key of a list or a map's entry (`methods.NAME`, `tasks.families[]`) is set in the file.
+Written by `python -m train.cli.keys` from the settings' docstrings. On the command line `a.b=value` sets a key of a
+config, values in YAML. A key of a list or a map's entry (`methods.NAME`, `tasks.families[]`) is set in the file.
 """
 SHARED = (Mesh, Distributed, Source, Sft, FamilySpec)
 ABOUT = {

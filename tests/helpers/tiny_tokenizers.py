@@ -1,0 +1,117 @@
+"""Tokenizers small enough to read, as folders and as GGUF metadata."""
+
+from __future__ import annotations
+
+import json
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from jaxmerge.files.checkpoints.gguf import CONTROL
+from train.models.tokenizer import Tokenizer
+
+CHATS = [
+    [{"role": "user", "content": "What is 2 + 2?"}],
+    [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": " Hi \n"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "ç <b>&"}],
+]
+TEMPLATE = """{{ bos_token }}{% for m in messages %}
+    {% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}
+    {%- if loop.index > 8 %}{% break %}{% endif %}
+<{{ m['role'] }}>{{ m['content'] | tojson }}{{ eos_token }}
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+
+CHATML = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}
+{%- if m['role'] == 'assistant' %}{{ m['content'] + '<|im_end|>' }}{% else %}{{ m['content'] }}<|im_end|>{% endif %}
+{{- '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+MARKED = CHATML.replace(
+    "{{ m['content'] + '<|im_end|>' }}{% else %}",
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}",
+)
+
+
+TEXTS = [
+    "",
+    " ",
+    "Hello world",
+    "  two spaces, a tab\tand a newline\n\n  then more   ",
+    "1234567890 and 3.14159, -42, 1,000,000 or ٣٤٥ and Ⅻ",
+    "naïve café, Straße, 日本語のテキスト, Привет, مرحبا, 👩‍👩‍👧 😀",
+    "<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n<|im_start|>assistant\n",
+    "don't we'll I'm CAN'T 'twas",
+    "def f(x):\n    return x ** 2  # squared\r\n",
+    "<|endoftext|><|im_end|> <|im_end| >",
+    "\u0000\u200b\ufeff\u00a0odd\u2028characters\x7f",
+]
+
+
+def byte_level(*, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>")) -> tokenizers.Tokenizer:
+    """A small byte-level BPE, as GPT-2's, trained here."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(special),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    backend.train_from_iterator(TEXTS * 3, trainer)
+    return backend
+
+
+def write_folder(folder, backend, **config):
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def gguf_metadata(backend: tokenizers.Tokenizer, **changes) -> dict:
+    state = json.loads(backend.to_str())
+    tokens = [token for token, _ in sorted(backend.get_vocab().items(), key=lambda pair: pair[1])]
+    control = {added["content"] for added in state["added_tokens"]}
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [CONTROL if token in control else 1 for token in tokens],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in state["model"]["merges"]],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 2,
+        "tokenizer.chat_template": TEMPLATE,
+        **changes,
+    }
+
+
+FULL = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<|im_start|>",
+    "eos_token": {"content": "<|im_end|>", "lstrip": False, "__type": "AddedToken"},
+    "pad_token": "<|endoftext|>",
+    "chat_template": TEMPLATE,
+    "clean_up_tokenization_spaces": False,
+}
+
+
+def assert_equals_transformers(ours: Tokenizer, folder) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False), text
+        assert ours.encode(text, special=True) == theirs.encode(text), text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
+        assert ours.decode(ids, special=True) == theirs.decode(ids), text
+    assert ours.eos_ids == (theirs.eos_token_id,)
+    assert ours.pad_id == theirs.pad_token_id
+    assert ours.vocab_size == len(theirs)
+    for chat in CHATS if ours.has_chat_template else ():
+        for prompt in (True, False):
+            wanted = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+            assert ours.chat(chat, add_generation_prompt=prompt) == wanted

@@ -1,0 +1,223 @@
+"""LoRA adapters extracted: the best factors, what is left out is said, and back to the tuned model."""
+
+import dataclasses
+import json
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers.tiny_adapters import MODULES, NORMS, D, Q, V, alike, applied, folder, normal, weights
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from jaxmerge.files.checkpoints import adapter
+from jaxmerge.files.checkpoints.open import open_source
+from jaxmerge.files.inspect import lowrank
+
+
+@pytest.fixture
+def base(tmp_path):
+    return folder(tmp_path / "base", weights(0))
+
+
+def low_rank(shape: tuple[int, int], decay: float, seed: int = 0) -> np.ndarray:
+    """A matrix with singular values e^{−decay·i}."""
+    r = np.random.default_rng(seed)
+    small = min(shape)
+    u, v = (np.linalg.qr(r.standard_normal((n, small)))[0] for n in shape)
+    return ((u * np.exp(-decay * np.arange(small))) @ v.T).astype(np.float32)
+
+
+class Held:
+    """A tensor in memory."""
+
+    name, where, chunked = "model.norm.weight", "memory", True
+
+    def __init__(self, array):
+        self.array, self.dtype, self.shape, self.size = array, array.dtype, array.shape, array.nbytes
+
+    def read_into(self, buffer, start=0):
+        buffer[:] = self.array.view(np.uint8)[start : start + buffer.size]
+
+
+def best(delta: np.ndarray, rank: int) -> float:
+    s = np.linalg.svd(delta.astype(np.float64), compute_uv=False) ** 2
+    return s[:rank].sum() / s.sum()
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (5, 7)])
+@pytest.mark.parametrize("scale", [1.0, 0.25, 4.0])
+def test_exact_factors_are_the_best(shape, scale):
+    delta = low_rank(shape, 0.1)
+    a, b, facts = lowrank.factor(delta, 6, scale)
+    assert a.shape == (6, shape[1])
+    assert b.shape == (shape[0], 6)
+    rest = np.square(delta - scale * b @ a).sum() / np.square(delta).sum()
+    assert facts["method"] == "exact"
+    assert facts["explained"] == pytest.approx(best(delta, 6), abs=1e-5)
+    assert 1 - rest == pytest.approx(facts["explained"], abs=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01, 0.1])
+@pytest.mark.parametrize("size", [1.0, 1e-25])
+def test_randomised_factors_say_what_they_explain(decay, size):
+    delta = np.float32(size) * low_rank((600, 700), decay)
+    if decay == 0.0:  # the hardest: all directions nearly alike
+        delta = np.float32(size) * normal(600, 700)
+    a, b, facts = lowrank.factor(delta, 20)
+    assert facts["method"] == "randomised"
+    wide = delta.astype(np.float64) / size
+    rest = np.square(wide - b.astype(np.float64) / size @ a).sum() / np.square(wide).sum()
+    assert 1 - rest == pytest.approx(facts["explained"], abs=1e-5)
+    assert facts["gain"] < 0.005
+    assert best(wide, 20) - facts["explained"] < max(5 * facts["gain"], 1e-4)
+
+
+def test_zero_delta_and_padding():
+    a, b, facts = lowrank.factor(np.zeros((4, 6), np.float32), 9)
+    assert not a.any()
+    assert not b.any()
+    assert (facts["explained"], facts["rank"]) == (1.0, 4)
+
+
+def trained(seed: int, names, amount: float = 0.05, dtype: type = np.float32, tied: bool = False):
+    """Weights with a change in the tensors of these ends."""
+    base, other = weights(0, dtype, tied), weights(seed, np.float32, tied)
+    return {
+        n: (w.astype(np.float32) + amount * other[n]).astype(dtype) if n.endswith(tuple(names)) else w
+        for n, w in base.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("alpha", [None, 5.5])
+def test_base_and_full_rank_adapter_are_the_tuned_model(tmp_path, dtype, alpha):
+    tuned = trained(1, [".weight"], dtype=dtype)
+    base = folder(tmp_path / "base", weights(0, dtype))
+    tuned_folder = folder(tmp_path / "tuned", tuned)
+    seen = []
+    report = lowrank.extract_lora(
+        open_source(str(base)), open_source(str(tuned_folder)), tmp_path / "lora", rank=500, alpha=alpha,
+        progress=lambda *args: seen.append(args),
+    )  # fmt: skip
+    assert report["rank"] == D  # the largest that a matrix has
+    assert report["explained"] == pytest.approx(1.0, abs=1e-5)
+    assert set(report["tensors"]) == {f"{m}.weight" for m in MODULES}
+    assert set(report["whole"]) == set(tuned) - set(report["tensors"])
+    assert not report["left_out"]
+    assert seen[-1][:2] == (len(MODULES), len(MODULES))
+    json.dumps(report)
+    found = applied(base, tmp_path / "lora")
+    for name, wanted in tuned.items():
+        alike(found[name], wanted, 8.0 if dtype == np.float32 else 1.0)
+        if name in report["whole"]:
+            assert np.array_equal(found[name], wanted)
+
+
+def test_what_is_left_out_is_said(tmp_path, base):
+    tuned = folder(tmp_path / "tuned", trained(1, ["q_proj.weight", "norm.weight", "lm_head.weight"]))
+    sources = open_source(str(base)), open_source(str(tuned))
+    report = lowrank.extract_lora(*sources, tmp_path / "lora", rank=2, save=["lm_head"], dtype="bfloat16")
+    assert set(report["tensors"]) == {f"model.layers.{l}.self_attn.q_proj.weight" for l in range(2)}
+    assert set(report["whole"]) == {"lm_head.weight"}
+    assert set(report["left_out"]) == {f"{n}.weight" for n in [*NORMS, "model.norm"]}
+    assert all(0.03 < share < 0.08 for share in report["left_out"].values())
+    found, wanted, start = (
+        applied(base, tmp_path / "lora"),
+        trained(1, ["q_proj.weight", "norm.weight", "lm_head.weight"]),
+        weights(0),
+    )
+    lost = sum(np.square(found[n] - wanted[n]).sum() for n in found)
+    assert report["lost"] == pytest.approx(math.sqrt(lost / sum(np.square(w).sum() for w in start.values())), rel=0.01)
+    moved = sum(np.square(start[n] - wanted[n]).sum() for n in found)
+    assert report["explained"] == pytest.approx(1 - lost / moved, abs=0.01)
+    config = json.loads((tmp_path / "lora" / adapter.CONFIG).read_text())
+    assert (config["target_modules"], config["modules_to_save"], config["r"]) == (["q_proj"], ["lm_head"], 2)
+    with safe_open(tmp_path / "lora" / adapter.WEIGHTS, "numpy") as file:
+        assert {file.get_slice(k).get_dtype() for k in file.keys() if "lora_" in k} == {"BF16"}  # noqa: SIM118 (no dict)
+
+
+def test_modules_are_named_in_full_where_the_end_means_others(tmp_path, base):
+    tuned = folder(tmp_path / "tuned", trained(1, ["1.self_attn.q_proj.weight", "model.norm.weight"]))
+    lowrank.extract_lora(open_source(str(base)), open_source(str(tuned)), tmp_path / "lora", rank=2)
+    config = json.loads((tmp_path / "lora" / adapter.CONFIG).read_text())
+    assert config["target_modules"] == ["model.layers.1.self_attn.q_proj"]
+    assert config["modules_to_save"] == ["model.norm"]  # `norm` would be every layer norm to PEFT
+
+
+def test_targets_embeddings_and_transposed_weights(tmp_path):
+    arrays = {"h.0.attn.c_attn.weight": normal(D, 3 * D), "wte.weight": normal(V, D, seed=3)}
+    other = {n: (a + np.float32(0.1) * normal(*a.shape, seed=5)).astype(np.float32) for n, a in arrays.items()}
+    base = folder(tmp_path / "base", arrays, model_type="gpt2")
+    tuned = folder(tmp_path / "tuned", other, model_type="gpt2")
+    sources = open_source(str(base)), open_source(str(tuned))
+    report = lowrank.extract_lora(*sources, tmp_path / "lora", rank=D, targets=["c_attn", "wte"])
+    assert set(report["tensors"]) == set(arrays)
+    found = load_file(tmp_path / "lora" / adapter.WEIGHTS)
+    assert found["base_model.model.wte.lora_embedding_A"].shape == (D, V)
+    for name, array in applied(base, tmp_path / "lora").items():
+        alike(array, other[name], 8.0)
+
+
+def test_extraction_refuses(tmp_path, base):
+    same = folder(tmp_path / "same", weights(0))
+    sources = open_source(str(base)), open_source(str(same))
+    with pytest.raises(ValueError, match=r"differs from .* in nothing"):
+        lowrank.extract_lora(*sources, tmp_path / "lora", rank=2)
+    norms = open_source(str(folder(tmp_path / "norms", trained(1, ["norm.weight"]))))
+    with pytest.raises(ValueError, match="only 5 tensors that save= leaves out"):
+        lowrank.extract_lora(sources[0], norms, tmp_path / "lora", rank=2, save=())
+    with pytest.raises(ValueError, match="matches none of the"):
+        lowrank.extract_lora(sources[0], norms, tmp_path / "lora", rank=2, targets="experts")
+    for wrong in ({"rank": 0}, {"rank": 2, "dtype": "int8"}):
+        with pytest.raises(ValueError, match="wanted a rank"):
+            lowrank.extract_lora(*sources, tmp_path / "lora", **wrong)
+    with pytest.raises(ValueError, match="alpha is -1"):
+        lowrank.extract_lora(sources[0], norms, tmp_path / "lora", rank=2, alpha=-1)
+    arrays = trained(1, ["q_proj.weight"])
+    arrays[f"{Q}.weight"][0, 0] = np.nan
+    bad = open_source(str(folder(tmp_path / "bad", arrays)))
+    with pytest.raises(ValueError, match="has 1 NaN and 0 infinite"):
+        lowrank.extract_lora(sources[0], bad, tmp_path / "lora", rank=2)
+    wide = folder(tmp_path / "wide", weights(0) | {"lm_head.weight": normal(V + 1, D)})
+    with pytest.raises(ValueError, match=r"lm_head.weight.*has shape \[32, 12\], wanted \[31, 12\]"):
+        lowrank.extract_lora(sources[0], open_source(str(wide)), tmp_path / "lora", rank=2)
+    more = folder(tmp_path / "more", weights(0) | {"score.weight": normal(2, D)})
+    with pytest.raises(ValueError, match="has 1 that it lacks"):
+        lowrank.extract_lora(sources[0], open_source(str(more)), tmp_path / "lora", rank=2)
+    held = np.dtype(ml_dtypes.float8_e4m3b11fnuz)
+    odd = [
+        dataclasses.replace(of, tensors={**of.tensors, "model.norm.weight": Held(np.full(D, value, held))})
+        for of, value in zip(sources, (1, 2), strict=True)
+    ]
+    with pytest.raises(ValueError, match=r"norm\.weight' of memory is float8_e4m3b11fnuz, which safetensors cannot"):
+        lowrank.extract_lora(odd[0], odd[1], tmp_path / "lora", rank=2)
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["all", "tied", "some", "biases"])
+def test_peft_loads_what_is_extracted(tmp_path, case):
+    pytest.importorskip("peft")
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    tied, biases = case == "tied", case == "biases"
+    ends = ["1.self_attn.q_proj.weight", "mlp.up_proj.weight", "model.norm.weight"] if case == "some" else [""]
+    start, other = weights(0, tied=tied), weights(1, tied=tied)
+    if biases:
+        start |= {f"{m}.bias": normal(s[0]) for m, s in MODULES.items()}
+        other |= {f"{m}.bias": normal(s[0], seed=4) for m, s in MODULES.items()}
+    tuned = {n: w + np.float32(0.1) * other[n] if n.endswith(tuple(ends)) else w for n, w in start.items()}
+    settings = {"tie_word_embeddings": tied, "attention_bias": biases, "mlp_bias": biases}
+    base = folder(tmp_path / "base", start, **settings)
+    sources = open_source(str(base)), open_source(str(folder(tmp_path / "tuned", tuned, **settings)))
+    lowrank.extract_lora(*sources, tmp_path / "lora", rank=D, alpha=7)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "lora")
+    merged = {k: v.detach().numpy() for k, v in model.merge_and_unload().state_dict().items()}
+    for name, wanted in tuned.items():
+        alike(merged[name], wanted, 8.0)
+    if tied:
+        alike(merged["lm_head.weight"], tuned["model.embed_tokens.weight"])

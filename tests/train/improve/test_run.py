@@ -1,0 +1,233 @@
+"""The loop end to end: what a run leaves, and that kills at any point change nothing of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import ROOT
+
+TINY = ROOT / "configs" / "tiny.yaml"
+ENVIRONMENT = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests-runs"),
+    "PYTHONPATH": str(ROOT),
+    "COLUMNS": "200",
+}
+
+
+def small(tmp_path: Path) -> Path:
+    """tiny.yaml with one round, one method trained and one merged: a third of its time."""
+    config = yaml.safe_load(TINY.read_text())
+    for name in ("exme", "line", "expo"):
+        del config["methods"][name]
+    config["rounds"] = 1
+    config["sft"] |= {"snapshots": 1, "epochs": 3}
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+def jaxmerge(*words: object, point: str | None = None, calls: int = 1, code: int = 0, cwd: Path = ROOT):
+    program = [str(ROOT / "tests" / "killer.py"), point, str(calls)] if point else ["-m", "train.cli"]
+    result = subprocess.run(
+        [sys.executable, *program, *map(str, words)],
+        env=ENVIRONMENT,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
+    assert result.returncode == code, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
+
+
+def timeless(value):
+    """Metrics without what a clock says."""
+    if isinstance(value, dict):
+        clocks = ("seconds", "tokens_per_second", "mfu", "phase_seconds", "command", "resumed")
+        return {k: timeless(v) for k, v in value.items() if k not in clocks}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = small(folder)
+    jaxmerge("improve", config, f"out={folder / 'run'}")
+    return config, folder / "run"
+
+
+def test_a_run_leaves_what_a_program_expects(undisturbed):
+    _, run = undisturbed
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["finished"]
+    keys = {"method", "round", "domain", "family", "split", "accuracy", "low", "high", "n", "seconds"}
+    assert all(keys <= set(row) for row in summary["rows"])
+    assert {(r["method"], r["round"]) for r in summary["rows"]} == {("base", 0), ("plain", 1), ("imm", 1)}
+    assert {r["domain"] for r in summary["rows"]} == {"id", "harder", "ood"}
+    assert all(0 <= r["low"] <= r["accuracy"] <= r["high"] <= 1 for r in summary["rows"])
+    phases = [line["phase"] for line in lines(run / "metrics.jsonl")]
+    assert len(phases) == len(set(phases))
+    assert yaml.safe_load((run / "config.yaml").read_text())["rounds"] == 1
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
+    assert list(run.glob("samples/plain/1.0.0/*array_record*"))
+    assert not list(run.glob("checkpoints/**/state")), "the optimiser state goes once the phase is committed"
+
+
+def test_merging_shares_sampling_and_training_of_the_first_round(undisturbed):
+    _, run = undisturbed
+    phases = {line["phase"]: line for line in lines(run / "metrics.jsonl")}
+    assert phases["round-1/plain/sft"]["shared_by"] == ["imm"]
+    assert "round-1/imm/sft" not in phases
+    assert phases["round-1/imm/merge"]["digest"] != phases["round-1/plain/sft"]["digest"]
+
+
+def test_a_finished_run_is_shown_and_not_changed(undisturbed):
+    config, run = undisturbed
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in run.rglob("*") if p.is_file()}
+    result = jaxmerge("improve", config, f"out={run}")
+    assert result.stdout.strip().splitlines()[-1] == str(run)
+    assert re.search(r"imm +1 ", result.stdout)
+    assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in run.rglob("*") if p.is_file()}
+
+
+def test_another_config_on_the_same_folder_is_refused(undisturbed):
+    config, run = undisturbed
+    result = jaxmerge("improve", config, f"out={run}", "seed=7", "sft.epochs=9", code=2)
+    assert "seed: 0 → 7" in result.stderr
+    assert "sft.epochs: 3 → 9" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+# One run, killed at each of these points in turn and started again; (point, at which call).
+KILLS = [
+    ("sampling", 2),
+    ("writing data", 1),
+    ("data written", 1),
+    ("training", 2),
+    ("saving state", 2),
+    ("training", 3),
+    ("weights saved", 1),
+    ("committed", 1),
+    ("evaluating", 2),
+    ("merging", 1),
+]
+
+
+def test_killed_anywhere_a_run_goes_on_and_ends_bit_identical(undisturbed, tmp_path):
+    config, reference = undisturbed
+    run = tmp_path / "run"
+    batches: dict[Path, int] = {}
+    for point, calls in KILLS:
+        jaxmerge("improve", config, f"out={run}", point=point, calls=calls, code=-9)
+        for path, written in batches.items():
+            final = Path(str(path).replace(".partial", ""))
+            assert (path if path.exists() else final).stat().st_mtime_ns == written, f"{path} was sampled again"
+        batches |= {p: p.stat().st_mtime_ns for p in run.glob("phases/**/batch-*.jsonl")}
+        batches = {p: t for p, t in batches.items() if p.exists()}
+    jaxmerge("improve", config, f"out={run}")
+    ours, theirs = lines(run / "metrics.jsonl"), lines(reference / "metrics.jsonl")
+    assert [line["phase"] for line in ours] == [line["phase"] for line in theirs]
+    assert timeless(ours) == timeless(theirs)  # the digests of all weights among them
+    assert [line["phase"] for line in theirs if "resumed" in line] == []
+    resumed = {line["phase"] for line in ours if line.get("resumed")}
+    assert {"round-1/plain/sample", "round-1/plain/sft"} <= resumed, "its seconds are not the whole"
+    summaries = [json.loads((r / "summary.json").read_text()) for r in (run, reference)]
+    assert timeless(summaries[0]) == timeless(summaries[1])
+    for path in reference.glob("phases/**/batch-*.jsonl"):
+        assert (run / path.relative_to(reference)).read_bytes() == path.read_bytes()
+
+
+def test_fine_tuning_goes_on_from_its_checkpoint(undisturbed, tmp_path):
+    config, _ = undisturbed
+    run = tmp_path / "run"
+    jaxmerge("improve", config, f"out={run}", point="training", calls=4, code=-9)
+    (state,) = run.glob("checkpoints/round-1/plain/sft/state")
+    assert [p.name for p in state.iterdir() if p.name.isdigit()] == ["2"]
+    # Two further batches are drawn and then the process dies: at step 4, as the first two are not done again.
+    jaxmerge("improve", config, f"out={run}", point="training", calls=3, code=-9)
+    assert [p.name for p in state.iterdir() if p.name.isdigit()] == ["4"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_goes_on(undisturbed, tmp_path, number):
+    """In the middle of fine-tuning, between two checkpoints of its own cadence."""
+    config, reference = undisturbed
+    run, words = tmp_path / "run", [sys.executable, "-m", "train.cli", "improve", str(config)]
+    process = subprocess.Popen(
+        [*words, f"out={run}"], env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    steps = run / "phases/round-1/plain/sft.partial/steps.jsonl"
+    end = time.monotonic() + 120
+    while not steps.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    (step,) = re.findall(r"stopped after step (\d+) of \d+; saved", said)
+    assert said.rstrip().endswith("stopped as asked; the same command goes on from here")
+    (state,) = run.glob("checkpoints/round-1/plain/sft/state")
+    assert [p.name for p in state.iterdir() if p.name.isdigit()] == [step]
+    jaxmerge("improve", config, f"out={run}")
+    assert timeless(lines(run / "metrics.jsonl")) == timeless(lines(reference / "metrics.jsonl"))
+
+
+def test_weights_that_are_lost_are_made_again(undisturbed, tmp_path):
+    config, reference = undisturbed
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "phases/round-1/imm/evaluate")
+    shutil.rmtree(run / "checkpoints/round-1/imm/merge")
+    jaxmerge("improve", config, f"out={run}")
+    assert timeless(lines(run / "metrics.jsonl")) == timeless(lines(reference / "metrics.jsonl"))
+    assert (run / "checkpoints/round-1/imm/merge/weights").is_dir()
+
+
+def test_every_method_and_probe_of_tiny(tmp_path):
+    run = tmp_path / "run"
+    result = jaxmerge("improve", TINY, f"out={run}", "keep=1")
+    assert result.stdout.strip().splitlines()[-1] == str(run)
+    summary = json.loads((run / "summary.json").read_text())
+    assert {r["method"] for r in summary["rows"]} == {"base", "plain", "imm", "expo", "exme", "line"}
+    assert {r["coefficient"] for r in summary["rows"] if r["method"] == "line"} == {0.5, 1.5}
+    kept = {str(p.parent.relative_to(run / "checkpoints")) for p in run.glob("checkpoints/*/*/*/weights")}
+    assert all(name.startswith("round-2/") for name in kept), "keep=1 keeps the last round's weights"
+    # Any of the models, probes too, can be written as a Hugging Face folder and read again.
+    for method in ("imm", "exme"):
+        jaxmerge("export", run, tmp_path / method, f"method={method}")
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / method).iterdir()}
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "\\ng12,18?"}\n{"prompt": "\\ng7,21?", "id": "b"}\n')
+    for model in (tmp_path / "imm", run / "checkpoints/round-2/imm"):
+        jaxmerge("sample", model, tmp_path / "prompts.jsonl", tmp_path / "out.jsonl", "max_new_tokens=8")
+        answers = lines(tmp_path / "out.jsonl")
+        assert [a.get("id") for a in answers] == [None, "b"]
+        assert all(len(a["tokens"]) == len(a["logprobs"]) <= 8 for a in answers)
+    jaxmerge("evaluate", tmp_path / "imm", TINY, f"out={tmp_path / 'result.json'}")
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    theirs = [r for r in summary["rows"] if (r["method"], r["round"]) == ("imm", 2)]
+    assert [r["accuracy"] for r in rows] == [r["accuracy"] for r in theirs]
+    # A checkpoint that lost a part is named, on one line.
+    weights = run / "checkpoints/round-2/imm/merge/weights"
+    for path in [p for p in weights.rglob("*") if p.is_file() and p.stat().st_size > 2000]:
+        path.write_bytes(path.read_bytes()[:1000])
+    result = jaxmerge("sample", weights, tmp_path / "prompts.jsonl", tmp_path / "other.jsonl", code=2)
+    assert f"{weights}: the checkpoint is damaged" in result.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "other.jsonl").exists()
