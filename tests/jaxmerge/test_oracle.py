@@ -1,6 +1,7 @@
 """Parity with mergekit 0.1.5 in float32, all of its methods; random ones with our masks put in its hands.
 
-Run by hand or in CI on Python 3.11 with the extra `oracle`: `pytest -m oracle tests/jaxmerge/test_oracle.py`.
+Run by hand or in CI on Python 3.11 with the extra `oracle`:
+`pytest -m oracle tests/jaxmerge/test_oracle.py`.
 """
 
 import itertools

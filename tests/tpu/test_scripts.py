@@ -1,4 +1,4 @@
-"""What runs on a host of a Cloud TPU: setup.sh and run.sh, with a host's tools played by tests/helpers/fake_worker.py."""
+"""What runs on a host of a Cloud TPU: setup.sh and run.sh, on a host that tests/helpers/fake_worker.py plays."""
 
 import json
 import pathlib

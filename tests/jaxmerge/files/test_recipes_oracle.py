@@ -1,6 +1,7 @@
 """Whole recipes against mergekit 0.1.5: the same names, shapes, dtypes and values, tensor by tensor.
 
-Run by hand or in CI on Python 3.11 with the extra `oracle`: `pytest -m oracle tests/jaxmerge/files/test_recipes_oracle.py`.
+Run by hand or in CI on Python 3.11 with the extra `oracle`:
+`pytest -m oracle tests/jaxmerge/files/test_recipes_oracle.py`.
 """
 
 import json

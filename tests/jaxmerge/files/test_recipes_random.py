@@ -1,6 +1,7 @@
 """Recipes at random against mergekit 0.1.5: methods, slices, scopes, filters and gradients in all combinations.
 
-Run by hand or in CI on Python 3.11 with the extra `oracle`: `pytest -m oracle tests/jaxmerge/files/test_recipes_random.py`.
+Run by hand or in CI on Python 3.11 with the extra `oracle`:
+`pytest -m oracle tests/jaxmerge/files/test_recipes_random.py`.
 """
 
 import pathlib
