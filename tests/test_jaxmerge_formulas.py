@@ -7,7 +7,7 @@ import pytest
 
 import jaxmerge
 from jaxmerge import RULES
-from jaxmerge.leafwise import dtypes
+from jaxmerge.leaves import dtypes
 
 KEY = jax.random.key(5)
 NAMES = ["a", "b", "c"]

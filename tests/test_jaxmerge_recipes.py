@@ -14,9 +14,9 @@ import yaml
 from llamas import folder, load, make, merged, names_of, read, run, tensors
 
 import jaxmerge
+from jaxmerge import leafwise, requires
 from jaxmerge.files import layers, plan, recipe, source
 from jaxmerge.files.methods import METHODS, REQUIRED
-from jaxmerge.leafwise import leafwise, requires
 from jaxmerge.rules import RULES
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.consensus import cancel
-from jaxmerge.delta import check_compat
+from jaxmerge.contract import check_compat
 from jaxmerge.files import companions, layers, operands, safetensors, vocabulary
 from jaxmerge.files.methods import COPY, METHODS, REQUIRED, Method, Number, resolve
 from jaxmerge.files.operands import Draft, Operand
