@@ -155,7 +155,8 @@ def _check_patterns(value: Mapping[str, Any], paths: Sequence[str], every: Seque
     for place, (pattern, found) in enumerate(matched.items()):
         if not found:
             words = {part for path in every for part in path.split("/")}
-            hint = nearest(pattern.strip("/").rpartition("/")[2], sorted(words))
+            strange = next((part for part in pattern.strip("/").split("/") if part not in words), "")
+            hint = nearest(strange, sorted(words))
             raise ValueError(
                 f"{name}: the pattern {pattern!r} matches none of the {len(paths)} leaves; {hint}the first leaf is "
                 f"{paths[0]!r}; change the pattern, or leave it out"
