@@ -127,27 +127,10 @@ def leafwise(
         if hasattr(first, "shape")  # of an array, or of one that a mask has set aside
     }
     every = [p for path in trees.paths for p in layers.get(path, [path])]
-    deep = depth.depths(every)
-    for name, value in (shared or {}).items():
-        depth.check(value, every, name=name)
-    for name, value in (each or {}).items():
-        depth.check(value, every, name=name, per_model=True)
+    merged_paths = [p for p, first in zip(trees.paths, trees.models[0], strict=True) if tree.is_merged(first)]
+    merged_layers = {path: layers[path] for path in merged_paths}
+    resolved = _resolved(merged_layers, every, count, shared or {}, each or {}, check or {})
     frozen = tuple(sorted((options or {}).items()))
-    resolved = {
-        path: {
-            name: [where.resolve(v, p, deep[p], name=name) for p in layers[path]] for name, v in (shared or {}).items()
-        }
-        | {
-            name: [where.resolve_each(v, p, deep[p], count, name=name) for p in layers[path]]
-            for name, v in (each or {}).items()
-        }
-        for path, first in zip(trees.paths, trees.models[0], strict=True)
-        if tree.is_merged(first)
-    }
-    for name, fits in (check or {}).items():
-        for path, coefficients in resolved.items():
-            for layer, value in zip(layers[path], coefficients[name], strict=True):
-                fits(value, layer)
     out = []
     for i, path in enumerate(trees.paths):
         first = trees.models[0][i]
@@ -177,6 +160,37 @@ def leafwise(
         )
         out.append(_keep_sharding(merged, first))
     return jax.tree.unflatten(trees.treedef, out)
+
+
+def _resolved(
+    layers: Mapping[str, list[str]],
+    every: list[str],
+    count: int,
+    shared: Mapping[str, Any],
+    each: Mapping[str, Any],
+    check: Mapping[str, Check],
+) -> dict[str, dict[str, list[Any]]]:
+    """Resolve and check coefficients: path of a leaf → name → one value a layer; of `each` a list with one a model.
+
+    Args:
+      layers: paths of each merged leaf's layers, its own where it is not stacked.
+      every: all paths of the tree, merged or not: what depth is counted over and patterns are held against.
+    """
+    deep = depth.depths(every)
+    resolved = {
+        path: {name: [where.resolve(v, p, deep[p], name=name) for p in parts] for name, v in shared.items()}
+        | {name: [where.resolve_each(v, p, deep[p], count, name=name) for p in parts] for name, v in each.items()}
+        for path, parts in layers.items()
+    }
+    for name, value in shared.items():
+        depth.check(value, every, name=name)
+    for name, value in each.items():
+        depth.check(value, every, name=name, per_model=True)
+    for name, fits in check.items():
+        for path, coefficients in resolved.items():
+            for layer, value in zip(layers[path], coefficients[name], strict=True):
+                fits(value, layer)
+    return resolved
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The library for a person at a prompt: signatures, names, the table of rules, and what a misspelt name is told."""
 
+import doctest
 import inspect
 import json
 import pathlib
@@ -177,6 +178,11 @@ def test_a_package_that_is_not_imported_says_how():
     code = "import jaxmerge\ntry: jaxmerge.files\nexcept AttributeError as e: print(e)\nfrom jaxmerge import files"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "jaxmerge.files is not imported yet; import jaxmerge.files"
+
+
+def test_the_prompts_of_the_page_on_the_library():
+    failed, tried = doctest.testfile(str(ROOT / "docs" / "library.md"), module_relative=False, encoding="utf-8")
+    assert (failed, tried > 8) == (0, True)
 
 
 SCRIPT = """\
