@@ -1,12 +1,12 @@
-"""Merge, extrapolate and measure model weights: pure functions from pytrees to pytrees, needing jax alone."""
+"""Merge, extrapolate and measure model weights: pure functions from pytrees to pytrees, needing jax alone.
 
-from jaxmerge.compose import masked
-from jaxmerge.consensus import elect_sign, elect_sign_by_energy, elect_sign_unweighted, weighted_sum
-from jaxmerge.delta import breadcrumbs, breadcrumbs_ties, dare, dare_ties, della, della_linear, delta_rule, sce, ties
-from jaxmerge.exme import exme_merge, exme_safe, exme_space, exme_weights, guarded, search_exme, staged
-from jaxmerge.iterative import alpha_schedule, imm, offload, onload
-from jaxmerge.leafwise import Needs, Operands, Rule, leafwise
-from jaxmerge.linear import (
+A rule merges models: `rule(models, *, base=None, key=None, names=None, stacked=(), <coefficients>)`. `help` of a rule
+shows its coefficients; `jaxmerge.RULES` prints what every rule needs and computes. The rules by family:
+"""
+
+from typing import TYPE_CHECKING
+
+from jaxmerge.arithmetic import (
     average,
     collinear,
     extrapolate,
@@ -15,9 +15,17 @@ from jaxmerge.linear import (
     passthrough,
     task_arithmetic,
 )
+from jaxmerge.compose import masked
+from jaxmerge.consensus import elect_sign, elect_sign_by_energy, elect_sign_unweighted, weighted_sum
+from jaxmerge.contract import Needs, Rule, nearest, requires
+from jaxmerge.delta import breadcrumbs, breadcrumbs_ties, dare, dare_ties, della, della_linear, sce, ties
+from jaxmerge.exme import exme_merge, exme_safe, exme_space, exme_weights, guarded, search_exme, staged
+from jaxmerge.iterative import alpha_schedule, imm, offload, onload
+from jaxmerge.leaves import Operands, leafwise
 from jaxmerge.measure import change, check_finite, cosines, nonfinite, norms, to_floats
-from jaxmerge.rules import RULES, rule
+from jaxmerge.rules import RULES, families, rule
 from jaxmerge.selection import arcee_fusion, nearswap, ram, ramplus_tl
+from jaxmerge.sparse import delta_rule
 from jaxmerge.sparsify import drop, rank_drop, trim, two_sided_trim, variance_select
 from jaxmerge.spherical import karcher, multislerp, nuslerp, slerp
 from jaxmerge.statistics import fisher, graft_mask, grafting, regmean
@@ -25,16 +33,42 @@ from jaxmerge.stock import model_stock
 from jaxmerge.strategies import STRATEGIES, Float, Space
 from jaxmerge.tree import cast, dot, leaf_paths, norm, task_vector
 from jaxmerge.tune import Compiled, Monotone, Result, Search, descend, judge_line, monotone, search_merge
-from jaxmerge.where import layer_group, matches, select
+from jaxmerge.where import Coefficient, PerModel, layer_group, matches, select
+
+# mergekit's names, as in RULES.
+linear, dare_linear = average, dare
+
+__doc__ = f"{__doc__}\n{families(RULES)}\n"
+__version__: str
+"""The version in pyproject.toml; read from what is installed when it is asked for."""
+
+if not TYPE_CHECKING:  # a type checker that saw it would take every name for one that is here
+
+    def __getattr__(name: str) -> str:
+        if name == "__version__":
+            from importlib import metadata
+
+            try:
+                return metadata.version("jaxmerge")
+            except metadata.PackageNotFoundError:
+                reason = "jaxmerge is not installed, so it has no version; run pip install -e . in the checkout"
+                raise AttributeError(reason, name=name) from None
+        if name in ("files", "train"):
+            raise AttributeError(f"jaxmerge.{name} is not imported yet; import jaxmerge.{name}", name=name)
+        hint = f"; {nearest(name, __all__)}".rstrip("; ")
+        raise AttributeError(f"module 'jaxmerge' has no attribute {name!r}{hint}", name=name)
+
 
 __all__ = [
     "RULES",
     "STRATEGIES",
+    "Coefficient",
     "Compiled",
     "Float",
     "Monotone",
     "Needs",
     "Operands",
+    "PerModel",
     "Result",
     "Rule",
     "Search",
@@ -50,6 +84,7 @@ __all__ = [
     "collinear",
     "cosines",
     "dare",
+    "dare_linear",
     "dare_ties",
     "della",
     "della_linear",
@@ -77,6 +112,7 @@ __all__ = [
     "layer_group",
     "leaf_paths",
     "leafwise",
+    "linear",
     "masked",
     "matches",
     "model_stock",
@@ -94,6 +130,7 @@ __all__ = [
     "ramplus_tl",
     "rank_drop",
     "regmean",
+    "requires",
     "rule",
     "sce",
     "search_exme",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 
 from jaxmerge import tree, where
-from jaxmerge.leafwise import Needs, Rule, check_inputs, settle
+from jaxmerge.contract import Needs, P, Rule, check_inputs
+from jaxmerge.leaves import settle
 from jaxmerge.tree import PyTree
 
 
@@ -18,9 +19,11 @@ class _Aside:
 
     def __init__(self, leaf: Any):
         self.leaf = leaf
+        if tree.is_array(leaf):
+            self.shape = leaf.shape  # so that a stacked one still counts as layers
 
 
-def masked(rule: Rule, where_: where.Where, otherwise: str = "base") -> Rule:
+def masked(rule: Rule[P], where_: where.Where, otherwise: str = "base") -> Rule[P]:
     """Restrict `rule` to the leaves that a path filter selects.
 
     Args:
@@ -34,7 +37,7 @@ def masked(rule: Rule, where_: where.Where, otherwise: str = "base") -> Rule:
       depth means the same with and without the mask.
 
     Example:
-      >>> from jaxmerge.linear import extrapolate
+      >>> from jaxmerge.arithmetic import extrapolate
       >>> import jax.numpy as jnp
       >>> base, tuned = ({"mlp": jnp.array([v]), "norm": jnp.array([v])} for v in (1.0, 2.0))
       >>> masked(extrapolate, "mlp")([tuned], base=base, alpha=1.0)
@@ -80,7 +83,7 @@ def masked(rule: Rule, where_: where.Where, otherwise: str = "base") -> Rule:
 
         ranks = {path: rank(leaf) for path, leaf in zip(trees.paths, trees.models[0], strict=True)}
 
-        merged = rule(
+        merged = cast(Callable[..., PyTree], rule)(  # which coefficients it has, its own signature knows
             [aside(model) for model in trees.models],
             base=None if trees.base is None else aside(trees.base),
             **{name: aside_if_alike(value) for name, value in rest.items()},

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 
 from jaxmerge import passes
-from jaxmerge.leafwise import Operands
+from jaxmerge.leaves import Operands
 from jaxmerge.tree import Array, or_one
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jaxmerge import linear
+from jaxmerge import arithmetic
 from jaxmerge.strategies import Ask, Candidate, Float, Space, Strategy, Trial, golden, named, within, worth
 from jaxmerge.tree import PyTree, merged_leaves
 from jaxmerge.tune import LINE, Result, judge_line, search_merge
@@ -53,7 +53,7 @@ def exme_merge(models: Sequence[PyTree], base: PyTree, *, stacked: Sequence[str]
     def merge(**coefficients: Any) -> PyTree:
         alphas = [coefficients[f"alpha_{i + 1}"] for i in range(len(models))]
         betas = [coefficients[name] for name in exme_space(len(models)).floats if name.startswith("beta")]
-        return linear.extrapolation_merge(
+        return arithmetic.extrapolation_merge(
             models, base=base, stacked=stacked, alphas=alphas, weights=exme_weights(betas)
         )
 
@@ -160,7 +160,7 @@ def search_exme(
 
 def _lines(models: Sequence[PyTree], base: PyTree) -> list[str]:
     trees = [merged_leaves(model) for model in (*models, base)]
-    cosines = jax.jit(lambda models, base: linear.collinear(models, base=base))(trees[:-1], trees[-1])
+    cosines = jax.jit(lambda models, base: arithmetic.collinear(models, base=base))(trees[:-1], trees[-1])
     return [
         f"the task vectors of checkpoints {i + 1} and {j + 1} have cosine {float(cosines[i, j]):.4f}: they lie on one "
         "line through the base, so merging these two is extrapolation by another name"

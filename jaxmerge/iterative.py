@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmerge.leafwise import Operands, leafwise, requires
-from jaxmerge.linear import _interpolate
+from jaxmerge.arithmetic import _interpolate
+from jaxmerge.contract import requires
+from jaxmerge.leaves import Operands, leafwise
 from jaxmerge.sparsify import bernoulli, expected
 from jaxmerge.tree import Array, PyTree, align, is_array, is_concrete
+from jaxmerge.where import Coefficient
 
 
 def _linear(x: Operands, *, alpha: Array) -> Array:
@@ -39,12 +41,12 @@ def _dropped(x: Operands, *, alpha: Array, drop: Array) -> Array:
 def imm(
     models: Sequence[PyTree],
     *,
-    base=None,
-    key=None,
-    names=None,
-    stacked=(),
-    alpha: Any = 0.5,
-    drop: Any = 0.0,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    alpha: Coefficient = 0.5,
+    drop: Coefficient = 0.0,
     reference: PyTree | None = None,
 ) -> PyTree:
     r"""Merge a round's tuned model with its anchor: :math:`(1-\alpha)\,\theta_0 + \alpha\,\theta_t`.
@@ -71,12 +73,16 @@ def imm(
     Example:
       >>> imm([{"w": jnp.array([2.0])}], base={"w": jnp.array([1.0])}, alpha=0.5)
       {'w': Array([1.5], dtype=float32)}
+
+    References:
+      Yuan et al., "Superficial Self-Improved Reasoners Benefit from Model Merging", https://arxiv.org/abs/2503.02103
     """
-    is_number = isinstance(drop, int | float) or (is_array(drop) and drop.shape == ())
-    if is_number and is_concrete(drop):
-        if not 0 <= float(drop) < 1:
-            raise ValueError(f"imm: drop={float(drop)}, wanted a probability in [0, 1)")
-        if float(drop) == 0:
+    share: Any = drop  # a number may be looked at, a list or a dict is left to `leafwise`
+    is_number = isinstance(share, int | float) or (is_array(share) and share.shape == ())
+    if is_number and is_concrete(share):
+        if not 0 <= float(share) < 1:
+            raise ValueError(f"imm: drop={float(share)}, wanted a probability in [0, 1)")
+        if float(share) == 0:
             return leafwise(_linear, models, base=base, stacked=stacked, shared={"alpha": alpha})
     if key is None:
         raise ValueError(f"imm: drop={drop} draws random masks; pass key=jax.random.key(seed), or drop=0.0")

@@ -3,15 +3,16 @@ r"""Rules that choose, element by element, what of a task vector to take over.""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import order
-from jaxmerge.leafwise import Operands, leafwise, requires
+from jaxmerge.contract import requires
+from jaxmerge.leaves import Operands, leafwise
 from jaxmerge.tree import Array, PyTree
+from jaxmerge.where import Coefficient
 
 
 def _nearswap(x: Operands, *, t: Array) -> Array:
@@ -21,7 +22,15 @@ def _nearswap(x: Operands, *, t: Array) -> Array:
 
 
 @requires(most=1, base="required", elementwise=True)
-def nearswap(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), t: Any) -> PyTree:
+def nearswap(
+    models: Sequence[PyTree],
+    *,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    t: Coefficient,
+) -> PyTree:
     r"""Take over what is near the base, hold back what is far: :math:`\theta_b + \mathrm{clip}(t/|\tau|, 0, 1)\,\tau`.
 
     No element moves by more than t.
@@ -36,6 +45,9 @@ def nearswap(models: Sequence[PyTree], *, base=None, key=None, names=None, stack
     Example:
       >>> nearswap([{"w": jnp.array([1.0, 3.0])}], base={"w": jnp.zeros(2)}, t=2.0)
       {'w': Array([1., 2.], dtype=float32)}
+
+    References:
+      mergekit, https://github.com/arcee-ai/mergekit
     """
     return leafwise(_nearswap, models, base=base, stacked=stacked, shared={"t": t})
 
@@ -69,18 +81,28 @@ def _arcee_fusion(x: Operands) -> Array:
 
 
 @requires(most=1, base="required")
-def arcee_fusion(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=()) -> PyTree:
+def arcee_fusion(
+    models: Sequence[PyTree],
+    *,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+) -> PyTree:
     r"""Take over the outliers of importance.
 
-    Importance is :math:`|\tau|\cdot\mathrm{KL}_{row}`, an outlier at or above median + 1.5 IQR. The divergence is
-    that of the rows' softmax (last axis), model from base, in a form that float32 can hold;
-    quartiles are exact order statistics of the whole tensor.
+    :math:`\theta_b + [I \ge \mathrm{median}\,I + 1.5\,\mathrm{IQR}\,I]\,\tau` with the importance
+    :math:`I = |\tau|\cdot\mathrm{KL}_{row}`. The divergence is that of the rows' softmax (last axis), model from base,
+    in a form that float32 can hold; quartiles are exact order statistics of the whole tensor.
 
     Args:
       models: [model].
       base: the model to move.
       key, names: not used.
       stacked: containers whose leaves have a leading layer axis.
+
+    References:
+      mergekit, https://github.com/arcee-ai/mergekit
     """
     return leafwise(_arcee_fusion, models, base=base, stacked=stacked)
 
@@ -99,10 +121,19 @@ def _ram(x: Operands, *, epsilon: Array, r: Array, alpha: Array) -> Array:
 
 
 @requires(base="required", symmetric=True, elementwise=True)
-def ram(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), epsilon: Any = 1e-5) -> PyTree:
+def ram(
+    models: Sequence[PyTree],
+    *,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    epsilon: Coefficient = 1e-5,
+) -> PyTree:
     r"""Average what several models changed, keep whole what one alone changed (reinforced agent merging).
 
-    An element is changed by a model if :math:`|\tau_i| > \epsilon`; the mean is over those that changed it.
+    :math:`\theta_b + \sum_i M_i \tau_i / \sum_i M_i` with :math:`M_i = [|\tau_i| > \epsilon]`: the mean is over the
+    models that changed an element.
 
     Args:
       models: N tuned models.
@@ -126,18 +157,27 @@ def ram(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=()
 def ramplus_tl(
     models: Sequence[PyTree],
     *,
-    base=None,
-    key=None,
-    names=None,
-    stacked=(),
-    epsilon: Any = 1e-5,
-    r: Any = 0.1,
-    alpha: Any = 0.2,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    epsilon: Coefficient = 1e-5,
+    r: Coefficient = 0.1,
+    alpha: Coefficient = 0.2,
 ) -> PyTree:
     r"""As `ram`, with what one model alone changed made up for its shared part, tensor by tensor.
 
-    Unique deltas of a model are multiplied by :math:`1 + r\,\mathrm{clip}(\mathrm{shared}/\mathrm{unique}, 0, \alpha)`,
-    the counts of elements it changed with and without others.
+    :math:`\theta_b + \sum_i M_i s_i \tau_i / \sum_i M_i`. Where one model alone changed an element,
+    :math:`s_i = 1 + r\,\mathrm{clip}(\mathrm{shared}/\mathrm{unique}, 0, \alpha)`, of the counts of elements that it
+    changed with and without others; elsewhere 1.
+
+    Args:
+      models: N tuned models.
+      base: the model they were tuned from.
+      key, names: not used.
+      stacked: containers whose leaves have a leading layer axis.
+      epsilon: absolute, in units of the weights: what is no more is no change.
+      r, alpha: of s; alpha is the largest ratio of shared to unique that counts.
 
     References:
       https://arxiv.org/abs/2601.13572

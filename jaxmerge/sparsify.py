@@ -19,8 +19,9 @@ import numpy as np
 
 from jaxmerge import cut, order, passes
 from jaxmerge.draw import uniform
-from jaxmerge.leafwise import Convert, Operands
+from jaxmerge.leaves import Convert, Operands
 from jaxmerge.tree import Array
+from jaxmerge.where import Coefficient, PerModel
 
 RESCALES = ("inverse", "l1", None)
 RANKED = 2**20  # elements whose ranks are sorted out at once
@@ -60,7 +61,7 @@ def _trim(x: Operands, *, density: Array) -> Keep:
     return keep
 
 
-def trim(density: Any = REQUIRED) -> Sparsifier:
+def trim(density: PerModel = REQUIRED) -> Sparsifier:
     r"""Keep the k = max(1, ⌊density·n⌋) elements of largest magnitude, ties by flat position (TIES)."""
     count = functools.partial(order.at_least_one, name="density")
     return Sparsifier("trim", _trim, {"density": density}, {"density": count})
@@ -80,7 +81,7 @@ def _two_sided_trim(x: Operands, *, density: Array, gamma: Array) -> Keep:
     return keep
 
 
-def two_sided_trim(density: Any = REQUIRED, gamma: Any = 0.01) -> Sparsifier:
+def two_sided_trim(density: PerModel = REQUIRED, gamma: PerModel = 0.01) -> Sparsifier:
     r"""Drop the ⌊gamma·n⌋ largest magnitudes, then keep the ⌊density·n⌋ largest of the rest (breadcrumbs)."""
     convert = {name: functools.partial(order.share, name=name) for name in ("density", "gamma")}
     return Sparsifier("two_sided_trim", _two_sided_trim, {"density": density, "gamma": gamma}, convert)
@@ -103,7 +104,7 @@ def _drop(x: Operands, *, density: Array) -> Keep:
     return keep
 
 
-def drop(density: Any = REQUIRED) -> Sparsifier:
+def drop(density: PerModel = REQUIRED) -> Sparsifier:
     """Keep each element with probability `density`, at random (DARE)."""
     chance = functools.partial(order.probability, name="density")
     return Sparsifier("drop", _drop, {"density": density}, {"density": chance}, random=True)
@@ -143,7 +144,7 @@ def _rank_drop(x: Operands, *, density: Array, epsilon: Array) -> Keep:
     return keep
 
 
-def rank_drop(density: Any = REQUIRED, epsilon: Any = 0.15) -> Sparsifier:
+def rank_drop(density: PerModel = REQUIRED, epsilon: PerModel = 0.15) -> Sparsifier:
     r"""Keep at random, larger magnitudes of a row more likely: p from density − ε to density + ε by rank (DELLA).
 
     A row is the last axis. p is cut to [0, 1].
@@ -171,7 +172,7 @@ def _variance_select(x: Operands, *, select_topk: Array) -> Keep:
     return keep
 
 
-def variance_select(select_topk: Any = REQUIRED) -> Sparsifier:
+def variance_select(select_topk: Coefficient = REQUIRED) -> Sparsifier:
     r"""Keep the ⌊select_topk·m⌋ elements of largest variance over the models, m those of nonzero variance (SCE)."""
     ratio = functools.partial(order.fraction, name="select_topk")
     return Sparsifier(

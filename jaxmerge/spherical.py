@@ -10,15 +10,16 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxmerge import passes
-from jaxmerge.leafwise import Operands, leafwise, requires
-from jaxmerge.linear import check_sum
+from jaxmerge.arithmetic import check_sum
+from jaxmerge.contract import requires
+from jaxmerge.leaves import Operands, leafwise
 from jaxmerge.tree import Array, PyTree, or_one
+from jaxmerge.where import Coefficient, PerModel
 
 
 def gram(vectors: Sequence[Array]) -> Array:
@@ -75,7 +76,15 @@ def _slerp(x: Operands, *, t: Array) -> Array:
 
 
 @requires(least=2, most=2)
-def slerp(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), t: Any = 0.5) -> PyTree:
+def slerp(
+    models: Sequence[PyTree],
+    *,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    t: Coefficient = 0.5,
+) -> PyTree:
     r"""Interpolate two models on the sphere.
 
     :math:`[\sin((1-t)\Omega)\,\theta_a + \sin(t\Omega)\,\theta_b]/\sin\Omega`. Ω is the angle between
@@ -117,15 +126,17 @@ def _nuslerp(x: Operands, *, weights: Array, axis: int | None) -> Array:
 def nuslerp(
     models: Sequence[PyTree],
     *,
-    base=None,
-    key=None,
-    names=None,
-    stacked=(),
-    weights: Any = 1.0,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    weights: PerModel = 1.0,
     flatten: bool = True,
     row_wise: bool = False,
 ) -> PyTree:
-    r"""Spherical interpolation by weights, :math:`t = w_2/(w_1 + w_2)`, of two models or of their task vectors.
+    r"""Spherical interpolation by weights, of two models or of their task vectors.
+
+    :math:`[\sin((1-t)\Omega)\,\theta_a + \sin(t\Omega)\,\theta_b]/\sin\Omega` with :math:`t = w_2/(w_1 + w_2)`.
 
     Args:
       models: [a, b].
@@ -135,6 +146,9 @@ def nuslerp(
       weights: one a model; only their ratio counts.
       flatten: the tensor is one vector. False: vectors lie along the last axis, or,
       row_wise: along the first (mergekit's words for it).
+
+    References:
+      mergekit, https://github.com/arcee-ai/mergekit
     """
     axis = None if flatten else 0 if row_wise else -1
     return leafwise(_nuslerp, models, base=base, stacked=stacked, each={"weights": weights}, options={"axis": axis})
@@ -162,18 +176,19 @@ def _multislerp(x: Operands, *, weights: Array, normalize: bool, eps: float) -> 
 def multislerp(
     models: Sequence[PyTree],
     *,
-    base=None,
-    key=None,
-    names=None,
-    stacked=(),
-    weights: Any = 1.0,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    weights: PerModel = 1.0,
     normalize: bool = True,
     eps: float = 1e-8,
 ) -> PyTree:
     r"""Barycentre on the sphere, in the tangent space at the weighted mean direction.
 
-    :math:`u_i` unit, :math:`m = \mathrm{unit}\sum w_i u_i`, :math:`v = \sum w_i(u_i - (u_i\cdot m)m)`,
-    :math:`(m\cos\|v\| + v\sin\|v\|/\|v\|)\sum w_i\|\theta_i\|`; of the task vectors if there is a base.
+    :math:`(m\,\cos\|v\| + v\,\sin\|v\|/\|v\|) \sum_i w_i\|\theta_i\|` with :math:`u_i` unit,
+    :math:`m = \mathrm{unit}\sum w_i u_i`, :math:`v = \sum w_i(u_i - (u_i\cdot m)m)`; of the task vectors if there is a
+    base.
     Directions that balance out exactly have no mean: their linear mean is taken.
 
     Args:
@@ -183,6 +198,9 @@ def multislerp(
       stacked: containers whose leaves have a leading layer axis.
       weights: one a model, divided by their sum if `normalize`: concrete ones that sum to zero are an error then.
       eps: added to norms.
+
+    References:
+      mergekit, https://github.com/arcee-ai/mergekit
     """
     return leafwise(
         _multislerp,
@@ -232,12 +250,19 @@ def _karcher(x: Operands, *, max_iter: int, tol: float) -> Array:
 
 @requires(symmetric=True)
 def karcher(
-    models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), max_iter: int = 10, tol: float = 1e-5
+    models: Sequence[PyTree],
+    *,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    max_iter: int = 10,
+    tol: float = 1e-5,
 ) -> PyTree:
     r"""Karcher (Riemannian) mean of the directions, times the mean length.
 
-    Iterates :math:`m \leftarrow \exp_m(\mathrm{mean}_i \log_m u_i)` until the step is under `tol`. Models of
-    norm zero count in the length, not in the direction.
+    :math:`m\,\mathrm{mean}_i\|\theta_i\|`, iterating :math:`m \leftarrow \exp_m(\mathrm{mean}_i \log_m u_i)` until the
+    step is under `tol`. Models of norm zero count in the length, not in the direction.
 
     Args:
       models: N models.

@@ -9,9 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxmerge import order, tree, where
-from jaxmerge.leafwise import Operands, leafwise, requires
-from jaxmerge.linear import check_sum
+from jaxmerge.arithmetic import check_sum
+from jaxmerge.contract import requires
+from jaxmerge.leaves import Operands, leafwise
 from jaxmerge.tree import Array, PyTree
+from jaxmerge.where import Coefficient, PerModel
 
 
 def _fisher(x: Operands, *, weights: Array, floor: Array) -> Array:
@@ -27,13 +29,13 @@ def _fisher(x: Operands, *, weights: Array, floor: Array) -> Array:
 def fisher(
     models: Sequence[PyTree],
     *,
-    base=None,
-    key=None,
-    names=None,
-    stacked=(),
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
     fishers: Sequence[PyTree],
-    weights: Any = 1.0,
-    floor: Any = 1e-6,
+    weights: PerModel = 1.0,
+    floor: Coefficient = 1e-6,
 ) -> PyTree:
     r"""Average by information: :math:`\sum_i w_i F_i \theta_i / \sum_i w_i F_i`, element by element.
 
@@ -84,12 +86,12 @@ def _regmean(x: Operands, *, damping: Array) -> Array:
 def regmean(
     models: Sequence[PyTree],
     *,
-    base=None,
-    key=None,
-    names=None,
-    stacked=(),
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
     grams: Sequence[Mapping[str, Array]],
-    damping: Any = 0.1,
+    damping: Coefficient = 0.1,
 ) -> PyTree:
     r"""Merge linear layers so that outputs change least: :math:`W = (\sum_i W_i G_i)(\sum_i G_i)^{-1}`.
 
@@ -136,7 +138,15 @@ def _grafting(x: Operands) -> Array:
 
 
 @requires(most=1, base="required")
-def grafting(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), mask: PyTree) -> PyTree:
+def grafting(
+    models: Sequence[PyTree],
+    *,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    mask: PyTree,
+) -> PyTree:
     r"""Graft a part of the tuned model onto the base: :math:`\theta_b + \gamma \odot \tau`.
 
     Args:
@@ -161,7 +171,7 @@ def _graft_mask(x: Operands, *, density: Array) -> Array:
     return order.top(jnp.abs(x.deltas[0]), density).astype(x.models[0].dtype)
 
 
-def graft_mask(tuned: PyTree, base: PyTree, *, density: Any, stacked: Sequence[str] = ()) -> PyTree:
+def graft_mask(tuned: PyTree, base: PyTree, *, density: Coefficient, stacked: Sequence[str] = ()) -> PyTree:
     r"""Return the mask of the ⌊density·n⌋ largest changes of each leaf, 0 or 1, in the leaves' dtypes.
 
     Example:

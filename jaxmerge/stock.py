@@ -3,11 +3,12 @@ r"""Model stock: how far to go from the base to the mean, told by the angle betw
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxmerge.delta import check_compat
-from jaxmerge.leafwise import Operands, leafwise, requires
+from jaxmerge.contract import check_compat, requires
+from jaxmerge.leaves import Operands, leafwise
 from jaxmerge.spherical import gram
 from jaxmerge.tree import Array, PyTree
 
@@ -43,12 +44,12 @@ def _model_stock(x: Operands, *, filter_wise: bool, floor: float) -> Array:
 def model_stock(
     models: Sequence[PyTree],
     *,
-    base=None,
-    key=None,
-    names=None,
-    stacked=(),
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
     filter_wise: bool = False,
-    compat: str | None = None,
+    compat: Literal["mergekit"] | None = None,
 ) -> PyTree:
     r"""Go from the base towards the mean as far as the task vectors agree: :math:`\theta_b + t\,\bar\tau`.
 

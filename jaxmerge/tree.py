@@ -167,12 +167,39 @@ def _like_first(tree: PyTree, first: dict[str, Any], name: str) -> list[Any]:
                 f"leaf {path!r} of {name} is {describe(leaf)}, wanted {describe(wanted)} as in models[0]; "
                 "cast one of the two"
             )
-        if is_array(leaf) and leaf.shape != wanted.shape:
-            raise ValueError(
-                f"leaf {path!r} of {name} has shape {tuple(leaf.shape)}, wanted {tuple(wanted.shape)} "
-                "as in models[0]; merge models of one architecture (and one vocabulary)"
-            )
+    unlike = [path for path, wanted in first.items() if is_array(wanted) and found[path].shape != wanted.shape]
+    if unlike:
+        raise ValueError(_unlike_shapes(found, first, unlike, name))
     return [found[path] for path in first]
+
+
+# What embeddings and heads are called: leaves with a row (the head of a kernel: a column) for every word.
+OF_WORDS = {
+    "embed", "embedder", "embedding", "embed_in", "embed_out", "embed_tokens", "head", "input_embedding", "lm_head",
+    "logits_dense", "output_layer", "shared", "tok_embeddings", "token_embedder", "unembed", "word_embeddings", "wte",
+}  # fmt: skip
+
+
+def _unlike_shapes(found: dict[str, Any], first: dict[str, Any], unlike: list[str], name: str) -> str:
+    """Say which shapes differ: first of all that the vocabularies do, where rows of an embedding or head are why."""
+    shapes = {path: (tuple(found[path].shape), tuple(first[path].shape)) for path in unlike}
+    of_words = [path for path in unlike if _other_vocabulary(path, *shapes[path])]
+    path = (of_words or unlike)[0]
+    said = f"leaf {path!r} of {name} has shape {shapes[path][0]}, wanted {shapes[path][1]} as in models[0]"
+    more = f" (and {len(unlike) - 1} of {len(first)} leaves more differ)" if unlike[1:] else ""
+    if not of_words:
+        return f"{said}{more}; merge models of one architecture"
+    way = "give the models one vocabulary first, as `jaxmerge merge` does on disk with tokenizer_source: union"
+    return f"the vocabularies differ: {said}{more}; {way}"
+
+
+def _other_vocabulary(path: str, one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether a leaf is an embedding or head, and differs in its count of words alone."""
+    parts = path.split("/")
+    axis = -1 if parts[-1] == "kernel" else 0  # of a Linen or NNX layer, [D, V]
+    if OF_WORDS.isdisjoint(parts) or len(one) != len(other) or len(one) not in (1, 2):
+        return False
+    return one[axis] != other[axis] and sum(a != b for a, b in zip(one, other, strict=True)) == 1
 
 
 def cast(tree: PyTree, dtype: Any) -> PyTree:

@@ -17,7 +17,8 @@ Layer l of the leaf `model/layers/mlp/weight` is then treated, and named, as the
 Coefficients. A shared coefficient (t, alpha, scale) is
   a number or traced scalar        the same for every leaf
   a list, or an array of shape [m] a gradient: piecewise linear over depth x = layer / (layers − 1); leaves
-                                   outside the layers (embeddings, final norm, head) take x = 0
+                                   outside the layers (embeddings, final norm, head) take x = 0. What layers
+                                   are, and what is refused, says `jaxmerge.depth`
   a dict pattern → one of these    the first pattern that matches the leaf's path wins
 A coefficient per model (weights, alphas, density) is one of these for all, or a sequence of them, one a model.
 """
@@ -32,10 +33,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxmerge.tree import is_concrete, leaf_paths
+from jaxmerge.tree import Array, is_concrete, leaf_paths
 
 Where = str | Sequence[str] | Callable[[str], bool]
-Coefficient = Any
+Value = float | Array | np.ndarray | np.generic
+"""A number; of arrays those of shape (), traced ones too."""
+OverDepth = Value | Sequence[Value]
+"""A number, or a gradient over depth: a list, or an array of shape [m]."""
+Coefficient = OverDepth | Mapping[str, OverDepth]
+"""A shared coefficient: a number, a list over depth, or a dict pattern → one of these."""
+PerModel = Coefficient | Sequence[Coefficient] | Mapping[str, Coefficient | Sequence[Coefficient]]
+"""A coefficient per model: a shared one for all models, or a sequence of them, one a model."""
 
 
 @functools.cache
@@ -100,11 +108,6 @@ def layer_group(path: str) -> str:
     return "/".join(parts[:-1]) or path
 
 
-def _container(path: str) -> str:
-    group = layer_group(path)
-    return group.rpartition("/")[0]
-
-
 def layer_paths(path: str, shape: Sequence[int], stacked: Sequence[str]) -> list[str] | None:
     """Return the L paths of a stacked leaf's layers, or None if `path` is under no stacked container.
 
@@ -127,27 +130,7 @@ def layer_paths(path: str, shape: Sequence[int], stacked: Sequence[str]) -> list
     return None
 
 
-def depths(paths: Sequence[str]) -> dict[str, float]:
-    """Return depth x = layer / (layers − 1) in [0, 1] of each path, 0 outside the layers.
-
-    Layers are counted within their container, so an encoder and a decoder each run from 0 to 1.
-
-    Example:
-      >>> depths(["h/0/w", "h/1/w", "h/2/w", "head/w"])
-      {'h/0/w': 0.0, 'h/1/w': 0.5, 'h/2/w': 1.0, 'head/w': 0.0}
-    """
-    last: dict[str, int] = {}
-    for path in paths:
-        layer = layer_index(path)
-        if layer is not None:
-            container = _container(path)
-            last[container] = max(last.get(container, 0), layer)
-    return {
-        path: 0.0 if (layer := layer_index(path)) is None else layer / max(last[_container(path)], 1) for path in paths
-    }
-
-
-def resolve(value: Coefficient, path: str, depth: float, *, name: str) -> Any:
+def resolve(value: Any, path: str, depth: float, *, name: str) -> Any:
     """Resolve a shared coefficient for one leaf to a Python number or a traced scalar.
 
     Example:
@@ -155,7 +138,7 @@ def resolve(value: Coefficient, path: str, depth: float, *, name: str) -> Any:
       0.25
     """
     if isinstance(value, Mapping):
-        return resolve(_first_match(value, path, name), path, depth, name=name)
+        return resolve(_decided(value, path, name), path, depth, name=name)
     if isinstance(value, str | bytes) or value is None:
         raise TypeError(f"{name}={value!r} is not a number, a list over depth, or a dict of path patterns")
     if isinstance(value, Sequence) or np.ndim(value) == 1:
@@ -165,7 +148,7 @@ def resolve(value: Coefficient, path: str, depth: float, *, name: str) -> Any:
     return value
 
 
-def resolve_each(value: Coefficient, path: str, depth: float, count: int, *, name: str) -> list[Any]:
+def resolve_each(value: Any, path: str, depth: float, count: int, *, name: str) -> list[Any]:
     """Resolve a coefficient per model for one leaf to `count` numbers or traced scalars.
 
     Example:
@@ -173,7 +156,7 @@ def resolve_each(value: Coefficient, path: str, depth: float, count: int, *, nam
       [0.5, 0.0]
     """
     if isinstance(value, Mapping):
-        return resolve_each(_first_match(value, path, name), path, depth, count, name=name)
+        return resolve_each(_decided(value, path, name), path, depth, count, name=name)
     if (isinstance(value, Sequence) and not isinstance(value, str | bytes)) or np.ndim(value) >= 1:
         if len(value) != count:
             raise ValueError(f"{name} has {len(value)} entries, wanted {count}: one a model, or one number for all")
@@ -181,32 +164,12 @@ def resolve_each(value: Coefficient, path: str, depth: float, count: int, *, nam
     return [resolve(value, path, depth, name=name)] * count
 
 
-def check_order(value: Coefficient, paths: Sequence[str], *, name: str) -> None:
-    """Refuse a pattern that decides nothing because one before it matches all its leaves and more.
-
-    Example:
-      >>> check_order({"**": 0.3, "mlp": 1.0}, ["layers/0/mlp/w", "head/w"], name="t")
-      Traceback (most recent call last):
-      ValueError: t: the pattern 'mlp' decides for no leaf, for '**' stands before it; put 'mlp' first
-    """
-    if isinstance(value, Mapping):
-        matched = {pattern: {p for p in paths if matches(pattern, p)} for pattern in value}
-        for place, (pattern, found) in enumerate(matched.items()):
-            wider = next((b for b in list(matched)[:place] if found and found < matched[b]), None)
-            if wider is not None:
-                raise ValueError(
-                    f"{name}: the pattern {pattern!r} decides for no leaf, for {wider!r} stands before it; "
-                    f"put {pattern!r} first"
-                )
-        for inner in value.values():
-            check_order(inner, paths, name=name)
-    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        for i, inner in enumerate(value):
-            if isinstance(inner, Mapping):
-                check_order(inner, paths, name=f"{name}[{i}]")
+def first_match(value: Mapping[str, Any], path: str) -> str | None:
+    """Return the first pattern of a coefficient that matches a leaf's path: the one that decides; None without one."""
+    return next((pattern for pattern in value if matches(pattern, path)), None)
 
 
-def _first_match(value: Mapping[str, Any], path: str, name: str) -> Any:
+def _decided(value: Mapping[str, Any], path: str, name: str) -> Any:
     hits = [pattern for pattern in value if matches(pattern, path)]
     if not hits:
         raise ValueError(

@@ -33,7 +33,7 @@ from jaxmerge.files.checkpoints.safetensors import Writer
 from jaxmerge.files.journal import Changed, Journal
 from jaxmerge.files.plan import Input, Job
 from jaxmerge.files.tally import Tally, sums
-from jaxmerge.leafwise import dtypes
+from jaxmerge.leaves import dtypes
 from jaxmerge.rules import RULES
 
 CHUNK = 2**21  # elements

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from jaxmerge import where
 from jaxmerge.files.recipe import Module
 
 # What comes before the layers, by the names that embeddings go by; the rest (norms, heads, poolers) comes after.
@@ -52,10 +51,9 @@ def depths(names: Iterable[str]) -> dict[str, float]:
       {'h.0.w': 0.0, 'h.1.w': 0.5, 'h.2.w': 1.0, 'head.w': 0.0, 'g.0.w': 1.0}
     """
     names = list(names)
-    counts = layer_counts(names)
-    found = where.depths([name.replace(".", "/") for name in names])
-    single = {name for name in names if (within := container(name)) is not None and counts[within] == 1}
-    return {name: 1.0 if name in single else found[name.replace(".", "/")] for name in names}
+    last = {within: count - 1 for within, count in layer_counts(names).items()}
+    layers = {name: split(name) for name in names}
+    return {name: 0.0 if at is None else at[1] / last[at[0]] if last[at[0]] else 1.0 for name, at in layers.items()}
 
 
 def layer_counts(names: Iterable[str]) -> dict[str, int]:

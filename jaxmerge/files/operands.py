@@ -130,6 +130,8 @@ class Matching:
         self.lacks: dict[tuple[str, str], list[str]] = {}
         self.extra: dict[tuple[str, str], list[str]] = {}
         self.unlike: list[str] = []
+        self.rows_differ: list[str] = []  # embeddings and heads of other vocabularies, among the unlike
+        self.in_common: dict[tuple[str, str], int] = {}  # tensors of a model that are as the reference's
         self.copied: list[str] = []
         self.left_out: list[str] = []
         self.loose: dict[str, list[str]] = {}
@@ -156,6 +158,10 @@ class Matching:
             if o.tensor is None:
                 self.lacks.setdefault((o.entry.model, ref), []).append(o.name)
         present = [o for o in draft.operands if o.tensor is not None]
+        for o in present:
+            self.in_common[o.entry.model, ref] = self.in_common.get((o.entry.model, ref), 0) + (
+                draft.first.tensor is not None and _is_like(o.stored, draft.first.stored)
+            )
         if len(present) < len(draft.operands):
             if "missing" not in self.allow:
                 return None
@@ -185,14 +191,16 @@ class Matching:
         first = draft.first
         unlike = False
         for o in draft.operands:
-            if _kind(o.stored) == _kind(first.stored) and o.stored.shape == first.stored.shape:
+            if _is_like(o.stored, first.stored):
                 continue
             unlike = True
             found, wanted = f"has shape {list(o.stored.shape)}", str(list(first.stored.shape))
             if _kind(o.stored) != _kind(first.stored):
                 found, wanted = f"is {o.stored.dtype}", str(first.stored.dtype)
-            who = f"tensor {o.name!r} of {o.entry.model!r}"
-            self.unlike.append(f"{who} {found}, wanted {wanted} as in {first.entry.model!r}")
+            said = f"tensor {o.name!r} of {o.entry.model!r} {found}, wanted {wanted} as in {first.entry.model!r}"
+            self.unlike.append(said)
+            if _other_rows(o.stored, first.stored) and draft.name.endswith((*INPUTS, *OUTPUTS)):
+                self.rows_differ.append(said)
         if not unlike or "shapes" not in self.allow:
             return draft
         tails = {o.stored.shape[1:] for o in draft.operands if o.stored.shape}
@@ -228,19 +236,44 @@ class Matching:
                 problems.append(f"{what}; add a module 'default' for the rest")
                 flags.append("unused")
         if self.unlike and "shapes" not in self.allow:
-            more = len(self.unlike) - LISTED
-            problems += [*self.unlike[:LISTED], *([f"and {more} tensors more are unlike"] if more > 0 else [])]
+            # The vocabulary first: it is why their rows differ, and it has a remedy of its own.
+            ordered = list(dict.fromkeys([*self.rows_differ, *self.unlike]))
+            more = len(ordered) - LISTED
+            problems += [*ordered[:LISTED], *([f"and {more} tensors more are unlike"] if more > 0 else [])]
             flags.append("shapes")
         elif self.unlike:
             self.notes.append(f"{len(self.unlike)} tensors are unlike the reference's: {self.unlike[0]}")
         if problems:
-            flags = list(dict.fromkeys(flags))
-            way = f"merge models of one architecture, or allow it: allow={','.join(flags)}"
-            raise ValueError(f"{'; '.join(problems)}; {way}")
+            raise ValueError("; ".join([*self._vocabularies(), *problems, self._way_out(list(dict.fromkeys(flags)))]))
         if self.copied:
             self.notes.append(f"copied, not merged: {listed(self.copied)}")
         if self.left_out:
             self.notes.append(f"too few models have {listed(self.left_out)}; left out, as mergekit does")
+
+    def _vocabularies(self) -> list[str]:
+        """Name the vocabulary, where the rows of embeddings or heads differ and that is refused."""
+        if not self.rows_differ or "shapes" in self.allow:
+            return []
+        return ["the vocabularies differ"]
+
+    def _way_out(self, flags: Sequence[str]) -> str:
+        """What to do about tensors that do not match: nothing may be allowed where a model has nothing in common."""
+        for model, ref in (*self.in_common, *self.lacks):
+            if not self.in_common.get((model, ref)):
+                return f"no tensor of {model!r} is as in {ref!r}: merge models of one architecture"
+        allow = f"allow it: allow={','.join(flags)}"
+        if self._vocabularies():
+            return f"give the result one vocabulary, tokenizer_source: union (or base) in the recipe, or {allow}"
+        return f"merge models of one architecture, or {allow}"
+
+
+def _is_like(one: Tensor, other: Tensor) -> bool:
+    return _kind(one) == _kind(other) and one.shape == other.shape
+
+
+def _other_rows(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors differ in how many rows they have, and in nothing else."""
+    return one.shape[:1] != other.shape[:1] and one.shape[1:] == other.shape[1:] and _kind(one) == _kind(other)
 
 
 def listed(names: Sequence[str], which: str = "") -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.consensus import cancel
-from jaxmerge.delta import check_compat
+from jaxmerge.contract import check_compat
 from jaxmerge.files import companions, layers, operands, vocabulary
 from jaxmerge.files.checkpoints import safetensors
 from jaxmerge.files.checkpoints.source import Source, Tensor

@@ -385,7 +385,7 @@ def test_a_mask_leaves_the_rest_alone(name):
 
 
 def test_lookup_lists_the_rules():
-    with pytest.raises(KeyError, match=r"no rule 'tie'; there are interpolate, average"):
+    with pytest.raises(KeyError, match=r"no rule 'tie'; did you mean 'ties'\? there are interpolate, average"):
         jaxmerge.rule("tie")
     assert jaxmerge.rule("imm") is jaxmerge.imm
 

@@ -7,7 +7,7 @@ import pytest
 
 import jaxmerge
 from jaxmerge import RULES
-from jaxmerge.leafwise import dtypes
+from jaxmerge.leaves import dtypes
 
 KEY = jax.random.key(5)
 NAMES = ["a", "b", "c"]
@@ -327,7 +327,9 @@ def test_a_rule_nobody_named_yet():
     kept = [k * np.abs(d).sum() / np.abs(k).sum() for k, d in zip(kept, deltas(base, models), strict=True)]
     check(run(rule, models, base, weights=W), base + elected(kept, W, False), tol=1e-5)
     assert str(rule.needs) == "≥1 models, base"
-    with pytest.raises(TypeError, match=r"mine\(\) has no coefficient 'densty'; it takes weights, .*density"):
+    with pytest.raises(
+        TypeError, match=r"mine\(\) has no coefficient 'densty'; did you mean 'density'\? it takes density"
+    ):
         run(rule, models, base, densty=0.2)
     with pytest.raises(TypeError, match=r"ties\(\) needs density="):
         run("ties", models, base)

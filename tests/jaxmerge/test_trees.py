@@ -161,3 +161,29 @@ def test_nonfinite_leaves_are_named():
     tree |= others
     with pytest.raises(ValueError, match="merged has 2 NaN or infinite elements in leaf 'b'"):
         jaxmerge.check_finite(tree, "merged")
+
+
+def test_other_rows_of_an_embedding_are_another_vocabulary():
+    def model(words, width=4):
+        mlp = {"kernel": jnp.ones((width, 3))}
+        return {
+            "blocks": [mlp],
+            "embed": {"embedding": jnp.ones((words, width))},
+            "lm_head": {"kernel": jnp.ones((width, words))},
+        }
+
+    words = (
+        r"^the vocabularies differ: leaf 'embed/embedding' of models\[1\] has shape \(9, 4\), wanted \(7, 4\) as in "
+        r"models\[0\] \(and 1 of 3 leaves more differ\); give the models one vocabulary first"
+    )
+    with pytest.raises(ValueError, match=words):
+        jaxmerge.average([model(7), model(9)])
+    odd = model(9) | {"blocks": [{"kernel": jnp.ones((4, 5))}]}
+    with pytest.raises(ValueError, match=r"^the vocabularies differ: leaf 'embed/embedding' of base"):
+        jaxmerge.extrapolate([model(7)], base=odd, alpha=0.3)
+    with pytest.raises(
+        ValueError, match=r"^leaf 'blocks/0/kernel' of models\[1\] has .*; merge models of one architecture$"
+    ):
+        jaxmerge.average([model(7), model(9, width=6)])
+    with pytest.raises(ValueError, match=r"^leaf 'head/kernel' of models\[1\]"):  # of another width, with as many words
+        jaxmerge.average([{"head": {"kernel": jnp.ones((4, 7))}}, {"head": {"kernel": jnp.ones((5, 7))}}])

@@ -144,6 +144,12 @@ def test_import_works_without_the_extras(python):
     assert int(result.stdout) >= 6
 
 
+def test_the_version_is_the_projects_and_types_are_shipped(python, unpacked):
+    result = python("import jaxmerge; print(jaxmerge.__version__)")
+    assert result.stdout.strip() == project_version(), result.stderr
+    assert (unpacked / "jaxmerge" / "py.typed").is_file()
+
+
 def test_no_top_level_train(python, unpacked):
     code = "import importlib.util as u, jaxmerge.train as t; print(u.find_spec('train'), t.__file__)"
     result = python(code)

@@ -75,6 +75,35 @@ def test_unlike_shapes_are_listed_or_copied(here):
         make(PAIR, allow=["shape"])
 
 
+def test_other_rows_of_an_embedding_are_another_vocabulary(here):
+    odd: dict = tensors(9)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        odd[name] = np.concatenate([odd[name], odd[name][:3]])
+    odd["model.layers.0.input_layernorm.weight"] = np.ones(5, np.float32)
+    folder("odd", odd)
+    with pytest.raises(
+        ValueError,
+        match=r"^the vocabularies differ; tensor '(model.embed_tokens|lm_head).weight' of 'odd' has shape \[\d+, 8\], "
+        r".*; tensor 'model.layers.0.*; give the result one vocabulary, tokenizer_source: union \(or base\) in the "
+        r"recipe, or allow it: allow=shapes$",
+    ):
+        make(PAIR)
+    assert any("3 tensors are unlike" in note for note in make(PAIR, allow=["shapes"]).notes)
+
+
+@pytest.mark.parametrize("prefix", ["", "other."])
+def test_where_everything_differs_nothing_is_to_be_allowed(here, prefix):
+    """Tensors of other widths, or of other names: allowed, there would be nothing to merge."""
+    wide = {name: np.ones([2 * n for n in array.shape], np.float32) for name, array in tensors(9).items()}
+    folder("odd", {prefix + name: array for name, array in (tensors(9) if prefix else wide).items()})
+    with pytest.raises(
+        ValueError, match=r"; no tensor of 'odd' is as in 'base': merge models of one architecture$"
+    ) as said:
+        make(PAIR)
+    assert "allow" not in str(said.value)
+    assert "vocabular" not in str(said.value)
+
+
 def test_integers_are_copied_bit_by_bit(here):
     for name, seed in (("a", 1), ("b", 2)):
         folder(name, tensors(seed) | {"steps": np.array([2**40 + seed]), "mask": np.array([True, False])})

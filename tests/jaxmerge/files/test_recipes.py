@@ -14,10 +14,10 @@ from helpers import ROOT
 from helpers.llamas import folder, load, make, merged, names_of, read, run, tensors
 
 import jaxmerge
+from jaxmerge import leafwise, requires
 from jaxmerge.files import layers, plan, recipe
 from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.methods import METHODS, REQUIRED
-from jaxmerge.leafwise import leafwise, requires
 from jaxmerge.rules import RULES
 
 

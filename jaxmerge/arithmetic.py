@@ -10,8 +10,10 @@ import jax.numpy as jnp
 
 from jaxmerge import measure
 from jaxmerge.consensus import cancel, weighted_sum
-from jaxmerge.leafwise import Operands, leafwise, requires
+from jaxmerge.contract import requires
+from jaxmerge.leaves import Operands, leafwise
 from jaxmerge.tree import Array, PyTree, is_concrete
+from jaxmerge.where import Coefficient, PerModel
 
 
 def _interpolate(x: Operands, *, t: Array) -> Array:
@@ -21,7 +23,15 @@ def _interpolate(x: Operands, *, t: Array) -> Array:
 
 
 @requires(least=2, most=2, elementwise=True)
-def interpolate(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), t: Any = 0.5) -> PyTree:
+def interpolate(
+    models: Sequence[PyTree],
+    *,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    t: Coefficient = 0.5,
+) -> PyTree:
     r"""Move from the first model to the second: :math:`(1-t)\,\theta_a + t\,\theta_b`.
 
     Args:
@@ -50,12 +60,12 @@ def _average(x: Operands, *, weights: Array, normalize: bool) -> Array:
 def average(
     models: Sequence[PyTree],
     *,
-    base=None,
-    key=None,
-    names=None,
-    stacked=(),
-    weights: Any = None,
-    normalize=True,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    weights: PerModel | None = None,
+    normalize: bool = True,
 ) -> PyTree:
     r"""Average the models: :math:`\sum_i w_i \theta_i / \sum_i w_i`.
 
@@ -115,13 +125,13 @@ def _task_arithmetic(x: Operands, *, weights: Array, scale: Array, normalize: bo
 def task_arithmetic(
     models: Sequence[PyTree],
     *,
-    base=None,
-    key=None,
-    names=None,
-    stacked=(),
-    weights: Any = 1.0,
-    scale: Any = 1.0,
-    normalize=False,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    weights: PerModel = 1.0,
+    scale: Coefficient = 1.0,
+    normalize: bool = False,
 ) -> PyTree:
     r"""Add task vectors to the base: :math:`\theta_b + \lambda \sum_i w_i (\theta_i - \theta_b)`.
 
@@ -161,7 +171,15 @@ def _extrapolate(x: Operands, *, alpha: Array) -> Array:
 
 
 @requires(most=1, base="required", elementwise=True)
-def extrapolate(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), alpha: Any) -> PyTree:
+def extrapolate(
+    models: Sequence[PyTree],
+    *,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    alpha: Coefficient,
+) -> PyTree:
     r"""Move past the tuned model, away from the base (ExPO): :math:`\theta_t + \alpha(\theta_t - \theta_b)`.
 
     Args:
@@ -192,12 +210,19 @@ def _extrapolation_merge(x: Operands, *, alphas: Array, weights: Array) -> Array
 
 @requires(base="required", symmetric=True, elementwise=True)
 def extrapolation_merge(
-    models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), alphas: Any, weights: Any = None
+    models: Sequence[PyTree],
+    *,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    alphas: PerModel,
+    weights: PerModel | None = None,
 ) -> PyTree:
     r"""Extrapolate each model from the base, then average (ExMe).
 
-    :math:`X_i = \theta_i + \alpha_i(\theta_i - \theta_b)`, :math:`\theta = \sum_i \lambda_i X_i`,
-    :math:`\lambda = w / \sum w`; for two models, weights [β, 1 − β].
+    :math:`\sum_i \lambda_i (\theta_i + \alpha_i(\theta_i - \theta_b))`, :math:`\lambda = w / \sum w`; for two models,
+    weights [β, 1 − β].
 
     If the task vectors lie on one line (one model is the base, or they are collinear) the result is plain
     extrapolation with another coefficient: ask `collinear(models, base=base)` first.
@@ -237,7 +262,15 @@ def _passthrough(x: Operands, *, scale: Array) -> Array:
 
 
 @requires(most=1, elementwise=True)
-def passthrough(models: Sequence[PyTree], *, base=None, key=None, names=None, stacked=(), scale: Any = 1.0) -> PyTree:
+def passthrough(
+    models: Sequence[PyTree],
+    *,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    scale: Coefficient = 1.0,
+) -> PyTree:
     r"""Take the one model as it is, times a scale: :math:`c\,\theta`. Of use in recipes that stack layers.
 
     Args:
@@ -249,6 +282,9 @@ def passthrough(models: Sequence[PyTree], *, base=None, key=None, names=None, st
     Example:
       >>> passthrough([{"w": jnp.array([2.0])}], scale=0.5)
       {'w': Array([1.], dtype=float32)}
+
+    References:
+      mergekit, https://github.com/arcee-ai/mergekit
     """
     return leafwise(_passthrough, models, stacked=stacked, shared={"scale": scale})
 

@@ -27,14 +27,13 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import tree, where
+from jaxmerge import depth, tree, where
 from jaxmerge.tree import Array, PyTree, Tracer
 
 Convert = Callable[[Any, int], Any]
@@ -77,82 +76,6 @@ class Operands(NamedTuple):
         r""":math:`\tau_i = \theta_i - \theta_b` of each model."""
         assert self.base is not None
         return tuple(model - self.base for model in self.models)
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a rule needs: how many models (`most` None: no limit), a base, a key; and what it promises."""
-
-    least: int = 1
-    most: int | None = None
-    base: str = "none"  # "none", "optional" or "required"
-    key: str = "none"  # "none", "optional" (only for some coefficients) or "required"
-    symmetric: bool = False  # swapping models together with their weights and names changes nothing
-    elementwise: bool = False  # element j of the result depends on element j of the inputs alone
-
-    def __str__(self) -> str:
-        count = f"{self.least}" if self.most == self.least else f"≥{self.least}"
-        if self.most not in (None, self.least):
-            count = f"{self.least}–{self.most}"
-        words = [f"{count} model{'s' if count != '1' else ''}"]
-        words += [f"base{' (optional)' if self.base == 'optional' else ''}"] * (self.base != "none")
-        words += [f"key{' (optional)' if self.key == 'optional' else ''}"] * (self.key != "none")
-        return ", ".join(words)
-
-
-class Rule(Protocol):
-    """The one signature: pytrees in, one pytree out."""
-
-    needs: Needs
-    __name__: str
-
-    def __call__(
-        self,
-        models: Sequence[PyTree],
-        *,
-        base: PyTree | None = None,
-        key: Array | None = None,
-        names: Sequence[str] | None = None,
-        stacked: Sequence[str] = (),
-        **coefficients: Any,
-    ) -> PyTree: ...
-
-
-def requires(**needs: Any) -> Callable[[Callable[..., PyTree]], Rule]:
-    """Mark a function as a rule with these `Needs`: it carries them, and its inputs are checked first."""
-
-    def mark(function: Callable[..., PyTree]) -> Rule:
-        @functools.wraps(function)
-        def checked(models, *, base=None, key=None, names=None, stacked=(), **coefficients):
-            check_inputs(function.__name__, checked.needs, models, base, key, names)  # type: ignore[attr-defined]
-            return function(models, base=base, key=key, names=names, stacked=stacked, **coefficients)
-
-        checked.needs = Needs(**needs)  # type: ignore[attr-defined]
-        return checked  # type: ignore[return-value]
-
-    return mark
-
-
-def check_inputs(name: str, needs: Needs, models: Any, base: Any, key: Any, names: Any) -> None:
-    """Raise if the inputs of rule `name` are not what it needs."""
-    if isinstance(models, Mapping) or not isinstance(models, Sequence):
-        raise TypeError(
-            f"{name}: models must be a sequence of pytrees, found {type(models).__name__}; "
-            "pass a list, also for one model: rule([tuned], base=base)"
-        )
-    count = len(models)
-    if count < needs.least or (needs.most is not None and count > needs.most):
-        raise ValueError(f"{name} needs {needs}; found {count} models")
-    if needs.base == "required" and base is None:
-        raise ValueError(f"{name} needs {needs}; found base=None, pass base=")
-    if needs.base == "none" and base is not None:
-        raise ValueError(f"{name} takes no base ({needs}); pass it among the models, or leave it out")
-    if needs.key == "required" and key is None:
-        raise ValueError(f"{name} draws random masks; found key=None, pass key=jax.random.key(seed)")
-    if names is not None and (isinstance(names, str) or len(names) != count):
-        raise ValueError(f"{name}: names={names!r}, wanted a list of {count}: one a model")
-    if names is not None and len(set(names)) != count:
-        raise ValueError(f"{name}: names={list(names)!r} are not distinct, so two models would share masks")
 
 
 def leafwise(
@@ -201,28 +124,13 @@ def leafwise(
     layers = {
         path: where.layer_paths(path, first.shape, stacked) or [path]
         for path, first in zip(trees.paths, trees.models[0], strict=True)
-        if tree.is_array(first)
+        if hasattr(first, "shape")  # of an array, or of one that a mask has set aside
     }
     every = [p for path in trees.paths for p in layers.get(path, [path])]
-    depth = where.depths(every)
-    for name, value in {**(shared or {}), **(each or {})}.items():
-        where.check_order(value, every, name=name)
+    merged_paths = [p for p, first in zip(trees.paths, trees.models[0], strict=True) if tree.is_merged(first)]
+    merged_layers = {path: layers[path] for path in merged_paths}
+    resolved = _resolved(merged_layers, every, count, shared or {}, each or {}, check or {})
     frozen = tuple(sorted((options or {}).items()))
-    resolved = {
-        path: {
-            name: [where.resolve(v, p, depth[p], name=name) for p in layers[path]] for name, v in (shared or {}).items()
-        }
-        | {
-            name: [where.resolve_each(v, p, depth[p], count, name=name) for p in layers[path]]
-            for name, v in (each or {}).items()
-        }
-        for path, first in zip(trees.paths, trees.models[0], strict=True)
-        if tree.is_merged(first)
-    }
-    for name, fits in (check or {}).items():
-        for path, coefficients in resolved.items():
-            for layer, value in zip(layers[path], coefficients[name], strict=True):
-                fits(value, layer)
     out = []
     for i, path in enumerate(trees.paths):
         first = trees.models[0][i]
@@ -252,6 +160,37 @@ def leafwise(
         )
         out.append(_keep_sharding(merged, first))
     return jax.tree.unflatten(trees.treedef, out)
+
+
+def _resolved(
+    layers: Mapping[str, list[str]],
+    every: list[str],
+    count: int,
+    shared: Mapping[str, Any],
+    each: Mapping[str, Any],
+    check: Mapping[str, Check],
+) -> dict[str, dict[str, list[Any]]]:
+    """Resolve and check coefficients: path of a leaf → name → one value a layer; of `each` a list with one a model.
+
+    Args:
+      layers: paths of each merged leaf's layers, its own where it is not stacked.
+      every: all paths of the tree, merged or not: what depth is counted over and patterns are held against.
+    """
+    deep = depth.depths(every)
+    resolved = {
+        path: {name: [where.resolve(v, p, deep[p], name=name) for p in parts] for name, v in shared.items()}
+        | {name: [where.resolve_each(v, p, deep[p], count, name=name) for p in parts] for name, v in each.items()}
+        for path, parts in layers.items()
+    }
+    for name, value in shared.items():
+        depth.check(value, every, name=name)
+    for name, value in each.items():
+        depth.check(value, every, name=name, per_model=True)
+    for name, fits in check.items():
+        for path, coefficients in resolved.items():
+            for layer, value in zip(layers[path], coefficients[name], strict=True):
+                fits(value, layer)
+    return resolved
 
 
 @contextlib.contextmanager
