@@ -110,15 +110,7 @@ def main() -> None:
         else:
             generate = elsewhere(options["peer"], options["model"], samples, most, temperature, dtype)
         sizes = [int(size) for size in options["batches"].split(",")]
-        speeds = {}
-        for size in sizes:
-            start = time.perf_counter()
-            useful = generate(prompts[: max(sizes) // samples], size)
-            speeds[size] = useful / (time.perf_counter() - start)
-        best = max(speeds, key=lambda size: speeds[size])
-        print(
-            "transformers, useful tokens/s by batch:", ", ".join(f"{s}: {v:.0f}" for s, v in speeds.items()), flush=True
-        )
+        best = best_batch(generate, prompts[: max(sizes) // samples], sizes)
         rivals["transformers"] = lambda prompts: generate(prompts, best)
     ours(prompts[: max(8, 3 * int(options["slots"]) // (2 * samples))])
     print(f"jaxmerge compiled {len(compiled)} programs in {sum(compiled):.1f} s")
@@ -141,6 +133,18 @@ def main() -> None:
         print(f"  {name:<13} {speed:7.0f} useful tokens/s   {speed / speeds['jaxmerge']:.2f} ×")
     if "transformers" in speeds:
         print(f"  ratio {speeds['jaxmerge'] / speeds['transformers']:.2f} (goal on a CPU ≥ 3)")
+
+
+def best_batch(generate: Callable[[list[Prompt], int], int], prompts: list[Prompt], sizes: list[int]) -> int:
+    """The batch in which the peer makes most useful tokens a second."""
+    speeds = {}
+    for size in sizes:
+        start = time.perf_counter()
+        useful = generate(prompts, size)
+        speeds[size] = useful / (time.perf_counter() - start)
+    told = ", ".join(f"{size}: {speed:.0f}" for size, speed in speeds.items())
+    print("transformers, useful tokens/s by batch:", told, flush=True)
+    return max(speeds, key=lambda size: speeds[size])
 
 
 def elsewhere(python: str, *about: object) -> Callable[[list[Prompt], int], int]:

@@ -295,6 +295,11 @@ def main() -> None:
             if isinstance(sides[-1], Elsewhere):
                 sides[-1].close()
             del ours, sides
+    show_compilation(models, dtypes, batch, length)
+
+
+def show_compilation(models: list[str], dtypes: list[str], batch: int, length: int) -> None:
+    """What the first step costs a process, and the next process, which finds the programs in the cache."""
     print("compiling: s to the first step (XLA s, programs), first process → second process (XLA s, from the cache)")
     for name in models:
         for dtype in dtypes:

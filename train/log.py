@@ -146,7 +146,7 @@ class _Rich(Bar):
         self._progress.stop()
 
 
-def _rich_wanted() -> bool:
+def rich_wanted() -> bool:
     if not sys.stdout.isatty():
         return False
     import importlib.util
@@ -169,7 +169,7 @@ def progress(title: str, *, total: int, unit: str = "steps", done: int = 0, scal
       >>> with progress("sample round 1", total=512, unit="samples") as bar:  # doctest: +SKIP
       ...     bar.advance(32, note="41 % correct")
     """
-    kind = _Silent if not is_speaker() else _Rich if _rich_wanted() else Bar
+    kind = _Silent if not is_speaker() else _Rich if rich_wanted() else Bar
     bar = kind(title, total=total, unit=unit, done=done, scale=scale)
     try:
         yield bar

@@ -9,7 +9,8 @@ import numpy as np
 from helpers.goldens.cases import tensor
 from helpers.goldens.family_cases import FAMILY_CASES, family_tokens
 from helpers.tiny_models import config_of
-from train.generate.engine import Decoding, Engine, Request
+from train.generate.engine import Decoding, Engine
+from train.generate.slots import Request
 from train.models.config import Lora, ModelConfig
 from train.models.decoder import forward, shapes
 

@@ -25,10 +25,11 @@ from ..runtime.mesh import activations_on, everywhere, mesh_of, row_ways, spread
 from .caches import OnMesh, empty_caches, fill, grow, kept
 from .sample import choose
 from .shelf import Shelf
+from .slots import CHUNK, Completion, Request, Slot, Slots
 from .weights import to_decode
 
-CHUNK = 4
-"""Decode steps between two looks at which sequences ended."""
+Ready = dict[tuple[int, ...], tuple[tuple[KV, ...], int]]
+"""Prompt → the caches of the batch it was prefilled in, and its row there."""
 PREFILL = 8
 """Prompts prefilled at once."""
 GROWTH = 128
@@ -39,32 +40,6 @@ PLACED = 8
 """Rows copied into slots at once, at least; the next sizes are its doubles."""
 LULL = 8
 """Chunks with half of the slots idle after which they are halved, where more requests may come up."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One sequence to generate: `key` draws it, whatever else is in the batch."""
-
-    id: int
-    prompt: tuple[int, ...]
-    key: np.ndarray
-    """uint32 [2], threefry key data."""
-    max_new_tokens: int
-    temperature: float | None = None
-    """Of this sequence; None is the engine's."""
-    stop: Callable[[Sequence[int]], int | None] | None = None
-    """Of this sequence, in place of the engine's."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What came of a request; `tokens` ends with the stop token when `reason` is "eos"."""
-
-    id: int
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    reason: str
-    """eos, stop (a stop string appeared) or length."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,22 +115,6 @@ def decode(
         return caches, everywhere(tokens), everywhere(logprobs)
 
 
-@dataclasses.dataclass
-class Slot:
-    request: Request
-    tokens: list[int]
-    logprobs: list[float]
-
-    @property
-    def so_far(self) -> tuple[int, ...]:
-        """What is prefilled when this goes (back) into a slot."""
-        return (*self.request.prompt, *self.tokens) if self.tokens else self.request.prompt
-
-    @property
-    def length(self) -> int:
-        return len(self.request.prompt) + len(self.tokens)
-
-
 class Engine:
     """Generates completions for requests with a fixed set of shapes.
 
@@ -229,90 +188,95 @@ class Engine:
             has none and nothing is decoded, nothing is yielded again and again.
           width: that all prompts are padded to; None: each batch of prompts to its own longest, in steps of 64.
         """
-        N = self.slots
-        queue: deque[Slot] = deque()
+        slots, queue = Slots(self.slots, float(self.temperature)), deque[Slot]()
         caches: tuple[KV, ...] = ()
-        length = 0
-        active: list[Slot | None] = [None] * N
-        last, at, steps = (np.zeros(N, np.int32) for _ in range(3))
-        keys = np.zeros((N, 2), np.uint32)
-        warmth = np.full((N, 1), self.temperature, np.float32)
-        ready: dict[tuple[int, ...], tuple[tuple[KV, ...], int]] = {}
         shelf: Shelf | None = None
-        others, lull = True, 0
-
+        ready: Ready = {}
+        others, lull, length = True, 0, 0
         while True:
             came = more() if others else ()
             others = came is not None and others
             new = [Slot(r, [], []) for r in came or ()]
             queue.extend(new)
-            need = CHUNK + max((len(s.request.prompt) + s.request.max_new_tokens for s in new), default=0)
-            if not length and new:
-                length = bucket(need)
-                caches = empty_caches(self.config, N, length, self.how.dtype, self.mesh)
-                if self.shelved:
-                    rows = empty_caches(self.config, self.shelved, length, self.how.dtype, self.mesh)
-                    shelf = Shelf(self.config, self.params, rows, self.prefills, self.how.dtype, self.mesh)
-            elif need > length and new:
-                length = bucket(need, GROWTH)
-                caches = grow(caches, length, mesh=self.mesh)
-                if shelf is not None:
-                    shelf.lengthen(grow(shelf.rows, length, mesh=self.mesh))
-            if not queue and not any(active):
+            caches, shelf, length = self.lengthen(caches, shelf, length, new)
+            if not queue and not slots.busy:
                 if not others:
                     return
                 yield []
                 continue
-            order, busy = list(range(N)), sum(map(bool, active))
-            lull = lull + 1 if not queue and 2 * busy <= N else 0
-            while 2 * busy <= len(order) and not queue and (not others or lull > LULL) and self.halves(len(order)):
-                order = sorted(order, key=lambda n: active[n] is None)[: len(order) // 2]
-            while busy + len(queue) > len(order) and len(order) < self.slots:
-                order = order * 2  # what a copied slot holds is overwritten before it is read
-            if len(order) != N:
-                caches = kept(caches, np.array(order, np.int32), mesh=self.mesh)
-                active = [active[n] for n in order[:N]] + [None] * (len(order) - N)
-                last, at, steps, keys, warmth = (x[order] for x in (last, at, steps, keys, warmth))
-                N, lull = len(order), 0
-            free = [n for n in range(N) if active[n] is None]
-            if free and queue:
-                waiting = [queue.popleft() for _ in range(min(len(free), len(queue)))]
-                if shelf is None:
-                    ready = self.prefilled(waiting, queue, ready, width, length)
-                    caches = self.place(caches, waiting, free, ready)
-                else:
-                    ahead = [s.so_far for s in itertools.islice(queue, self.slots)]
-                    rows = shelf.prepare([s.so_far for s in waiting], ahead)
-                    caches = self.put(caches, shelf.rows, free, rows)
-                    self.computed = shelf.computed
-                for n, slot in zip(free, waiting, strict=False):
-                    active[n] = slot
-                    last[n], at[n] = slot.so_far[-1], slot.length - 1
-                    steps[n], keys[n] = len(slot.tokens), slot.request.key
-                    own = slot.request.temperature
-                    warmth[n] = self.temperature if own is None else own
+            lull = lull + 1 if not queue and 2 * slots.busy <= len(slots) else 0
+            order = self.arrange(slots, len(queue), halve=not others or lull > LULL)
+            if len(order) != len(slots):
+                caches, lull = kept(caches, np.array(order, np.int32), mesh=self.mesh), 0
+                slots.rearrange(order)
+            if slots.free and queue:
+                caches, ready = self.admit(caches, shelf, slots, queue, ready, width, length)
             caches, tokens, logprobs = decode(
-                self.config, self.params, caches, last, at, steps, keys, warmth, how=self.how, mesh=self.mesh
-            )
+                self.config, self.params, caches, slots.last, slots.at, slots.steps, slots.keys, slots.temperatures,
+                how=self.how, mesh=self.mesh,
+            )  # fmt: skip
             between()
-            self.decoded += CHUNK * N
-            tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
-            last = tokens[-1].copy()
-            at, steps = at + CHUNK, steps + CHUNK
-            ended = []
-            for n, slot in enumerate(active):
-                if slot is None:
-                    # An idle slot decodes rubbish into its own row; keep its writes in range.
-                    at[n] = steps[n] = 0
-                    continue
-                done = self.extend(slot, tokens[:, n], logprobs[:, n])
-                if done is not None:
-                    active[n] = None
-                    ended.append(done)
-                elif slot.length == self.turn:
-                    active[n] = None
-                    queue.appendleft(slot)
-            yield ended
+            self.decoded += CHUNK * len(slots)
+            yield self.collect(slots, queue, np.asarray(tokens), np.asarray(logprobs))
+
+    def lengthen(self, caches, shelf: Shelf | None, length: int, new: Sequence[Slot]):
+        """Make the caches, or make them longer, so that the requests that came have room."""
+        need = CHUNK + max((len(s.request.prompt) + s.request.max_new_tokens for s in new), default=0)
+        if not new or need <= length:
+            return caches, shelf, length
+        if not length:
+            length = bucket(need)
+            caches = empty_caches(self.config, self.slots, length, self.how.dtype, self.mesh)
+            if self.shelved:
+                rows = empty_caches(self.config, self.shelved, length, self.how.dtype, self.mesh)
+                shelf = Shelf(self.config, self.params, rows, self.prefills, self.how.dtype, self.mesh)
+            return caches, shelf, length
+        length = bucket(need, GROWTH)
+        caches = grow(caches, length, mesh=self.mesh)
+        if shelf is not None:
+            shelf.lengthen(grow(shelf.rows, length, mesh=self.mesh))
+        return caches, shelf, length
+
+    def arrange(self, slots: Slots, waiting: int, *, halve: bool) -> list[int]:
+        """The slots to go on with: the busy half where the others are idle, all of them twice where more wait."""
+        order, busy = list(range(len(slots))), slots.busy
+        while 2 * busy <= len(order) and not waiting and halve and self.halves(len(order)):
+            order = sorted(order, key=lambda n: slots.active[n] is None)[: len(order) // 2]
+        while busy + waiting > len(order) and len(order) < self.slots:
+            order = order * 2  # what a copied slot holds is overwritten before it is read
+        return order
+
+    def admit(self, caches, shelf: Shelf | None, slots: Slots, queue: deque[Slot], ready: Ready, width, length: int):
+        """Put waiting requests into free slots, their prompts' caches beside them."""
+        free = slots.free
+        waiting = [queue.popleft() for _ in range(min(len(free), len(queue)))]
+        if shelf is None:
+            ready = self.prefilled(waiting, queue, ready, width, length)
+            caches = self.place(caches, waiting, free, ready)
+        else:
+            ahead = [s.so_far for s in itertools.islice(queue, self.slots)]
+            rows = shelf.prepare([s.so_far for s in waiting], ahead)
+            caches = self.put(caches, shelf.rows, free, rows)
+            self.computed = shelf.computed
+        for n, slot in zip(free, waiting, strict=False):
+            slots.put(n, slot)
+        return caches, ready
+
+    def collect(self, slots: Slots, queue: deque[Slot], tokens: np.ndarray, logprobs: np.ndarray) -> list[Completion]:
+        """Append a chunk to every slot; what ended. A sequence at its turn goes back to the front of the queue."""
+        slots.advance(tokens)
+        ended = []
+        for n, slot in enumerate(slots.active):
+            if slot is None:
+                continue
+            done = self.extend(slot, tokens[:, n], logprobs[:, n])
+            if done is not None:
+                slots.active[n] = None
+                ended.append(done)
+            elif slot.length == self.turn:
+                slots.active[n] = None
+                queue.appendleft(slot)
+        return ended
 
     def halves(self, slots: int) -> bool:
         """Whether half as many slots are enough to be worth a program, and divide over the mesh."""

@@ -15,8 +15,9 @@ from ..log import UserError
 from ..models.config import ModelConfig
 from ..models.decoder import Params
 from ..models.tokenizer import Tokenizer
-from .engine import Decoding, Engine, Request
+from .engine import Decoding, Engine
 from .settings import Settings
+from .slots import Request
 
 
 @dataclasses.dataclass(frozen=True)

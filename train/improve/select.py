@@ -18,6 +18,77 @@ SHOWN = 4
 """Accepted and rejected samples kept in the metrics, each, for the report."""
 
 
+class Choice:
+    """Examples chosen so far from the samples of some questions, in order, with what decides the next.
+
+    Attributes:
+      examples: (question id, text with single spaces) → example; first those of earlier rounds.
+      real: ids of the questions learnt from their worked solutions.
+    """
+
+    def __init__(
+        self, suite: Suite, tokenizer: Tokenizer, questions: Sequence[Question], config: Selection, *,
+        shots: int, seed: int, earlier: Sequence[Row],
+    ):  # fmt: skip
+        self.tokenizer, self.config = tokenizer, config
+        self.by_id = {q.id: q for q in questions}
+        self.real = real_questions(questions, config.real_ratio, seed)
+        self.prompt_of = {q.id: prompt_text(suite, tokenizer, q, shots) for q in questions}
+        self.tokens_of = {q.id: prompt_tokens(suite, tokenizer, q, shots) for q in questions}
+        self.examples = {(row["question_id"], one_spaced(row["completion"])): row for row in earlier}
+        # At most `per_question` of the model's own, of all rounds whose examples are learnt.
+        self.kept_of = Counter(row["question_id"] for row in self.examples.values() if row["sample"] >= 0)
+
+    def reason_of(self, row: Row) -> str:
+        """Why a verified sample is left out, or `kept`."""
+        id, limit = row["question_id"], self.config.per_question
+        if row["score"] is None:
+            return "unjudged"
+        if row["score"] != 1.0:
+            return "wrong"
+        if row["reason"] == "length":
+            return "unfinished"
+        if id in self.real:
+            return "replaced by the worked solution"
+        if (id, one_spaced(row["text"])) in self.examples:
+            return "duplicate"
+        if limit is not None and self.kept_of[id] >= limit:
+            return "over per_question"
+        return "kept"
+
+    def keep(self, row: Row) -> None:
+        """Take a sample as an example."""
+        self.kept_of[row["question_id"]] += 1
+        # The tokens of a sample cut at a stop string go on past its text.
+        completion = self.tokenizer.encode(row["text"]) if row["reason"] == "stop" else row["tokens"]
+        self.examples[row["question_id"], one_spaced(row["text"])] = self.example(row, completion)
+
+    def keep_solution(self, question: Question) -> None:
+        """Take a question's worked solution as an example, unless an earlier round did."""
+        text = str(question.solution)
+        row = {"question_id": question.id, "text": question.solution, "sample": -1}
+        self.examples.setdefault((question.id, one_spaced(text)), self.example(row, self.tokenizer.encode(text)))
+
+    def example(self, row: Row, completion: Sequence[int]) -> Row:
+        prompt, tail, eos = self.tokens_of[row["question_id"]], list(completion), self.tokenizer.eos_ids
+        return {
+            "question_id": row["question_id"],
+            "family": self.by_id[row["question_id"]].family,
+            "prompt": self.prompt_of[row["question_id"]],
+            "completion": row["text"],
+            # Every example ends by saying that it ends.
+            "tokens": prompt + tail + ([] if tail and tail[-1] in eos else [eos[0]]),
+            "prompt_length": len(prompt),
+            "score": 1.0,
+            "weight": 1.0,
+            "sample": row["sample"],
+        }
+
+
+def one_spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
 def select(
     suite: Suite,
     tokenizer: Tokenizer,
@@ -34,76 +105,24 @@ def select(
     A sample is kept if it is right, finished, and no repetition of another of its question. For a share
     `real_ratio` of the questions, chosen by `seed`, the generator's worked solution takes the samples' place.
     """
-    real = real_questions(questions, config.real_ratio, seed)
-    by_id = {q.id: q for q in questions}
-    prompt_of = {q.id: prompt_text(suite, tokenizer, q, shots) for q in questions}
-    tokens_of = {q.id: prompt_tokens(suite, tokenizer, q, shots) for q in questions}
-    eos = tokenizer.eos_ids[0]
-
-    def example(row: Row, completion: Sequence[int], score: float) -> Row:
-        prompt, tail = tokens_of[row["question_id"]], list(completion)
-        return {
-            "question_id": row["question_id"],
-            "family": by_id[row["question_id"]].family,
-            "prompt": prompt_of[row["question_id"]],
-            "completion": row["text"],
-            # Every example ends by saying that it ends.
-            "tokens": prompt + tail + ([] if tail and tail[-1] in tokenizer.eos_ids else [eos]),
-            "prompt_length": len(prompt),
-            "score": score,
-            "weight": 1.0,
-            "sample": row["sample"],
-        }
-
-    examples = {(row["question_id"], " ".join(row["completion"].split())): row for row in earlier}
-    before = len(examples)
-    # At most `per_question` of the model's own, of all rounds whose examples are learnt.
-    kept_of = Counter(row["question_id"] for row in examples.values() if row["sample"] >= 0)
+    choice = Choice(suite, tokenizer, questions, config, shots=shots, seed=seed, earlier=earlier)
+    before = len(choice.examples)
     reasons: Counter[str] = Counter()
     families: dict[str, Row] = {}
     shown: dict[bool, list[Row]] = {True: [], False: []}
     for row in scored:
-        question = by_id[row["question_id"]]
-        text = " ".join(row["text"].split())
-        if row["score"] is None:
-            reason = "unjudged"
-        elif row["score"] != 1.0:
-            reason = "wrong"
-        elif row["reason"] == "length":
-            reason = "unfinished"
-        elif question.id in real:
-            reason = "replaced by the worked solution"
-        elif (question.id, text) in examples:
-            reason = "duplicate"
-        elif config.per_question is not None and kept_of[question.id] >= config.per_question:
-            reason = "over per_question"
-        else:
-            reason = "kept"
-            kept_of[question.id] += 1
-            # The tokens of a sample cut at a stop string go on past its text.
-            completion = tokenizer.encode(row["text"]) if row["reason"] == "stop" else row["tokens"]
-            examples[question.id, text] = example(row, completion, 1.0)
+        reason, question = choice.reason_of(row), choice.by_id[row["question_id"]]
+        if reason == "kept":
+            choice.keep(row)
         reasons[reason] += 1
         family = families.setdefault(question.family, {"sampled": 0, "correct": 0})
         family["sampled"] += 1
         family["correct"] += row["score"] == 1.0
-        accepted = reason == "kept"
-        if len(shown[accepted]) < SHOWN and reason not in ("duplicate", "over per_question"):
-            shown[accepted].append(
-                {
-                    "question": question.text,
-                    "answer": question.answer,
-                    "text": row["text"],
-                    "score": row["score"],
-                    "accepted": accepted,
-                    "reason": reason,
-                }
-            )
+        if len(shown[reason == "kept"]) < SHOWN and reason not in ("duplicate", "over per_question"):
+            shown[reason == "kept"].append(to_show(question, row, reason))
     for question in questions:
-        if question.id in real:
-            row = {"question_id": question.id, "text": question.solution, "sample": -1}
-            key = (question.id, " ".join(str(question.solution).split()))
-            examples.setdefault(key, example(row, tokenizer.encode(str(question.solution)), 1.0))
+        if question.id in choice.real:
+            choice.keep_solution(question)
     counts = {
         "sampled": len(scored),
         "correct": sum(f["correct"] for f in families.values()),
@@ -112,14 +131,26 @@ def select(
         "duplicates": reasons["duplicate"],
         "over_limit": reasons["over per_question"],
         "kept": reasons["kept"],
-        "real": len(real),
+        "real": len(choice.real),
         "earlier": before,
-        "examples_written": len(examples),
+        "examples_written": len(choice.examples),
         "questions_solved": len({r["question_id"] for r in scored if r["score"] == 1.0}),
         "families": families,
         "examples": shown[True] + shown[False],
     }
-    return list(examples.values()), counts
+    return list(choice.examples.values()), counts
+
+
+def to_show(question: Question, row: Row, reason: str) -> Row:
+    """A sample as the report shows it."""
+    return {
+        "question": question.text,
+        "answer": question.answer,
+        "text": row["text"],
+        "score": row["score"],
+        "accepted": reason == "kept",
+        "reason": reason,
+    }
 
 
 def real_questions(questions: Sequence[Question], ratio: float, seed: int) -> frozenset[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..log import _rich_wanted, format_percent, is_speaker, say
+from ..log import format_percent, is_speaker, rich_wanted, say
 
 DOMAIN_NAMES = {"id": "in domain", "harder": "harder", "ood": "out of domain", "unseen": "never seen"}
 
@@ -78,7 +78,7 @@ def print_table(summary: Mapping[str, Any]) -> None:
         return
     left = (0, 2)
     title = f"{summary.get('name', 'run')}" + ("" if summary.get("finished", True) else " (unfinished)")
-    if _rich_wanted():
+    if rich_wanted():
         from rich.console import Console
         from rich.markup import escape
         from rich.table import Table

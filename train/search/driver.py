@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Generic, TypeVar
 
-from ..generate.engine import Request
+from ..generate.slots import Request
 from .ask import VERIFIER, Ask, Asking, Reply
 from .replies import Replies
 from .voice import Voice

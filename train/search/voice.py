@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from ..generate.engine import Completion, Decoding, Engine, Request
+from ..generate.engine import Decoding, Engine
 from ..generate.rollout import stopper, without_eos
+from ..generate.slots import Completion, Request
 from ..models.open import Model
 from ..models.tokenizer import DATE
 from ..tasks.wording import untemplated

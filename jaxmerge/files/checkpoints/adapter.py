@@ -31,16 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.files.checkpoints import safetensors
-from jaxmerge.files.checkpoints.source import (
-    EMBEDDING,
-    HEAD,
-    Source,
-    Tensor,
-    fill_by_rows,
-    is_tied,
-    read,
-    read_json,
-)
+from jaxmerge.files.checkpoints.source import EMBEDDING, HEAD, Source, Tensor, fill_by_rows, is_tied, read, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FACTOR = re.compile(

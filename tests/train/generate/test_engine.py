@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from train.generate import engine as engines
-from train.generate.engine import CHUNK, Decoding, Engine, Request, bucket
+from train.generate.engine import Decoding, Engine, bucket
 from train.generate.rollout import Prompt, batched, rollout, sample_keys
 from train.generate.settings import Settings
+from train.generate.slots import CHUNK, Request
 from train.log import UserError
 from train.models.characters import EOS_ID, encode
 from train.models.decoder import forward, logprobs

@@ -16,7 +16,8 @@ from helpers.tiny_families import IDS, logits, pack, run_engine, weights
 from helpers.tiny_models import config_of, relative, write_folder
 from safetensors.numpy import load_file
 
-from train.generate.engine import Decoding, Engine, Request
+from train.generate.engine import Decoding, Engine
+from train.generate.slots import Request
 from train.log import UserError
 from train.models.decoder import forward, init, shapes
 from train.models.families import FAMILIES

@@ -39,7 +39,7 @@ def test_table_piped_is_aligned_and_complete(capsys):
 
 
 def test_table_on_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr(log, "_rich_wanted", lambda: True)
+    monkeypatch.setattr(rows, "rich_wanted", lambda: True)
     rows.print_table({"name": "[bold]", "finished": False, "rows": ROWS})
     out = capsys.readouterr().out
     assert "[bold] (unfinished)" in out
@@ -64,7 +64,7 @@ def test_plain_progress(capsys, monkeypatch):
 
 
 def test_rich_progress(monkeypatch):
-    monkeypatch.setattr(log, "_rich_wanted", lambda: True)
+    monkeypatch.setattr(log, "rich_wanted", lambda: True)
     with log.progress("sft [1]", total=3) as bar:
         bar.advance(3, note="[red]")
     assert bar.done == 3

@@ -17,7 +17,7 @@ from helpers.ports import free_port
 
 from train.data.versions import read_version
 from train.evaluate.answer import verify
-from train.generate.engine import Completion
+from train.generate.slots import Completion
 from train.improve.phases import drawing_of
 from train.improve.run import improve
 from train.improve.select import select as select_examples

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from train.generate.engine import Completion
+from train.generate.slots import Completion
 from train.log import UserError
 from train.models.characters import decode, encode, write_tokenizer
 from train.models.tokenizer import Tokenizer
