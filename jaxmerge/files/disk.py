@@ -13,10 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 
+class DiskError(ValueError):
+    """A folder cannot be written: its name is taken, or there is no room for it."""
+
+
 def check_free(out: pathlib.Path) -> None:
     """Raise unless `out` is a name that nothing, or an empty folder, has."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; give another output folder, or remove it")
+        raise DiskError(f"{out} exists already; give another output folder, or remove it")
 
 
 @contextmanager
@@ -37,12 +41,12 @@ def new_folder(out: pathlib.Path, wanted_bytes: int = 0) -> Iterator[pathlib.Pat
                     shutil.rmtree(left)
         free = shutil.disk_usage(parent).free
         if free < wanted_bytes:
-            raise ValueError(
+            raise DiskError(
                 f"no space left for {out}: it needs {wanted_bytes / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free"
             )
         partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=parent))
     except OSError as error:
-        raise ValueError(f"cannot write {out}: {error.strerror}; choose another output folder") from None
+        raise DiskError(f"cannot write {out}: {error.strerror}; choose another output folder") from None
     with _locked(partial):  # until it has its name or is gone
         try:
             yield partial
@@ -54,7 +58,7 @@ def new_folder(out: pathlib.Path, wanted_bytes: int = 0) -> Iterator[pathlib.Pat
             sync(parent)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise ValueError(f"no space left while writing {out}; nothing was kept") from None
+                raise DiskError(f"no space left while writing {out}; nothing was kept") from None
             raise
         finally:
             if partial.exists():

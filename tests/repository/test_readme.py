@@ -1,4 +1,4 @@
-"""The README's code runs, and its tree names files that exist, and every module is in it."""
+"""The README's code runs, its tree names files that exist, and CONTRIBUTING.md's tree is the tree on disk."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 from helpers import ROOT
 
 README = (ROOT / "README.md").read_text()
+KINDS = (".py", ".yaml", ".sh", ".jinja", ".css", ".typed")
+"""Endings of the files that CONTRIBUTING.md lists."""
 
 
 def test_examples_run():
@@ -43,16 +45,39 @@ def test_the_library_in_other_peoples_loops():
     assert float(nnx["loss"](nnx["nnx"].split(nnx["model"])[1])) == pytest.approx(float(nnx["losses"].min()), rel=1e-4)
 
 
-def test_links_and_tree_name_what_exists():
-    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_name_what_exists(page):
+    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", (ROOT / page).read_text()):
         assert (ROOT / target).exists(), target
+
+
+def test_the_readmes_tree_names_what_exists():
     tree = README.split("## Where things are")[1]
-    for package in ("jaxmerge", "train"):
-        for module in (ROOT / package).glob("*.py"):
-            named = module.name in tree or ("report*.py" in tree and module.name.startswith("report"))
-            assert named or module.name == "__init__.py", f"{package}/{module.name} is not in the README's tree"
-    for name in re.findall(r"[a-z_]+\.py", tree):
-        assert list(ROOT.glob(f"*/{name}")) or list(ROOT.glob(f"*/*/{name}")), f"{name} does not exist"
+    rooms = {path.name for path in (ROOT / "train").iterdir() if (path / "__init__.py").exists()}
+    assert rooms <= set(re.findall(r"(\w+)/", tree)), "a room is missing"
+    for name in re.findall(r"[a-z_-]+\.(?:py|md|yaml)", tree):
+        found = [*ROOT.glob(name), *(p for d in ("*", "*/*") for p in ROOT.glob(f"{d}/{name}"))]
+        assert found, f"{name} does not exist"
+
+
+def test_the_tree_of_contributing_is_the_tree_on_disk():
+    """Each folder with its files; a folder's line begins at the margin, its files follow on indented lines."""
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("## The tree")[1]
+    listed: dict[str, set[str]] = {}
+    folder = ""
+    for line in text.split("```")[1].strip("\n").split("\n"):
+        if line.startswith(" "):
+            listed[folder] |= set(line.split())
+        else:
+            folder, _, purpose = line.partition("/ ")
+            assert purpose.strip(), f"{folder}: no purpose"
+            listed[folder] = set()
+    for name, files in listed.items():
+        there = {p.name for p in (ROOT / name).iterdir() if p.suffix in KINDS and p.name != "__init__.py"}
+        assert files == there, name
+    tops = ("jaxmerge", "train", "tpu", "benchmarks")
+    packages = {p.parent.relative_to(ROOT).as_posix() for top in tops for p in (ROOT / top).rglob("*.py")}
+    assert packages <= set(listed)
 
 
 def test_nothing_names_a_registry():

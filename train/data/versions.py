@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..log import UserError
-from ..runtime.disk import _sync, _write_bytes
+from ..runtime.disk import sync, write_durably
 from ..runtime.jsonl import PathLike
 
 Example = dict[str, Any]
@@ -78,7 +78,7 @@ def write_version(
         written = _write_tfds(scratch, name, version, rows, origin)
         write_checksums(written)
         os.rename(written, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise UserError(f"{folder}: could not write the dataset: {error.strerror or error}") from error
     finally:
@@ -202,9 +202,8 @@ def write_checksums(folder: pathlib.Path) -> None:
     """Sync the files of a version, then write their sizes and digests beside them: its last file."""
     sums = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
     for path in folder.iterdir():
-        _sync(path)
-    _write_bytes(folder / CHECKSUMS, (json.dumps(sums, indent=2) + "\n").encode())
-    _sync(folder)
+        sync(path)
+    write_durably(folder / CHECKSUMS, json.dumps(sums, indent=2) + "\n")
 
 
 def check_files(folder: pathlib.Path) -> None:

@@ -7,14 +7,12 @@ to their sharding one at a time: host memory holds one tensor, never the model.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import json
 import math
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -23,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..log import UserError, is_first_process
+from ..runtime.disk import new_folder
 from ..runtime.mesh import put
 from ..runtime.processes import on_first, to_host, told
 from .config import ModelConfig
@@ -295,32 +294,3 @@ def _write_shard(folder: pathlib.Path, file: str, shard: dict[str, np.ndarray]) 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Give a temporary folder that becomes `folder` when the block ends well, and vanishes otherwise."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: already there and not empty; remove it or name another folder")
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            _sync(path)
-        os.rename(temporary, folder)
-        _sync(folder.parent)
-    except OSError as error:
-        why = "no space left" if error.errno == errno.ENOSPC else error.strerror or error
-        raise UserError(f"{folder}: could not be written ({why}); nothing was left behind") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(path: pathlib.Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..log import UserError
+from ..runtime.disk import new_folder
 from ..runtime.processes import on_first, to_host
 from .config import Lora
-from .hf import named, new_folder, read_json, write_json
+from .hf import named, read_json, write_json
 from .lora import Params, modules, pairs, set_at
 from .stacked import unstack_layers
 

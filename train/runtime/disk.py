@@ -1,55 +1,68 @@
-"""Files put on disk whole or not at all, and locks between processes."""
+"""Files and folders put on disk whole or not at all, and locks between processes.
+
+The library's `jaxmerge.files.disk` does the work; here its errors become the command's.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
-import pathlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxmerge.files import disk
+from jaxmerge.files.disk import sync
+
 from ..log import UserError
+
+PathLike = str | os.PathLike[str]
 
 
 class Busy(UserError):
     """Another process is at this run."""
 
 
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
+def write_durably(path: PathLike, content: str | bytes) -> None:
+    """Replace a file whole or not at all: a temporary name beside it, fsync, rename. Its folder is made if need be.
+
+    Raises:
+      UserError: it could not be written; names the path and why.
+    """
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.partial")
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+        sync(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the folder itself may be gone, or be a file
+            scratch.unlink(missing_ok=True)
+        raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replace a text file whole or not at all: temporary name, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes `folder` when the block ends well, and vanishes otherwise.
 
-
-def _sync(path: pathlib.Path) -> None:
-    """Force a file, or the entries of a folder, to disk."""
-    handle = os.open(path, os.O_RDONLY)
+    Raises:
+      UserError: `folder` is there and not empty, or the disk is full; nothing is left behind.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: already there and not empty; remove it or name another folder")
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_bytes(path: pathlib.Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        with disk.new_folder(folder) as temporary:
+            yield temporary
+    except disk.DiskError as error:
+        raise UserError(f"{folder}: could not be written ({error})") from error
+    except OSError as error:
+        why = "no space left" if error.errno == errno.ENOSPC else error.strerror or error
+        raise UserError(f"{folder}: could not be written ({why}); nothing was left behind") from error
 
 
 @contextlib.contextmanager

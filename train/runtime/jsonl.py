@@ -9,12 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..log import UserError
-from .disk import _sync, _write_bytes
+from .disk import PathLike, write_durably
 
 Row = dict[str, Any]
-
-
-PathLike = str | os.PathLike[str]
 
 
 def read_jsonl(path: PathLike, *, required: Collection[str] = ()) -> list[dict[str, Any]]:
@@ -66,17 +63,10 @@ def write_jsonl(path: PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
         lines = [json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: a row is no JSON: {error}") from error
-    scratch = path.with_name(f".{path.name}.partial")
-    try:
-        _write_bytes(scratch, "".join(lines).encode())
-        os.rename(scratch, path)
-        _sync(path.parent)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
+    write_durably(path, "".join(lines))
 
 
-def append_jsonl(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
+def append_jsonl(path: PathLike, row: Mapping[str, Any]) -> None:
     """Add one object as one line, on disk when this returns.
 
     One write of one whole line: a process killed inside it leaves at most a torn last line, which
@@ -97,13 +87,13 @@ def append_jsonl(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _last_byte(path: str | os.PathLike[str]) -> bytes:
+def _last_byte(path: PathLike) -> bytes:
     with open(path, "rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1)
 
 
-def read_jsonl_tolerant(path: str | os.PathLike[str], *, truncate: bool = False) -> list[dict[str, Any]]:
+def read_jsonl_tolerant(path: PathLike, *, truncate: bool = False) -> list[dict[str, Any]]:
     """Read the objects of a JSON-lines file whose writer may have been killed.
 
     Args:

@@ -162,6 +162,6 @@ def test_jsonl_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match="no JSON"):
         write_jsonl(path, [{"a": 2}, {"a": float("nan")}])
     with pytest.raises(UserError, match="could not be written"):
-        write_jsonl(tmp_path / "no folder" / "rows.jsonl", [{"a": 1}])
+        write_jsonl(path / "rows.jsonl", [{"a": 1}])  # below a file
     assert read_jsonl(path) == [{"a": 1}]
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
