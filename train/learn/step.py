@@ -150,6 +150,9 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute):
         params, optimizer = optim.update(
             config, state.params, state.optimizer, grads, rate=rate, good=good, frozen=kept
         )
+        if how.mesh is not None:  # the compiler would lay norms over fsdp, and the next step be another program
+            places = shardings(how.mesh, params), optim.state_places(config, params, how.mesh, kept)
+            params, optimizer = jax.lax.with_sharding_constraint((params, optimizer), places)
         average: Any = state.average
         if average is not None:
             moved = 1 - jnp.where(good, keep, 1.0)

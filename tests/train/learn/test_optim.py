@@ -15,7 +15,7 @@ from train.learn import optim
 from train.learn.batches import Rows
 from train.learn.checkpoints import SftCheckpoints
 from train.learn.settings import Adafactor, AdamW, Lion, Muon, ScheduleFree, Sft, Sgd, Stay, Step
-from train.learn.step import init_state, make_step, state_shardings
+from train.learn.step import compute_of, init_state, make_step, state_shardings
 from train.log import UserError
 from train.models.decoder import shapes
 from train.models.open import random_model
@@ -146,7 +146,7 @@ def test_on_a_mesh_the_same_and_the_state_where_its_parameters_lie(model, rows, 
     config = config_of(optimizer)
     there = random_model(TINY, sharded, seed=0)
     where = state_shardings(config, shapes(model.config), sharded)
-    step = make_step(there.config, config, "float32")
+    step = make_step(there.config, config, compute_of(config, there.config, there.params, sharded, "float32"))
     batch = {"tokens": rows.tokens[:8], "weights": rows.weights[:8]}
     state = init_state(config, there.params, sharded)
     for _ in range(2):
