@@ -39,8 +39,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.learn.settings import Sft, Step
-from train.learn.sft import compute_of, init_state, make_step
 from train.learn.speed import peak_flops, step_flops
+from train.learn.step import compute_of, init_state, make_step
 from train.models.config import ModelConfig
 from train.models.decoder import init
 from train.models.open import load_model

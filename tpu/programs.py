@@ -13,7 +13,7 @@ import jaxmerge
 from train.generate.caches import empty_caches
 from train.generate.engine import Decoding, decode
 from train.learn.settings import Sft, Step
-from train.learn.sft import compute_of, init_state, make_step, state_shardings
+from train.learn.step import compute_of, init_state, make_step, state_shardings
 from train.models.config import ModelConfig
 from train.models.decoder import shapes
 from train.models.stacked import stack_layers
@@ -51,7 +51,7 @@ class Program(NamedTuple):
 
 
 def sft(model: ModelConfig, plan: Any, mesh: jax.sharding.Mesh) -> Program:
-    """`train.learn.sft.make_step` on a batch of [B, T] tokens."""
+    """`train.learn.step.make_step` on a batch of [B, T] tokens."""
     config = sft_of(plan)
     params = shapes(model) if plan.layers == "unrolled" else jax.eval_shape(stack_layers, shapes(model))
     state = jax.eval_shape(functools.partial(init_state, config, mesh=mesh), params)

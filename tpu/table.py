@@ -92,7 +92,7 @@ def clear() -> None:
     """Forget what was compiled: a hundred programs for 256 chips are gigabytes."""
     import jax
 
-    from train.learn.sft import _make_step
+    from train.learn.step import _make_step
 
     jax.clear_caches()
     _make_step.cache_clear()

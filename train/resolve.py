@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar
 from .log import UserError
 
 T = TypeVar("T")
+FINISH_WITH = "finish_with"
+"""Metadata of a field that came later: the commit that finishes runs begun without it, which compute otherwise."""
 
 
 def at_least(config: Any, where: str, **bounds: float) -> None:
@@ -60,7 +62,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return convert(next(a for a in args if a is not type(None)), value, where)
+        kinds = [a for a in args if a is not type(None)]
+        return convert(kinds[0] if len(kinds) == 1 else chosen(kinds, value, where), value, where)
     if origin is Literal:
         if value not in args:
             raise UserError(f"{where} is {value!r}; it must be one of {', '.join(map(str, args))}")
@@ -82,6 +85,15 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"{where} is {value!r}; {hint.__name__} is wanted")
     return value
+
+
+def chosen(kinds: Sequence[type], value: Any, where: str) -> type:
+    """Of several dataclasses that each have a `name` of their own, the one that `value` names; the first by default."""
+    by_name = {kind.__dataclass_fields__["name"].default: kind for kind in kinds}
+    name = value.get("name", next(iter(by_name))) if isinstance(value, Mapping) else next(iter(by_name))
+    if name not in by_name:
+        raise UserError(f"{where}.name is {name!r}; no such name{nearest(str(name), list(by_name))}")
+    return by_name[name]
 
 
 def looks_like_float(text: str) -> bool:

@@ -13,7 +13,7 @@ import jaxmerge
 from train.generate.caches import empty_caches
 from train.generate.engine import Decoding, decode
 from train.learn.settings import Sft
-from train.learn.sft import init_state, make_step
+from train.learn.step import init_state, make_step
 from train.models.decoder import init
 from train.models.open import random_config
 from train.runtime.mesh import make_mesh

@@ -65,10 +65,21 @@ def keys(settings: type, prefix: str = "", told: tuple[type, ...] = ()) -> Itera
             yield Key(path, kind, default(field), meaning or ("" if inner is None else "As of `improve`."))
         if inner is not None and inner not in told:
             yield from keys(inner, f"{path}.", told)
+            for other in alternatives(hints[field.name])[1:]:
+                for key in list(keys(other, f"{path}.", told)):
+                    yield dataclasses.replace(key, path=f"{key.path} ({other.__dataclass_fields__['name'].default})")
 
 
 def documented(settings: type) -> dict[str, tuple[str, str]]:
     """Field → its type as written, and its meaning: the docstring that follows it, or the class's under Attributes."""
+    found: dict[str, tuple[str, str]] = {}
+    for part in reversed([base for base in settings.__mro__ if dataclasses.is_dataclass(base)]):
+        found |= documented_here(part)
+    return found
+
+
+def documented_here(settings: type) -> dict[str, tuple[str, str]]:
+    """`documented` of the fields that the class itself writes, without those it inherits."""
     meanings = {}
     for names, text in re.findall(r"^  (\w[\w, ]*): ((?:.|\n   )*)", inspect.getdoc(settings) or "", re.MULTILINE):
         meanings |= dict.fromkeys(names.split(", "), " ".join(text.split()))
@@ -117,6 +128,13 @@ def nested(hint: Any) -> tuple[type | None, str]:
         if typing.get_origin(option) is tuple and arguments and dataclasses.is_dataclass(arguments[0]):
             return typing.cast(type, arguments[0]), "[]"
     return None, ""
+
+
+def alternatives(hint: Any) -> list[type]:
+    """The settings that `name` chooses among, where there are several; their keys follow those of the first."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else ()
+    found = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
+    return found if len(found) > 1 else []
 
 
 def default(field: dataclasses.Field) -> str:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from ..learn.settings import Sft
-from ..runtime.folder import check_same_config, content, fingerprint, write_config
+from ..runtime.folder import check_resumable, check_same_config, content, fingerprint, write_config
 from ..runtime.journal import Journal
 from ..runtime.processes import on_first
 from ..runtime.sinks import check_sinks
@@ -43,6 +43,7 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
         if not quiet:
             summary.show(finished, folder)
         return folder
+    on_first(check_resumable, folder, config)
     check_sampled(config)
     todo, outcomes = plan(config)
     for phase in todo.phases:

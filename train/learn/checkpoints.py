@@ -11,7 +11,8 @@ import orbax.checkpoint as ocp
 from ..models.decoder import Params
 from ..runtime.checkpoint import damage_named, failure_named, save_weights
 from ..runtime.processes import on_first
-from .sft import Checkpoints, State
+from .sft import Checkpoints
+from .step import State
 
 
 class SftCheckpoints(Checkpoints):

@@ -17,7 +17,7 @@ from ..models.open import Model, describe, load_source
 from ..models.tokenizer import DATE
 from ..resolve import build, read_yaml, to_dict
 from ..runtime import checkpoint, stop
-from ..runtime.folder import check_same_config, content, fingerprint, write_config
+from ..runtime.folder import check_resumable, check_same_config, content, fingerprint, write_config
 from ..runtime.journal import Journal
 from ..runtime.mesh import make_mesh
 from ..runtime.processes import on_first, several
@@ -38,6 +38,8 @@ def finetune(config: Finetune, *, name: str, out: Path | None = None) -> Path:
     folder = out or Path("runs") / f"{name}-{fingerprint(content(config))}"
     on_first(check_same_config, folder, config)
     with Journal(folder) as journal:
+        if journal.committed(PHASE) is None:
+            on_first(check_resumable, folder, config)
         on_first(write_config, folder, config)
         journal.reconcile([PHASE])
         record = journal.committed(PHASE) or train(config, journal, folder, name)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from ..log import UserError
 from ..models.config import Lora
 from ..models.settings import Source
-from ..resolve import at_least
+from ..resolve import FINISH_WITH, at_least
 from ..runtime.settings import Distributed, Mesh
 from ..tasks.settings import FamilySpec, Ingredient
 
@@ -29,8 +29,9 @@ class Step:
     logits_at_once: int = 1024
     """Tokens whose logits [·, V] are held at a time, a device's rows together."""
     clip: float = 1.0
-    """Largest global gradient norm."""
+    """Largest global gradient norm: larger gradients are scaled down to it."""
     weight_decay: float = 0.0
+    """λ of the decay: an update takes ηλ of a parameter from it, whatever the optimizer; η is the learning rate."""
     decay: tuple[str, ...] = ()
     """Parameters that decay, as path patterns; () is all but norms and biases."""
     ema: float = 0.0
@@ -54,6 +55,152 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101)."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer; which other keys there are depends on it."""
+    b1: float = 0.9
+    """Share of the mean gradient that an update keeps."""
+    b2: float = 0.999
+    """Share of the mean squared gradient that an update keeps."""
+    eps: float = 1e-8
+    """Number that is added to the root of the mean squared gradient."""
+    eps_root: float = 0.0
+    """Number that is added to the mean squared gradient, under the root."""
+    nesterov: bool = False
+    """Whether the mean gradient looks one update ahead, as Nesterov's momentum does."""
+
+    def __post_init__(self):
+        shares(self, "b1", "b2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lion:
+    """The sign of a mean gradient (Chen et al., https://arxiv.org/abs/2302.06675); wants a lower rate than AdamW."""
+
+    name: Literal["lion"] = "lion"
+    """The optimizer."""
+    b1: float = 0.9
+    """Share of the mean gradient in the sum whose sign is the update."""
+    b2: float = 0.99
+    """Share of the mean gradient that an update keeps."""
+
+    def __post_init__(self):
+        shares(self, "b1", "b2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor:
+    """Second moments as row and column means (Shazeer and Stern, https://arxiv.org/abs/1804.04235): little memory."""
+
+    name: Literal["adafactor"] = "adafactor"
+    """The optimizer."""
+    min_dim_size_to_factor: int = 128
+    """Smallest size of a matrix's sides at which its second moment is kept as row and column means."""
+    decay_rate: float = 0.8
+    """Exponent c of the share 1 − n^−c of the second moment that update n keeps."""
+    decay_offset: int = 0
+    """Updates that count as made before the first one."""
+    multiply_by_parameter_scale: bool = True
+    """Whether an update is multiplied by the root mean square of its parameter."""
+    clipping_threshold: float | None = 1.0
+    """Largest root mean square of a parameter's update; null clips none."""
+    momentum: float | None = None
+    """Share of the mean update that an update keeps; null keeps no mean."""
+    eps: float = 1e-30
+    """Number that is added to the squared gradient."""
+    factored: bool = True
+    """Whether second moments are kept as row and column means at all."""
+
+    def __post_init__(self):
+        shares(self, "momentum")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sgd:
+    """Stochastic gradient descent."""
+
+    name: Literal["sgd"] = "sgd"
+    """The optimizer."""
+    momentum: float | None = None
+    """Share of the summed gradients that an update keeps; null keeps no sum."""
+    nesterov: bool = False
+    """Whether the sum looks one update ahead, as Nesterov's momentum does."""
+
+    def __post_init__(self):
+        shares(self, "momentum")
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon:
+    """Orthogonalised momentum for the layers' matrices, Adam for the rest (https://kellerjordan.github.io/posts/muon)."""
+
+    name: Literal["muon"] = "muon"
+    """The optimizer."""
+    ns_steps: int = 5
+    """Steps of the Newton-Schulz iteration that makes a mean gradient orthogonal."""
+    beta: float = 0.95
+    """Share of a matrix's mean gradient that an update keeps."""
+    eps: float = 1e-8
+    """Number that is added to denominators, in Adam too."""
+    nesterov: bool = True
+    """Whether mean gradients look one update ahead, as Nesterov's momentum does; in Adam too."""
+    adaptive: bool = False
+    """Whether an update is multiplied by the dual norm of its gradient (https://arxiv.org/abs/2409.20325)."""
+    preconditioning: Literal["frobenius", "spectral", "aol", "schatten"] = "frobenius"
+    """How a matrix is scaled before the first Newton-Schulz step."""
+    adam_b1: float = 0.9
+    """`b1` of the Adam that updates embeddings, head, norms and biases."""
+    adam_b2: float = 0.999
+    """`b2` of the Adam that updates embeddings, head, norms and biases."""
+    adam_eps_root: float = 0.0
+    """`eps_root` of the Adam that updates embeddings, head, norms and biases."""
+    consistent_rms: float | None = None
+    """Root mean square that every matrix's update gets, whatever its shape; 0.2 suits rates chosen for AdamW. null
+    scales by the root of max(1, out/in) instead."""
+
+    def __post_init__(self):
+        shares(self, "beta", "adam_b1", "adam_b2")
+        at_least(self, "sft.optimizer", ns_steps=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleFree:
+    """AdamW whose momentum is an average of its weights (Defazio et al., https://arxiv.org/abs/2405.15682).
+
+    The average is what is measured, kept and returned. The schedule should be constant after its warm-up.
+    """
+
+    name: Literal["schedule_free"] = "schedule_free"
+    """The optimizer."""
+    b1: float = 0.9
+    """Share of the average in the weights that gradients are taken at."""
+    b2: float = 0.999
+    """`b2` of the AdamW inside."""
+    eps: float = 1e-8
+    """`eps` of the AdamW inside."""
+    weight_lr_power: float = 2.0
+    """Power of the largest rate so far that an update's weights have in the average."""
+
+    def __post_init__(self):
+        shares(self, "b1", "b2")
+        if self.b1 == 0:
+            raise UserError("sft.optimizer.b1 is 0; schedule_free divides by it: give a number above 0, or take adamw")
+
+
+def shares(optimizer: Any, *names: str) -> None:
+    """Raise what is not a share of something that is kept."""
+    for name in names:
+        value = getattr(optimizer, name)
+        if value is not None and not 0 <= value < 1:
+            raise UserError(f"sft.optimizer.{name} is {value}; it must lie in [0, 1)")
+
+
+Optimizer = AdamW | Lion | Adafactor | Sgd | Muon | ScheduleFree
+
+
+@dataclasses.dataclass(frozen=True)
 class Watch:
     """What is measured while fine-tuning, and where it is written beside steps.jsonl."""
 
@@ -67,6 +214,7 @@ class Watch:
     trace_from: int = 0
     """First step of a profiler trace (from 1), written to `trace/`; 0 traces nothing."""
     trace_steps: int = 3
+    """Steps that the profiler trace holds."""
 
     def __post_init__(self):
         at_least(self, "sft.watch", held_out=0, evaluate_every=1, trace_from=0, trace_steps=1)
@@ -101,7 +249,7 @@ class Stay:
 
 @dataclasses.dataclass(frozen=True)
 class Sft:
-    """Supervised fine-tuning: AdamW, warm-up then cosine, loss on the completion only."""
+    """Supervised fine-tuning: an optimizer, warm-up then cosine, loss on the completion only."""
 
     learning_rate: float = 2e-5
     """The highest of the schedule."""
@@ -129,6 +277,7 @@ class Sft:
     """Checkpoints kept a round, equally spaced, the last at the end; exme picks its two among them."""
     checkpoint_every: int = 200
     """Steps between resumable checkpoints: what a kill can lose."""
+    optimizer: Optimizer = dataclasses.field(default=AdamW(), metadata={FINISH_WITH: "aa22b70"})
     step: Step = Step()
     watch: Watch = Watch()
     stay: Stay = Stay()
@@ -141,6 +290,11 @@ class Sft:
         if self.learning_rate < 0 or not 0 <= self.warmup <= 1:
             raise UserError(
                 f"sft: learning_rate is {self.learning_rate} (≥ 0), warmup is {self.warmup} (a share, 0 to 1)"
+            )
+        if isinstance(self.optimizer, ScheduleFree) and (self.step.ema or self.step.masters != "float32"):
+            raise UserError(
+                f"sft.step: ema is {self.step.ema}, masters is {self.step.masters}; schedule_free keeps an average of "
+                "its own, in float32: leave ema at 0 and masters at float32, or take another sft.optimizer"
             )
         if self.lora is not None and (self.stay.penalised or self.stay.freeze):
             raise UserError("sft.stay: l2, kl and freeze speak of all weights, sft.lora trains none of them; give one")

@@ -37,8 +37,10 @@ def pull(params: Params, anchor: Anchor, grads: Any) -> Any:
 
 
 def held(patterns: tuple[str, ...], params: Params) -> Any:
-    """True at every leaf that is frozen; a pattern without a leaf is an error."""
+    """True at every leaf that is frozen, None where no pattern is given; a pattern without a leaf is an error."""
+    if not patterns:
+        return None
     frozen = [matches(patterns, path) for path in checked_paths("sft.stay.freeze", patterns, params)]
-    if patterns and all(frozen):
+    if all(frozen):
         raise UserError(f"sft.stay.freeze: {', '.join(patterns)} freeze every parameter; leave some to train")
     return jax.tree.unflatten(jax.tree.structure(params), frozen)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
 import platform
 import subprocess
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,7 @@ import jax
 import yaml
 
 from ..log import UserError
-from ..resolve import to_dict
+from ..resolve import FINISH_WITH, build, to_dict
 from .disk import write_durably
 
 PLACEMENT = ("mesh", "distributed")
@@ -22,8 +27,41 @@ PLACEMENT = ("mesh", "distributed")
 
 
 def content(config: Any) -> dict[str, Any]:
-    """What a config says of the result: plain data, without `PLACEMENT`."""
-    return {key: value for key, value in to_dict(config).items() if key not in PLACEMENT}
+    """What a config says of the result: plain data, without `PLACEMENT`.
+
+    A key that came later (`FINISH_WITH`) is left out at its default, so that what was said before it says the same.
+    """
+    values = {key: value for key, value in to_dict(config).items() if key not in PLACEMENT}
+    for (*parents, last), default, _ in later_keys(type(config)):
+        inner = functools.reduce(lambda values, key: values[key], parents, values)
+        if inner[last] == default:
+            del inner[last]
+    return values
+
+
+def later_keys(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, str]]:
+    """Path, default as plain data and commit of every key that came after runs had been begun; see `FINISH_WITH`."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if FINISH_WITH in field.metadata:
+            yield (*path, field.name), to_dict(field.default), field.metadata[FINISH_WITH]
+        elif isinstance(hints[field.name], type) and dataclasses.is_dataclass(hints[field.name]):
+            yield from later_keys(hints[field.name], (*path, field.name))
+
+
+def check_resumable(folder: Path, config: Any) -> None:
+    """Refuse to finish a run that was begun when this version's results were others."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    begun = yaml.safe_load(path.read_text())
+    for (*parents, last), _, commit in later_keys(type(config)):
+        inner = functools.reduce(lambda values, key: values.get(key, {}), parents, begun)
+        if last not in inner:
+            raise UserError(
+                f"{folder}: this run was begun before there was {'.'.join([*parents, last])}, and this version would "
+                f"go on with other numbers; finish it with commit {commit}, or begin it anew with out=DIR"
+            )
 
 
 def write_config(folder: Path, config: Any) -> None:
@@ -39,6 +77,8 @@ def check_same_config(folder: Path, config: Any) -> None:
         return
     theirs = yaml.safe_load(path.read_text())
     there = {key: value for key, value in theirs.items() if key not in PLACEMENT} if isinstance(theirs, dict) else {}
+    with contextlib.suppress(UserError):  # a key that is gone is a difference, too
+        there = content(build(type(config), there))
     changed = differences(content(config), there)
     if changed:
         raise UserError(

@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import yaml
 from helpers.line_cases import ALPACA, CHAT, CHOICES, GSM8K, MBPP, write
 from helpers.tiny_tokenizers import CHATML, MARKED, byte_level
 
@@ -17,7 +18,7 @@ from train.data.versions import write_version
 from train.evaluate.run import open_suite
 from train.evaluate.settings import QuestionOptions
 from train.learn import sources
-from train.learn.run import describe_rows, read_rows
+from train.learn.run import describe_rows, finetune, read_rows
 from train.learn.settings import Data, Finetune, Part
 from train.learn.sft import Checkpoints, fine_tune
 from train.learn.sources import ReasoningGym, load_sources
@@ -27,6 +28,7 @@ from train.models.hf import save_hf
 from train.models.open import Model, random_model
 from train.models.tokenizer import Tokenizer
 from train.resolve import build
+from train.runtime.folder import write_config
 from train.runtime.jsonl import read_jsonl
 from train.runtime.mesh import make_mesh
 from train.runtime.settings import Mesh
@@ -321,3 +323,14 @@ def test_every_key_of_evaluating_a_file_is_read(tmp_path, folder):
         open_suite(version, QuestionOptions())
     with pytest.raises(UserError, match="limit is 0; it must be at least 1"):
         QuestionOptions(limit=0)
+
+
+def test_a_run_begun_before_optax_is_not_gone_on_with(tmp_path):
+    """Before anything is read: there is neither the model nor the file."""
+    config = finetune_of(data={"path": "nowhere.jsonl"})
+    write_config(tmp_path, config)
+    values = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del values["sft"]["optimizer"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"begun before there was sft\.optimizer.*finish it with commit aa22b70"):
+        finetune(config, name="x", out=tmp_path)

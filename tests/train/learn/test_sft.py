@@ -12,9 +12,10 @@ from helpers.sft_cases import SFT, SIZES, assert_bits, tune, without_seconds
 
 from train.learn.batches import batches, steps_of, to_rows
 from train.learn.checkpoints import SftCheckpoints
-from train.learn.optim import learning_rate
+from train.learn.optim import learning_rates
 from train.learn.settings import Sft, Step, Watch
-from train.learn.sft import Checkpoints, compute_of, fine_tune, init_state, make_step, mean_loss
+from train.learn.sft import Checkpoints, fine_tune, mean_loss
+from train.learn.step import compute_of, init_state, make_step
 from train.log import UserError
 from train.models.characters import PAD_ID, encode
 from train.models.loss import Compute, loss_sums
@@ -326,16 +327,16 @@ def test_a_skipped_update_is_told_and_left_out_of_the_log(model, examples, mesh,
 
 def test_the_rate_warms_up_and_falls_along_a_cosine():
     config = Sft(learning_rate=1.0, warmup=0.2)
-    rates = [learning_rate(config, i, 10) for i in range(10)]
+    rates = [*learning_rates(config, 10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[6] == pytest.approx(0.5)
     assert rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
     assert rates[2:] == sorted(rates[2:], reverse=True)
     constant = dataclasses.replace(config, schedule="constant")
-    assert [learning_rate(constant, i, 10) for i in range(10)] == [0.5, *[1.0] * 9]
-    assert learning_rate(dataclasses.replace(config, warmup=0.0), 0, 10) == 1.0
-    assert learning_rate(dataclasses.replace(config, warmup=1.0), 9, 10) == 1.0
-    assert learning_rate(Sft(learning_rate=1.0), 0, 1) == 1.0  # one step in all
+    assert [*learning_rates(constant, 10)] == [0.5, *[1.0] * 9]
+    assert learning_rates(dataclasses.replace(config, warmup=0.0), 10)[0] == 1.0
+    assert learning_rates(dataclasses.replace(config, warmup=1.0), 10)[9] == 1.0
+    assert learning_rates(Sft(learning_rate=1.0), 1) == (1.0,)  # one step in all
 
 
 def test_two_rates_share_one_compilation(model, rows, mesh, undisturbed, caplog):
@@ -424,7 +425,7 @@ def test_bfloat16_masters_hold_bfloat16_numbers_and_float32_moments(model, rows,
     config = with_step(SFT, masters="bfloat16")
     state = init_state(config, model.params, mesh)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
-    assert {x.dtype for x in jax.tree.leaves(state.moments) if x.ndim} == {jnp.dtype(jnp.float32)}
+    assert {x.dtype for x in jax.tree.leaves(state.optimizer) if x.ndim} == {jnp.dtype(jnp.float32)}
     tuned, log = tune(model, rows, config, mesh)
     for leaf in jax.tree.leaves(tuned):
         assert leaf.dtype == jnp.float32

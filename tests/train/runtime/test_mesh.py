@@ -16,7 +16,8 @@ from train.generate.rollout import Prompt, rollout
 from train.generate.settings import Settings
 from train.learn.batches import Rows
 from train.learn.settings import Sft, Step
-from train.learn.sft import compute_of, fine_tune, init_state, make_step, state_shardings
+from train.learn.sft import fine_tune
+from train.learn.step import compute_of, init_state, make_step, state_shardings
 from train.log import UserError
 from train.models.decoder import shapes
 from train.models.open import random_config, random_model
@@ -184,7 +185,7 @@ def test_the_moments_lie_where_their_parameters_lie(on, rows):
     batch = {"tokens": rows.tokens[:8], "weights": rows.weights[:8]}
     after, _ = step(init_state(SFT, model.params, mesh), jax.device_put(batch, batch_sharding(mesh, 8)), jnp.float32(0))
     for s in (state, after):
-        adam = next(m for m in jax.tree.leaves(s.moments, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(m, "mu"))
+        adam = next(m for m in jax.tree.leaves(s.optimizer, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(m, "mu"))
         for moments in (adam.mu, adam.nu):
             assert jax.tree.structure(moments) == jax.tree.structure(s.params)
             assert_placed(moments, mesh)
