@@ -12,10 +12,11 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..evaluate.settings import HarnessOptions, QuestionOptions
 from ..generate.settings import SampleOptions
 from ..improve.settings import Improve
 from ..learn.settings import Finetune, Sft
@@ -25,6 +26,7 @@ from ..runtime.settings import Distributed, Mesh
 from ..search.settings import SearchRun
 from ..studies.settings import AnalyseOptions, Sweep
 from ..tasks.settings import FamilySpec
+from .settings import ExportOptions, ExtractOptions, InspectOptions, MergeOptions, ResultsOptions
 
 HEAD = """# Keys of a config
 
@@ -38,8 +40,18 @@ ABOUT = {
     "sft": (Finetune, "`jaxmerge sft CONFIG`, or `MODEL DATA OUT`, which are `model.path`, `data.path`, `out`."),
     "search": (SearchRun, "`jaxmerge search CONFIG`: see [search.md](search.md)."),
     "sample": (SampleOptions, "`jaxmerge sample MODEL PROMPTS OUT`."),
+    "evaluate": (QuestionOptions, "`jaxmerge evaluate MODEL FILE`; with a `CONFIG` its keys are those of `improve`."),
+    "harness": (HarnessOptions, "`jaxmerge harness MODEL TASKS`."),
     "analyse": (AnalyseOptions, "`jaxmerge analyse RUN`."),
+    "merge": (MergeOptions, "`jaxmerge merge RECIPE OUT`; see [merge.md](merge.md)."),
+    "inspect": (InspectOptions, "`jaxmerge inspect BASE MODELS`."),
+    "extract-lora": (ExtractOptions, "`jaxmerge extract-lora BASE TUNED OUT`."),
+    "export": (ExportOptions, "`jaxmerge export RUN OUT`."),
+    "results": (ResultsOptions, "`jaxmerge results`."),
 }  # fmt: skip
+
+
+REQUIRED = "must be given"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,26 +74,32 @@ def keys(settings: type, prefix: str = "", told: tuple[type, ...] = ()) -> Itera
         if typing.get_origin(hints[field.name]) is typing.Literal:  # also where the annotation is a name for it
             kind = " | ".join(typing.get_args(hints[field.name]))
         if inner is None or inner in told or meaning:
-            yield Key(path, kind, default(field), meaning or ("" if inner is None else "As of `improve`."))
+            yield Key(
+                path, kind, default(field), meaning or ("" if inner is None else "The keys are those of `improve`.")
+            )
         if inner is not None and inner not in told:
             yield from keys(inner, f"{path}.", told)
 
 
 def documented(settings: type) -> dict[str, tuple[str, str]]:
-    """Field → its type as written, and its meaning: the docstring that follows it, or the class's under Attributes."""
-    meanings = {}
-    for names, text in re.findall(r"^  (\w[\w, ]*): ((?:.|\n   )*)", inspect.getdoc(settings) or "", re.MULTILINE):
-        meanings |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    """Field → its type as written, and its meaning: the docstring that follows it, or the class's under Attributes.
+
+    Fields of the classes it inherits from are among them.
+    """
     found: dict[str, tuple[str, str]] = {}
-    body = ast.parse(textwrap.dedent(inspect.getsource(settings))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    last = None
-    for statement in body.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            last = statement.target.id
-            found[last] = (plainly(ast.unparse(statement.annotation)), meanings.get(last, ""))
-        elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and last:
-            found[last] = (found[last][0], " ".join(str(statement.value.value).split()))
+    for cls in reversed([cls for cls in settings.__mro__ if dataclasses.is_dataclass(cls)]):
+        meanings = {}
+        for names, text in re.findall(r"^  (\w[\w, ]*): ((?:.|\n   )*)", inspect.getdoc(cls) or "", re.MULTILINE):
+            meanings |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        last = None
+        for statement in body.body:
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                last = statement.target.id
+                found[last] = (plainly(ast.unparse(statement.annotation)), meanings.get(last, ""))
+            elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and last:
+                found[last] = (found[last][0], " ".join(str(statement.value.value).split()))
     return found
 
 
@@ -106,6 +124,12 @@ def plainly(annotation: str) -> str:
     return re.sub(r"\b(str|int|float|bool|None|Any)\b", lambda m: words[m[1]], text)
 
 
+def settable(settings: Iterable[type]) -> list[str]:
+    """The keys that can be set on a command line: those of a list or of a map's entry are set in a file."""
+    paths = dict.fromkeys(found.path for cls in settings for found in keys(cls))
+    return [path for path in paths if "[]" not in path and ".NAME" not in path]
+
+
 def nested(hint: Any) -> tuple[type | None, str]:
     """The settings inside a type, and how a path goes on there: `[]` in a list, `.NAME` in a map."""
     for option in typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,):
@@ -123,7 +147,7 @@ def default(field: dataclasses.Field) -> str:
     """The default in YAML's words."""
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if value is dataclasses.MISSING:
-        return "must be given"
+        return REQUIRED
     if dataclasses.is_dataclass(value):
         return ""
     words = {None: "null", True: "true", False: "false", "": '""'}

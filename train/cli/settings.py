@@ -43,13 +43,13 @@ class MergeOptions:
     """This seed replaces the recipe's; null keeps the recipe's."""
     compat: Literal["mergekit"] | None = None
     """The word mergekit makes the merge do as mergekit does wherever the two differ (docs/merge.md)."""
-    allow: tuple[Literal["missing", "unused", "shapes"], ...] = ()
+    allow: str | tuple[str, ...] = ()
     """Allowed are tensors that some models lack (missing), that the base lacks (unused), or whose shapes differ
     (shapes); each is refused otherwise. Several may also be given with commas between."""
     format: Literal["safetensors", "orbax"] = "safetensors"
     """The result is written in this format."""
-    device: Literal["cpu", "gpu", "tpu"] | None = None
-    """The arithmetic runs on this kind of device; null leaves the choice to jax."""
+    device: str | None = None
+    """The arithmetic runs on this kind of device (cpu, gpu, tpu); null leaves the choice to jax."""
     max_shard_bytes: int = 5_000_000_000
     """A file of the result holds at most this many bytes, unless one tensor is larger."""
 

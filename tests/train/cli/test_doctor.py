@@ -104,7 +104,7 @@ def test_works_with_jax_alone():
         "        if name.split('.')[0] in {'rich','flax','optax','yaml','safetensors','transformers','orbax'}:\n"
         "            raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Only())\n"
-        "from train.doctor import doctor, print_checks\n"
+        "from train.cli.doctor import doctor, print_checks\n"
         "print_checks(doctor())\n"
     )
     root = ROOT
