@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import difflib
@@ -61,11 +60,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        *others, last = [a for a in args if a is not type(None)]
-        for kind in others:
-            with contextlib.suppress(UserError):  # the last kind's error is the one that is shown
-                return convert(kind, value, where)
-        return convert(last, value, where)
+        return convert(next(a for a in args if a is not type(None)), value, where)
     if origin is Literal:
         if value not in args:
             raise UserError(f"{where} is {value!r}; it must be one of {', '.join(map(str, args))}")
