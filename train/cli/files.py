@@ -22,8 +22,7 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
     --dry-run checks everything, prints sizes and memory and stops.
     """
     settings = dataclasses.asdict(options(assignments, MergeOptions))
-    if isinstance(settings["allow"], str):
-        settings["allow"] = settings["allow"].split(",")
+    settings["allow"] = [word for words_allowed in settings["allow"] for word in words_allowed.split(",")]
     start_jax()
     from jaxmerge.files import merge as merge_files
 

@@ -73,12 +73,25 @@ def keys(settings: type, prefix: str = "", told: tuple[type, ...] = ()) -> Itera
         kind, meaning = written[field.name]
         if typing.get_origin(hints[field.name]) is typing.Literal:  # also where the annotation is a name for it
             kind = " | ".join(typing.get_args(hints[field.name]))
-        if inner is None or inner in told or meaning:
-            yield Key(
-                path, kind, default(field), meaning or ("" if inner is None else "The keys are those of `improve`.")
-            )
-        if inner is not None and inner not in told:
-            yield from keys(inner, f"{path}.", told)
+        gone_into = [cls for cls in inner if cls not in told]
+        if not gone_into or meaning:
+            yield Key(path, kind, default(field), meaning or ("The keys are those of `improve`." if inner else ""))
+        if len(gone_into) == 1:
+            yield from keys(gone_into[0], f"{path}.", told)
+        elif gone_into:
+            yield from choices(gone_into, f"{path}.", told)
+
+
+def choices(options: list[type], prefix: str, told: tuple[type, ...]) -> Iterator[Key]:
+    """The keys of several dataclasses of which `name` chooses one; the first is the default."""
+    found = {cls.__dataclass_fields__["name"].default: list(keys(cls, prefix, told)) for cls in options}
+    names = list(found)
+    about = next(key.meaning for key in found[names[0]] if key.path == f"{prefix}name")
+    yield Key(f"{prefix}name", " | ".join(names), names[0], about)
+    for name, inside in found.items():
+        for key in inside:
+            if key.path != f"{prefix}name":
+                yield dataclasses.replace(key, meaning=key.meaning and f"{name}: {key.meaning}")
 
 
 def documented(settings: type) -> dict[str, tuple[str, str]]:
@@ -130,17 +143,18 @@ def settable(settings: Iterable[type]) -> list[str]:
     return [path for path in paths if "[]" not in path and ".NAME" not in path]
 
 
-def nested(hint: Any) -> tuple[type | None, str]:
+def nested(hint: Any) -> tuple[list[type], str]:
     """The settings inside a type, and how a path goes on there: `[]` in a list, `.NAME` in a map."""
+    found: list[type] = []
     for option in typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,):
         arguments = typing.get_args(option)
         if dataclasses.is_dataclass(option) and isinstance(option, type):
-            return option, ""
-        if arguments and isinstance(arguments[-1], type) and dataclasses.is_dataclass(arguments[-1]):
-            return arguments[-1], ".NAME"
-        if typing.get_origin(option) is tuple and arguments and dataclasses.is_dataclass(arguments[0]):
-            return typing.cast(type, arguments[0]), "[]"
-    return None, ""
+            found.append(option)
+        elif arguments and isinstance(arguments[-1], type) and dataclasses.is_dataclass(arguments[-1]):
+            return [arguments[-1]], ".NAME"
+        elif typing.get_origin(option) is tuple and arguments and dataclasses.is_dataclass(arguments[0]):
+            return [typing.cast(type, arguments[0])], "[]"
+    return found, ""
 
 
 def default(field: dataclasses.Field) -> str:

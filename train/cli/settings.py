@@ -42,10 +42,10 @@ class MergeOptions:
     seed: int | None = None
     """This seed replaces the recipe's; null keeps the recipe's."""
     compat: Literal["mergekit"] | None = None
-    """The word mergekit makes the merge do as mergekit does wherever the two differ (docs/merge.md)."""
-    allow: str | tuple[str, ...] = ()
-    """Allowed are tensors that some models lack (missing), that the base lacks (unused), or whose shapes differ
-    (shapes); each is refused otherwise. Several may also be given with commas between."""
+    """With mergekit, the merge does as mergekit does wherever the two differ (docs/merge.md); null keeps our way."""
+    allow: tuple[str, ...] = ()
+    """Tensors are allowed that some models lack (missing), that the base lacks (unused), or whose shapes differ
+    (shapes); each kind is refused otherwise. Several words may be given with commas between."""
     format: Literal["safetensors", "orbax"] = "safetensors"
     """The result is written in this format."""
     device: str | None = None
@@ -75,9 +75,9 @@ class ExtractOptions:
     """Every adapter has this rank: the columns of its first factor."""
     alpha: float | None = None
     """The adapter's lora_alpha is set to this; null takes the rank, so that the scale is 1."""
-    targets: str | tuple[str, ...] | None = None
+    targets: tuple[str, ...] | None = None
     """Weights whose path matches one of these patterns are factored; null factors every matrix of the layers."""
-    save: str | tuple[str, ...] = "**"
+    save: tuple[str, ...] = ("**",)
     """Other changed tensors are kept whole if their path matches one of these patterns; `**` keeps all of them."""
     dtype: Dtype = "float32"
     """The factors are written in this precision."""

@@ -116,13 +116,19 @@ def suggestion(verb: Verb, key: str, *, dashes: str = "") -> str:
 
 
 def split(assignments: Words, cls: type[T]) -> tuple[T, list[str]]:
-    """Read `cls` from the assignments to its keys; (it, the other assignments). A text is taken as it is written."""
+    """Read `cls` from the assignments to its keys; (it, the other assignments).
+
+    A text is taken as it is written (a folder may be named 2026), and one text for a list of texts is a list of one.
+    """
     hints = typing.get_type_hints(cls)
     mine = [a for a in assignments if a.partition("=")[0].partition(".")[0] in hints]
     values: dict[str, Any] = override({}, mine)
     for key, _, text in (a.partition("=") for a in mine):
-        if hints.get(key) in (str, str | None) and not isinstance(values[key], str | None):
-            values[key] = text  # a folder may be named 2026
+        kinds = {hints.get(key), *typing.get_args(hints.get(key))}
+        if str in kinds and not isinstance(values[key], str | None):
+            values[key] = text
+        elif tuple[str, ...] in kinds and isinstance(values[key], str):
+            values[key] = [values[key]]
     return build(cls, values), [a for a in assignments if a not in mine]
 
 
