@@ -12,32 +12,29 @@ from .words import Verb
 BASH = """\
 # Completion of jaxmerge for bash: source <(jaxmerge completion bash)
 _jaxmerge() {
-    local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" words=""
-    # bash splits at "=": after key= and in key=val a file is completed.
-    if [[ $word == "=" ]]; then
-        word=""
-        before="="
-    fi
-    if [[ $before == "=" ]]; then
-        COMPREPLY=($(compgen -f -- "$word"))
-        compopt -o filenames 2>/dev/null
-        return
-    fi
+    local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" words="" file
+    COMPREPLY=()
     if ((COMP_CWORD == 1)); then
         COMPREPLY=($(compgen -W "@VERBS@" -- "$word"))
         return
     fi
-    case "${COMP_WORDS[1]}" in
+    # bash makes a word of "=": what follows it is a value, a file perhaps.
+    if [[ $word == "=" ]]; then
+        word=""
+    elif [[ $before != "=" ]]; then
+        case "${COMP_WORDS[1]}" in
 @CASES@
-    esac
-    COMPREPLY=($(compgen -W "$words" -- "$word"))
+        esac
+        COMPREPLY=($(compgen -W "$words" -- "$word"))
+    fi
     if [[ ${COMPREPLY[0]} == *= ]]; then
         compopt -o nospace 2>/dev/null
-    fi
-    if [[ $word != -* ]]; then
-        COMPREPLY+=($(compgen -f -- "$word"))
+    elif ((${#COMPREPLY[@]} == 0)); then
         compopt -o filenames 2>/dev/null
     fi
+    while IFS= read -r file; do
+        COMPREPLY+=("$file")
+    done < <(compgen -f -- "$word")
 }
 complete -F _jaxmerge jaxmerge
 """
@@ -89,7 +86,7 @@ def one_list(verb: Verb) -> str:
 
 
 def bash(verbs: Mapping[str, Verb]) -> str:
-    cases = [f'    {name}) words="{one_list(verb)}" ;;' for name, verb in verbs.items()]
+    cases = [f'        {name}) words="{one_list(verb)}" ;;' for name, verb in verbs.items()]
     return BASH.replace("@VERBS@", " ".join([*verbs, "--help", "--version"])).replace("@CASES@", "\n".join(cases))
 
 

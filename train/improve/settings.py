@@ -229,8 +229,8 @@ class Probe:
     best: int = 2
     """exme: this many snapshots are taken, the best on validation first."""
     rule: str = ""
-    """merge: the snapshots are merged by this rule, any of `jaxmerge.RULES` that needs no data: average, ties,
-    model_stock, …"""
+    """merge: the snapshots are merged by this rule, any of `jaxmerge.RULES` that needs no data: average, ties
+    or model_stock."""
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
     """merge: the rule takes these coefficients."""
     coefficients: tuple[float, ...] = ()
