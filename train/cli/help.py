@@ -6,7 +6,6 @@ import shutil
 import textwrap
 from collections.abc import Mapping
 
-from .keys import REQUIRED, keys
 from .words import Verb
 
 HEAD = "jaxmerge: self-improve, extrapolate and merge language models on a JAX mesh"
@@ -27,6 +26,8 @@ def overview(verbs: Mapping[str, Verb]) -> str:
 
 def explain(verb: Verb) -> str:
     """How a verb is called, what it does, and each key: type, default, sentence."""
+    from .keys import REQUIRED, keys  # the overview does not wait for the modules that read source
+
     width = min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns)
     more = " [key=value …]" * bool(verb.keys) + "".join(f" [{flag}]" for flag in verb.flags)
     first, rest = verb.prose
