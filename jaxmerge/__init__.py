@@ -4,146 +4,70 @@ A rule merges models: `rule(models, *, base=None, key=None, names=None, stacked=
 shows its coefficients; `jaxmerge.RULES` prints what every rule needs and computes. The rules by family:
 """
 
-from typing import TYPE_CHECKING
+import importlib.util
+import sys
+import types
+from typing import TYPE_CHECKING, Any
 
-from jaxmerge.arithmetic import (
-    average,
-    collinear,
-    extrapolate,
-    extrapolation_merge,
-    interpolate,
-    passthrough,
-    task_arithmetic,
-)
-from jaxmerge.compose import masked
-from jaxmerge.consensus import elect_sign, elect_sign_by_energy, elect_sign_unweighted, weighted_sum
-from jaxmerge.contract import Needs, Rule, nearest, requires
-from jaxmerge.delta import breadcrumbs, breadcrumbs_ties, dare, dare_ties, della, della_linear, sce, ties
-from jaxmerge.exme import exme_merge, exme_safe, exme_space, exme_weights, guarded, search_exme, staged
-from jaxmerge.iterative import alpha_schedule, imm, offload, onload
-from jaxmerge.leaves import Operands, leafwise
-from jaxmerge.measure import change, check_finite, cosines, nonfinite, norms, to_floats
-from jaxmerge.rules import RULES, families, rule
-from jaxmerge.selection import arcee_fusion, nearswap, ram, ramplus_tl
-from jaxmerge.sparse import delta_rule
-from jaxmerge.sparsify import drop, rank_drop, trim, two_sided_trim, variance_select
-from jaxmerge.spherical import karcher, multislerp, nuslerp, slerp
-from jaxmerge.statistics import fisher, graft_mask, grafting, regmean
-from jaxmerge.stock import model_stock
-from jaxmerge.strategies import STRATEGIES, Float, Space
-from jaxmerge.tree import cast, dot, leaf_paths, norm, task_vector
-from jaxmerge.tune import Compiled, Monotone, Result, Search, descend, judge_line, monotone, search_merge
-from jaxmerge.where import Coefficient, PerModel, layer_group, matches, select
-
-# mergekit's names, as in RULES.
-linear, dare_linear = average, dare
-
-__doc__ = f"{__doc__}\n{families(RULES)}\n"
 __version__: str
 """The version in pyproject.toml; read from what is installed when it is asked for."""
 
-if not TYPE_CHECKING:  # a type checker that saw it would take every name for one that is here
+if TYPE_CHECKING:
+    from jaxmerge.public import *  # noqa: F403 # its __all__ is the list of the public names
+    from jaxmerge.public import __all__ as __all__
 
-    def __getattr__(name: str) -> str:
-        if name == "__version__":
-            from importlib import metadata
+else:  # a type checker that saw `__getattr__` would take every name for one that is here
+    _HEAD = __doc__
 
-            try:
-                return metadata.version("jaxmerge")
-            except metadata.PackageNotFoundError:
-                reason = "jaxmerge is not installed, so it has no version; run pip install -e . in the checkout"
-                raise AttributeError(reason, name=name) from None
-        if name in ("files", "train"):
-            raise AttributeError(f"jaxmerge.{name} is not imported yet; import jaxmerge.{name}", name=name)
-        hint = f"; {nearest(name, __all__)}".rstrip("; ")
-        raise AttributeError(f"module 'jaxmerge' has no attribute {name!r}{hint}", name=name)
+    class _Package(types.ModuleType):
+        """A module that imports jax when it is first asked for a name, and not before.
 
+        `jaxmerge.train.cli` lies in this package, and `jaxmerge --help` need not wait for jax.
+        """
 
-__all__ = [
-    "RULES",
-    "STRATEGIES",
-    "Coefficient",
-    "Compiled",
-    "Float",
-    "Monotone",
-    "Needs",
-    "Operands",
-    "PerModel",
-    "Result",
-    "Rule",
-    "Search",
-    "Space",
-    "alpha_schedule",
-    "arcee_fusion",
-    "average",
-    "breadcrumbs",
-    "breadcrumbs_ties",
-    "cast",
-    "change",
-    "check_finite",
-    "collinear",
-    "cosines",
-    "dare",
-    "dare_linear",
-    "dare_ties",
-    "della",
-    "della_linear",
-    "delta_rule",
-    "descend",
-    "dot",
-    "drop",
-    "elect_sign",
-    "elect_sign_by_energy",
-    "elect_sign_unweighted",
-    "exme_merge",
-    "exme_safe",
-    "exme_space",
-    "exme_weights",
-    "extrapolate",
-    "extrapolation_merge",
-    "fisher",
-    "graft_mask",
-    "grafting",
-    "guarded",
-    "imm",
-    "interpolate",
-    "judge_line",
-    "karcher",
-    "layer_group",
-    "leaf_paths",
-    "leafwise",
-    "linear",
-    "masked",
-    "matches",
-    "model_stock",
-    "monotone",
-    "multislerp",
-    "nearswap",
-    "nonfinite",
-    "norm",
-    "norms",
-    "nuslerp",
-    "offload",
-    "onload",
-    "passthrough",
-    "ram",
-    "ramplus_tl",
-    "rank_drop",
-    "regmean",
-    "requires",
-    "rule",
-    "sce",
-    "search_exme",
-    "search_merge",
-    "select",
-    "slerp",
-    "staged",
-    "task_arithmetic",
-    "task_vector",
-    "ties",
-    "to_floats",
-    "trim",
-    "two_sided_trim",
-    "variance_select",
-    "weighted_sum",
-]
+        @property
+        def __doc__(self) -> str:
+            from jaxmerge.rules import RULES, families
+
+            return f"{_HEAD}\n{families(RULES)}\n"
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "__version__":
+                return _version()
+            if name in ("files", "train"):
+                raise AttributeError(f"jaxmerge.{name} is not imported yet; import jaxmerge.{name}", name=name)
+            if name.startswith("__") and name != "__all__":  # asked for by the import system, by inspect, by copy
+                raise AttributeError(f"module 'jaxmerge' has no attribute {name!r}", name=name)
+            if importlib.util.find_spec(f"jaxmerge.{name}"):  # alone: it may itself be what is being loaded
+                return importlib.import_module(f"jaxmerge.{name}")
+            public = _load()
+            if name in public:
+                return public[name]
+            from jaxmerge.contract import nearest
+
+            hint = f"; {nearest(name, list(public))}".rstrip("; ")
+            raise AttributeError(f"module 'jaxmerge' has no attribute {name!r}{hint}", name=name)
+
+        def __dir__(self) -> list[str]:
+            _load()
+            return sorted(name for name in self.__dict__ if name not in _OWN)
+
+    def _load() -> dict[str, Any]:
+        """The public names, which stand in this module from then on, and `__all__`."""
+        from jaxmerge import public
+
+        names = {name: getattr(public, name) for name in public.__all__}
+        globals().update(names, __all__=public.__all__)
+        return names | {"__all__": public.__all__}
+
+    def _version() -> str:
+        from importlib import metadata
+
+        try:
+            return metadata.version("jaxmerge")
+        except metadata.PackageNotFoundError:
+            reason = "jaxmerge is not installed, so it has no version; run pip install -e . in the checkout"
+            raise AttributeError(reason, name="__version__") from None
+
+    _OWN = {"TYPE_CHECKING", "_HEAD", "_OWN", "_Package", "_load", "_version", "Any", "importlib", "sys", "types"}
+    sys.modules[__name__].__class__ = _Package

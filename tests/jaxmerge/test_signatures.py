@@ -93,6 +93,31 @@ def test_no_module_has_the_name_of_a_rule_or_of_a_public_function():
     assert set(RULES) <= set(jaxmerge.__all__)
 
 
+def test_jax_is_imported_with_the_first_name_and_not_before():
+    """`jaxmerge --help` lies in this package."""
+    code = (
+        "import jaxmerge, sys\nassert 'jax' not in sys.modules\nassert jaxmerge.__version__\n"
+        "assert 'jax' not in sys.modules\nfrom jaxmerge import *\nassert jaxmerge.ties is ties is RULES['ties']\n"
+        "assert 'jax' in sys.modules\nprint({*jaxmerge.__all__} <= {*dir(jaxmerge)} & {*globals()})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "True"
+
+
+def test_every_module_can_be_the_first_that_is_imported():
+    """The package brings no other module along, so none may count on what came before it."""
+    code = (
+        "import importlib, pkgutil, sys, jaxmerge\n"
+        "for module in [m.name for m in pkgutil.iter_modules(jaxmerge.__path__)]:\n"
+        "    for name in [n for n in sys.modules if n.partition('.')[0] == 'jaxmerge']: del sys.modules[name]\n"
+        "    found = importlib.import_module('jaxmerge.' + module)\n"
+        "    assert getattr(importlib.import_module('jaxmerge'), module) is found\n"
+        "print('done')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.stdout.strip(), done.stderr) == ("done", "")
+
+
 def test_the_version():
     assert jaxmerge.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert (ROOT / "jaxmerge" / "py.typed").is_file()

@@ -124,11 +124,12 @@ def test_console_script(unpacked):
     (path,) = unpacked.glob("*.dist-info/entry_points.txt")
     scripts = configparser.ConfigParser()
     scripts.read(path)
-    assert dict(scripts["console_scripts"]) == {"jaxmerge": "jaxmerge.train.cli:main"}
+    assert dict(scripts["console_scripts"]) == {"jaxmerge": "jaxmerge.train.cli.__main__:main"}
 
 
 def test_import_brings_jax_alone(python, unpacked):
-    result = python("import jaxmerge, json, sys; print(json.dumps([jaxmerge.__file__, *sys.modules]))")
+    code = "import jaxmerge, json, sys; jaxmerge.ties; print(json.dumps([jaxmerge.__file__, *sys.modules]))"
+    result = python(code)
     assert result.returncode == 0, result.stderr
     file, *modules = json.loads(result.stdout)
     assert pathlib.Path(file).is_relative_to(unpacked)
@@ -159,7 +160,7 @@ def test_no_top_level_train(python, unpacked):
     assert pathlib.Path(file.strip()).is_relative_to(unpacked)
 
 
-CLI = "from jaxmerge.train.cli import main; sys.exit(main())"
+CLI = "from jaxmerge.train.cli.__main__ import main; sys.exit(main())"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"]])
@@ -207,7 +208,10 @@ def test_editable_install_from_elsewhere(tmp_path):
     )
     spec, *files = succeed([sys.executable, "-c", code], tmp_path).splitlines()
     assert spec == "None"
-    assert [pathlib.Path(f) for f in files] == [ROOT / "train" / "cli.py", ROOT / "train" / "models" / "__init__.py"]
+    assert [pathlib.Path(f) for f in files] == [
+        ROOT / "train" / "cli" / "__init__.py",
+        ROOT / "train" / "models" / "__init__.py",
+    ]
     script = pathlib.Path(sys.executable).with_name("jaxmerge")
     assert "improve" in succeed([script, "--help"], tmp_path)
 
@@ -233,7 +237,7 @@ def test_installed_into_a_new_environment(wheel, tmp_path):
     assert result.returncode == 2
     assert "pip install 'jaxmerge[train]'" in result.stderr
     (site,) = (environment / "lib").glob("python3*/site-packages")
-    assert (site / "jaxmerge" / "train" / "cli.py").is_file()
+    assert (site / "jaxmerge" / "train" / "cli" / "__main__.py").is_file()
     assert not (site / "train").exists()
 
     project = copy_project(tmp_path / "project")

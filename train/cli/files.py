@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,34 +11,23 @@ from typing import Any
 
 from ..log import UserError, format_percent, say
 from ..runtime.start import start_jax
-from .words import Words, take
+from .settings import ExtractOptions, InspectOptions, MergeOptions
+from .words import Words, options
 
 
 def merge(words: Words, assignments: Words, dry: bool) -> int:
-    """merge RECIPE OUT [key=value …] [--dry-run]
+    """Merge checkpoints on disk by a recipe (mergekit's YAML is read).
 
-    Merge checkpoints on disk by a recipe in mergekit's YAML grammar, in memory bounded by the largest tensor.
-    Killed, the same command goes on where it was. --dry-run checks everything, prints sizes and memory and stops.
-    Keys:
-      seed=N                  in place of the recipe's
-      compat=mergekit         as mergekit does it, where we differ (docs/merge.md)
-      allow=missing,unused,shapes   tensors some models lack; that the base lacks; of unlike shapes: refused otherwise
-      format=safetensors      or orbax
-      device=null             cpu, gpu or tpu: where the arithmetic runs; null: jax's own choice
-      max_shard_bytes=5000000000
+    Memory is bounded by the largest tensor. Killed, the same command goes on where it was.
+    --dry-run checks everything, prints sizes and memory and stops.
     """
-    mine, others = take(
-        assignments, seed=None, compat=None, allow=(), format="safetensors", device=None, max_shard_bytes=5_000_000_000
-    )
-    if others:
-        raise UserError(f"{others[0]!r}: merge knows {', '.join(f'{key}=' for key in mine)}; the rest is in the recipe")
-    if isinstance(mine["allow"], str):
-        mine["allow"] = mine["allow"].split(",")
+    settings = dataclasses.asdict(options(assignments, MergeOptions))
+    settings["allow"] = [word for words_allowed in settings["allow"] for word in words_allowed.split(",")]
     start_jax()
     from jaxmerge.files import merge as merge_files
 
     with own_errors(), progress_in_bytes("merge") as advance:
-        plan = merge_files(words[0], words[1], progress=advance, dry_run=dry, **mine)
+        plan = merge_files(words[0], words[1], progress=advance, dry_run=dry, **settings)
     for note in plan["notes"]:
         say(f"note: {note}")
     say(
@@ -51,16 +41,13 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def inspect(words: Words, assignments: Words, dry: bool) -> int:
-    """inspect BASE MODELS [picture=FILE.svg] [json=FILE]
+    """Show what changed between checkpoints, per layer.
 
-    What changed from BASE to other checkpoints, per layer: size of the change, cosine, share of elements changed.
-    MODELS is one, or several with commas between: then also how well their changes agree (cosines, conflicts of sign).
-    picture= draws layers × kinds of matrix; json= writes the measures of every tensor.
+    For each of MODELS: the size of its change from BASE, cosines, and the share of elements changed.
+    MODELS is one, or several with commas between; then it is also shown how well their changes agree.
     """
     del dry
-    mine, others = take(assignments, picture=None, json=None)
-    if others:
-        raise UserError(f"{others[0]!r}: inspect knows picture= and json=")
+    settings = options(assignments, InspectOptions)
     from jaxmerge.files.checkpoints.open import open_source
     from jaxmerge.files.inspect.compare import compare
     from jaxmerge.files.inspect.picture import svg
@@ -72,24 +59,20 @@ def inspect(words: Words, assignments: Words, dry: bool) -> int:
         sources = [open_source(name) for name in (words[0], *words[1].split(","))]
         found = compare(*sources, progress=advance)
     say(table(found))
-    for key, text in (("picture", lambda: svg(found)), ("json", lambda: json.dumps(found, indent=1))):
-        if mine[key]:
-            write_durably(Path(str(mine[key])), text())
-            say(str(mine[key]))
+    for path, text in ((settings.picture, lambda: svg(found)), (settings.json, lambda: json.dumps(found, indent=1))):
+        if path:
+            write_durably(Path(path), text())
+            say(path)
     return 0
 
 
 def extract_lora(words: Words, assignments: Words, dry: bool) -> int:
-    """extract-lora BASE TUNED OUT rank=N [key=value …]
+    """Write the change between two checkpoints as a LoRA adapter.
 
-    Write the change from BASE to TUNED as a PEFT LoRA adapter: of each matrix the best approximation of that rank.
-    Keys: alpha=N (the rank), targets=[pattern, …] (the layers' matrices), save=[pattern, …] (of what else changed, to
-    be kept whole; all of it), dtype=float32
+    The adapter is a folder in PEFT's format; for each matrix it holds the best approximation of the given rank.
     """
     del dry
-    mine, others = take(assignments, rank=None, alpha=None, targets=None, save="**", dtype="float32")
-    if others or mine["rank"] is None:
-        raise UserError(f"{others[0] if others else 'no rank='}: wanted rank=N, and of alpha=, targets=, save=, dtype=")
+    settings = options(assignments, ExtractOptions)
     from jaxmerge.files.checkpoints.open import open_source
     from jaxmerge.files.inspect.lowrank import extract_lora as extract
 
@@ -105,7 +88,7 @@ def extract_lora(words: Words, assignments: Words, dry: bool) -> int:
             bars[0].advance(done - bars[0].done, note=tensor)
 
         base, tuned = open_source(words[0]), open_source(words[1])
-        report = extract(base, tuned, words[2], progress=advance, **mine)
+        report = extract(base, tuned, words[2], progress=advance, **dataclasses.asdict(settings))
     say(f"rank {report['rank']}: {format_percent(report['explained'])} of the change (squared norm) in the matrices")
     for name, size in report["left_out"].items():
         say(f"left out: {name}, changed by {format_percent(size)}")

@@ -12,10 +12,11 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..evaluate.settings import HarnessOptions, QuestionOptions
 from ..generate.settings import SampleOptions
 from ..improve.settings import Improve
 from ..learn.settings import Finetune, Sft
@@ -25,6 +26,7 @@ from ..runtime.settings import Distributed, Mesh
 from ..search.settings import SearchRun
 from ..studies.settings import AnalyseOptions, Sweep
 from ..tasks.settings import FamilySpec
+from .settings import ExportOptions, ExtractOptions, InspectOptions, MergeOptions, ResultsOptions
 
 HEAD = """# Keys of a config
 
@@ -38,8 +40,18 @@ ABOUT = {
     "sft": (Finetune, "`jaxmerge sft CONFIG`, or `MODEL DATA OUT`, which are `model.path`, `data.path`, `out`."),
     "search": (SearchRun, "`jaxmerge search CONFIG`: see [search.md](search.md)."),
     "sample": (SampleOptions, "`jaxmerge sample MODEL PROMPTS OUT`."),
+    "evaluate": (QuestionOptions, "`jaxmerge evaluate MODEL FILE`; with a `CONFIG` its keys are those of `improve`."),
+    "harness": (HarnessOptions, "`jaxmerge harness MODEL TASKS`."),
     "analyse": (AnalyseOptions, "`jaxmerge analyse RUN`."),
+    "merge": (MergeOptions, "`jaxmerge merge RECIPE OUT`; see [merge.md](merge.md)."),
+    "inspect": (InspectOptions, "`jaxmerge inspect BASE MODELS`."),
+    "extract-lora": (ExtractOptions, "`jaxmerge extract-lora BASE TUNED OUT`."),
+    "export": (ExportOptions, "`jaxmerge export RUN OUT`."),
+    "results": (ResultsOptions, "`jaxmerge results`."),
 }  # fmt: skip
+
+
+REQUIRED = "must be given"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,38 +73,46 @@ def keys(settings: type, prefix: str = "", told: tuple[type, ...] = ()) -> Itera
         kind, meaning = written[field.name]
         if typing.get_origin(hints[field.name]) is typing.Literal:  # also where the annotation is a name for it
             kind = " | ".join(typing.get_args(hints[field.name]))
-        if inner is None or inner in told or meaning:
-            yield Key(path, kind, default(field), meaning or ("" if inner is None else "As of `improve`."))
-        if inner is not None and inner not in told:
-            yield from keys(inner, f"{path}.", told)
-            for other in alternatives(hints[field.name])[1:]:
-                for key in list(keys(other, f"{path}.", told)):
-                    yield dataclasses.replace(key, path=f"{key.path} ({other.__dataclass_fields__['name'].default})")
+        gone_into = [cls for cls in inner if cls not in told]
+        if not gone_into or meaning:
+            yield Key(path, kind, default(field), meaning or ("The keys are those of `improve`." if inner else ""))
+        if len(gone_into) == 1:
+            yield from keys(gone_into[0], f"{path}.", told)
+        elif gone_into:
+            yield from choices(gone_into, f"{path}.", told)
+
+
+def choices(options: list[type], prefix: str, told: tuple[type, ...]) -> Iterator[Key]:
+    """The keys of several dataclasses of which `name` chooses one; the first is the default."""
+    found = {cls.__dataclass_fields__["name"].default: list(keys(cls, prefix, told)) for cls in options}
+    names = list(found)
+    about = next(key.meaning for key in found[names[0]] if key.path == f"{prefix}name")
+    yield Key(f"{prefix}name", " | ".join(names), names[0], about)
+    for name, inside in found.items():
+        for key in inside:
+            if key.path != f"{prefix}name":
+                yield dataclasses.replace(key, meaning=key.meaning and f"{name}: {key.meaning}")
 
 
 def documented(settings: type) -> dict[str, tuple[str, str]]:
-    """Field → its type as written, and its meaning: the docstring that follows it, or the class's under Attributes."""
-    found: dict[str, tuple[str, str]] = {}
-    for part in reversed([base for base in settings.__mro__ if dataclasses.is_dataclass(base)]):
-        found |= documented_here(part)
-    return found
+    """Field → its type as written, and its meaning: the docstring that follows it, or the class's under Attributes.
 
-
-def documented_here(settings: type) -> dict[str, tuple[str, str]]:
-    """`documented` of the fields that the class itself writes, without those it inherits."""
-    meanings = {}
-    for names, text in re.findall(r"^  (\w[\w, ]*): ((?:.|\n   )*)", inspect.getdoc(settings) or "", re.MULTILINE):
-        meanings |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    Fields of the classes it inherits from are among them.
+    """
     found: dict[str, tuple[str, str]] = {}
-    body = ast.parse(textwrap.dedent(inspect.getsource(settings))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    last = None
-    for statement in body.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            last = statement.target.id
-            found[last] = (plainly(ast.unparse(statement.annotation)), meanings.get(last, ""))
-        elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and last:
-            found[last] = (found[last][0], " ".join(str(statement.value.value).split()))
+    for cls in reversed([cls for cls in settings.__mro__ if dataclasses.is_dataclass(cls)]):
+        meanings = {}
+        for names, text in re.findall(r"^  (\w[\w, ]*): ((?:.|\n   )*)", inspect.getdoc(cls) or "", re.MULTILINE):
+            meanings |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        last = None
+        for statement in body.body:
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                last = statement.target.id
+                found[last] = (plainly(ast.unparse(statement.annotation)), meanings.get(last, ""))
+            elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and last:
+                found[last] = (found[last][0], " ".join(str(statement.value.value).split()))
     return found
 
 
@@ -117,31 +137,31 @@ def plainly(annotation: str) -> str:
     return re.sub(r"\b(str|int|float|bool|None|Any)\b", lambda m: words[m[1]], text)
 
 
-def nested(hint: Any) -> tuple[type | None, str]:
+def settable(settings: Iterable[type]) -> list[str]:
+    """The keys that can be set on a command line: those of a list or of a map's entry are set in a file."""
+    paths = dict.fromkeys(found.path for cls in settings for found in keys(cls))
+    return [path for path in paths if "[]" not in path and ".NAME" not in path]
+
+
+def nested(hint: Any) -> tuple[list[type], str]:
     """The settings inside a type, and how a path goes on there: `[]` in a list, `.NAME` in a map."""
+    found: list[type] = []
     for option in typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,):
         arguments = typing.get_args(option)
         if dataclasses.is_dataclass(option) and isinstance(option, type):
-            return option, ""
-        if arguments and isinstance(arguments[-1], type) and dataclasses.is_dataclass(arguments[-1]):
-            return arguments[-1], ".NAME"
-        if typing.get_origin(option) is tuple and arguments and dataclasses.is_dataclass(arguments[0]):
-            return typing.cast(type, arguments[0]), "[]"
-    return None, ""
-
-
-def alternatives(hint: Any) -> list[type]:
-    """The settings that `name` chooses among, where there are several; their keys follow those of the first."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else ()
-    found = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
-    return found if len(found) > 1 else []
+            found.append(option)
+        elif arguments and isinstance(arguments[-1], type) and dataclasses.is_dataclass(arguments[-1]):
+            return [arguments[-1]], ".NAME"
+        elif typing.get_origin(option) is tuple and arguments and dataclasses.is_dataclass(arguments[0]):
+            return [typing.cast(type, arguments[0])], "[]"
+    return found, ""
 
 
 def default(field: dataclasses.Field) -> str:
     """The default in YAML's words."""
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if value is dataclasses.MISSING:
-        return "must be given"
+        return REQUIRED
     if dataclasses.is_dataclass(value):
         return ""
     words = {None: "null", True: "true", False: "false", "": '""'}

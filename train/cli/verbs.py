@@ -1,37 +1,49 @@
-"""What the verbs do: read the words, call one function of the stack, say where the result is.
+"""The verbs of the command: what each takes, and the one function of the stack it calls.
 
-Each verb's docstring is its help: the first line names its arguments in capitals.
+The docstring of each function is the prose of its help; its keys are the fields of its settings.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 
+from ..evaluate.settings import HarnessOptions, QuestionOptions
+from ..generate.settings import SampleOptions
+from ..improve.settings import Improve
+from ..learn.settings import Finetune
 from ..log import UserError, say
 from ..resolve import build, load, override, read_yaml
 from ..runtime.start import start_jax
+from ..search.settings import SearchRun
+from ..studies.settings import AnalyseOptions
 from .files import extract_lora, inspect, merge
-from .words import Words, options, take
+from .settings import (
+    Experiment,
+    ExportOptions,
+    ExtractOptions,
+    InspectOptions,
+    MergeOptions,
+    Place,
+    Result,
+    ResultsOptions,
+)
+from .words import Verb, Words, options, split
 
 
 def improve(words: Words, assignments: Words, dry: bool) -> int:
-    """improve CONFIG [key=value …] [--dry-run]
+    """Run a self-improvement run, or resume the unfinished one in its folder.
 
-    Run a self-improvement run, or resume the unfinished one in its folder.
-    Keys are those of the config (rounds=3 merge.alpha=0.6 methods.imm.merge.drop=0.2); out=DIR places the folder.
     --dry-run resolves the config, prints the plan (phases, sizes, memory) and stops.
     A config with a sweep: block is an experiment: many runs, whose results are lines of sweep.rows.
+    A key of a method is written methods.imm.merge.drop=0.2.
     """
-    from ..improve.settings import Improve
-
-    mine, others = take(assignments, out=None)
+    place, others = split(assignments, Place)
     values = override(read_yaml(Path(words[0])), others)
     command = shlex.join(["jaxmerge", "improve", words[0], *others])
     if "sweep" in values:
-        return sweep(words[0], values, mine["out"], command, dry)
+        return sweep(words[0], values, place.out, command, dry)
     config = build(Improve, values)
     if dry:
         from ..improve.dry import show_plan
@@ -41,11 +53,11 @@ def improve(words: Words, assignments: Words, dry: bool) -> int:
     start_jax(config, may_stop=True)
     from ..improve.run import improve as go
 
-    go(config, name=Path(words[0]).stem, out=Path(str(mine["out"])) if mine["out"] else None, command=command)
+    go(config, name=Path(words[0]).stem, out=Path(place.out) if place.out else None, command=command)
     return 0
 
 
-def sweep(path: str, values: dict, out: object, command: str, dry: bool) -> int:
+def sweep(path: str, values: dict, out: str | None, command: str, dry: bool) -> int:
     """An experiment: `improve` of a config with a `sweep:` block."""
     from ..studies.sweep import Experiment, run, show_plan
 
@@ -54,24 +66,19 @@ def sweep(path: str, values: dict, out: object, command: str, dry: bool) -> int:
         show_plan(experiment)
         return 0
     start_jax(experiment.checked, may_stop=True)
-    run(experiment, command=command, out=Path(str(out)) if out else Path("runs") / experiment.name)
+    run(experiment, command=command, out=Path(out) if out else Path("runs") / experiment.name)
     return 0
 
 
 def sft(words: Words, assignments: Words, dry: bool) -> int:
-    """sft CONFIG | MODEL DATA OUT [key=value …]
+    """Fine-tune or pretrain a model on examples, or resume the unfinished run in its folder.
 
-    Fine-tune or pretrain a model on examples; resumes the unfinished run in its folder; out=DIR places it.
     Without a config, DATA is JSON lines (messages, prompt and completion, Alpaca, GSM8K, MBPP, multiple choice: told
-    by their keys) or the folder of a TFDS version, and OUT the folder of the run.
-    Keys: sft.epochs=3 sft.batch=64 sft.learning_rate=2e-5 sft.packing=false sft.max_length=512 sft.overlong=drop
-    data.learn=assistant data.format=null data.ignore=[] data.chat_template=FILE, and all others of a config.
+    by their keys) or the folder of a TFDS version, and OUT is the folder of the run.
     """
     del dry
-    from ..learn.settings import Finetune
-
-    mine, others = take(assignments, out=None)
-    out = Path(str(mine["out"])) if mine["out"] else None
+    place, others = split(assignments, Place)
+    out = Path(place.out) if place.out else None
     if len(words) == 3:
         if out is not None:
             raise UserError(f"out={out}: the third word, {words[2]}, is the folder of the run already")
@@ -87,16 +94,12 @@ def sft(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def sample(words: Words, assignments: Words, dry: bool) -> int:
-    """sample MODEL PROMPTS OUT [key=value …]
+    """Generate: a line of JSON a prompt goes in, a line comes out.
 
-    Generate: PROMPTS has a line of JSON a prompt ({"prompt": "…"} or {"messages": […]}, optionally "id"), OUT gets a
-    line a prompt with text, tokens and log-probabilities (lists of them when samples > 1).
-    Keys: temperature=0 top_k=0 top_p=1 max_new_tokens=128 samples=1 stop=[] seed=0 slots=64 chat=null dtype=float32
-    mesh.data=1 mesh.fsdp=1 mesh.tensor=1 mesh.cpu_devices=null distributed.auto=false (and its other keys)
+    A line of PROMPTS is {"prompt": "…"} or {"messages": […]}, optionally with "id". OUT gets a line for each prompt
+    with text, tokens and log-probabilities (lists of them when samples > 1).
     """
     del dry
-    from ..generate.settings import SampleOptions
-
     settings = options(assignments, SampleOptions)
     start_jax(settings)
     from ..generate.run import sample_file
@@ -107,19 +110,14 @@ def sample(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def search(words: Words, assignments: Words, dry: bool) -> int:
-    """search CONFIG | MODEL QUESTIONS OUT [key=value …]
+    """Look for solutions step by step, and write trees, examples and a report.
 
-    Look for solutions step by step: SRA-MCTS, Tree of Thoughts, chains or difficulty-aware sampling; goes on with the
-    unfinished search in its folder; out=DIR places it. QUESTIONS is JSON lines with question, optionally id and answer.
-    Keys: search.kind=mcts (tot, cot, dart) search.iterations=16 search.children=3 search.depth=8 search.leaves=1
-    search.gate=0.88 search.samples=1 questions.domain=mathematics (code) questions.limit=null sampling.temperature=0.7
-    sampling.step=96 sampling.slots=64 filters.words=null prompts=FILE seed=0, and all others of a config.
+    The search is SRA-MCTS, Tree of Thoughts, chains or difficulty-aware sampling; the same command resumes it.
+    QUESTIONS is JSON lines with question, optionally id and answer.
     """
     del dry
-    from ..search.settings import SearchRun
-
-    mine, others = take(assignments, out=None)
-    out = Path(str(mine["out"])) if mine["out"] else None
+    place, others = split(assignments, Place)
+    out = Path(place.out) if place.out else None
     if len(words) == 3:
         if out is not None:
             raise UserError(f"out={out}: the third word, {words[2]}, is the folder of the search already")
@@ -136,53 +134,45 @@ def search(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def evaluate(words: Words, assignments: Words, dry: bool) -> int:
-    """evaluate MODEL CONFIG [key=value …]
+    """Measure the accuracy of a model on the questions of a config or a file.
 
-    Accuracy of MODEL on the questions of an improve config (its tasks and evaluation blocks); out=FILE writes JSON.
-    Or of one file: CONFIG may be JSON lines (GSM8K, multiple choice, problem and answer, MBPP: told by their keys), the
-    folder of a TFDS version, or the word humaneval. Keys then: task=null limit=null prompt=chat extract=flexible
-    split=train samples=0 (of each question, for pass@k) temperature=0.8 seed=0 max_new_tokens=512 slots=64
-    dtype=float32 mesh.fsdp=1 (and the other keys of mesh and distributed)
+    CONFIG is one of `improve`: its tasks and evaluation blocks are read, and its keys are taken (`improve --help`).
+    FILE is JSON lines (GSM8K, multiple choice, problem and answer, MBPP: told by their keys), the folder of a TFDS
+    version, or the word humaneval; then these keys are taken.
     """
     del dry
-    from ..evaluate.settings import QuestionOptions
-    from ..improve.settings import Improve
-
-    mine, others = take(assignments, out=None)
+    result, others = split(assignments, Result)
     if words[1] == "humaneval" or Path(words[1]).suffix in (".jsonl", ".json") or Path(words[1]).is_dir():
         settings = options(others, QuestionOptions)
         start_jax(settings)
         from ..evaluate.run import examine
 
-        result = examine(words[0], Path(words[1]), settings)
+        found = examine(words[0], Path(words[1]), settings)
     else:
         config = load(Improve, words[1], others)
         start_jax(config)
         from ..evaluate.run import evaluate_model
 
-        result = evaluate_model(
+        found = evaluate_model(
             words[0], config.tasks, config.evaluation, mesh=config.mesh, dtype=config.model.dtype, seed=config.seed
         )
-    if mine["out"]:
+    if result.out:
         from ..runtime.disk import write_durably
         from ..runtime.processes import on_first
 
-        on_first(write_durably, Path(str(mine["out"])), json.dumps(result, indent=1))
+        on_first(write_durably, Path(result.out), json.dumps(found, indent=1))
     return 0
 
 
 def harness(words: Words, assignments: Words, dry: bool) -> int:
-    """harness MODEL TASKS [key=value …]
+    """Evaluate a model on tasks of EleutherAI's lm-evaluation-harness, in process.
 
-    Evaluate MODEL on tasks of EleutherAI's lm-evaluation-harness (several with commas between), in process.
-    Keys: include=DIR (a folder with tasks as YAML files), num_fewshot=null limit=null chat=false slots=64 dtype=float32
-    out=FILE (writes the results as JSON) mesh.fsdp=1 (and the other keys of mesh and distributed)
+    TASKS are names of tasks with commas between.
     """
     del dry
     from ..evaluate.harness import evaluate as go
-    from ..evaluate.settings import HarnessOptions
 
-    mine, others = take(assignments, out=None)
+    result, others = split(assignments, Result)
     settings = options(others, HarnessOptions)
     start_jax(settings)
     from ..models.open import open_model
@@ -204,37 +194,31 @@ def harness(words: Words, assignments: Words, dry: bool) -> int:
         for metric, value in metrics.items():
             if isinstance(value, float):
                 say(f"{task}  {metric}  {value:.4f}")
-    if mine["out"]:
+    if result.out:
         from ..runtime.disk import write_durably
 
         kept = {key: found[key] for key in ("results", "configs", "versions", "n-shot", "n-samples")}
-        on_first(write_durably, Path(str(mine["out"])), json.dumps(kept, indent=1, default=str))
+        on_first(write_durably, Path(result.out), json.dumps(kept, indent=1, default=str))
     return 0
 
 
 def export(words: Words, assignments: Words, dry: bool) -> int:
-    """export RUN OUT [method=NAME] [round=N] [dtype=float32]
+    """Write a run's model as a Hugging Face folder.
 
-    Write the model a method ended a round with (the last one by default) as a Hugging Face folder. Without method=,
-    RUN may be any MODEL, a GGUF file say.
+    RUN is the folder of a run; without method= it may be any MODEL, a GGUF file for example.
     """
     del dry
-    mine, others = take(assignments, method=None, round=None, dtype="float32")
-    if others:
-        raise UserError(f"{others[0]!r}: export knows method=, round= and dtype=")
+    settings = options(assignments, ExportOptions)
     start_jax()
     from ..improve.export import export as go
 
-    go(words[0], words[1], method=mine["method"], number=mine["round"], dtype=mine["dtype"])
+    go(words[0], words[1], method=settings.method, number=settings.round, dtype=settings.dtype)
     say(words[1])
     return 0
 
 
 def report(words: Words, assignments: Words, dry: bool) -> int:
-    """report RUN
-
-    Write report.html of a run again from its metrics.
-    """
+    """Write report.html of a run again from its metrics."""
     del assignments, dry
     from ..report.page import write_report
 
@@ -245,16 +229,12 @@ def report(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def analyse(words: Words, assignments: Words, dry: bool) -> int:
-    """analyse RUN [key=value …]
+    """Measure what training did to a run's layers, weights and samples.
 
-    What training did to a run's layers, weights and samples: analysis.json, analysis.html, analysis/*.svg, and in the
-    run's report.
-    Keys: method=null rounds=[] (all) texts=32 (held-out questions a domain) samples=0 (32: drawn now, for pass@k up to
-    32) questions=64 (sampled a domain) limem=false (memorisation) grid=9 (of the plane) out=null (another folder)
+    analysis.json, analysis.html and analysis/*.svg are written; the run's report shows them too.
     """
     del dry
     from ..studies.analyse import analyse_run
-    from ..studies.settings import AnalyseOptions
 
     settings = options(assignments, AnalyseOptions)
     start_jax()
@@ -263,26 +243,17 @@ def analyse(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def results(words: Words, assignments: Words, dry: bool) -> int:
-    """results [key=value …]
-
-    Write docs/results.md and its pictures from the rows of the experiments: nothing is run.
-    Keys: configs=configs/experiments folder=docs/results
-    """
+    """Write docs/results.md and its pictures from the rows of the experiments; nothing is run."""
     del words, dry
-    mine, others = take(assignments, configs="configs/experiments", folder="docs/results")
-    if others:
-        raise UserError(f"{others[0]}: no such key; known: configs, folder")
+    settings = options(assignments, ResultsOptions)
     from ..studies.page import write
 
-    write(Path(str(mine["folder"])), Path(str(mine["configs"])))
+    write(Path(settings.folder), Path(settings.configs))
     return 0
 
 
 def doctor(words: Words, assignments: Words, dry: bool) -> int:
-    """doctor
-
-    Devices, versions, extras, sandbox, disk: what works here, what is missing and how to get it.
-    """
+    """Say which devices, versions and extras are here, what is missing, and how to get it."""
     del words, assignments, dry
     from .doctor import doctor as diagnose
     from .doctor import print_checks
@@ -290,19 +261,35 @@ def doctor(words: Words, assignments: Words, dry: bool) -> int:
     return print_checks(diagnose())
 
 
-VERBS: dict[str, Callable[[Words, Words, bool], int]] = {
-    "improve": improve,
-    "merge": merge,
-    "inspect": inspect,
-    "extract-lora": extract_lora,
-    "sft": sft,
-    "sample": sample,
-    "search": search,
-    "evaluate": evaluate,
-    "harness": harness,
-    "export": export,
-    "report": report,
-    "analyse": analyse,
-    "results": results,
-    "doctor": doctor,
-}
+def completion(words: Words, assignments: Words, dry: bool) -> int:
+    """Print a script that completes verbs, keys and files in a shell.
+
+    SHELL is bash, zsh or fish. In bash: source <(jaxmerge completion bash)
+    """
+    del assignments, dry
+    from .completion import script
+
+    print(script(words[0], VERBS), end="")
+    return 0
+
+
+CONFIG = ("CONFIG",)
+TABLE = (
+    Verb("improve", (CONFIG,), improve, (Place, Improve, Experiment), flags=("--dry-run",)),
+    Verb("merge", (("RECIPE", "OUT"),), merge, (MergeOptions,), flags=("--dry-run",), extra="files"),
+    Verb("inspect", (("BASE", "MODELS"),), inspect, (InspectOptions,), extra="files"),
+    Verb("extract-lora", (("BASE", "TUNED", "OUT"),), extract_lora, (ExtractOptions,), extra="files"),
+    Verb("sft", (CONFIG, ("MODEL", "DATA", "OUT")), sft, (Place, Finetune)),
+    Verb("sample", (("MODEL", "PROMPTS", "OUT"),), sample, (SampleOptions,)),
+    Verb("evaluate", (("MODEL", "CONFIG"), ("MODEL", "FILE")), evaluate, (Result, QuestionOptions), also=(Improve,)),
+    Verb("harness", (("MODEL", "TASKS"),), harness, (Result, HarnessOptions)),
+    Verb("export", (("RUN", "OUT"),), export, (ExportOptions,)),
+    Verb("report", (("RUN",),), report),
+    Verb("search", (CONFIG, ("MODEL", "QUESTIONS", "OUT")), search, (Place, SearchRun)),
+    Verb("results", ((),), results, (ResultsOptions,)),
+    Verb("analyse", (("RUN",),), analyse, (AnalyseOptions,)),
+    Verb("doctor", ((),), doctor),
+    Verb("completion", (("SHELL",),), completion),
+)
+VERBS = {verb.name: verb for verb in TABLE}
+"""Name → verb, in the order in which `jaxmerge --help` lists them."""

@@ -16,18 +16,24 @@ class Evaluation:
     """Greedy decoding on held-out questions, the same for every method."""
 
     splits: tuple[Literal["validation", "test"], ...] = ("test",)
+    """The questions of these splits are asked."""
     max_new_tokens: int = 64
+    """An answer ends after this many tokens."""
     slots: int = 64
+    """This many answers are decoded side by side; no result depends on it."""
     batch: int = 256
-    """Questions committed to disk at once."""
+    """The answers to this many questions are committed to disk together."""
     stop: tuple[str, ...] = ()
+    """An answer ends before the first of these strings."""
     base: bool = True
-    """Whether the original model is evaluated too."""
+    """The original model is evaluated too."""
     samples: int = 0
-    """Samples a test question beside the greedy answer, for pass@k with k up to this; 0 draws none."""
+    """This many samples of each test question are drawn beside the greedy answer, for pass@k with k up to this; 0 draws
+    none."""
     temperature: float = 0.8
+    """The logits of these samples are divided by it."""
     sampled: Literal["last", "all"] = "last"
-    """Rounds whose models are sampled from, besides the base."""
+    """Samples are drawn from the models of the last round or of all rounds, besides the base."""
 
     def __post_init__(self):
         at_least(self, "evaluation", max_new_tokens=1, slots=1, batch=1, samples=0)
@@ -50,23 +56,29 @@ class QuestionOptions:
     """Keys of `jaxmerge evaluate MODEL FILE.jsonl`."""
 
     task: Literal["gsm8k", "choice", "problem", "mbpp"] | None = None
-    """How answers are judged; null tells it by the keys of the lines."""
+    """Answers are judged as for this task; null tells it by the keys of the lines."""
     limit: int | None = None
-    """Questions, from the beginning of the file; null takes all."""
+    """This many questions are asked, from the beginning of the file; null takes all."""
     prompt: Literal["chat", "cot"] = "chat"
-    """gsm8k: in words through the chat template, or after the eight worked examples of Wei et al."""
+    """gsm8k: questions are put in words through the chat template (chat), or after the eight worked examples of Wei et
+    al. (cot)."""
     extract: Literal["flexible", "strict"] = "flexible"
-    """gsm8k: the last number, or the one after `####` or `The answer is`."""
+    """gsm8k: the answer is the last number (flexible), or the one after `####` or `The answer is` (strict)."""
     split: str = "train"
-    """Of a TFDS version in place of a file."""
+    """This split of a TFDS version is asked, in place of a file."""
     samples: int = 0
-    """Samples a question beside the greedy answer, for pass@k with k up to this."""
+    """This many samples of each question are drawn beside the greedy answer, for pass@k with k up to this; 0 draws
+    none."""
     temperature: float = 0.8
-    """Of these samples."""
+    """The logits of these samples are divided by it."""
     seed: int = 0
+    """The samples are drawn with this seed."""
     max_new_tokens: int = 512
+    """An answer ends after this many tokens."""
     slots: int = 64
+    """This many answers are decoded side by side; no result depends on it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Every matmul takes its operands in this precision."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
 
@@ -81,14 +93,17 @@ class HarnessOptions:
     """Keys of `jaxmerge harness MODEL TASKS`."""
 
     include: str | None = None
-    """A folder with tasks as YAML files."""
+    """Tasks are also looked for as YAML files in this folder."""
     num_fewshot: int | None = None
+    """This many worked examples stand before each question; null leaves it to the task."""
     limit: float | None = None
-    """Documents of a task, or their share below 1; null takes all."""
+    """This many documents of a task are taken, or this share of them below 1; null takes all."""
     chat: bool = False
-    """Put prompts through the chat template."""
+    """Prompts are put through the chat template."""
     slots: int = 64
+    """This many sequences are decoded side by side; no result depends on it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Every matmul takes its operands in this precision."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
 

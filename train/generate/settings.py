@@ -20,7 +20,7 @@ class Draw:
     """How sequences are drawn, and when they end; blocks of configs that say so inherit from it."""
 
     samples: int = 1
-    """Sequences drawn for each prompt."""
+    """This many sequences are drawn for each prompt."""
     temperature: float = 0.0
     """Logits are divided by it; 0 takes the likeliest token each time."""
     top_k: int = 0
@@ -32,7 +32,7 @@ class Draw:
     stop: tuple[str, ...] = ()
     """A sequence ends before the first of these strings."""
     slots: int = 64
-    """Sequences decoded side by side; no result depends on it."""
+    """This many sequences are decoded side by side; no result depends on it."""
 
     BLOCK: ClassVar[str] = "settings"
     """The block's name in messages."""
@@ -61,9 +61,9 @@ class Settings(Draw):
     """How sequences are drawn, and how the model that draws them computes."""
 
     dtype: str = "float32"
-    """Operands of the products."""
+    """Every matmul takes its operands in this precision."""
     gather: bool = False
-    """Decode with weights whole over fsdp."""
+    """Weights are whole over fsdp while decoding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +73,11 @@ class SampleOptions(Draw):
     max_new_tokens: int = 128
     """A sequence ends after this many tokens."""
     seed: int = 0
-    """Seed of the random draws."""
+    """The sequences are drawn with this seed."""
     chat: bool | None = None
-    """Render prompts through the chat template; null: if the model has one."""
+    """Prompts are rendered through the chat template; null does so if the model has one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Operands of every matmul."""
+    """Every matmul takes its operands in this precision."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
 

@@ -21,9 +21,9 @@ class Request:
     """uint32 [2], threefry key data."""
     max_new_tokens: int
     temperature: float | None = None
-    """Of this sequence; None is the engine's."""
+    """Temperature of this sequence; None is the engine's."""
     stop: Callable[[Sequence[int]], int | None] | None = None
-    """Of this sequence, in place of the engine's."""
+    """Where this sequence ends, in place of the engine's."""
 
 
 @dataclasses.dataclass(frozen=True)

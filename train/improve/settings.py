@@ -104,7 +104,7 @@ def check_merge(config: Improve, name: str, method: Method, merge: Merge) -> Non
 
 
 def check_sampling(name: str, method: Method, sampling: Sampling) -> None:
-    """Of a method's own keys alone: those of the run's block may be for other methods, or from before an override."""
+    """Check a method's own keys alone: the run's block may hold keys for other methods, or from before an override."""
     source = sampling.source
     if source == "plain":
         return
@@ -126,15 +126,17 @@ class Sampling(Draw):
     """How solutions are sampled from the model for its own training."""
 
     samples: int = 4
-    """Solutions drawn for each question (IMM's S; the paper takes 3)."""
+    """The model draws this many solutions of each question (S of IMM; the paper takes 3)."""
     temperature: float = 0.8
-    """Logits are divided by it."""
+    """Logits are divided by it; samples for training need it above 0 to differ."""
     batch: int = 64
-    """Questions committed to disk at once: what a kill can lose."""
+    """The samples of this many questions are committed to disk together; a kill loses at most one such batch."""
     source: Literal["plain", "dart", "tot", "mcts"] = "plain"
-    """plain: `samples` a question. dart: until enough are right, by difficulty. tot, mcts: a tree, then its best."""
+    """Solutions come from here. plain: `samples` a question are drawn. dart: solutions are drawn until enough are
+    right, by difficulty. tot, mcts: a tree is searched, and its best solutions are taken."""
     search: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of the other sources: keys of `search` of `jaxmerge search` (docs/search.md)."""
+    """These are keys of the `search` block of `jaxmerge search` (docs/search.md); sources other than plain read
+    them."""
 
     BLOCK: ClassVar[str] = "sampling"
 
@@ -154,11 +156,13 @@ class Selection:
     """Which verified solutions become training examples."""
 
     per_question: int | None = None
-    """At most this many solutions a question, by sample index, of all rounds learnt from; null keeps all."""
+    """At most this many solutions of a question are learnt, the first by sample index, from all rounds learnt from;
+    null keeps all."""
     data: Literal["round", "accumulated"] = "round"
-    """Train on this round's examples or on those of all rounds so far."""
+    """A round trains on its own examples (round) or on those of all rounds so far (accumulated)."""
     real_ratio: float = 0.0
-    """Share of the questions learnt from the generator's worked solution in place of the model's own, 0 to 1."""
+    """This share of the questions, 0 to 1, is learnt from the generator's worked solution in place of the model's
+    own."""
 
     def __post_init__(self):
         if not 0 <= self.real_ratio <= 1:
@@ -175,24 +179,26 @@ class Merge:
         "none", "imm", "slerp", "task_arithmetic", "ties", "dare", "dare_ties", "della", "della_linear", "breadcrumbs",
         "breadcrumbs_ties", "sce",
     ] = "none"  # fmt: skip
+    """This rule merges the tuned model with the anchor at the end of a round; none merges nothing."""
     alpha: Any = 0.5
-    """Weight of the tuned model: a number; a list, one entry a round; `{schedule: linear | cosine, start, end}` over
-    the rounds; `{pattern: α or [α, …]}` by path, a list being a gradient over depth (`{"**": [0.3, 0.7]}` is
+    """The tuned model has this weight: a number; a list, one entry a round; `{schedule: linear | cosine, start, end}`
+    over the rounds; `{pattern: α or [α, …]}` by path, a list being a gradient over depth (`{"**": [0.3, 0.7]}` is
     layer-adaptive); `{importance: [α, α]}` from the first, where a layer matters most and moved most, to the second
     where least; `{search: [α, …]}` takes the best on the validation questions, anew each round."""
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of rules other than imm: density, epsilon, scale, … as `jaxmerge.RULES` takes them."""
+    """These are the coefficients of rules other than imm: density, epsilon, scale, … as `jaxmerge.RULES` takes them."""
     anchor: Literal["original", "previous", "average"] = "original"
-    """Merge with the original model, with what the previous round ended with, or with the mean of the original and
-    what all earlier rounds ended with."""
+    """The tuned model is merged with the original model, with the model that the previous round ended with, or with the
+    mean of the original and of what all earlier rounds ended with (average)."""
     reference: str = "anchor"
-    """Where deltas are measured from: `anchor`, or the path of a pretrained base."""
+    """Deltas are measured from here: the word `anchor`, or the path of a pretrained base."""
     drop: float = 0.0
-    """DARE: share of each delta's elements dropped, the rest rescaled by 1/(1 − drop). 0 switches it off."""
+    """DARE drops this share of each delta's elements and rescales the rest by 1/(1 − drop); 0 switches it off."""
     where: tuple[str, ...] = ()
-    """Merge only parameters whose path matches one of these; the others keep the tuned value. () merges all."""
+    """Only parameters whose path matches one of these patterns are merged; the others keep the tuned value. () merges
+    all."""
     offload: bool = False
-    """Keep the original model in host memory between merges (accelerators only)."""
+    """The original model is kept in host memory between merges (accelerators only)."""
 
     def __post_init__(self):
         if not 0 <= self.drop < 1:
@@ -209,22 +215,28 @@ class Probe:
     """A model made from a round's checkpoints without training, evaluated and not fed back."""
 
     of: str
-    """The method whose checkpoints are used."""
+    """The probe is made from the checkpoints of this method."""
     kind: Literal["expo", "exme", "line", "best", "merge"] = "expo"
-    """expo: θ_t + α(θ_t − θ_b). exme: the best snapshots on validation, each extrapolated, then merged.
-    line: base + λ·change for each λ in `coefficients`. best: the best snapshot. merge: all snapshots by `rule`."""
+    """The probe is made in this way. expo: θ_t + α(θ_t − θ_b). exme: the best snapshots on validation are each
+    extrapolated, then merged. line: base + λ·change for each λ in `coefficients`. best: the best snapshot is taken.
+    merge: all snapshots are merged by `rule`."""
     alphas: tuple[float, ...] = (0.3,)
+    """The models are extrapolated this far: one α for expo, one for each snapshot for exme."""
     weights: tuple[float, ...] = (0.5, 0.5)
+    """exme: the extrapolated snapshots are merged with these weights, one for each."""
     search: Literal["staged", "grid", "coordinate", "golden", "cma_es"] | None = None
-    """exme: choose alphas and weights on validation by this strategy; null takes those given."""
+    """exme: this strategy chooses alphas and weights on validation questions; null takes those given."""
     best: int = 2
-    """exme: snapshots taken, the best first."""
+    """exme: this many snapshots are taken, the best on validation first."""
     rule: str = ""
-    """merge: any of `jaxmerge.RULES` that needs no data: average, ties, model_stock, …; with `parameters`."""
+    """merge: the snapshots are merged by this rule, any of `jaxmerge.RULES` that needs no data: average, ties
+    or model_stock."""
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """merge: the rule takes these coefficients."""
     coefficients: tuple[float, ...] = ()
+    """line: a model is made for each of these λ."""
     rounds: tuple[int, ...] = ()
-    """Rounds to probe; () is the last one."""
+    """These rounds are probed; () is the last one."""
 
     def __post_init__(self):
         if self.kind == "expo" and len(self.alphas) != 1:
@@ -248,9 +260,13 @@ class Method:
     """One arm of the comparison: overrides of the run's blocks, or a probe."""
 
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """These keys of the run's `sampling` block are replaced for this method."""
     selection: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """These keys of the run's `selection` block are replaced for this method."""
     sft: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """These keys of the run's `sft` block are replaced for this method."""
     merge: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """These keys of the run's `merge` block are replaced for this method."""
     probe: Probe | None = None
 
 
@@ -262,7 +278,9 @@ class Improve:
     tasks: Tasks
     methods: dict[str, Method]
     rounds: int = 1
+    """Each method goes through this many rounds."""
     seed: int = 0
+    """Every random draw of the run comes from this seed."""
     sampling: Sampling = Sampling()
     selection: Selection = Selection()
     sft: Sft = dataclasses.field(default_factory=Sft)
@@ -271,7 +289,7 @@ class Improve:
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
     keep: int | None = None
-    """Rounds whose weights stay on disk; null keeps all. Metrics and samples always stay."""
+    """The weights of this many rounds stay on disk, the latest; null keeps all. Metrics and samples always stay."""
 
     def __post_init__(self):
         at_least(self, "config", rounds=1)

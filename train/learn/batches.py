@@ -139,7 +139,7 @@ class Drawn:
         return batch | ({"segments": segments} if self.packed else {})
 
     def summary(self) -> dict[str, Any]:
-        """Of the first epoch; `unpacked` is the efficiency of one example a row, padded to the longest."""
+        """Count the first epoch; `unpacked` is the efficiency of one example a row, padded to the longest."""
         rows = self.epochs[0]
         drawn = [len(self.tokens[i]) for row in rows for i in row]
         longest = row_length(max(drawn))

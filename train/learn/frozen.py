@@ -15,7 +15,8 @@ from ..models.lora import attach, init_lora, merge_lora
 from ..runtime.mesh import shardings
 
 DRAW = "draw"
-"""Of a batch: a number a row [B] uint32, never the same twice in a run, for the dropout masks."""
+"""Key of the batch that holds each row's number, [B] uint32; a number is used once in a run, so that no two rows share
+a dropout mask."""
 
 
 class Frozen(NamedTuple):

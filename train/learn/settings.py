@@ -19,13 +19,16 @@ class Step:
     """How one update of fine-tuning is computed."""
 
     attention: Literal["auto", "xla", "tiled", "cudnn", "splash"] = "auto"
-    """auto: tiled on CPUs, cudnn on GPUs, splash on TPUs where it can do what the model asks, else xla."""
+    """Attention is computed by this program; auto takes tiled on CPUs, cudnn on GPUs, splash on TPUs where it can do
+    what the model asks, else xla."""
     remat: Literal["none", "full", "dots"] = "none"
-    """What the backward pass computes again instead of keeping: nothing, every layer, or all but matrix products."""
+    """The backward pass computes this again instead of keeping it: nothing, every layer (full), or all but matrix
+    products (dots)."""
     layers: Literal["unrolled", "stacked"] = "unrolled"
     """stacked: one layer is compiled and run over all, which compiles many times faster; unrolled may run faster."""
     masters: Literal["float32", "bfloat16"] = "float32"
-    """Weights between the steps; bfloat16 halves them and loses updates below 1/256 of a weight. Moments: float32."""
+    """Weights are kept in this precision between the steps; bfloat16 halves them and loses updates below 1/256 of a
+    weight. Moments are float32."""
     logits_at_once: int = 1024
     """Tokens whose logits [·, V] are held at a time, a device's rows together."""
     clip: float = 1.0
@@ -205,14 +208,14 @@ class Watch:
     """What is measured while fine-tuning, and where it is written beside steps.jsonl."""
 
     held_out: int = 0
-    """Examples kept out of the training, drawn by the seed, to measure the loss on; of a question all or none, so there
-    may be a few more."""
+    """This many examples are kept out of the training, drawn by the seed, to measure the loss on. All examples of a
+    question are kept out or none, so there may be a few more."""
     evaluate_every: int = 50
-    """Steps between two measurements of the held-out loss; it is also measured at the end."""
+    """The held-out loss is measured after this many steps each, and at the end."""
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where the metrics of every step go besides."""
+    """The metrics of every step are also sent there."""
     trace_from: int = 0
-    """First step of a profiler trace (from 1), written to `trace/`; 0 traces nothing."""
+    """A profiler trace of `trace/` begins with this step, counted from 1; 0 traces nothing."""
     trace_steps: int = 3
     """Steps that the profiler trace holds."""
 
@@ -229,9 +232,9 @@ class Stay:
     kl: float = 0.0
     """β of β KL(p_0 ‖ p_θ), a mean over the tokens learnt. 0 switches it off; else the step computes both models."""
     freeze: tuple[str, ...] = ()
-    """Parameters that keep their values, as path patterns."""
+    """Parameters whose path matches one of these patterns keep their values."""
     stop_at: float = 1.0
-    """Stop after this share of the steps; the learning rate's schedule is that of all of them."""
+    """Training stops after this share of the steps; the learning rate's schedule is that of all of them."""
 
     def __post_init__(self):
         at_least(self, "sft.stay", l2=0, kl=0)
@@ -254,27 +257,27 @@ class Sft:
     learning_rate: float = 2e-5
     """The highest of the schedule."""
     epochs: int = 3
-    """Times each example is seen."""
+    """Each example is seen this many times."""
     batch: int = 64
-    """Examples an update, over all devices; with packing, rows."""
+    """An update takes this many examples, over all devices; with packing, this many rows."""
     micro_batch: int | None = None
-    """Rows a forward pass; the batch is accumulated from them. null: the batch at once."""
+    """A forward pass takes this many rows, and the batch is accumulated from several; null takes the batch at once."""
     warmup: float = 0.03
     """Share of the steps over which the rate rises from 0."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """Of the rate after the warm-up."""
+    """The learning rate takes this course after the warm-up."""
     max_length: int = 512
-    """Longest example, in tokens; with packing also the length of a row."""
+    """Longest example, in tokens; with packing it is also the length of a row."""
     overlong: Literal["drop", "truncate"] = "drop"
-    """What happens to longer examples: left out, or cut at max_length. Counted either way."""
+    """Longer examples are left out (drop), or cut at max_length (truncate); they are counted either way."""
     packing: bool = False
-    """Put several examples into a row; `batch` counts rows. The loss stays that of the examples one by one."""
+    """Several examples are put into a row, and `batch` counts rows. The loss stays that of the examples one by one."""
     loss: Literal["completion", "all"] = "completion"
-    """Which tokens have a loss: the completion's, or the prompt's too."""
+    """The loss is taken over the completion's tokens, or over the prompt's too (all)."""
     start: Literal["merged", "original"] = "merged"
-    """What a round is fine-tuned from: the last merged model or the original one."""
+    """A round is fine-tuned from the last merged model or from the original one."""
     snapshots: int = 1
-    """Checkpoints kept a round, equally spaced, the last at the end; exme picks its two among them."""
+    """This many checkpoints of a round are kept, equally spaced, the last at the end; exme picks from them."""
     checkpoint_every: int = 200
     """Steps between resumable checkpoints: what a kill can lose."""
     optimizer: Optimizer = dataclasses.field(default=AdamW(), metadata={FINISH_WITH: "aa22b70"})
@@ -282,8 +285,8 @@ class Sft:
     watch: Watch = Watch()
     stay: Stay = Stay()
     lora: Lora | None = None
-    """Train low-rank adapters {rank, alpha, targets, dropout} beside frozen weights and merge them at the end; null:
-    train all weights."""
+    """Low-rank adapters {rank, alpha, targets, dropout} are trained beside frozen weights and merged at the end; null
+    trains all weights."""
 
     def __post_init__(self):
         at_least(self, "sft", epochs=1, batch=1, max_length=2, snapshots=1, checkpoint_every=1)
@@ -307,12 +310,18 @@ class Part:
     """One source of a mixture: a file, the folder of a TFDS version, or reasoning-gym families."""
 
     path: str = ""
+    """The part is this file of JSON lines, or this folder of a TFDS version."""
     families: tuple[FamilySpec, ...] = ()
+    """The part is drawn from these families instead of `path`."""
     rate: float | None = None
-    """Share of the examples drawn, relative to the other parts'. null for all parts: each example once an epoch."""
+    """This share of the examples is drawn from the part, relative to the other parts' rates; null for all parts takes
+    each example once an epoch."""
     format: str | None = None
+    """The lines have this format; null tells it by their keys."""
     split: str = "train"
+    """This split of a TFDS version is read."""
     ignore: tuple[str, ...] = ()
+    """These keys of the lines are passed over; other unknown keys are errors."""
 
     def __post_init__(self):
         if bool(self.path) == bool(self.families):
@@ -328,31 +337,34 @@ class Data:
     """Examples of `jaxmerge sft`: files, a mixture of sources, or text generated by the miniature's recipe."""
 
     path: str = ""
-    """JSON lines (prompt and completion, messages, Alpaca, GSM8K, MBPP, multiple choice: told by the keys), or the
-    folder of a TFDS version: a set of ours, the samples of a run, or math_qa, ai2_arc, openbookqa, lbpp."""
+    """Examples are read from this file of JSON lines (prompt and completion, messages, Alpaca, GSM8K, MBPP, multiple
+    choice: told by the keys), or from the folder of a TFDS version: a set of ours, the samples of a run, or math_qa,
+    ai2_arc, openbookqa, lbpp."""
     parts: tuple[Part, ...] = ()
-    """Instead of `path`: several sources, mixed at their rates."""
+    """Several sources are mixed at their rates, instead of `path`."""
     draws: int | None = None
-    """Examples of an epoch of a mixture; null goes on until every example of every part has come once."""
+    """An epoch of a mixture has this many examples; null goes on until every example of every part has come once."""
     format: str | None = None
-    """Of the lines of `path`; null tells it by their keys."""
+    """The lines of `path` have this format; null tells it by their keys."""
     split: str = "train"
-    """Of a TFDS version."""
+    """This split of a TFDS version is read."""
     ignore: tuple[str, ...] = ()
-    """Keys of the lines to pass over; other unknown keys are errors."""
+    """These keys of the lines are passed over; other unknown keys are errors."""
     learn: Literal["assistant", "last", "each"] = "assistant"
-    """Turns of a conversation with a loss: all of the assistant's; the last alone; or all, each in an example that
-    ends with it, for templates that render earlier turns otherwise (Qwen3's, which drops their reasoning)."""
+    """These turns of a conversation have a loss: all of the assistant's; the last alone; or all, each in an example
+    that ends with it, for templates that render earlier turns otherwise (Qwen3's, which drops their reasoning)."""
     chat_template: str = ""
-    """A Jinja file to render conversations with in place of the model's own template; saved with the tuned model."""
+    """Conversations are rendered with this Jinja file in place of the model's own template; it is saved with the tuned
+    model."""
     pretraining_tokens: int = 0
-    """Instead of `path`: this many tokens of worked problems in rows of `row`, every token learnt."""
+    """This many tokens of worked problems are generated instead of reading `path`, in rows of `row` tokens, and every
+    token is learnt."""
     ingredients: tuple[Ingredient, ...] = ()
-    """The families of the generated text and their shares."""
+    """The generated text is drawn from these families, each with its share."""
     row: int = 96
-    """Tokens of a row of generated text."""
+    """A row of generated text has this many tokens."""
     exclude: str = ""
-    """Config of an improve run none of whose questions may appear in the generated text."""
+    """The generated text holds none of the questions of the improve run with this config."""
 
     def __post_init__(self):
         if bool(self.path) + bool(self.parts) + bool(self.pretraining_tokens) != 1:
@@ -384,3 +396,4 @@ class Finetune:
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
     seed: int = 0
+    """The order of the examples and every random draw come from this seed."""

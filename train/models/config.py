@@ -174,11 +174,13 @@ class Lora:
     """Low-rank adapters beside frozen weights, W + (alpha / rank)·B·A (Hu et al., https://arxiv.org/abs/2106.09685)."""
 
     rank: int = 16
+    """The adapters have this rank: the columns of B and the rows of A."""
     alpha: float = 32.0
+    """The product B·A is scaled by alpha / rank."""
     targets: tuple[str, ...] = (r"_proj$",)
-    """Patterns searched for in the modules' paths, `model/layers/3/self_attn/q_proj`."""
+    """Modules get an adapter if one of these patterns is found in their path, `model/layers/3/self_attn/q_proj`."""
     dropout: float = 0.0
-    """Share of a side path's inputs set to zero while training."""
+    """This share of a side path's inputs is set to zero while training."""
 
     def __post_init__(self):
         if self.rank < 1:

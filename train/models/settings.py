@@ -13,13 +13,13 @@ class Source:
     """Where the base model comes from, and the precision it computes in."""
 
     path: str = ""
-    """Hugging Face folder, GGUF file, `package:NAME/FILE.gguf`, or hub name."""
+    """The model is this Hugging Face folder, GGUF file, `package:NAME/FILE.gguf` or hub name."""
     sha256: str | None = None
-    """Refuse the file at `path` unless its digest is this one (single files only)."""
+    """The file at `path` is refused unless its digest is this one (single files only)."""
     random: dict[str, Any] | None = None
-    """Instead of `path`: sizes of a model with random weights (fields of ModelConfig)."""
+    """A model of these sizes with random weights is made instead of reading `path` (fields of ModelConfig)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Operands of every matmul; sums, masters and merges are float32 whatever this says."""
+    """Every matmul takes its operands in this precision; sums, masters and merges are float32 whatever this says."""
 
     def __post_init__(self):
         if bool(self.path) == (self.random is not None):

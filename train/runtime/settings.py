@@ -13,12 +13,16 @@ class Mesh:
     """Device mesh: batch over data and fsdp, parameters over fsdp and tensor."""
 
     data: int = 1
+    """The batch is divided among this many groups of devices, each with a copy of the parameters."""
     fsdp: int = 1
+    """Batch and parameters are both divided among this many devices."""
     tensor: int = 1
+    """Each matrix product is divided among this many devices."""
     cpu_devices: int | None = None
-    """Split the CPU into this many virtual devices (tests, laptops)."""
+    """The CPU is split into this many virtual devices (tests, laptops); null leaves it whole."""
     gather_to_decode: bool = False
-    """Decode with weights whole over fsdp, gathered once and not for every token: 2 P/tensor bytes a device."""
+    """Weights are gathered over fsdp once before decoding, and not for every token; this takes 2 P/tensor bytes a
+    device for P parameters."""
 
     def __post_init__(self):
         at_least(self, "mesh", data=1, fsdp=1, tensor=1)
@@ -29,15 +33,17 @@ class Distributed:
     """Processes that run as one, each started with the same command; where this one finds the others."""
 
     auto: bool = False
-    """Cloud TPU, Slurm, Open MPI, Kubernetes: jax finds them by itself."""
+    """jax finds the processes by itself: on Cloud TPU, Slurm, Open MPI or Kubernetes."""
     coordinator: str | None = None
-    """host:port of process 0; with it `processes` and `process_id`."""
+    """Process 0 listens at this host:port; `processes` and `process_id` must be given with it."""
     processes: int | None = None
+    """The run consists of this many processes."""
     process_id: int | None = None
+    """This process has this number, counted from 0."""
     start_timeout: int = 300
-    """Seconds to wait for all of them."""
+    """A process waits this many seconds for all others to start."""
     silence: int = 60
-    """Seconds after which a process that answers nothing counts as lost."""
+    """A process that answers nothing for this many seconds counts as lost."""
 
     def __post_init__(self):
         at_least(self, "distributed", start_timeout=1, silence=3)

@@ -23,7 +23,7 @@ class Ask:
 
     name: str
     prompt: str
-    """Of the prompt file: step, score, hint, chain, write. Of a verifier: empty."""
+    """Entry of the prompt file: step, score, hint, chain, write; empty for a verifier."""
     role: str
     values: Mapping[str, Any]
     """What the prompt's templates read."""
@@ -38,7 +38,7 @@ class Reply:
     """eos, stop, length (cut off), or context: the prompt has no room in the model."""
     tokens: int = 0
     verdict: float | None = None
-    """Of a verifier: 1 right, 0 wrong, None could not be judged."""
+    """What a verifier says: 1 right, 0 wrong, None could not be judged."""
 
 
 Asking = Generator[list[Ask], list[Reply], T]

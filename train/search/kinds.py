@@ -30,7 +30,7 @@ class Solution:
     text: str
     reason: str
     value: float | None
-    """Of its plan; None where no critic was asked."""
+    """Value of its plan; None where no critic was asked."""
     verdict: float | None = None
     """1 right, 0 wrong, None could not be judged, or was not."""
 

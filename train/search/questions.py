@@ -38,7 +38,7 @@ class Item:
     answer: str | None = None
     verify: Callable[[str], float | None] | None = dataclasses.field(default=None, repr=False, compare=False)
     tests: CodeProblem | None = None
-    """Of a program, run in the sandbox; in place of `verify`."""
+    """Tests of a program, run in the sandbox; they replace `verify`."""
 
     @property
     def judged(self) -> bool:

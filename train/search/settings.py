@@ -22,10 +22,12 @@ class Rollout:
     """A look further than the critic: steps proposed from the best new child, and what the best of them scores."""
 
     steps: int = 0
-    """0 switches it off (the release does 1, the paper's figure none)."""
+    """A rollout looks this many steps further; 0 switches it off (the paper's code takes 1 step, its figure none)."""
     proposals: int = 2
+    """This many continuations are proposed at each step of a rollout."""
     mixing: float = 0.5
-    """a: V ← (1 − a)·V + a·best."""
+    """The child's value V becomes (1 − a)·V + a·best with this a, where best is the best value that the rollout
+    found."""
 
     def __post_init__(self):
         at_least(self, "search.rollout", steps=0, proposals=1)
@@ -38,12 +40,14 @@ class Dart:
     """How many solutions of each question are drawn, by difficulty (Tong et al. 2024, https://arxiv.org/abs/2407.13690)."""
 
     mode: Literal["uniform", "prop2diff"] = "uniform"
-    """uniform: until `right` are right. prop2diff: until ⌈right × share of the first `samples` that are wrong⌉ are."""
+    """uniform: chains are drawn until `right` are right. prop2diff: until ⌈right × share of the first `samples` that
+    are wrong⌉ are right."""
     right: int = 4
+    """This many right solutions of a question are wanted."""
     samples: int = 8
-    """Drawn at once."""
+    """This many chains are drawn at once."""
     most: int = 64
-    """Where a question is given up."""
+    """A question is given up after this many chains."""
 
     def __post_init__(self):
         at_least(self, "search.dart", right=1, samples=1, most=self.samples)
@@ -54,31 +58,36 @@ class Search:
     """How solutions of one question are looked for."""
 
     kind: Kind = "mcts"
-    """mcts: SRA-MCTS. tot: Tree of Thoughts, breadth first. cot: chains. dart: chains until enough are right."""
+    """Solutions are looked for in this way. mcts: SRA-MCTS. tot: Tree of Thoughts, breadth first. cot: chains of
+    thought. dart: chains until enough are right."""
     iterations: int = 16
-    """Nodes expanded in a tree (mcts). The release's 2 cannot make a plan of three steps."""
+    """mcts: this many nodes of a tree are expanded. The paper's code takes 2, which cannot make a plan of three
+    steps."""
     children: int = 3
-    """Steps proposed at each node."""
+    """This many steps are proposed at each node."""
     depth: int = 8
-    """Steps of the longest plan."""
+    """The longest plan has this many steps."""
     leaves: int = 1
-    """Leaves of a tree expanded side by side (mcts); changes the search, as all else here, unlike `sampling.slots`."""
+    """mcts: this many leaves of a tree are expanded side by side. It changes the search, as all else here does, unlike
+    `sampling.slots`."""
     exploration: float = 0.05
-    """c of the upper bound; 0.05 on [0, 1] is the release's 0.5 on its scale of 10."""
+    """mcts: the upper bound has this c; 0.05 on values in [0, 1] is the 0.5 of the paper's code on its scale of 10."""
     bonus: float = 0.0
-    """Of children without visits. The release's 0.8 expands every sibling before any child of one."""
+    """mcts: it is added to the value of a child that was never visited. The paper's code uses 0.8, which tries all
+    siblings before it goes deeper."""
     gate: float = 0.88
-    """A value that ends the search."""
+    """A value of this height ends the search."""
     retries: int = 3
-    """Of a reply that cannot be used: an empty or repeated step, a critic without a score."""
+    """A reply that cannot be used (an empty or repeated step, a critic without a score) is asked for again this many
+    times."""
     diverse: bool = True
-    """Show the policy the steps that stand beside the one it is to propose."""
+    """The policy is shown the steps that stand beside the one it is to propose."""
     reflect: bool = True
-    """Ask the reflector for a hint before a node is expanded (mcts)."""
+    """mcts: the reflector is asked for a hint before a node is expanded."""
     beam: int = 3
-    """Plans kept at each depth (tot)."""
+    """tot: this many plans are kept at each depth."""
     samples: int = 1
-    """Chains of a question (cot); texts written from each plan (mcts, tot)."""
+    """cot: this many chains of a question are drawn. mcts, tot: this many texts are written from each plan."""
     rollout: Rollout = Rollout()
     dart: Dart = Dart()
 
@@ -101,15 +110,16 @@ class Questions:
     """What is searched: a file, or families of problems."""
 
     path: str = ""
-    """JSON lines with `question` (or `problem`, `prompt`), optionally `id` and `answer`."""
+    """Questions are read from this file: JSON lines with `question` (or `problem`, `prompt`), optionally `id` and
+    `answer`."""
     families: tuple[FamilySpec, ...] = ()
-    """Instead of `path`: their training questions, with their verifiers."""
+    """The training questions of these families are taken instead of a file, with their verifiers."""
     domain: Domain = "mathematics"
-    """Which prompts are put: plans and programs, or steps and answers."""
+    """Prompts of this domain are put: plans and programs (code), or steps and answers (mathematics)."""
     limit: int | None = None
-    """Questions taken, from the first."""
+    """This many questions are taken, from the first; null takes all."""
     seed: int = 0
-    """Of the draw from `families`."""
+    """Questions of `families` are drawn with this seed."""
 
     def __post_init__(self):
         if bool(self.path) == bool(self.families):
@@ -123,23 +133,26 @@ class Drawing:
     """How texts are drawn, and how long each kind may be, in tokens."""
 
     temperature: float = 0.7
+    """Logits are divided by it."""
     top_k: int = 0
-    """0 takes all."""
+    """Only the k likeliest tokens are drawn from; 0 takes all."""
     top_p: float = 1.0
+    """Only the likeliest tokens whose probabilities reach this sum are drawn from; 1 takes all."""
     step: int = 96
-    """Most tokens of a step."""
+    """Longest step of a plan, in tokens."""
     hint: int = 64
-    """Of a reflection."""
+    """Longest reflection, in tokens."""
     score: int = 16
-    """Of the critic's reply."""
+    """Longest reply of the critic, in tokens."""
     chain: int = 384
-    """Of a chain of thought in one piece."""
+    """Longest chain of thought in one piece, in tokens."""
     write: int = 384
-    """Of what a plan is turned into."""
+    """Longest text that a plan is turned into, in tokens."""
     slots: int = 64
-    """Sequences decoded side by side; no result depends on it."""
+    """This many sequences are decoded side by side; no result depends on it."""
     kept: int = 4
-    """Prompts kept in memory for each slot, for later ones that begin alike; 0: none, else at least 2."""
+    """This many prompts are kept in memory for each slot, for later ones that begin alike; 0 keeps none, and otherwise
+    at least 2 are needed."""
 
     def __post_init__(self):
         at_least(
@@ -153,9 +166,9 @@ class Role:
     """Who plays a role other than the policy."""
 
     model: Source | None = None
-    """null is the run's model."""
+    """This model plays the role; null is the run's model."""
     temperature: float | None = None
-    """null is that of `sampling`."""
+    """The role's texts are drawn at this temperature; null takes that of `sampling`."""
 
     def __post_init__(self):
         if self.temperature is not None:
@@ -167,13 +180,14 @@ class Filters:
     """Which found solutions become training examples, in the order in which they are asked."""
 
     words: int | None = None
-    """Plans with fewer words are dropped; null: 20 for code, 0 for mathematics."""
+    """Plans with fewer words are dropped; null means 20 for code, 0 for mathematics."""
     tests: bool = True
-    """Keep what passes its tests or has the right answer, where the question says which; else all."""
+    """A solution is kept if it passes its tests or has the right answer, where the question says which; all others are
+    kept."""
     value: float = 0.0
     """Plans with a lower value are dropped."""
     per_question: int | None = None
-    """At most this many solutions of a question; null keeps all."""
+    """At most this many solutions of a question are kept; null keeps all."""
 
     def __post_init__(self):
         if self.words is not None:
@@ -191,11 +205,12 @@ class SearchRun:
     search: Search = Search()
     sampling: Drawing = Drawing()
     roles: dict[str, Role] = dataclasses.field(default_factory=dict)
-    """critic, reflector, and policy (its temperature)."""
+    """The roles critic and reflector may have a model and a temperature of their own, the policy a temperature."""
     filters: Filters = Filters()
     prompts: str | None = None
-    """A file in place of the one that is installed (train/search/prompts.yaml)."""
+    """Prompts are read from this file in place of the one that is installed (train/search/prompts.yaml)."""
     seed: int = 0
+    """Every random draw of the search comes from this seed."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
 

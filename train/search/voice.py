@@ -59,7 +59,7 @@ class Voice:
             gather=gather,
         )
         self.read_tokens = 0
-        """Of all prompts, those that share a prefill counted each."""
+        """Tokens of all prompts; a shared prefill counts for each prompt."""
 
     def request(self, number: int, id: str, ask: Ask) -> Request | None:
         """What the engine is given; None if the model has no room for it."""

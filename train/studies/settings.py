@@ -14,11 +14,12 @@ class Tune:
     """The first stage: the candidates of each method, judged on validation questions with seeds of their own."""
 
     candidates: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Method → a list of overrides (as under `methods:`), equally many for each: an equal budget."""
+    """Each method has a list of overrides to try (as under `methods:`), equally many for each: an equal budget."""
     axes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """As `Sweep.axes`; a candidate's score is its mean over all of them."""
+    """The candidates are tried at every point of these axes, written as in `sweep.axes`; a candidate's score is its
+    mean over all points."""
     set: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Overrides of the config in this stage: `{evaluation: {splits: [validation]}}`."""
+    """These overrides of the config hold in this stage: `{evaluation: {splits: [validation]}}`."""
 
     def __post_init__(self):
         counts = {}
@@ -40,24 +41,26 @@ class Sweep:
     """`sweep:`: every method of the config, and the best candidate of each tuned one, at every point of the axes."""
 
     axes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Name → {label: overrides of the config}, or a list of values of the key of that name (`seed: [1, 2, 3]`)."""
+    """Each axis has a name and its points: {label: overrides of the config}, or a list of values of the key of that
+    name (`seed: [1, 2, 3]`)."""
     tune: Tune = dataclasses.field(default_factory=Tune)
     rows: str = ""
-    """JSON lines of finished cells; docs/results/NAME.jsonl by default."""
+    """Finished cells are written to this file of JSON lines; by default it is docs/results/NAME.jsonl."""
     keep_runs: bool = False
-    """Keep the weights of finished cells; their metrics and reports stay in any case."""
+    """The weights of finished cells are kept; their metrics and reports stay in any case."""
     analyse: Any = False
-    """Measure importance and change of the layers of each trained cell, and keep them with its row: true, or keys of
+    """Importance and change of the layers of each trained cell are measured and kept with its row: true, or keys of
     `jaxmerge analyse`, `{texts: 8}`."""
     control: str = ""
-    """The method that the others are compared with, cell by cell."""
+    """The other methods are compared with this one, cell by cell."""
     judge: str = "frontier"
-    """How docs/results.md shows it: frontier, curve (over the first axis) or layers."""
+    """docs/results.md shows the experiment in this form: frontier, curve (over the first axis) or layers."""
     claim: str = ""
-    """What the paper says, in a sentence, for docs/results.md."""
+    """docs/results.md quotes this sentence as what the paper says."""
     seen: str = ""
-    """What the rows say, written by a person who read them."""
+    """docs/results.md quotes this as what the rows say; a person who read them wrote it."""
     title: str = ""
+    """docs/results.md gives the experiment this heading."""
 
     def __post_init__(self):
         check_axes(self.axes, "sweep.axes")
@@ -80,21 +83,22 @@ class AnalyseOptions:
     """Keys of `jaxmerge analyse`."""
 
     method: str | None = None
-    """A trained method of the run; null: the first that merges, else the first."""
+    """This trained method of the run is looked at; null takes the first that merges, else the first."""
     rounds: tuple[int, ...] = ()
-    """Rounds to look at; () is all that are committed and on disk."""
+    """These rounds are looked at; () takes all that are committed and on disk."""
     texts: int = 32
-    """Held-out questions of each domain whose solutions losses are measured on."""
+    """Losses are measured on the solutions of this many held-out questions of each domain."""
     samples: int = 0
-    """Samples of each held-out question for entropy and pass@k; 0 takes those that the run drew for training."""
+    """This many samples of each held-out question are drawn for entropy and pass@k; 0 takes those that the run drew for
+    training."""
     questions: int = 64
-    """Questions of each domain that are sampled, and training questions for LiMem."""
+    """This many questions of each domain are sampled, and as many training questions for LiMem."""
     limem: bool = False
-    """Whether to score memorisation, which asks for answers to training questions and to their twins."""
+    """Memorisation is scored too, which asks for answers to training questions and to their twins."""
     grid: int = 9
-    """Points along each axis of the plane of losses."""
+    """The plane of losses has this many points along each axis."""
     out: str | None = None
-    """Folder to write to; null is the run's own."""
+    """The analysis is written to this folder; null writes to the run's own."""
 
     def __post_init__(self):
         for name, least in (("texts", 2), ("samples", 0), ("questions", 1), ("grid", 3)):

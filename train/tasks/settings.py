@@ -15,10 +15,11 @@ class Ingredient:
     """One family of the pretraining text.
 
     Attributes:
-      family: a family with a compact rendering.
-      share: of the examples drawn, relative to the other ingredients' shares.
-      args: the generator's ranges.
-      learn: every token, or those of the solution alone: what is shown to be judged should not be learnt.
+      family: The examples are of this family, which must have a compact rendering.
+      share: This share of the examples is drawn from it, relative to the other ingredients' shares.
+      args: These are the generator's ranges.
+      learn: Every token is learnt (all), or those of the solution alone: what is shown to be judged should not be
+        learnt.
     """
 
     family: str
@@ -38,10 +39,13 @@ class FamilySpec:
     """How many questions of one family to draw, and from which ranges.
 
     Attributes:
-      family: name of a generator, or gsm8k, choice, problem with a file (docs/data.md).
-      domain: where its accuracy is reported: id is learnt from, harder, ood and unseen are not.
-      args: the generator's own settings, such as `{"min_value": 1, "max_value": 130}`.
-      train, validation, test: questions of each split; only the in-domain family needs `train`.
+      family: The questions come from the generator of this name, or from a file for gsm8k, choice and problem
+        (docs/data.md).
+      domain: Its accuracy is reported under this word: id is learnt from; harder, ood and unseen are not.
+      args: These are the generator's own settings, such as `{"min_value": 1, "max_value": 130}`.
+      train: This many training questions are drawn; only the in-domain family needs them.
+      validation: This many validation questions are drawn.
+      test: This many test questions are drawn.
     """
 
     family: str
@@ -83,11 +87,12 @@ class Tasks:
 
     families: tuple[FamilySpec, ...] = ()
     style: Literal["instruct", "compact"] = "instruct"
-    """instruct: questions in English for a pretrained model; compact: `prompt?work#answer` for the miniature."""
+    """Questions are worded in this style. instruct: in English, for a pretrained model. compact: as
+    `prompt?work#answer`, for the miniature."""
     seed: int = 0
-    """Of the questions; apart from the run's seed so that runs can share their questions."""
+    """The questions are drawn with this seed; it is apart from the run's so that runs can share their questions."""
     few_shot: int = 0
-    """Worked examples put before each question (for base models that follow no instruction)."""
+    """This many worked examples stand before each question (for base models that follow no instruction)."""
 
     def __post_init__(self):
         if not any(f.domain == "id" and f.train for f in self.families):

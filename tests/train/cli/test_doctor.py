@@ -89,6 +89,8 @@ def test_disk_names_the_folder(monkeypatch, tmp_path):
         ("0.12.3", ">=0.10.2,<0.13", True), ("0.13.0", ">=0.10.2,<0.13", False), ("5.0.0rc1", ">=5,<6", True),
         ("0.1.25", "==0.1.25", True), ("0.1.26", "==0.1.25", False), ("2.13.0+cpu", "==2.13.0", True),
         ("9", ">=8", True), ("10.0", ">=9.9", True), ("1.0", "", True),
+        ("2.1.post1", ">=2.1", True), ("1!1.0", "<2", False), ("1.4.2", "~=1.4", True), ("2.0", "~=1.4", False),
+        ("1.10", "==1.*", True), ("0.13rc1", "<0.13", False),
     ],
 )  # fmt: skip
 def test_fits(version, versions, wanted):
@@ -101,10 +103,10 @@ def test_works_with_jax_alone():
         "import sys\n"
         "class Only:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in {'rich','flax','optax','yaml','safetensors','transformers','orbax'}:\n"
-        "            raise ModuleNotFoundError(name)\n"
+        "        if name.split('.')[0] in 'rich flax optax yaml packaging safetensors transformers orbax'.split():\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
         "sys.meta_path.insert(0, Only())\n"
-        "from train.doctor import doctor, print_checks\n"
+        "from train.cli.doctor import doctor, print_checks\n"
         "print_checks(doctor())\n"
     )
     root = ROOT
@@ -113,3 +115,5 @@ def test_works_with_jax_alone():
     )
     assert done.returncode == 0, done.stderr
     assert "devices" in done.stdout
+    assert "packages: packaging is not installed, so no version can be compared" in done.stdout
+    assert "could not be examined" not in done.stdout

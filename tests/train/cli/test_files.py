@@ -60,11 +60,15 @@ def test_merge_passes_on_what_a_recipe_does_not_say(here, capsys):
     assert main(["merge", "recipe.yaml", "out", "allow=missing,unused"]) == 0
     assert set(load_file("out/model.safetensors")) == set(SHAPES)
     for words, said in [
-        (["compat=paper"], "compat='paper', wanted None or 'mergekit'"),
+        (["compat=paper"], "compat is 'paper'; it must be one of mergekit"),
         (["allow=all"], "allow='all', wanted some of missing, unused, shapes"),
-        (["format=zip"], "format='zip', wanted one of safetensors, orbax"),
+        (["format=zip"], "format is 'zip'; it must be one of safetensors, orbax"),
         (["device=abacus"], "device='abacus' is not here; there are cpu"),
-        (["shards=3"], "'shards=3': merge knows seed=, compat=, allow=, format=, device=, max_shard_bytes="),
+        (["seed=abc"], "seed is 'abc'; int is wanted"),
+        (["--seed", "1.5"], "seed is 1.5; int is wanted"),
+        (["max_shard_bytes=0"], "merge.max_shard_bytes is 0; it must be at least 1"),
+        (["max_shard_byte=3"], "max_shard_byte: no such key; did you mean max_shard_bytes?"),
+        (["zzz=3"], "zzz: no such key; known: seed, compat, allow, format, device, max_shard_bytes"),
     ]:
         assert main(["merge", "recipe.yaml", "other", *words]) == 2
         assert said in capsys.readouterr().err
@@ -92,6 +96,10 @@ def test_inspect_prints_draws_and_writes(here, capsys):
     wanted = float(np.linalg.norm(one[name] - base[name]))
     assert found["tensors"][name]["models"][0]["norm"] == pytest.approx(wanted, rel=1e-5)
     assert pathlib.Path("change.svg").read_text().startswith("<svg")
+    assert main(["inspect", "base", "one", "--json=2026"]) == 0
+    assert json.loads(pathlib.Path("2026").read_text())["tensors"]
+    assert main(["inspect", "base", "one", "jsn=2026"]) == 2
+    assert "jsn: no such key; did you mean json?" in capsys.readouterr().err
     assert main(["inspect", "base", "nowhere"]) == 2
     assert "model 'nowhere' is no folder or file here" in capsys.readouterr().err
 
@@ -105,4 +113,16 @@ def test_extract_lora_and_back(here, capsys):
     for name in SHAPES:
         np.testing.assert_allclose(back[name], one[name], atol=2e-6)
     assert main(["extract-lora", "base", "one", "again"]) == 2
-    assert "no rank=: wanted rank=N" in capsys.readouterr().err
+    assert "rank is missing; it has no default" in capsys.readouterr().err
+    for words, said in [
+        (["rank=abc"], "rank is 'abc'; int is wanted"),
+        (["rank=0"], "extract-lora.rank is 0; it must be at least 1"),
+        (["rank=2", "alpha=much"], "alpha is 'much'; float is wanted"),
+        (["rank=2", "dtype=int8"], "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
+        (["rank=2", "targets=3"], "targets is 3; a list is wanted"),
+        (["rank=2", "target=[a]"], "target: no such key; did you mean targets?"),
+    ]:
+        assert main(["extract-lora", "base", "one", "again", *words]) == 2
+        assert said in capsys.readouterr().err
+    assert not pathlib.Path("again").exists()
+    assert main(["extract-lora", "base", "one", "again", "--rank", "2", "targets=layers/1/**", "--save=norm"]) == 0

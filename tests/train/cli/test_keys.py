@@ -4,9 +4,12 @@ import dataclasses
 import re
 from typing import Literal
 
+import pytest
 from helpers import ROOT
 
-from train.cli.keys import documented, keys, page
+from train.cli.keys import ABOUT, documented, keys, page
+from train.cli.settings import Experiment, Place, Result
+from train.cli.verbs import VERBS
 from train.improve.settings import Improve
 
 WRITTEN = ROOT / "docs" / "config.md"
@@ -51,8 +54,63 @@ def test_keys_go_into_lists_maps_and_what_may_be_there():
     assert documented(Inner)["second"][0] == "[text, …]"
 
 
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """One way."""
+
+    name: Literal["plain"] = "plain"
+    """The way that is taken."""
+    speed: int = 1
+    """So fast it goes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fancy:
+    """The other way."""
+
+    name: Literal["fancy"] = "fancy"
+    """The way."""
+    speed: int = 2
+    """So fast it runs."""
+    colour: str = "red"
+    """It has this colour."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen(Plain):
+    """Keys of a parent are there too."""
+
+    way: Plain | Fancy = Plain()
+
+
+def test_keys_of_a_parent_and_of_a_choice():
+    assert [dataclasses.astuple(key) for key in keys(Chosen)] == [
+        ("name", "plain", "plain", "The way that is taken."),
+        ("speed", "whole number", "1", "So fast it goes."),
+        ("way.name", "plain | fancy", "plain", "The way that is taken."),
+        ("way.speed", "whole number", "1", "plain: So fast it goes."),
+        ("way.speed", "whole number", "2", "fancy: So fast it runs."),
+        ("way.colour", "text", "red", "fancy: It has this colour."),
+    ]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_key_says_in_a_sentence_what_it_does(verb):
+    """It is printed alone, in `jaxmerge VERB --help` and in docs/config.md."""
+    for key in (key for settings in VERBS[verb].settings for key in keys(settings)):
+        assert key.meaning, key.path
+        assert key.meaning.endswith((".", ").")), key
+        assert not key.meaning.startswith("Of "), key
+        assert len(key.meaning.split()) > 2, key
+
+
+def test_the_document_has_the_keys_of_every_verb():
+    told = {settings for settings, _ in ABOUT.values()}
+    assert {settings for verb in VERBS.values() for settings in verb.settings} - told == {Place, Result, Experiment}
+
+
 def test_the_document_is_of_today():
-    """After a change of the settings: python -m train.keys."""
+    """After a change of the settings: python -m train.cli.keys."""
     assert WRITTEN.read_text() == page()
 
 

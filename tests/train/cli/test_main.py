@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -12,6 +15,9 @@ import pytest
 from helpers import ROOT
 
 from train.cli import __main__ as cli
+from train.cli.keys import keys
+from train.cli.verbs import VERBS
+from train.cli.words import parse
 from train.models.hf import save_hf
 from train.models.open import random_model
 from train.runtime.mesh import make_mesh
@@ -51,25 +57,39 @@ def refused(capsys, *words: object) -> str:
 
 def test_help_and_version(capsys):
     assert cli.main(["--help"]) == 0
-    usage = capsys.readouterr().out
-    verbs = (
-        "improve",
-        "merge",
-        "inspect",
-        "extract-lora",
-        "sft",
-        "sample",
-        "evaluate",
-        "harness",
-        "export",
-        "report",
-        "doctor",
-    )
-    for verb in verbs:
-        assert f"jaxmerge {verb}" in usage
-        assert cli.main([verb, "--help"]) == 0
-        assert verb in capsys.readouterr().out
+    overview = capsys.readouterr().out
+    for name, verb in VERBS.items():
+        assert re.search(rf"^  jaxmerge {name} +{re.escape(verb.usage)} +{re.escape(verb.prose[0])}$", overview, re.M)
+        assert cli.main([name, "--help"]) == 0
+        page = capsys.readouterr().out
+        assert all(f"jaxmerge {name} {' '.join(way)}".rstrip() in page for way in verb.arguments)
+        for key in (key for settings in verb.settings for key in keys(settings)):
+            default = "" if key.default == "must be given" else key.default
+            line = page.partition(f"\n  {key.path}={default}  {key.kind}")[2].partition("\n")[2]
+            assert " ".join(key.meaning.split())[:40] in " ".join(line.split())[:60], key.path
     assert cli.main([]) == 2
+    assert cli.main(["--version"]) == 0
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["improve", "--help"], ["completion", "bash"]])
+def test_help_does_not_wait_for_jax(words):
+    code = "import sys; from jaxmerge.train.cli.__main__ import main; main(sys.argv[1:]); print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert len(done.stdout.splitlines()) > 1
+
+
+@pytest.mark.parametrize("words", [["seed=3"], ["--seed=3"], ["--seed", "3"]])
+def test_a_key_is_written_in_three_ways(words):
+    verb = VERBS["merge"]
+    assert parse(verb, ["recipe", *words, "--dry-run", "out"]) == (["recipe", "out"], ["seed=3"], {"--dry-run"})
+
+
+def test_values_are_told_from_arguments():
+    assert parse(VERBS["sft"], ["c.yaml", "--sft.stay.freeze", "[a=b]", "--seed", "-1", "sft.batch=--2"]) == (
+        ["c.yaml"], ["sft.stay.freeze=[a=b]", "seed=-1", "sft.batch=--2"], set(),
+    )  # fmt: skip
+    assert parse(VERBS["report"], ["--", "a=b"]) == (["a=b"], [], set())
 
 
 @pytest.mark.parametrize(
@@ -77,11 +97,23 @@ def test_help_and_version(capsys):
     [
         (["improv", TINY], "no verb 'improv'; did you mean improve?"),
         (["improve"], "wanted CONFIG, found none"),
-        (["improve", TINY, "--dryrun"], "no flag --dryrun"),
+        (["improve", TINY, "--dryrun"], "no flag --dryrun; did you mean --dry-run?"),
+        (["improve", TINY, "--roundz", "1"], "no flag --roundz; did you mean --rounds?"),
+        (["improve", TINY, "--roundz=1"], "roundz: no such key; did you mean rounds?"),
+        (["improve", TINY, "--rounds"], "--rounds has no value; write rounds=VALUE, --rounds=VALUE or --rounds VALUE"),
+        (["improve", TINY, "--rounds", "--dry-run"], "--rounds has no value"),
+        (["improve", TINY, "--rounds=two"], "rounds is 'two'; int is wanted"),
+        (["sft", TINY, "learning_rate=1"], "learning_rate: no such key; did you mean sft.learning_rate?"),
+        (["sft", "a", "b"], "wanted CONFIG or MODEL DATA OUT, found a b"),
+        (["doctor", "x=1"], "x: no such key; doctor has none"),
+        (["report", "nowhere", "--dry-run"], "no flag --dry-run; report has none"),
+        (["completion", "bsh"], "no completion for 'bsh'; did you mean bash?"),
+        (["results", "folders=x"], "folders: no such key; did you mean folder?"),
         (["improve", TINY, "roundz=1"], "roundz: no such key; did you mean rounds?"),
         (["improve", "nowhere.yaml"], "nowhere.yaml: no such config"),
         (["sample", "nowhere", "p.jsonl", "o.jsonl", "temp=1"], "temp: no such key; did you mean temperature?"),
-        (["export", "nowhere", "out", "metod=imm"], "export knows method=, round= and dtype="),
+        (["export", "nowhere", "out", "metod=imm"], "metod: no such key; did you mean method?"),
+        (["export", "nowhere", "out", "round=last"], "round is 'last'; int is wanted"),
         (["report", "nowhere"], "not the folder of a run"),
         (["export", "nowhere", "out", "method=imm"], "not the folder of a run"),
     ],

@@ -1,0 +1,108 @@
+"""Keys of the verbs that no program's settings hold: files on disk, the folder of a run, pages written again."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from ..resolve import at_least
+from ..studies.settings import Sweep
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a program writes."""
+
+    out: str | None = None
+    """The run is written to this folder; null writes to `runs/` and the config's name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Where the result of an evaluation is written."""
+
+    out: str | None = None
+    """The result is also written to this file, as JSON; null only prints it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What makes an experiment of a config of `improve`."""
+
+    sweep: Sweep | None = None
+    """The block makes the config an experiment of many runs (docs/experiments.md); null is a single run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeOptions:
+    """Keys of `jaxmerge merge`."""
+
+    seed: int | None = None
+    """This seed replaces the recipe's; null keeps the recipe's."""
+    compat: Literal["mergekit"] | None = None
+    """With mergekit, the merge does as mergekit does wherever the two differ (docs/merge.md); null keeps our way."""
+    allow: tuple[str, ...] = ()
+    """Tensors are allowed that some models lack (missing), that the base lacks (unused), or whose shapes differ
+    (shapes); each kind is refused otherwise. Several words may be given with commas between."""
+    format: Literal["safetensors", "orbax"] = "safetensors"
+    """The result is written in this format."""
+    device: str | None = None
+    """The arithmetic runs on this kind of device (cpu, gpu, tpu); null leaves the choice to jax."""
+    max_shard_bytes: int = 5_000_000_000
+    """A file of the result holds at most this many bytes, unless one tensor is larger."""
+
+    def __post_init__(self):
+        at_least(self, "merge", max_shard_bytes=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectOptions:
+    """Keys of `jaxmerge inspect`."""
+
+    picture: str | None = None
+    """The picture of layers × kinds of matrix is written to this SVG file; null draws none."""
+    json: str | None = None
+    """The measures of every tensor are written to this JSON file; null writes none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractOptions:
+    """Keys of `jaxmerge extract-lora`."""
+
+    rank: int
+    """Every adapter has this rank: the columns of its first factor."""
+    alpha: float | None = None
+    """The adapter's lora_alpha is set to this; null takes the rank, so that the scale is 1."""
+    targets: tuple[str, ...] | None = None
+    """Weights whose path matches one of these patterns are factored; null factors every matrix of the layers."""
+    save: tuple[str, ...] = ("**",)
+    """Other changed tensors are kept whole if their path matches one of these patterns; `**` keeps all of them."""
+    dtype: Dtype = "float32"
+    """The factors are written in this precision."""
+
+    def __post_init__(self):
+        at_least(self, "extract-lora", rank=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """Keys of `jaxmerge export`."""
+
+    method: str | None = None
+    """The model of this method of the run is written; null reads the first argument as any MODEL."""
+    round: int | None = None
+    """The model that this round ended with is written; null takes the last round."""
+    dtype: Dtype = "float32"
+    """The weights are written in this precision."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ResultsOptions:
+    """Keys of `jaxmerge results`."""
+
+    configs: str = "configs/experiments"
+    """The experiments are the configs in this folder."""
+    folder: str = "docs/results"
+    """The rows of the experiments are read from this folder, and the pictures are written there."""
