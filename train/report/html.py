@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Collection, Sequence
 
-_FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+from jaxmerge.files.inspect.canvas import clean
 
 
 def escape(text: object) -> str:
     """Make any text safe inside XML and HTML; what neither may contain becomes U+FFFD."""
-    return html.escape(_FORBIDDEN.sub("\ufffd", str(text)))
+    return html.escape(clean(text))
 
 
 def table(
@@ -38,3 +37,12 @@ def table(
 def details(summary: str, content: str) -> str:
     """Fold something away behind its one-line summary, both HTML already."""
     return f"<details><summary>{summary}</summary>{content}</details>"
+
+
+def bar(parts: Sequence[tuple[str, float]], *, said: str) -> str:
+    """Draw shares of a whole as one bar for a table cell: (colour, amount) from the left."""
+    total = sum(amount for _, amount in parts) or 1.0
+    inside = "".join(
+        f'<i style="width:{100 * amount / total:.4g}%;--c:var(--{colour})"></i>' for colour, amount in parts if amount
+    )
+    return f'<span class="bar" role="img" aria-label="{escape(said)}" title="{escape(said)}">{inside}</span>'

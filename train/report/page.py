@@ -31,7 +31,7 @@ def render(run: Run) -> str:
         ("result", "Result", sections.headline(run)),
         ("picture", "What was gained, what was forgotten", pictures.picture(run)),
         ("table", "Accuracy", "" if run.of_kind("search") else sections.accuracy_table(run)),
-        ("paired", "Paired differences", sections.paired_table(run)),
+        ("paired", "Paired differences", pictures.paired(run) + sections.paired_table(run)),
         ("pass", "pass@k", sections.pass_table(run)),
         ("families", "By family", pictures.families(run)),
         ("samples", "Samples", sections.samples(run)),

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..log import format_percent, format_seconds
-from .charts import interval_bar, looks, stacked_bar
-from .html import details, escape, table
+from .html import bar, details, escape, table
 from .rows import DOMAIN_NAMES, format_interval, method_label, pooled_rows
+from .style import looks
 
 if TYPE_CHECKING:
     from .read import Run
@@ -28,12 +28,16 @@ def methods(run: Run) -> list[str]:
 
 
 def _colour(run: Run, method: str) -> str:
-    fill = looks(methods(run))[method].fill
-    return f"var(--s{fill[1:]})" if fill[1:].isdigit() else "var(--ink)" if fill == "fb" else "var(--soft)"
+    return looks(methods(run))[method].css
 
 
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "−")
+def format_points(value: float, digits: int = 1) -> str:
+    """Write a difference of shares in percentage points, with its sign."""
+    return f"{100 * value:+.{digits}f}".replace("-", "−")
+
+
+def _points_interval(pair: Row) -> str:
+    return f"[{format_points(pair['low'])}, {format_points(pair['high'])}]"
 
 
 def _number(value: Any, form: str = ",") -> str:
@@ -82,9 +86,9 @@ def headline(run: Run) -> str:
             small = format_interval(row)
             if method != "base" and domain in base:
                 pair = paired.get((method, "base", row["round"], domain, row.get("split", "test")))
-                small = f"{_points(row['accuracy'] - base[domain]['accuracy'])} points"
+                small = f"{format_points(row['accuracy'] - base[domain]['accuracy'])} points"
                 if pair:
-                    small = f"{_points(pair['difference'])} [{_points(pair['low'])}, {_points(pair['high'])}]"
+                    small = f"{format_points(pair['difference'])} {_points_interval(pair)}"
             share = format_percent(row["accuracy"])
             lines.append(f"<dt>{DOMAIN_NAMES[domain]}</dt><dd>{share}<small>{small}</small></dd>")
         rounds = max(row["round"] for row in cells.values())
@@ -163,25 +167,19 @@ def paired_table(run: Run) -> str:
     pairs = run.summary.get("paired") or []
     if not pairs:
         return ""
-    reach = max(max(abs(p["low"]), abs(p["high"]), 0.01) for p in pairs)
     body = []
-    for i, p in enumerate(pairs):
+    for p in pairs:
         test = p.get("split", "test") == "test"
-        said = f"{_points(p['difference'])} points, from {_points(p['low'])} to {_points(p['high'])}"
-        bar = interval_bar(p["low"], p["difference"], p["high"], reach=reach, name=f"pair{i}", said=said)
         body.append(
             [
                 f"{escape(p['a'])} − {escape(p['b'])}", _number(p.get("round")),
                 escape(f"{DOMAIN_NAMES.get(p['domain'], p['domain'])}" + ("" if test else f" ({p['split']})")),
-                _points(p["difference"]), f"[{_points(p['low'])}, {_points(p['high'])}]", bar, _number(p.get("n")),
+                format_points(p["difference"]), _points_interval(p), _number(p.get("n")),
             ]
         )  # fmt: skip
-    caption = (
-        f"Difference in percentage points on the same questions. The bars span ±{100 * reach:.0f} points around"
-        " zero; green lies above zero, orange below, black may be either."
-    )
-    head = ["difference", "round", "domain", "points", "95 % interval", "around zero", "n"]
-    return table(head, body, caption=caption, left=(0, 2, 5))
+    caption = "Difference in percentage points on the same questions. Green lies above zero, orange below."
+    head = ["difference", "round", "domain", "points", "95 % interval", "n"]
+    return table(head, body, caption=caption, left=(0, 2))
 
 
 def pass_table(run: Run) -> str:
@@ -211,17 +209,17 @@ def samples(run: Run) -> str:
     """Show how many samples each round drew, and what became of them."""
     tokens = {(p.get("round"), p.get("method")): p for p in run.of_kind("sample")}
     body, shares = [], []
-    for i, p in enumerate(run.of_kind("select")):
+    for p in run.of_kind("select"):
         sampled, kept, correct = (int(p.get(key) or 0) for key in ("sampled", "kept", "correct"))
         unjudged = int(p.get("unjudged") or 0)
         wrong = max(sampled - correct - unjudged, 0)
-        parts = [("f2", kept), ("f0", max(correct - kept, 0)), ("f4", unjudged), ("fx", wrong)]
+        parts = [("s2", kept), ("s0", max(correct - kept, 0)), ("s4", unjudged), ("faint", wrong)]
         said = f"{kept} kept, {correct - kept} correct but not kept, {unjudged} not judged, {wrong} wrong"
         drawn = tokens.get((p.get("round"), p.get("method")), {})
         body.append(
             [
                 escape(", ".join(owners(p))), _number(p.get("round")),
-                stacked_bar(parts, total=sampled, name=f"share{i}", said=said), _number(sampled), _number(correct),
+                bar(parts, said=said), _number(sampled), _number(correct),
                 _number(p.get("duplicates")), _number(p.get("unjudged")), _number(kept),
                 _number(p.get("questions_solved")), _number(drawn.get("tokens_per_second"), ",.0f"),
             ]
@@ -284,10 +282,10 @@ def time(run: Run) -> str:
     if not total:
         return ""
     body = []
-    for i, (kind, seconds) in enumerate(sorted(spent.items(), key=lambda item: -item[1])):
+    for kind, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         share = format_percent(seconds / total)
-        bar = stacked_bar([("f0", seconds), ("fx", total - seconds)], total=total, name=f"time{i}", said=share)
-        body.append([escape(PHASES.get(kind, kind)), bar, share, format_seconds(seconds)])
+        drawn = bar([("s0", seconds), ("faint", total - seconds)], said=share)
+        body.append([escape(PHASES.get(kind, kind)), drawn, share, format_seconds(seconds)])
     phases = [
         [
             escape(p.get("phase", "?")), escape(p.get("kind", "?")), _number(p.get("round")),

@@ -8,8 +8,7 @@ from typing import Any
 
 from ..log import format_percent
 from ..runtime.jsonl import read_jsonl_tolerant
-from .charts import stacked_bar
-from .html import details, escape, table
+from .html import bar, details, escape, table
 
 Row = Mapping[str, Any]
 SHOWN = 40
@@ -61,10 +60,10 @@ def counted(title: str, unit: str, counts: Mapping[str, int], what: str) -> str:
     body = [
         [
             escape(key),
-            stacked_bar([("f0", n), ("fx", most - n)], total=most or 1, name=f"search-{unit}-{i}", said=f"{n} {what}"),
+            bar([("s0", n), ("faint", most - n)], said=f"{n} {what}"),
             f"{n:,}",
         ]
-        for i, (key, n) in enumerate(counts.items())
+        for key, n in counts.items()
     ]
     return f"<div>{table([unit, '', what], body, caption=f'{title} ({total:,}).', left=(0, 1))}</div>"
 
