@@ -1,48 +1,79 @@
-"""Pieces of HTML that every page uses: escaped text, tables, folded details."""
+"""HTML from templates: what they are given is text unless it is Markup already, and text is escaped."""
 
 from __future__ import annotations
 
-import html
+import dataclasses
+import functools
 from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+from markupsafe import Markup
 
 from jaxmerge.files.inspect.canvas import clean
 
 
-def escape(text: object) -> str:
-    """Make any text safe inside XML and HTML; what neither may contain becomes U+FFFD."""
-    return html.escape(clean(text))
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A cell of a table that is more than a word."""
+
+    text: str
+    small: str = ""
+    """What stands below it."""
+    strong: bool = False
 
 
-def table(
-    head: Sequence[str],
-    body: Sequence[Sequence[str]],
-    *,
-    caption: str,
-    left: Collection[int] = (0,),
-    groups: Collection[int] = (),
-) -> str:
-    """Write a table whose cells are HTML already; `left` columns are words, `groups` the rows that open one."""
-    align = [' class="l"' if i in left else "" for i in range(len(head))]
-    top = "".join(f'<th scope="col"{a}>{h}</th>' for h, a in zip(head, align, strict=True))
-    lines = []
-    for number, row in enumerate(body):
-        cells = f'<th scope="row" class="l">{row[0]}</th>'
-        cells += "".join(f"<td{a}>{cell}</td>" for cell, a in zip(row[1:], align[1:], strict=True))
-        lines.append(f"<tr{' class=first' if number in groups else ''}>{cells}</tr>")
-    title = f"<caption><span>{caption}</span></caption>"
-    inside = f"{title}<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>{inside}</table></div>'
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """Shares of a whole as one bar: (colour, amount) from the left, and what it says in words."""
+
+    amounts: Sequence[tuple[str, float]]
+    said: str
+
+    @property
+    def parts(self) -> list[tuple[str, str]]:
+        """(colour, percent) of each part there is."""
+        total = sum(amount for _, amount in self.amounts) or 1.0
+        return [(colour, f"{100 * amount / total:.4g}") for colour, amount in self.amounts if amount]
 
 
-def details(summary: str, content: str) -> str:
-    """Fold something away behind its one-line summary, both HTML already."""
-    return f"<details><summary>{summary}</summary>{content}</details>"
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table: columns in `left` are words, and the rows in `groups` open one."""
+
+    head: Sequence[str | Cell]
+    rows: Sequence[Sequence[str | Cell | Bar]]
+    caption: str
+    left: Collection[int] = (0,)
+    groups: Collection[int] = ()
+    key: Sequence[tuple[str, str]] = ()
+    """(colour, word): what the colours of its bars mean."""
 
 
-def bar(parts: Sequence[tuple[str, float]], *, said: str) -> str:
-    """Draw shares of a whole as one bar for a table cell: (colour, amount) from the left."""
-    total = sum(amount for _, amount in parts) or 1.0
-    inside = "".join(
-        f'<i style="width:{100 * amount / total:.4g}%;--c:var(--{colour})"></i>' for colour, amount in parts if amount
+@functools.cache
+def environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else clean(value),
     )
-    return f'<span class="bar" role="img" aria-label="{escape(said)}" title="{escape(said)}">{inside}</span>'
+
+
+def part(name: str, /, **values: Any) -> Markup:
+    """Write a part of a page: a macro of templates/parts.html."""
+    return getattr(environment().get_template("parts.html").module, name)(**values)
+
+
+def page(name: str, /, **values: Any) -> str:
+    """Write a whole page from its template."""
+    return environment().get_template(name).render(**values)
+
+
+def escape(text: object) -> Markup:
+    """Make any text safe inside XML and HTML; what neither may contain becomes U+FFFD."""
+    return markupsafe.escape(clean(text))

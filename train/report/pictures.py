@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .frontier import estimate, frontier
+from .html import part
 from .plots import Line, dots, lines, share
 from .rows import DOMAIN_NAMES, DOMAINS, pooled_rows
 from .sections import format_points, last_rounds, methods, owners
@@ -27,24 +28,8 @@ def picture(run: Run) -> str:
         return ""
     narrow = frontier(rows, width=350, height=400, name="narrow")
     swept = any(row.get("coefficient") is not None or row["method"] == "line" for row in rows)
-    curve = (
-        " The dashed curve is base + λ · (tuned − base): one fine-tuned model, scaled between the base (λ = 0),"
-        " itself (λ = 1) and beyond. A method above the curve does better than moving less far."
-        if swept
-        else ""
-    )
     based = any(row["method"] == "base" for row in rows)
-    start, tint = (
-        ("starts at the base and ", " The tinted quarter is better than the base in both.") if based else ("", "")
-    )
-    caption = (
-        f"Each method {start}takes one numbered step a round; to the right it has learnt what it was trained on,"
-        f" downwards it has forgotten other things.{tint} Thin crosses are 95 % intervals of each accuracy by"
-        f" itself.{curve} The same picture for a paper:"
-        ' <a href="figures/frontier.svg">figures/frontier.svg</a>.'
-    )
-    drawn = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
-    return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
+    return part("frontier", wide=wide, narrow=narrow, based=based, swept=swept)
 
 
 def families(run: Run) -> str:
@@ -68,7 +53,7 @@ def families(run: Run) -> str:
         return ""
     rule = "; the dotted rule is the base" if any(r["method"] == "base" for r in single) else ""
     note = f"After each method's last round, with 95 % intervals{rule}. Numbers in percent."
-    return f'<p class="quiet">{note}</p><div class="panels">{"".join(drawn)}</div>'
+    return part("panels", drawn=drawn, note=note)
 
 
 def draw_family(rows: Sequence[Row], *, title: str, name: str, methods: Sequence[str]) -> str:
@@ -105,12 +90,10 @@ def paired(run: Run) -> str:
         )
         for i, (title, group) in enumerate(groups.items())
     ]  # fmt: skip
-    return f'<div class="panels">{"".join(drawn)}</div>' if drawn else ""
+    return part("panels", drawn=drawn) if drawn else ""
 
 
-def panels(
-    run: Run, grouped: Mapping[str, list[Line]], *, name: str, x_title: str, y_title: str, **options: Any
-) -> str:
+def panels(run: Run, grouped: Mapping[str, list[Line]], *, name: str, note: str = "", **options: Any) -> str:
     """Draw a panel a method, all on one scale, each in the method's colour."""
     points = [p for group in grouped.values() for line in group for p in line.points]
     values = [v for group in grouped.values() for line in group for v in line.loose.values()]
@@ -120,12 +103,11 @@ def panels(
     style = looks([*methods(run), *(m for m in grouped if m not in methods(run))])
     drawn = [
         lines(
-            group, title=method, name=f"{name}-{_id(method)}", one=style[method].fill, high=high, x_title=x_title,
-            y_title=y_title, **options,
+            group, title=method, name=f"{name}-{_id(method)}", one=style[method].fill, high=high, **options
         )
         for method, group in grouped.items()
     ]  # fmt: skip
-    return f'<div class="panels">{"".join(drawn)}</div>'
+    return part("panels", drawn=drawn, note=note)
 
 
 def training(run: Run) -> str:
@@ -155,12 +137,12 @@ def layers(run: Run) -> str:
                 line = layer_line(change, "" if before else f"round {p.get('round', '?')}", faint=before)
                 if line.points:
                     grouped.setdefault(method, []).append(line)
-    drawn = panels(run, grouped, name="layers", x_title="layer →", y_title="relative change", form=share)
     note = (
         "‖θ − θ₀‖ / ‖θ₀‖ of each decoder layer after each round, θ₀ the weights the run began with; embedding, final"
         " norm and head apart. Dotted: before the merge of that round."
     )
-    return f'<p class="quiet">{note}</p>{drawn}' if drawn else ""
+    titles = {"x_title": "layer →", "y_title": "relative change"}
+    return panels(run, grouped, name="layers", note=note, form=share, **titles)
 
 
 _LAYER = re.compile(r"(?:^|/)layers/(\d+)$")
