@@ -146,7 +146,7 @@ def _draw_line(axes: Axes, line: Line, hue: str | int, age: float, aside: float,
     if len(track) == 1 or (len(track) <= 12 and not line.loose and not line.faint):
         options |= {"marker": "o", "markersize": 5.2}
     dashes = (0, (3, 3)) if line.faint else "-"
-    axes.plot(*zip(*track, strict=True), linewidth=0.8 + age, linestyle=dashes, **options)
+    axes.plot(*zip(*track, strict=True), linewidth=1.2 + 0.6 * age, linestyle=dashes, **options)
     options |= {"marker": "o", "markersize": 4 + 2 * age, "markerfacecolor": "none" if line.faint else fill}
     for key, value in line.loose.items():
         axes.plot([axes.transData.inverted().transform((places[key], 0))[0]], [value], **options)
