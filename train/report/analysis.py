@@ -11,7 +11,7 @@ from ..log import UserError, format_seconds
 from ..runtime.disk import write_durably
 from . import analysis_samples as sections_samples
 from . import analysis_weights as sections
-from .html import details, escape, table
+from .html import Table, page, part
 from .style import css
 
 Found = Mapping[str, Any]
@@ -60,21 +60,12 @@ def content(found: Found) -> str:
     texts = "; ".join(
         f"{domain}: {t['questions']} questions, {t['tokens']:,} tokens" for domain, t in found["texts"].items()
     )
-    parts = [
-        f'<p class="quiet">Method {escape(found["method"])}, rounds {", ".join(map(str, found["rounds"]))}. Losses are'
-        f" of held-out solutions, in nats a token ({escape(texts)}).</p>"
-    ]
-    if found["notes"]:
-        parts.append(f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in found['notes'])}</ul>")
-    for section in made(found):
-        drawn = "".join(draw(False) for draw in section.figures.values())
-        parts.append(
-            f'<h3>{escape(section.title)}</h3><p class="quiet">{escape(section.words)}</p>'
-            f'<div class="panels">{drawn}</div>{details("The numbers", section.table)}'
-        )
-    spent = [[escape(name), escape(format_seconds(value))] for name, value in found["seconds"].items()]
-    parts.append(details("Time of each measure", table(["measure", "time"], spent, caption="Wall-clock time.")))
-    return "\n".join(parts)
+    spent = [[name, format_seconds(value)] for name, value in found["seconds"].items()]
+    return part(
+        "analysis", method=found["method"], rounds=", ".join(map(str, found["rounds"])), texts=texts,
+        notes=found["notes"], spent=Table(["measure", "time"], spent, "Wall-clock time."),
+        sections=[(section, [draw(False) for draw in section.figures.values()]) for section in made(found)],
+    )  # fmt: skip
 
 
 def section_of_report(folder: Path) -> str:
@@ -85,27 +76,7 @@ def section_of_report(folder: Path) -> str:
 
 def render(found: Found) -> str:
     """Write the page as one string of HTML."""
-    title = f"{found['run']} · jaxmerge analysis"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(title)}</title>
-<style>
-{css()}
-</style>
-</head>
-<body>
-<header><h1>{escape(found["run"])}: analysis</h1></header>
-<main>
-{content(found)}
-</main>
-<footer>Written by jaxmerge from analysis.json in the folder of this file; each figure is in analysis/.</footer>
-</body>
-</html>
-"""
+    return page("analysis.html", css=css(), name=found["run"], content=content(found))
 
 
 def write_page(folder: Path) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .analysis_weights import Found, Section, domain_name, figure, percent, spell
-from .html import table
+from .html import Table
 from .plots import Line, dots, lines, short, terrain
 
 
@@ -26,14 +26,16 @@ def line(found: Found) -> Section:
         ]
     )  # fmt: skip
     body = [[short(c), *(short(values[i], 4) for values in data["losses"].values())] for i, c in enumerate(lambdas)]
-    text = table(
-        ["λ", *map(domain_name, data["losses"])], body, caption="Loss of base + λ · (tuned − base), nats a token."
-    )
+    tables = [
+        Table(
+            ["λ", *map(domain_name, data["losses"])], body, caption="Loss of base + λ · (tuned − base), nats a token."
+        )
+    ]
     words = (
         "The loss of base + λ · (tuned − base) on held-out solutions: 0 is the base, 1 the fine-tuned model, beyond it"
         " is extrapolation (ExPO with α = λ − 1); a linear merge with the base is the point λ = α."
     )
-    return Section("Loss along the line", words, figures, text)
+    return Section("Loss along the line", words, figures, tables)
 
 
 def plane(found: Found) -> Section | None:
@@ -49,18 +51,20 @@ def plane(found: Found) -> Section | None:
         for domain, losses in data["losses"].items()
     )
     body = [[name, short(u), short(v), percent(out)] for name, (u, v, out) in places.items()]
-    text = table(
+    tables = [Table(
         ["model", "along tuned", "across", "out of the plane"], body,
         caption="Places in the plane, in lengths of the change; and the share of a model's change that sticks out.",
-    )  # fmt: skip
+    )]  # fmt: skip
     for domain, losses in data["losses"].items():
         body = [[short(v), *(short(value) for value in row)] for v, row in zip(data["v"], losses, strict=True)]
-        text += table(["across", *map(short, data["u"])], body, caption=f"Loss, {domain_name(domain)}, nats a token.")
+        tables.append(
+            Table(["across", *map(short, data["u"])], body, caption=f"Loss, {domain_name(domain)}, nats a token.")
+        )
     words = (
         "The loss over the plane through the base, the fine-tuned model (1 across) and the model farthest off the line"
         " through them; the others are projected. Darker is higher, in ten steps of equal count."
     )
-    return Section("Loss over the plane of the models", words, figures, text)
+    return Section("Loss over the plane of the models", words, figures, tables)
 
 
 MEASURED = {
@@ -101,12 +105,12 @@ def diversity(found: Found) -> Section | None:
     head = ["rounds trained", "domain", "questions", "samples", "entropy, bits", "answers", "right solutions"]
     head += ["where solved", "solved"]
     of = found["diversity"][0]["of"]
-    text = table(head, body, caption=f"Of {of}; means over questions, 95 % bootstrap intervals.", left=(0, 1))
+    tables = [Table(head, body, caption=f"Of {of}; means over questions, 95 % bootstrap intervals.", left=(0, 1))]
     words = (
         f"Whether the model collapses onto few answers and few ways to them: {of}, from the model after so many rounds."
         " Texts that differ by more than spaces are different solutions."
     )
-    return Section("Variety of samples", words, dict(drawn), text)
+    return Section("Variety of samples", words, dict(drawn), tables)
 
 
 def passes(found: Found) -> Section | None:
@@ -137,15 +141,15 @@ def passes(found: Found) -> Section | None:
         ]
         for row in rows
     ]  # fmt: skip
-    text = table(
+    tables = [Table(
         ["model", "domain", "questions", *(f"k = {k}" for k in shown)], body, left=(0, 1),
         caption="Unbiased pass@k with 95 % bootstrap intervals over questions; every k is in analysis.json.",
-    )  # fmt: skip
+    )]  # fmt: skip
     words = (
         "The chance that one of k samples is right. Training that only sharpens raises it at k = 1 and lowers it at"
         f" large k. Of {rows[0]['of']}."
     )
-    return Section("pass@k", words, dict(drawn), text)
+    return Section("pass@k", words, dict(drawn), tables)
 
 
 def limem(found: Found) -> Section | None:
@@ -170,10 +174,10 @@ def limem(found: Found) -> Section | None:
         for r in rows
     ]  # fmt: skip
     head = ["model", "LiMem", "accuracy", "still solved", "solved", "questions", "numbers changed"]
-    text = table(head, body, caption="Greedy answers to training questions and to their twins.")
+    tables = [Table(head, body, caption="Greedy answers to training questions and to their twins.")]
     words = (
         "LiMem = accuracy · (1 − share still solved): training questions solved, but not once their numbers are changed"
         " a little. A twin is an item of the same generator and ranges that reads the same but for the fewest numbers."
         " Only a rise over the base speaks of memorisation: twins may also be harder by chance."
     )
-    return Section("Memorisation", words, figures, text)
+    return Section("Memorisation", words, figures, tables)

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .html import escape, table
+from .html import Cell, Table
 from .plots import Line, cells, dots, lines, scatter, short
 from .rows import DOMAIN_NAMES
 
@@ -22,7 +22,7 @@ class Section:
     title: str
     words: str
     figures: dict[str, Draw]
-    table: str
+    tables: Sequence[Table]
 
 
 def figure(draw: Callable[..., str], *args: Any, name: str, **options: Any) -> tuple[str, Draw]:
@@ -39,11 +39,11 @@ def percent(value: float | None) -> str:
     return f"{short(None if value is None else 100 * value)} %" if value is not None else "–"
 
 
-def spell(value: Sequence[float] | None) -> str:
+def spell(value: Sequence[float] | None) -> str | Cell:
     """Write [mean, low, high] as a mean with its interval below."""
     if value is None:
         return "–"
-    return f"{short(value[0])}<small>[{short(value[1])}, {short(value[2])}]</small>"
+    return Cell(short(value[0]), f"[{short(value[1])}, {short(value[2])}]")
 
 
 def importance(found: Found) -> Section:
@@ -80,7 +80,7 @@ def importance(found: Found) -> Section:
         [str(i), *(short(data[key][i]) for key in there), *(percent(moved[r][i]) for r in moved)] for i in range(count)
     ]
     head = ["layer", *(names[key] for key in there), *(f"change, round {r}" for r in moved)]
-    text = table(head, layers, caption="Importance of each layer of the base, and its relative change ‖Δ‖/‖θ₀‖.")
+    tables = [Table(head, layers, caption="Importance of each layer of the base, and its relative change ‖Δ‖/‖θ₀‖.")]
     tests = [
         [
             str(row["round"]), names[row["importance"]], short(row["rho"]), short(row["p"]),
@@ -90,13 +90,13 @@ def importance(found: Found) -> Section:
     ]  # fmt: skip
     if tests:
         head = ["round", "importance", "ρ", "p, two-sided", "orders tried"]
-        text += table(head, tests, caption="Spearman's ρ of importance and change over the layers.", left=(0, 1))
+        tables.append(Table(head, tests, caption="Spearman's ρ of importance and change over the layers.", left=(0, 1)))
     words = (
         "How much each layer of the base matters for held-out solutions: the rise of the loss when the layer is left"
         " out, and the first-order sum over its weights. If training moved most what matters least, ρ of importance and"
         " change would be negative; p is how often shuffled layers give as much; with few layers it cannot be small."
     )
-    return Section("Importance of layers, and where training moved them", words, figures, text)
+    return Section("Importance of layers, and where training moved them", words, figures, tables)
 
 
 def change(found: Found) -> Section:
@@ -116,8 +116,8 @@ def change(found: Found) -> Section:
     body = [[str(row["round"]), row["model"], *(percent(row["kinds"].get(kind)) for kind in kinds)] for row in rows]
     caption = "Relative change ‖θ − θ₀‖/‖θ₀‖ from the base, pooled over the layers."
     words = "How far the weights are from the base, by layer (across) and by kind of matrix (down); one scale."
-    text = table(["round", "model", *map(escape, kinds)], body, caption=caption, left=(0, 1))
-    return Section("Weight change by layer and kind of matrix", words, figures, text)
+    tables = [Table(["round", "model", *kinds], body, caption=caption, left=(0, 1))]
+    return Section("Weight change by layer and kind of matrix", words, figures, tables)
 
 
 def agreement(found: Found) -> Section | None:
@@ -140,12 +140,12 @@ def agreement(found: Found) -> Section | None:
             for j in range(i):
                 body.append([f"{names[j]}, {one}", about, short(pair["cosine"][i][j]), percent(pair["conflict"][i][j])])
     head = ["rounds", "change", "cosine", "opposite signs"]
-    text = table(head, body, caption="Task vectors of two rounds, all parameters together.", left=(0, 1))
+    tables = [Table(head, body, caption="Task vectors of two rounds, all parameters together.", left=(0, 1))]
     words = (
         "Whether rounds push the weights the same way: the cosine of their task vectors, and the share of elements that"
         " two rounds move in opposite directions (half is chance). From the base, and of what each round alone added."
     )
-    return Section("Agreement between rounds", words, dict(drawn), text)
+    return Section("Agreement between rounds", words, dict(drawn), tables)
 
 
 def rank(found: Found) -> Section | None:
@@ -162,18 +162,20 @@ def rank(found: Found) -> Section | None:
         ]
     )
     body = [
-        [str(row["round"]), escape(kind), short(k["effective"]), short(k["stable"]), short(k["full"]), k["matrices"]]
+        [str(row["round"]), kind, short(k["effective"]), short(k["stable"]), short(k["full"]), k["matrices"]]
         for row in rows
         for kind, k in row["kinds"].items()
     ]
     body = [[*map(str, line)] for line in body]
     head = ["round", "kind", "effective", "stable", "full", "matrices"]
-    text = table(head, body, caption="Ranks of each matrix's change, means over the matrices of a kind.", left=(0, 1))
+    tables = [
+        Table(head, body, caption="Ranks of each matrix's change, means over the matrices of a kind.", left=(0, 1))
+    ]
     words = (
         "How many directions one round's fine-tuning uses in each matrix, from the weights the round began with:"
         " the exponential of the entropy of the singular values, and ‖Δ‖²_F/σ₁². LoRA of rank r could do r."
     )
-    return Section("Rank of the change", words, figures, text)
+    return Section("Rank of the change", words, figures, tables)
 
 
 def contribution(found: Found) -> Section:
@@ -205,5 +207,5 @@ def contribution(found: Found) -> Section:
         "Of what the layers add to the stream of the tuned model at a prompt's last token: the share ‖ΣFTC‖ /"
         " (‖ΣPTC‖ + ‖ΣFTC‖) that the base's layers would not have added there. 0 is the base itself."
     )
-    text = table(["round", "model", "domain", "TuCo"], body, caption=caption, left=(0, 1, 2))
-    return Section("Contribution of tuning", words, figures, text)
+    tables = [Table(["round", "model", "domain", "TuCo"], body, caption=caption, left=(0, 1, 2))]
+    return Section("Contribution of tuning", words, figures, tables)

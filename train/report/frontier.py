@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxmerge.files.inspect.canvas import Canvas, Point, colour, drawing, shorten, text_width, ticks
 
 from ..log import format_percent
-from .canvas import Canvas, Placer, Point, Scale, axes, bounds, text_width, ticks
-from .charts import Row, _estimate, looks, share
+from .labels import Placer
+from .plots import bounds, share
+from .style import Look, looks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +29,22 @@ class Spot:
     x: tuple[float, float, float]  # accuracy, low, high
     y: tuple[float, float, float]
 
+    @property
+    def at(self) -> Point:
+        return self.x[0], self.y[0]
+
+    @property
+    def swept(self) -> bool:
+        """It is a point of the curve base + λ·change."""
+        return self.coefficient is not None or self.method == "line"
+
+
+def estimate(row: Row) -> tuple[float, float, float]:
+    """Accuracy, low, high of a row; without an interval, thrice the accuracy."""
+    middle = row["accuracy"]
+    low, high = row.get("low"), row.get("high")
+    return middle, middle if low is None else low, middle if high is None else high
+
 
 def spots(pooled: Sequence[Row]) -> list[Spot]:
     """Pair the in-domain and out-of-domain rows of each model; a model that lacks one is left out."""
@@ -29,7 +54,7 @@ def spots(pooled: Sequence[Row]) -> list[Spot]:
         if row.get("accuracy") is not None:
             cells.setdefault(key, {})[row["domain"]] = row
     return [
-        Spot(key[0], key[1], key[2], _estimate(domains["id"]), _estimate(domains["ood"]))
+        Spot(key[0], key[1], key[2], estimate(domains["id"]), estimate(domains["ood"]))
         for key, domains in cells.items()
         if "id" in domains and "ood" in domains
     ]
@@ -38,6 +63,35 @@ def spots(pooled: Sequence[Row]) -> list[Spot]:
 _PARTS = {0.25: "¼", 0.5: "½", 0.75: "¾", 1.25: "1¼", 1.5: "1½", 1.75: "1¾"}
 
 
+@dataclasses.dataclass
+class Plane:
+    """The picture under construction."""
+
+    canvas: Canvas
+    axes: Axes
+    placer: Placer
+    base: Spot | None
+    style: Mapping[str, Look]
+    radius: float
+
+    def pixel(self, spot: Spot) -> Point:
+        return self.canvas.pixel(self.axes, spot.at)
+
+    def from_base(self, spots: Sequence[Spot]) -> list[Spot]:
+        return [*([self.base] if self.base else []), *spots]
+
+    def name(self, spot: Spot, text: str, fill: str | int, *, radius: float, size: float = 13, needed: bool) -> None:
+        """Write a label near a spot, with a leader where it is far; one that is not `needed` gives way."""
+        at, text = self.pixel(spot), shorten(text, self.canvas.width / 2, size, bold=size > 12)
+        place = self.placer.place(at, text, gap=radius, size=size, needed=needed)
+        if not needed and not place.clear:
+            return
+        if place.far:
+            self.canvas.line([at, (place.at[0], place.at[1] - 4)], "soft", alpha=0.6)
+        self.canvas.text(place.at, text, fill, size=size, bold=size > 12, anchor="center")
+
+
+@drawing()
 def frontier(pooled: Sequence[Row], *, width: float, height: float, name: str, standalone: bool = False) -> str:
     """Draw accuracy in domain (x) against out of domain (y).
 
@@ -48,89 +102,103 @@ def frontier(pooled: Sequence[Row], *, width: float, height: float, name: str, s
     points = spots(pooled)
     if not points:
         return ""
-    style = looks(list(dict.fromkeys(p.method for p in points)))
-    base = next((p for p in points if p.method == "base"), None)
-    narrow = width < 500
-    canvas = Canvas(width, height)
-    x_low, x_high = bounds([v for p in points for v in p.x], pad=0.04, least=0.08)
-    y_low, y_high = bounds([v for p in points for v in p.y], pad=0.04, least=0.08)
-    y = Scale(max(y_low, -0.02), min(y_high, 1.02), height - 46, 34)
-    left = max(text_width(share(v)) for v in ticks(y.low, y.high, count=6))
-    x = Scale(max(x_low, -0.02), min(x_high, 1.02), max(46, left + 6), width - 10)
-    if base:
-        canvas.rect(x(base.x[0]), y.end, x.end - x(base.x[0]), y(base.y[0]) - y.end, "tint")
-    axes(
-        canvas, x, y, x_title="in domain →" if narrow else "accuracy in domain →",
-        y_title="↑ out of domain" if narrow else "↑ accuracy out of domain",
-        x_ticks=[(v, share(v)) for v in ticks(x.low, x.high, count=4 if narrow else 8)],
-        y_format=share, y_count=6,
-    )  # fmt: skip
-    placer = Placer((x.start + 2, y.end + 2, x.end, y.start - 3))
-
-    def at(p: Spot) -> Point:
-        return x(p.x[0]), y(p.y[0])
-
     sweeps: dict[tuple[str, int], list[Spot]] = {}
-    lines: dict[str, list[Spot]] = {}
+    tracks: dict[str, list[Spot]] = {}
     for p in points:
-        if p.coefficient is not None or p.method == "line":
+        if p.swept:
             sweeps.setdefault((p.method, p.round), []).append(p)
         elif p.method != "base":
-            lines.setdefault(p.method, []).append(p)
-    radius = 6.5 if narrow else 8.0
-
-    for p in points:
-        if p.coefficient is None and p.method != "line":
-            stroke = f"{style[p.method].stroke}"
-            for a, b in (
-                ((x(p.x[1]), y(p.y[0])), (x(p.x[2]), y(p.y[0]))),
-                ((x(p.x[0]), y(p.y[1])), (x(p.x[0]), y(p.y[2]))),
-            ):
-                canvas.line(a, b, stroke, 'stroke-width="1.2" stroke-opacity="0.38"')
-                placer.avoid_line([a, b], weight=0.5)
+            tracks.setdefault(p.method, []).append(p)
     for sweep in sweeps.values():
         sweep.sort(key=lambda p: p.coefficient or 0.0)
-        has_zero = any(p.coefficient == 0 for p in sweep)
-        curve = ([at(base)] if base and not has_zero else []) + [at(p) for p in sweep]
-        canvas.path(curve, "sweep")
-        placer.avoid_line(curve)
-        for p in sweep:
-            canvas.circle(at(p), 3.2, "dot")
-            placer.avoid(at(p), 3.2)
-    for method, rounds in lines.items():
-        rounds.sort(key=lambda p: p.round)
-        track = ([at(base)] if base else []) + [at(p) for p in rounds]
-        canvas.path(track, style[method].stroke, 'stroke-width="2" stroke-linejoin="round"')
-        placer.avoid_line(track, weight=1.5)
-    marks = [(p, str(p.round)) for rounds in lines.values() for p in rounds]
-    for p, label in sorted(marks, key=lambda mark: mark[0].round):
-        canvas.marker(at(p), style[p.method].shape, style[p.method].fill, radius=radius, text=label)
-        placer.avoid(at(p), radius + 1)
-    if base:
-        canvas.marker(at(base), "circle", "fb", radius=radius)
-        placer.avoid(at(base), radius + 1)
-
-    wanted: list[tuple[Point, str, str, float, float]] = [(at(base), "base", "fb strong", radius, 13)] if base else []
-    wanted += [(at(r[-1]), method, f"{style[method].fill} strong", radius, 13) for method, r in lines.items()]
-    for (method, _), sweep in sweeps.items():
-        for i, p in enumerate(sweep):
-            if p.coefficient is not None and p.coefficient != 0:
-                text = _PARTS.get(p.coefficient, f"{p.coefficient:g}")
-                # The first says what the numbers are.
-                text = f"λ = {text}" if i == 0 else text
-                wanted.append((at(p), text, "soft small", 3.2, 12))
-            elif p.coefficient is None and p is sweep[-1]:
-                wanted.append((at(p), method, "soft small", 3.2, 12))
-    for point, text, css, gap, size in wanted:
-        place, far = placer.place(point, text, gap=gap, size=size)
-        if far:
-            canvas.line(point, (place[0], place[1] - 4), "rule", 'stroke-opacity="0.6"')
-            # The leader ends under the text: paper behind the letters keeps them legible.
-        canvas.text(place, text, css, anchor="middle", extra='paint-order="stroke"')
+    for track in tracks.values():
+        track.sort(key=lambda p: p.round)
+    plane = open_plane(points, width, height)
+    draw_crosses(plane, [p for p in points if not p.swept])
+    draw_sweeps(plane, list(sweeps.values()))
+    draw_tracks(plane, tracks)
+    write_names(plane, tracks, list(sweeps.values()))
     said = "; ".join(
         f"{p.method}{'' if p.coefficient is None else f' λ {p.coefficient:g}'} round {p.round}:"
         f" {format_percent(p.x[0])} in domain, {format_percent(p.y[0])} out of domain"
         for p in points
     )
     title = "Accuracy in domain against accuracy out of domain"
-    return canvas.svg(name=name, title=title, description=said, standalone=standalone)
+    return plane.canvas.svg(name=name, title=title, description=said, standalone=standalone)
+
+
+def open_plane(points: Sequence[Spot], width: float, height: float) -> Plane:
+    """Open axes that hold every point with its interval, and tint what is better than the base."""
+    narrow = width < 500
+    x_low, x_high = bounds([v for p in points for v in p.x], pad=0.04, least=0.08)
+    y_low, y_high = bounds([v for p in points for v in p.y], pad=0.04, least=0.08)
+    x_low, x_high, y_low, y_high = max(x_low, -0.02), min(x_high, 1.02), max(y_low, -0.02), min(y_high, 1.02)
+    y_ticks = [(v, share(v)) for v in ticks(y_low, y_high, count=6)]
+    left = max(46.0, max(text_width(label, 12) for _, label in y_ticks) + 8)
+    box = (left, 34.0, width - 10, height - 46)
+    canvas = Canvas(width, height)
+    axes = canvas.axes(box, (x_low, x_high), (y_low, y_high))
+    x_ticks = [(v, share(v)) for v in ticks(x_low, x_high, count=4 if narrow else 8)]
+    canvas.grid(axes, x_ticks=x_ticks, y_ticks=y_ticks)
+    canvas.text((2, 20), "↑ out of domain" if narrow else "↑ accuracy out of domain", "soft")
+    x_title = "in domain →" if narrow else "accuracy in domain →"
+    canvas.text((width - 10, height - 9), x_title, "soft", anchor="right")
+    base = next((p for p in points if p.method == "base"), None)
+    if base:
+        axes.fill_between([base.x[0], x_high], base.y[0], y_high, color=colour("tint"), linewidth=0, zorder=0)
+    placer = Placer((box[0] + 2, box[1] + 2, box[2], box[3] - 3))
+    style = looks(list(dict.fromkeys(p.method for p in points)))
+    return Plane(canvas, axes, placer, base, style, 6.5 if narrow else 8.0)
+
+
+def draw_crosses(plane: Plane, points: Sequence[Spot]) -> None:
+    """Draw the intervals of each accuracy by itself."""
+    for p in points:
+        for ends in ([(p.x[1], p.y[0]), (p.x[2], p.y[0])], [(p.x[0], p.y[1]), (p.x[0], p.y[2])]):
+            fill = colour(plane.style[p.method].fill)
+            plane.axes.plot(*zip(*ends, strict=True), color=fill, linewidth=1.2, alpha=0.38)
+            plane.placer.avoid_line([plane.canvas.pixel(plane.axes, end) for end in ends], weight=0.5)
+
+
+def draw_sweeps(plane: Plane, sweeps: Sequence[Sequence[Spot]]) -> None:
+    """Draw the dashed curves of one change, scaled."""
+    for sweep in sweeps:
+        curve = list(sweep) if any(p.coefficient == 0 for p in sweep) else plane.from_base(sweep)
+        xs, ys = zip(*(p.at for p in curve), strict=True)
+        plane.axes.plot(xs, ys, color=colour("soft"), linewidth=1.5, linestyle=(0, (3.3, 2.7)))
+        plane.placer.avoid_line([plane.pixel(p) for p in curve])
+        for p in sweep:
+            options = {"markerfacecolor": colour("paper"), "markeredgecolor": colour("soft"), "markeredgewidth": 1.5}
+            plane.axes.plot(*([v] for v in p.at), "o", markersize=6.4, **options)
+            plane.placer.avoid(plane.pixel(p), 3.2)
+
+
+def draw_tracks(plane: Plane, tracks: Mapping[str, Sequence[Spot]]) -> None:
+    """Draw each method's way from the base, its rounds numbered; later rounds lie above earlier ones."""
+    for method, rounds in tracks.items():
+        track = plane.from_base(rounds)
+        xs, ys = zip(*(p.at for p in track), strict=True)
+        plane.axes.plot(xs, ys, color=colour(plane.style[method].fill), linewidth=2)
+        plane.placer.avoid_line([plane.pixel(p) for p in track], weight=1.5)
+    marks = [(p, str(p.round)) for rounds in tracks.values() for p in rounds]
+    marks += [(plane.base, "")] if plane.base else []
+    for p, label in sorted(marks, key=lambda mark: mark[0].round or 10**9):
+        look = plane.style[p.method]
+        plane.canvas.mark(plane.axes, p.at, look.marker, look.fill, plane.radius, label)
+        plane.placer.avoid(plane.pixel(p), plane.radius + 1)
+
+
+def write_names(plane: Plane, tracks: Mapping[str, Sequence[Spot]], sweeps: Sequence[Sequence[Spot]]) -> None:
+    """Name the base, each method at its last round, and the coefficients of the curves as far as there is room."""
+    if plane.base:
+        plane.name(plane.base, "base", "ink", radius=plane.radius, needed=True)
+    for method, rounds in tracks.items():
+        plane.name(rounds[-1], method, plane.style[method].fill, radius=plane.radius, needed=True)
+    for sweep in sweeps:
+        for i, p in enumerate(sweep):
+            if p.coefficient is not None and p.coefficient != 0:
+                # The first says what the numbers are.
+                text = ("λ = " if i == 0 else "") + _PARTS.get(p.coefficient, f"{p.coefficient:g}")
+                plane.name(p, text, "soft", radius=3.2, size=12, needed=False)
+            elif p.coefficient is None and p is sweep[-1]:
+                plane.name(p, p.method, "soft", radius=3.2, size=12, needed=False)

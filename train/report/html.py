@@ -1,40 +1,79 @@
-"""Pieces of HTML that every page uses: escaped text, tables, folded details."""
+"""HTML from templates: what they are given is text unless it is Markup already, and text is escaped."""
 
 from __future__ import annotations
 
-import html
-import re
+import dataclasses
+import functools
 from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
 
-_FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+import jinja2
+import markupsafe
+from markupsafe import Markup
+
+from jaxmerge.files.inspect.canvas import clean
 
 
-def escape(text: object) -> str:
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A cell of a table that is more than a word."""
+
+    text: str
+    small: str = ""
+    """What stands below it."""
+    strong: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """Shares of a whole as one bar: (colour, amount) from the left, and what it says in words."""
+
+    amounts: Sequence[tuple[str, float]]
+    said: str
+
+    @property
+    def parts(self) -> list[tuple[str, str]]:
+        """(colour, percent) of each part there is."""
+        total = sum(amount for _, amount in self.amounts) or 1.0
+        return [(colour, f"{100 * amount / total:.4g}") for colour, amount in self.amounts if amount]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table: columns in `left` are words, and the rows in `groups` open one."""
+
+    head: Sequence[str | Cell]
+    rows: Sequence[Sequence[str | Cell | Bar]]
+    caption: str
+    left: Collection[int] = (0,)
+    groups: Collection[int] = ()
+    key: Sequence[tuple[str, str]] = ()
+    """(colour, word): what the colours of its bars mean."""
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else clean(value),
+    )
+
+
+def part(name: str, /, **values: Any) -> Markup:
+    """Write a part of a page: a macro of templates/parts.html."""
+    return getattr(environment().get_template("parts.html").module, name)(**values)
+
+
+def page(name: str, /, **values: Any) -> str:
+    """Write a whole page from its template."""
+    return environment().get_template(name).render(**values)
+
+
+def escape(text: object) -> Markup:
     """Make any text safe inside XML and HTML; what neither may contain becomes U+FFFD."""
-    return html.escape(_FORBIDDEN.sub("\ufffd", str(text)))
-
-
-def table(
-    head: Sequence[str],
-    body: Sequence[Sequence[str]],
-    *,
-    caption: str,
-    left: Collection[int] = (0,),
-    groups: Collection[int] = (),
-) -> str:
-    """Write a table whose cells are HTML already; `left` columns are words, `groups` the rows that open one."""
-    align = [' class="l"' if i in left else "" for i in range(len(head))]
-    top = "".join(f'<th scope="col"{a}>{h}</th>' for h, a in zip(head, align, strict=True))
-    lines = []
-    for number, row in enumerate(body):
-        cells = f'<th scope="row" class="l">{row[0]}</th>'
-        cells += "".join(f"<td{a}>{cell}</td>" for cell, a in zip(row[1:], align[1:], strict=True))
-        lines.append(f"<tr{' class=first' if number in groups else ''}>{cells}</tr>")
-    title = f"<caption><span>{caption}</span></caption>"
-    inside = f"{title}<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>{inside}</table></div>'
-
-
-def details(summary: str, content: str) -> str:
-    """Fold something away behind its one-line summary, both HTML already."""
-    return f"<details><summary>{summary}</summary>{content}</details>"
+    return markupsafe.escape(clean(text))

@@ -17,7 +17,7 @@ from . import pictures, sections
 from . import trees as search_page
 from .analysis import section_of_report
 from .frontier import frontier
-from .html import escape
+from .html import page
 from .read import Run, read_run
 from .rows import pooled_rows
 from .style import css
@@ -31,7 +31,7 @@ def render(run: Run) -> str:
         ("result", "Result", sections.headline(run)),
         ("picture", "What was gained, what was forgotten", pictures.picture(run)),
         ("table", "Accuracy", "" if run.of_kind("search") else sections.accuracy_table(run)),
-        ("paired", "Paired differences", sections.paired_table(run)),
+        ("paired", "Paired differences", pictures.paired(run) + sections.paired_table(run)),
         ("pass", "pass@k", sections.pass_table(run)),
         ("families", "By family", pictures.families(run)),
         ("samples", "Samples", sections.samples(run)),
@@ -45,44 +45,10 @@ def render(run: Run) -> str:
         ("again", "Doing it again", sections.again(run)),
     ]
     body = [part for part in body if part[2]]
-    nav = " ".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in body)
-    parts = [
-        f'<section id="{key}" aria-labelledby="{key}-h">\n<h2 id="{key}-h">{escape(title)}</h2>\n{content}\n</section>'
-        for key, title, content in body
-    ]
-    warning = ""
-    if not run.finished:
-        last = run.phases[-1].get("phase", "unnamed") if run.phases else "none yet"
-        warning = (
-            '<p class="warning" role="status"><strong>Unfinished run.</strong> This is what is there so far;'
-            f" the last committed phase is <code>{escape(last)}</code>. Start the same command again to go on.</p>"
-        )
-    title = f"{run.name} · jaxmerge report"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(title)}</title>
-<style>
-{css()}
-</style>
-</head>
-<body>
-<header>
-<h1>{escape(run.name)}</h1>
-{sections.facts(run)}
-<nav aria-label="Sections">{nav}</nav>
-{warning}
-</header>
-<main>
-{chr(10).join(parts)}
-</main>
-<footer>Written by jaxmerge from config.yaml, metrics.jsonl and summary.json in the folder of this file.</footer>
-</body>
-</html>
-"""
+    last = run.phases[-1].get("phase", "unnamed") if run.phases else "none yet"
+    return page(
+        "run.html", css=css(), name=run.name, facts=sections.facts(run), finished=run.finished, last=last, sections=body
+    )
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> pathlib.Path:
@@ -95,9 +61,9 @@ def write_report(run_dir: str | os.PathLike[str]) -> pathlib.Path:
     drawn = frontier(pooled_rows(run.rows), width=640, height=460, name="frontier", standalone=True)
     if drawn:
         _replace(run.folder / "figures" / "frontier.svg", drawn)
-    page = run.folder / "report.html"
-    _replace(page, render(run))
-    return page
+    path = run.folder / "report.html"
+    _replace(path, render(run))
+    return path
 
 
 def _replace(path: pathlib.Path, text: str) -> None:

@@ -1,16 +1,26 @@
-"""Four small pictures that the analysis is drawn with: lines, a scatter, a map of cells, dots with intervals."""
+"""The small pictures of reports and analyses: lines, dots with intervals, a scatter, a map of cells, a terrain.
+
+Two or three of them stand beside each other on a desk, one on a telephone.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from .canvas import Canvas, Placer, Point, Scale, axes, bounds, spread, text_width, ticks
+from jaxmerge.files.inspect.canvas import Canvas, Point, colour, drawing, shorten, text_width, ticks
 
-WIDTH = 330.0
-"""Of a picture: two or three stand beside each other on a desk, one on a telephone."""
+from .labels import Placer, spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, NAME = 330.0, 150.0
+"""Of a picture, and the most that a name in it may take of that."""
 Value = float | None
+Interval = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +29,10 @@ class Line:
 
     label: str
     points: Sequence[Point]
-    intervals: Sequence[tuple[float, float]] = ()
+    intervals: Sequence[Interval] = ()
+    loose: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Values of things that have no place on the x axis, by name: each name gets a column of its own behind it."""
+    faint: bool = False
 
 
 def short(value: Value, digits: int = 3) -> str:
@@ -32,6 +45,32 @@ def short(value: Value, digits: int = 3) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}g}".replace("-", "−", 1)
 
 
+def share(value: float) -> str:
+    """Write a tick of an axis of shares: `67.5 %`."""
+    return f"{100 * value:g} %"
+
+
+def bounds(values: Iterable[float], *, pad: float = 0.05, least: float = 0.0) -> tuple[float, float]:
+    """Find the range of finite values, widened by `pad` of itself on both sides and to at least `least`."""
+    finite = [v for v in values if math.isfinite(v)]
+    low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
+    missing = max(least - (high - low), 0.0) / 2
+    low, high = low - missing, high + missing
+    widening = pad * (high - low) or 0.5
+    return low - widening, high + widening
+
+
+def headed(height: float, title: str, *, fill: str | int = "ink", note: str = "") -> Canvas:
+    """Open a small picture with its title, and a note at the right where both have room."""
+    canvas = Canvas(WIDTH, height)
+    title = shorten(title, WIDTH, bold=True)
+    canvas.text((0, 14), title, fill, bold=True)
+    if note and text_width(title, bold=True) + text_width(note, 12) + 12 <= WIDTH:
+        canvas.text((WIDTH, 14), note, "soft", size=12, anchor="right")
+    return canvas
+
+
+@drawing()
 def lines(
     drawn: Sequence[Line],
     *,
@@ -40,53 +79,146 @@ def lines(
     x_title: str,
     y_title: str,
     zero: bool = True,
+    high: Point | None = None,
     rules: Sequence[tuple[float, str]] = (),
     x_marks: Sequence[tuple[float, str]] = (),
     form: Callable[[float], str] = short,
+    one: str | int | None = None,
     standalone: bool = False,
 ) -> str:
-    """Draw lines in one frame, each in its own colour and named at its end.
+    """Draw lines in one frame, each named at its end.
 
     Args:
       zero: the y axis begins at 0 (or below it, where values do).
+      high: ends of both axes, for several pictures on one scale; the values' own by default.
       rules: x values to mark with a dotted rule, with their names.
       x_marks: x values with what is written under them, in place of round numbers.
+      one: a colour for all lines, the older ones thinner; each has its own by default.
     """
+    drawn = [dataclasses.replace(line, label=shorten(line.label, NAME, 12)) for line in drawn]
+    columns = list(dict.fromkeys(key for line in drawn for key in line.loose))
     xs = [x for line in drawn for x, _ in line.points] + [x for x, _ in rules]
+    x_low, x_high = (0.0, high[0] or 1.0) if high else (min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1)
+    y_low, y_high = (0.0, high[1] or 1.0) if high else _heights(drawn, zero=zero)
+    y_ticks = [(v, form(v)) for v in ticks(y_low, y_high, count=4)]
+    left = max(44.0, max(text_width(label, 12) for _, label in y_ticks) + 8)
+    side = max((text_width(line.label, 12) for line in drawn if line.label), default=0.0) + 10
+    # Intervals beside the last point keep off the names.
+    right = WIDTH - side - 34 * len(columns) - (5 if any(line.intervals for line in drawn) else 0)
+    canvas = headed(240, title, fill="ink" if one is None else one)
+    axes = canvas.axes((left, 46, right, 196), (x_low, x_high), (y_low, y_high))
+    whole = all(x == round(x) for x in xs)
+    round_ones = [(v, f"{v:g}") for v in ticks(x_low, x_high, count=5) if not whole or v == round(v)]
+    canvas.grid(axes, x_ticks=x_marks or round_ones, y_ticks=y_ticks)
+    canvas.text((0, 33), y_title, "soft", size=12)
+    canvas.text((right, 233), x_title, "soft", size=12, anchor="right")
+    for value, word in rules:
+        axes.axvline(value, color=colour("soft"), linewidth=1, linestyle=(0, (2, 3)))
+        at = canvas.pixel(axes, (value, y_low))
+        # On the side that has room: a name at the end of a line stands on the other.
+        late = at[0] + 5 + text_width(word, 12) > right
+        canvas.text((at[0] + (-5 if late else 5), 191), word, "soft", size=12, anchor="right" if late else "left")
+    places = {key: right + 34 * (i + 0.75) for i, key in enumerate(columns)}
+    for key, place in places.items():
+        canvas.line([(place, 46), (place, 196)], "faint", zorder=-1)
+        canvas.text((place, 213), key, "soft", size=12, anchor="center")
+    strong = [line for line in drawn if not line.faint]
+    for i, line in enumerate(drawn):
+        age = 1.0 if one is None else (strong.index(line) + 1) / len(strong) if line in strong else 0.0
+        # Intervals of several lines at one x stand beside each other.
+        aside = 3.5 * (i - (len(drawn) - 1) / 2) * (x_high - x_low) / (right - left)
+        _draw_line(axes, line, i if one is None else one, age, aside, places)
+    named = [(line, i if one is None else one) for i, line in enumerate(drawn) if line.label]
+    ends = [canvas.pixel(axes, line.points[-1])[1] for line, _ in named]
+    for (line, hue), place in zip(named, spread(ends, gap=14, low=46, high=196), strict=True):
+        canvas.text((WIDTH - side + 8, place + 4), line.label, hue, size=12)
+    return canvas.svg(name=name, title=f"{title}: {y_title}", description=_told(drawn), standalone=standalone)
+
+
+def _draw_line(axes: Axes, line: Line, hue: str | int, age: float, aside: float, places: Mapping[str, float]) -> None:
+    """Draw one line, thinner the older it is (`age` 0 … 1), with its intervals and what has no place on the axis."""
+    fill = colour(hue)
+    options: dict[str, Any] = {"color": fill, "alpha": 0.45 + 0.55 * age, "clip_on": False}
+    for (at, _), pair in zip(line.points, line.intervals, strict=False):
+        axes.plot([at + aside] * 2, pair, color=fill, alpha=0.3, linewidth=3, clip_on=False)
+    track = [(a, min(b, axes.get_ylim()[1])) for a, b in line.points if math.isfinite(b)]
+    # Many points are a curve; a few are shown one by one.
+    if len(track) == 1 or (len(track) <= 12 and not line.loose and not line.faint):
+        options |= {"marker": "o", "markersize": 5.2}
+    dashes = (0, (3, 3)) if line.faint else "-"
+    axes.plot(*zip(*track, strict=True), linewidth=1.2 + 0.6 * age, linestyle=dashes, **options)
+    options |= {"marker": "o", "markersize": 4 + 2 * age, "markerfacecolor": "none" if line.faint else fill}
+    for key, value in line.loose.items():
+        axes.plot([axes.transData.inverted().transform((places[key], 0))[0]], [value], **options)
+
+
+def _heights(drawn: Sequence[Line], *, zero: bool) -> Point:
     ys = [y for line in drawn for _, y in line.points if math.isfinite(y)]
     ys += [y for line in drawn for pair in line.intervals for y in pair]
-    y_low, y_high = bounds([*ys, 0.0] if zero else ys, pad=0.08)
-    if zero and min(ys, default=0.0) >= 0:
-        y_low = 0.0
-    side = max(text_width(line.label, size=12) for line in drawn) + 8
-    canvas = Canvas(WIDTH, 240)
-    x = Scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, 50, WIDTH - side - 9)
-    y = Scale(y_low, y_high, 196, 46)
-    canvas.text((0, 14), title, "strong")
-    whole = all(value == round(value) for value in xs)
-    round_ones = [(v, f"{v:g}") for v in ticks(x.low, x.high, count=5) if not whole or v == round(v)]
-    axes(canvas, x, y, x_ticks=x_marks or round_ones, y_count=4, y_format=form)
-    canvas.text((0, 33), y_title, "soft small")
-    canvas.text((x.end, 231), x_title, "soft small", anchor="end")
-    for value, word in rules:
-        canvas.line((x(value), y.start), (x(value), y.end), "rule", 'stroke-dasharray="2 3"')
-        canvas.text((x(value) + 5, y.start - 5), word, "soft small")
-    for i, line in enumerate(drawn):
-        css = f"k{i % 7}"
-        aside = 3.5 * (i - (len(drawn) - 1) / 2)  # intervals of several lines at one x stand beside each other
-        for (at, _), (low, high) in zip(line.points, line.intervals, strict=False):
-            canvas.line((x(at) + aside, y(low)), (x(at) + aside, y(high)), css, 'stroke-width="3" stroke-opacity="0.3"')
-        canvas.path([(x(a), y(b)) for a, b in line.points], css, 'stroke-width="1.8" stroke-linejoin="round"')
-        if len(line.points) <= 12:
-            for a, b in line.points:
-                canvas.circle((x(a), y(b)), 2.6, f"f{i % 7}")
-    places = spread([y(line.points[-1][1]) for line in drawn], gap=14, low=y.end, high=y.start)
-    for i, (line, place) in enumerate(zip(drawn, places, strict=True)):
-        canvas.text((WIDTH - side, place + 4), line.label, f"f{i % 7} small")
-    said = "; ".join(f"{s.label}: " + ", ".join(f"{a:g} → {short(b)}" for a, b in s.points[:40]) for s in drawn)
-    return canvas.svg(name=name, title=f"{title}: {y_title}", description=said, standalone=standalone)
+    low, high = bounds([*ys, 0.0] if zero else ys, pad=0.08)
+    return (0.0 if zero and min(ys, default=0.0) >= 0 else low), high
 
 
+def _told(drawn: Sequence[Line]) -> str:
+    """Say the points; of a long line the ends and the top."""
+    said = []
+    for line in drawn:
+        text = ", ".join(f"{a:g} → {short(b)}" for a, b in line.points)
+        if len(line.points) > 12:
+            first, last = line.points[0], line.points[-1]
+            text = f"from {short(first[1])} to {short(last[1])}, largest {short(max(b for _, b in line.points))}"
+        said.append(f"{line.label or 'line'}: {text}" + "".join(f", {k} {short(v)}" for k, v in line.loose.items()))
+    return "; ".join(said)
+
+
+@drawing()
+def dots(
+    rows: Sequence[tuple[str, float, Interval | None]],
+    *,
+    name: str,
+    title: str,
+    form: Callable[[float], str] = short,
+    tick: Callable[[float], str] | None = None,
+    low: float = 0.0,
+    top: float | None = None,
+    rule: float | None = None,
+    looks: Sequence[tuple[str | int, str]] = (),
+    note: str = "",
+    standalone: bool = False,
+) -> str:
+    """Draw a value a row from `low` on, with its interval where it has one.
+
+    Args:
+      form, tick: how a value is written at the right, and under the axis (as at the right by default).
+      rule: a value to mark with a dotted rule.
+      looks: colour and marker of each row.
+    """
+    rows = [(shorten(label, NAME), value, pair) for label, value, pair in rows]
+    tick = tick or form
+    left = max(text_width(label) for label, _, _ in rows) + 14
+    right = WIDTH - max(text_width(form(value)) for _, value, _ in rows) - 12
+    high = top or max(max(v, *(pair or (0.0,))) for _, v, pair in rows) or 1.0
+    bottom = 28 + 22 * len(rows)
+    canvas = headed(bottom + 24, title, note=note)
+    axes = canvas.axes((left, 28, right, bottom), (low, high), (len(rows) - 0.5, -0.5))
+    canvas.grid(axes, x_ticks=[(v, tick(v)) for v in ticks(low, high, count=4)])
+    axes.grid(axis="x", color=colour("faint"), linewidth=1)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(axis="x", length=0, pad=6)
+    if rule is not None:
+        axes.axvline(rule, color=colour("soft"), linewidth=1, linestyle=(0, (2, 3)))
+    for i, (label, value, pair) in enumerate(rows):
+        fill, marker = looks[i] if looks else (0, "o")
+        if pair is not None:
+            axes.plot(pair, [i, i], color=colour(fill), linewidth=2, alpha=0.5, clip_on=False)
+        canvas.mark(axes, (value, i), marker, fill, 4.8)
+        canvas.text((0, 28 + 22 * i + 15), label, fill if looks else "ink")
+        canvas.text((WIDTH, 28 + 22 * i + 15), form(value), fill, anchor="right")
+    said = "; ".join(f"{label}: {form(value)}" for label, value, _ in rows)
+    return canvas.svg(name=name, title=title, description=said, standalone=standalone)
+
+
+@drawing()
 def scatter(
     points: Sequence[tuple[float, float, str]],
     *,
@@ -101,28 +233,32 @@ def scatter(
 
     Where there are more than a dozen, each is named by its last word alone: `layer 17` by `17`.
     """
-    canvas = Canvas(WIDTH, 260)
-    y = Scale(*bounds([p[1] for p in points], pad=0.12), 212, 50)
-    left = max(text_width(short(v), size=12) for v in ticks(y.low, y.high, count=4)) + 7
-    x = Scale(*bounds([p[0] for p in points], pad=0.1), max(54, left), WIDTH - 8)
-    many = len(points) > 12
-    canvas.text((0, 14), title, "strong")
-    canvas.text((WIDTH, 33), note, "small", anchor="end")
-    canvas.text((0, 33), y_title, "soft small")
-    canvas.text((x.end, 250), x_title, "soft small", anchor="end")
-    axes(canvas, x, y, x_ticks=[(v, short(v)) for v in ticks(x.low, x.high, count=3)], y_count=4, y_format=short)
-    placer = Placer((x.start, y.end, x.end, y.start))
+    points = [(a, b, shorten(label, NAME, 12)) for a, b, label in points]
+    y_low, y_high = bounds([p[1] for p in points], pad=0.12)
+    y_ticks = [(v, short(v)) for v in ticks(y_low, y_high, count=4)]
+    left = max(54.0, max(text_width(label, 12) for _, label in y_ticks) + 8)
+    canvas = headed(260, title)
+    axes = canvas.axes((left, 50, WIDTH - 8, 212), bounds([p[0] for p in points], pad=0.1), (y_low, y_high))
+    x_ticks = [(v, short(v)) for v in ticks(*axes.get_xlim(), count=4)]
+    canvas.grid(axes, x_ticks=x_ticks, y_ticks=y_ticks)
+    canvas.text((0, 33), y_title, "soft", size=12)
+    canvas.text((WIDTH, 33), note, size=12, anchor="right")
+    canvas.text((WIDTH - 8, 250), x_title, "soft", size=12, anchor="right")
+    placer = Placer((left, 50, WIDTH - 8, 212))
     for a, b, _ in points:
-        placer.avoid((x(a), y(b)), 4)
+        placer.avoid(canvas.pixel(axes, (a, b)), 4)
+        axes.plot([a], [b], "o", color=colour(0), markersize=7)
     for a, b, label in points:
-        canvas.circle((x(a), y(b)), 4, "f0")
-        named = label.rsplit(" ", 1)[-1] if many else label
-        place, _ = placer.place((x(a), y(b)), named, gap=4, size=12)
-        canvas.text(place, named, "soft small", anchor="middle")
+        named = label.rsplit(" ", 1)[-1] if len(points) > 12 else label
+        place = placer.place(canvas.pixel(axes, (a, b)), named, gap=4, size=12)
+        if place.far:
+            canvas.line([canvas.pixel(axes, (a, b)), (place.at[0], place.at[1] - 4)], "faint", zorder=-1)
+        canvas.text(place.at, named, "soft", size=12, anchor="center")
     said = "; ".join(f"{label}: {short(a)}, {short(b)}" for a, b, label in points)
     return canvas.svg(name=name, title=f"{title}: {y_title} by {x_title}", description=said, standalone=standalone)
 
 
+@drawing()
 def cells(
     values: Sequence[Sequence[Value]],
     *,
@@ -135,60 +271,31 @@ def cells(
     standalone: bool = False,
 ) -> str:
     """Draw a map of cells, darker where the value's size is nearer `top`; numbers inside where there is room."""
-    left = max(text_width(row, size=12) for row in rows) + 8
+    rows = [shorten(row, NAME, 12) for row in rows]
+    left = max(text_width(row, 12) for row in rows) + 8
     step = (WIDTH - left) / len(columns)
     height = min(30.0, max(18.0, step))
-    canvas = Canvas(WIDTH, 46 + height * len(rows) + 6)
-    canvas.text((0, 14), title, "strong")
-    every = max(1, math.ceil(1.4 * max(text_width(c, size=12) for c in columns) / step))
-    for j, column in enumerate(columns):
-        if j % every == 0:
-            canvas.text((left + step * (j + 0.5), 38), column, "soft small", anchor="middle")
-    roomy = max(text_width(form(v), size=12) for row in values for v in row) < step
+    canvas = headed(46 + height * len(rows) + 6, title)
+    every = max(1, math.ceil(1.2 * max(text_width(c, 12) for c in columns) / step))
+    for j in range(0, len(columns), every):
+        canvas.text((left + step * (j + 0.5), 38), columns[j], "soft", size=12, anchor="center")
+    roomy = max(text_width(form(v), 12) for row in values for v in row) < step
     for i, row in enumerate(rows):
         middle = 46 + height * (i + 0.5)
-        canvas.text((left - 8, middle + 4), row, "soft small", anchor="end")
+        canvas.text((left - 8, middle + 4), row, "soft", size=12, anchor="right")
         for j, value in enumerate(values[i]):
             strength = 0.0 if value is None or not top else min(abs(value) / top, 1.0)
-            css = "f0" if value is None or value >= 0 else "f1"
-            fill = f'fill-opacity="{0.04 + (0.41 if roomy else 0.8) * strength:.3f}"'
-            canvas.rect(left + step * j + 0.5, middle - height / 2 + 0.5, step - 1, height - 1, css, fill)
+            fill = 0 if value is None or value >= 0 else 1
+            alpha = round(0.04 + (0.41 if roomy else 0.8) * strength, 3)
+            place = (left + step * j + 0.5, middle - height / 2 + 0.5, step - 1, height - 1)
+            canvas.rect(*place, fill, "" if roomy else f"{row}, {columns[j]}: {form(value)}", alpha=alpha)
             if roomy:
-                canvas.text((left + step * (j + 0.5), middle + 4), form(value), "small", anchor="middle")
+                canvas.text((left + step * (j + 0.5), middle + 4), form(value), size=12, anchor="center")
     said = "; ".join(f"{row}: {', '.join(form(v) for v in line)}" for row, line in zip(rows, values, strict=True))
     return canvas.svg(name=name, title=title, description=said, standalone=standalone)
 
 
-def dots(
-    rows: Sequence[tuple[str, float, tuple[float, float] | None]],
-    *,
-    name: str,
-    title: str,
-    form: Callable[[float], str] = short,
-    top: float | None = None,
-    standalone: bool = False,
-) -> str:
-    """Draw a value a row from 0 on, with its interval where it has one."""
-    left = max(text_width(label) for label, _, _ in rows) + 14
-    right = max(text_width(form(value)) for _, value, _ in rows) + 8
-    high = top or max(max(v, *(pair or (0.0,))) for _, v, pair in rows) or 1.0
-    canvas = Canvas(WIDTH, 26 + 22 * len(rows) + 24)
-    x, bottom = Scale(0.0, high, left, WIDTH - right), 26 + 22 * len(rows)
-    canvas.text((0, 14), title, "strong")
-    for value in ticks(0.0, high, count=3):
-        canvas.line((x(value), 24), (x(value), bottom), "grid")
-        canvas.text((x(value), bottom + 16), form(value), "soft small", anchor="middle")
-    for i, (label, value, pair) in enumerate(rows):
-        y = 26 + 22 * i + 11
-        canvas.text((0, y + 4), label)
-        if pair is not None:
-            canvas.line((x(pair[0]), y), (x(pair[1]), y), "k0", 'stroke-width="2" stroke-opacity="0.5"')
-        canvas.circle((x(value), y), 4.5, "f0")
-        canvas.text((WIDTH, y + 4), form(value), "f0", anchor="end")
-    said = "; ".join(f"{label}: {form(value)}" for label, value, _ in rows)
-    return canvas.svg(name=name, title=title, description=said, standalone=standalone)
-
-
+@drawing()
 def terrain(
     u: Sequence[float],
     v: Sequence[float],
@@ -204,33 +311,35 @@ def terrain(
     Args:
       u, v: values of the grid; losses[i][j] is at (u[j], v[i]).
     """
-    canvas = Canvas(WIDTH, 320)
-    x = Scale(u[0], u[-1], 40, WIDTH - 6)
-    y = Scale(v[0], v[-1], 276, 30)
-    canvas.text((0, 14), title, "strong")
-    flat = sorted(value for row in losses for value in row if math.isfinite(value))
-    wide, high = (x.end - x.start) / (len(u) - 1), (y.start - y.end) / (len(v) - 1)
-    for i, row in enumerate(losses):
-        for j, value in enumerate(row):
-            # Equal counts: one cliff at the edge must not flatten all the rest.
-            share = sum(f < value for f in flat) / max(len(flat) - 1, 1) if math.isfinite(value) else 1.0
-            left, right = max(x(u[j]) - wide / 2, x.start), min(x(u[j]) + wide / 2, x.end)
-            up, down = max(y(v[i]) - high / 2, y.end), min(y(v[i]) + high / 2, y.start)
-            canvas.rect(left, up, right - left, down - up, "f0", f'fill-opacity="{0.03 + 0.4 * round(share, 1):.2f}"')
-    for value in ticks(x.low, x.high, count=5):
-        canvas.text((x(value), y.start + 16), f"{value:g}", "soft small", anchor="middle")
-    for value in ticks(y.low, y.high, count=5):
-        canvas.text((x.start - 6, y(value) + 4), f"{value:g}", "soft small", anchor="end")
-    canvas.text((x.end, y.start + 34), "along base → tuned (1 = tuned)", "soft small", anchor="end")
-    placer = Placer((x.start + 2, y.end + 2, x.end - 2, y.start - 2))
+    import numpy as np
+
+    canvas = headed(320, title)
+    axes = canvas.axes((40, 30, WIDTH - 6, 276), (u[0], u[-1]), (v[0], v[-1]))
+    canvas.grid(
+        axes,
+        x_ticks=[(x, f"{x:g}") for x in ticks(u[0], u[-1], count=5)],
+        y_ticks=[(y, f"{y:g}") for y in ticks(v[0], v[-1], count=5)],
+    )
+    axes.grid(visible=False)
+    heights = np.asarray(losses, float)
+    finite = heights[np.isfinite(heights)]
+    # Equal counts: one cliff at the edge must not flatten all the rest.
+    levels = np.unique(np.quantile(finite, np.linspace(0, 1, 11)))
+    if len(levels) > 1:
+        shades = [(colour(0), round(float(a), 2)) for a in np.linspace(0.03, 0.43, len(levels) - 1)]
+        axes.contourf(u, v, np.where(np.isfinite(heights), heights, finite.max()), levels=levels, colors=shades)
+    canvas.text((WIDTH - 6, 312), "along base → tuned (1 = tuned)", "soft", size=12, anchor="right")
+    placer = Placer((42, 32, WIDTH - 8, 274))
     for _, a, b in places:
-        placer.avoid((x(a), y(b)), 6)
+        placer.avoid(canvas.pixel(axes, (a, b)), 6)
     # From the right: where room is short, the last model along the line has the first choice.
-    for label, a, b in sorted(places, key=lambda place: -place[1]):
-        canvas.marker((x(a), y(b)), "circle", "fb" if label == "base" else "f1", radius=5)
-        place, far = placer.place((x(a), y(b)), label, gap=6, size=12)
-        if far:
-            canvas.line((x(a), y(b)), (place[0], place[1] - 4), "rule")
-        canvas.text(place, label, "small strong", anchor="middle")
-    said = f"from {short(flat[0])} to {short(flat[-1])}; " + "; ".join(f"{w}: {a:.2f}, {b:.2f}" for w, a, b in places)
+    named = [(shorten(label, NAME, 12, bold=True), a, b) for label, a, b in places]
+    for label, a, b in sorted(named, key=lambda place: -place[1]):
+        canvas.mark(axes, (a, b), "o", "ink" if label == "base" else 1, 5)
+        place = placer.place(canvas.pixel(axes, (a, b)), label, gap=6, size=12)
+        if place.far:
+            canvas.line([canvas.pixel(axes, (a, b)), (place.at[0], place.at[1] - 4)], "soft")
+        canvas.text(place.at, label, size=12, bold=True, anchor="center")
+    ends = f"from {short(float(finite.min()))} to {short(float(finite.max()))}; "
+    said = ends + "; ".join(f"{w}: {a:.2f}, {b:.2f}" for w, a, b in places)
     return canvas.svg(name=name, title=title, description=said, standalone=standalone)

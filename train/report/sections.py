@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..log import format_percent, format_seconds
-from .charts import interval_bar, looks, stacked_bar
-from .html import details, escape, table
+from .html import Bar, Cell, Table, part
 from .rows import DOMAIN_NAMES, format_interval, method_label, pooled_rows
+from .style import looks
 
 if TYPE_CHECKING:
     from .read import Run
@@ -28,12 +28,16 @@ def methods(run: Run) -> list[str]:
 
 
 def _colour(run: Run, method: str) -> str:
-    fill = looks(methods(run))[method].fill
-    return f"var(--s{fill[1:]})" if fill[1:].isdigit() else "var(--ink)" if fill == "fb" else "var(--soft)"
+    return looks(methods(run))[method].css
 
 
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "−")
+def format_points(value: float, digits: int = 1) -> str:
+    """Write a difference of shares in percentage points, with its sign."""
+    return f"{100 * value:+.{digits}f}".replace("-", "−")
+
+
+def _points_interval(pair: Row) -> str:
+    return f"[{format_points(pair['low'])}, {format_points(pair['high'])}]"
 
 
 def _number(value: Any, form: str = ",") -> str:
@@ -50,7 +54,7 @@ def facts(run: Run) -> str:
         format_seconds(seconds) + (f" on {run.summary['device']}" if "device" in run.summary else ""),
         f"commit {str(run.summary['commit'])[:12]}" if run.summary.get("commit") else "",
     ]
-    return f'<p class="quiet">{escape(" · ".join(part for part in parts if part))}</p>'
+    return " · ".join(part for part in parts if part)
 
 
 def last_rounds(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
@@ -82,36 +86,34 @@ def headline(run: Run) -> str:
             small = format_interval(row)
             if method != "base" and domain in base:
                 pair = paired.get((method, "base", row["round"], domain, row.get("split", "test")))
-                small = f"{_points(row['accuracy'] - base[domain]['accuracy'])} points"
+                small = f"{format_points(row['accuracy'] - base[domain]['accuracy'])} points"
                 if pair:
-                    small = f"{_points(pair['difference'])} [{_points(pair['low'])}, {_points(pair['high'])}]"
-            share = format_percent(row["accuracy"])
-            lines.append(f"<dt>{DOMAIN_NAMES[domain]}</dt><dd>{share}<small>{small}</small></dd>")
+                    small = f"{format_points(pair['difference'])} {_points_interval(pair)}"
+            lines.append((DOMAIN_NAMES[domain], format_percent(row["accuracy"]), small))
         rounds = max(row["round"] for row in cells.values())
-        name = escape(method) + ("" if method == "base" else f" after round {rounds}")
-        title = f'<div class="card" style="--c:{_colour(run, method)}"><h3>{name}</h3>'
-        cards.append(f"{title}<dl>{''.join(lines)}</dl></div>")
+        title = method + ("" if method == "base" else f" after round {rounds}")
+        cards.append({"css": _colour(run, method), "title": title, "lines": lines})
     below = (
         "for the base its 95 % interval, for the others the change against the base in points, with the 95 % interval"
         " of the paired difference where it was measured"
     )
     note = f"Share of questions answered right. Below it: {below if base else 'its 95 % interval'}."
-    return f'<div class="cards">{"".join(cards)}</div><p class="quiet">{note}</p>'
+    return part("headline", cards=cards, note=note)
 
 
-def _accuracy_cell(row: Row | None, n: int | None) -> str:
+def _accuracy_cell(row: Row | None, n: int | None) -> str | Cell:
     if row is None:
         return "–"
     count = "" if row.get("n") == n else f" n {_number(row.get('n'))}"
-    mark = "" if row.get("split", "test") == "test" else f" {escape(row['split'])}"
-    return f"{format_percent(row.get('accuracy'))}<small>{format_interval(row)}{count}{mark}</small>"
+    mark = "" if row.get("split", "test") == "test" else f" {row['split']}"
+    return Cell(format_percent(row.get("accuracy")), f"{format_interval(row)}{count}{mark}")
 
 
 def accuracy_table(run: Run) -> str:
     """Show method × round × domain, and every row as it was measured behind a fold."""
     rows = pooled_rows(run.rows)
     if not run.rows:
-        return "<p>Nothing has been evaluated yet.</p>"
+        return part("paragraph", text="Nothing has been evaluated yet.")
     # The two that the claim is about first: a telephone shows no more without scrolling.
     domains = [d for d in ("id", "ood", "harder", "unseen") if any(row["domain"] == d for row in rows)]
     domains += sorted({row["domain"] for row in rows} - set(domains))
@@ -130,22 +132,22 @@ def accuracy_table(run: Run) -> str:
         seconds = sum(row.get("seconds") or 0.0 for row in cells.values())
         body.append(
             [
-                escape(label),
+                label,
                 str(round_),
                 *(_accuracy_cell(cells.get(d), common[d]) for d in domains),
                 f"{seconds:,.1f}",
             ]
         )
-    names = [escape(DOMAIN_NAMES.get(d, d)) + (f"<small>n {common[d]:,}</small>" if common[d] else "") for d in domains]
+    names = [Cell(DOMAIN_NAMES.get(d, d), f"n {common[d]:,}" if common[d] else "") for d in domains]
     head = ["method", "round", *names, "seconds"]
     caption = "Share of questions answered right, families pooled, with 95 % intervals; seconds of evaluation."
     every = [
         [
-            escape(method_label(row)),
+            method_label(row),
             str(row["round"]),
-            escape(DOMAIN_NAMES.get(row["domain"], row["domain"])),
-            escape(row.get("family", "all")),
-            escape(row.get("split", "test")),
+            DOMAIN_NAMES.get(row["domain"], row["domain"]),
+            row.get("family", "all"),
+            row.get("split", "test"),
             format_percent(row.get("accuracy")),
             format_interval(row),
             _number(row.get("n")),
@@ -154,8 +156,10 @@ def accuracy_table(run: Run) -> str:
         for row in run.rows
     ]
     names = ["method", "round", "domain", "family", "split", "accuracy", "95 % interval", "n", "seconds"]
-    full = table(names, every, caption="Every row of the evaluation.", left=(0, 2, 3, 4))
-    return table(head, body, caption=caption, groups=firsts) + details(f"All {len(every)} rows", full)
+    full = Table(names, every, "Every row of the evaluation.", left=(0, 2, 3, 4))
+    return part("table", t=Table(head, body, caption, groups=firsts)) + part(
+        "folded", summary=f"All {len(every)} rows", t=full
+    )
 
 
 def paired_table(run: Run) -> str:
@@ -163,25 +167,19 @@ def paired_table(run: Run) -> str:
     pairs = run.summary.get("paired") or []
     if not pairs:
         return ""
-    reach = max(max(abs(p["low"]), abs(p["high"]), 0.01) for p in pairs)
     body = []
-    for i, p in enumerate(pairs):
+    for p in pairs:
         test = p.get("split", "test") == "test"
-        said = f"{_points(p['difference'])} points, from {_points(p['low'])} to {_points(p['high'])}"
-        bar = interval_bar(p["low"], p["difference"], p["high"], reach=reach, name=f"pair{i}", said=said)
         body.append(
             [
-                f"{escape(p['a'])} − {escape(p['b'])}", _number(p.get("round")),
-                escape(f"{DOMAIN_NAMES.get(p['domain'], p['domain'])}" + ("" if test else f" ({p['split']})")),
-                _points(p["difference"]), f"[{_points(p['low'])}, {_points(p['high'])}]", bar, _number(p.get("n")),
+                f"{p['a']} − {p['b']}", _number(p.get("round")),
+                f"{DOMAIN_NAMES.get(p['domain'], p['domain'])}" + ("" if test else f" ({p['split']})"),
+                format_points(p["difference"]), _points_interval(p), _number(p.get("n")),
             ]
         )  # fmt: skip
-    caption = (
-        f"Difference in percentage points on the same questions. The bars span ±{100 * reach:.0f} points around"
-        " zero; green lies above zero, orange below, black may be either."
-    )
-    head = ["difference", "round", "domain", "points", "95 % interval", "around zero", "n"]
-    return table(head, body, caption=caption, left=(0, 2, 5))
+    caption = "Difference in percentage points on the same questions. Green lies above zero, orange below."
+    head = ["difference", "round", "domain", "points", "95 % interval", "n"]
+    return part("table", t=Table(head, body, caption, left=(0, 2)))
 
 
 def pass_table(run: Run) -> str:
@@ -192,14 +190,14 @@ def pass_table(run: Run) -> str:
     ks = sorted({int(k) for r in rows for k in r["pass_at"]})
     body = [
         [
-            escape(r["method"]), _number(r["round"]), escape(DOMAIN_NAMES.get(r["domain"], r["domain"])),
+            r["method"], _number(r["round"]), DOMAIN_NAMES.get(r["domain"], r["domain"]),
             *(format_percent(r["pass_at"][str(k)]) if str(k) in r["pass_at"] else "–" for k in ks), _number(r["n"]),
         ]
         for r in rows
     ]  # fmt: skip
     caption = "Share of questions that one of k samples answers, estimated without bias from all samples drawn."
     head = ["method", "round", "domain", *(f"pass@{k}" for k in ks), "n"]
-    return table(head, body, caption=caption, left=(0, 2))
+    return part("table", t=Table(head, body, caption, left=(0, 2)))
 
 
 def owners(phase: Row) -> list[str]:
@@ -211,24 +209,24 @@ def samples(run: Run) -> str:
     """Show how many samples each round drew, and what became of them."""
     tokens = {(p.get("round"), p.get("method")): p for p in run.of_kind("sample")}
     body, shares = [], []
-    for i, p in enumerate(run.of_kind("select")):
+    for p in run.of_kind("select"):
         sampled, kept, correct = (int(p.get(key) or 0) for key in ("sampled", "kept", "correct"))
         unjudged = int(p.get("unjudged") or 0)
         wrong = max(sampled - correct - unjudged, 0)
-        parts = [("f2", kept), ("f0", max(correct - kept, 0)), ("f4", unjudged), ("fx", wrong)]
+        parts = [("s2", kept), ("s0", max(correct - kept, 0)), ("s4", unjudged), ("faint", wrong)]
         said = f"{kept} kept, {correct - kept} correct but not kept, {unjudged} not judged, {wrong} wrong"
         drawn = tokens.get((p.get("round"), p.get("method")), {})
         body.append(
             [
-                escape(", ".join(owners(p))), _number(p.get("round")),
-                stacked_bar(parts, total=sampled, name=f"share{i}", said=said), _number(sampled), _number(correct),
+                ", ".join(owners(p)), _number(p.get("round")),
+                Bar(parts, said), _number(sampled), _number(correct),
                 _number(p.get("duplicates")), _number(p.get("unjudged")), _number(kept),
                 _number(p.get("questions_solved")), _number(drawn.get("tokens_per_second"), ",.0f"),
             ]
         )  # fmt: skip
         shares += [
             [
-                escape(", ".join(owners(p))), _number(p.get("round")), escape(family),
+                ", ".join(owners(p)), _number(p.get("round")), family,
                 _number(counts.get("sampled")),
                 _number(counts.get("correct")),
                 format_percent(counts["correct"] / counts["sampled"] if counts.get("sampled") else None),
@@ -237,41 +235,36 @@ def samples(run: Run) -> str:
         ]  # fmt: skip
     if not body:
         return ""
-    keys = (("--s2", "kept"), ("--s0", "correct, not kept"), ("--s4", "not judged"), ("--faint", "wrong"))
-    key = "".join(f'<span class="key" style="--c:var({c})">{name}</span>' for c, name in keys)
+    key = (("s2", "kept"), ("s0", "correct, not kept"), ("s4", "not judged"), ("faint", "wrong"))
     head = ["method", "round", "share", "sampled", "correct", "duplicates", "not judged", "kept"]
     head += ["questions solved", "tokens/s"]
-    result = table(head, body, caption=f"Samples drawn for training, and what became of them:{key}", left=(0, 2))
+    caption = "Samples drawn for training, and what became of them:"
+    result = part("table", t=Table(head, body, caption, left=(0, 2), key=key))
     if shares:
         columns = ["method", "round", "family", "sampled", "correct", "share"]
-        result += details("By family", table(columns, shares, caption="Samples by family.", left=(0, 2)))
+        result += part("folded", summary="By family", t=Table(columns, shares, "Samples by family.", left=(0, 2)))
     return result
 
 
 def examples(run: Run) -> str:
     """Show some of the sampled solutions, folded, as text and nothing else."""
-    parts = []
+    groups = []
     for p in run.of_kind("select"):
-        shown = []
-        for e in p.get("examples") or ():
-            word = '<span class="yes">accepted</span>' if e.get("accepted") else '<span class="no">rejected</span>'
-            score = "not judged" if e.get("score") is None else f"score {e['score']:g}"
-            reason = f" · {escape(e['reason'])}" if e.get("reason") else ""
-            question = str(e.get("question", ""))
-            short = question if len(question) <= 110 else question[:109] + "…"
-            shown.append(
-                details(
-                    f"{word} · {escape(short)}",
-                    f"<pre>{escape(question)}</pre><pre>{escape(e.get('text', ''))}</pre>"
-                    f'<p class="quiet">expected answer <code>{escape(e.get("answer", ""))}</code>'
-                    f" · {score}{reason}</p>",
-                )
-            )
+        shown = [
+            {
+                "accepted": bool(e.get("accepted")),
+                "question": (question := str(e.get("question", ""))),
+                "short": question if len(question) <= 110 else question[:109] + "…",
+                "text": e.get("text", ""),
+                "answer": e.get("answer", ""),
+                "score": "not judged" if e.get("score") is None else f"score {e['score']:g}",
+                "reason": e.get("reason"),
+            }
+            for e in p.get("examples") or ()
+        ]
         if shown:
-            title = f"Round {_number(p.get('round'))} · {escape(', '.join(owners(p)))}"
-            inside = "".join(shown)
-            parts.append(details(title, inside) if parts else f"<h3>{title}</h3>{inside}")
-    return "".join(parts)
+            groups.append((f"Round {_number(p.get('round'))} · {', '.join(owners(p))}", shown))
+    return part("examples", groups=groups) if groups else ""
 
 
 def time(run: Run) -> str:
@@ -284,42 +277,38 @@ def time(run: Run) -> str:
     if not total:
         return ""
     body = []
-    for i, (kind, seconds) in enumerate(sorted(spent.items(), key=lambda item: -item[1])):
+    for kind, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         share = format_percent(seconds / total)
-        bar = stacked_bar([("f0", seconds), ("fx", total - seconds)], total=total, name=f"time{i}", said=share)
-        body.append([escape(PHASES.get(kind, kind)), bar, share, format_seconds(seconds)])
+        drawn = Bar([("s0", seconds), ("faint", total - seconds)], share)
+        body.append([PHASES.get(kind, kind), drawn, share, format_seconds(seconds)])
     phases = [
         [
-            escape(p.get("phase", "?")), escape(p.get("kind", "?")), _number(p.get("round")),
-            escape(", ".join(owners(p))), _number(p.get("seconds"), ",.1f"),
+            p.get("phase", "?"), p.get("kind", "?"), _number(p.get("round")),
+            ", ".join(owners(p)), _number(p.get("seconds"), ",.1f"),
         ]
         for p in run.phases
     ]  # fmt: skip
     caption = f"Wall-clock time by kind of phase; {format_seconds(total)} in all."
-    result = table(["phase", "", "share", "time"], body, caption=caption, left=(0, 1))
+    result = part("table", t=Table(["phase", "", "share", "time"], body, caption, left=(0, 1)))
     if phases:
         head = ["phase", "kind", "round", "for", "seconds"]
-        result += details(f"All {len(phases)} phases", table(head, phases, caption="Phases in order.", left=(0, 1, 3)))
+        listed = Table(head, phases, "Phases in order.", left=(0, 1, 3))
+        result += part("folded", summary=f"All {len(phases)} phases", t=listed)
     return result
 
 
 def again(run: Run) -> str:
     """Give the command, the versions and the resolved config."""
-    parts = []
-    if run.summary.get("command"):
-        parts.append(f"<p>The command that made this run:</p><pre>{escape(run.summary['command'])}</pre>")
-    versions = run.summary.get("versions") or {}
-    if versions:
-        body = [[escape(name), escape(version)] for name, version in versions.items()]
-        parts.append(table(["package", "version"], body, caption="Versions.", left=(0, 1)))
-    if run.config:
-        text = run.config
-        parts.append(details("The resolved config", f"<pre>{escape(text)}</pre>"))
     merges = [
         f"{p.get('phase', '')}: {p.get('rule', '')} {json.dumps(p.get('coefficients') or {}, ensure_ascii=False)}"
         + "".join(f"\n  {note}" for note in p.get("notes") or ())
         for p in run.of_kind("merge")
     ]
-    if merges:
-        parts.append(details("The merges", f"<pre>{escape(chr(10).join(merges))}</pre>"))
-    return "".join(parts)
+    versions = [[name, str(version)] for name, version in (run.summary.get("versions") or {}).items()]
+    command = run.summary.get("command")
+    if not (command or versions or run.config or merges):
+        return ""
+    return part(
+        "again", command=command, config=run.config, merges="\n".join(merges),
+        versions=Table(["package", "version"], versions, "Versions.", left=(0, 1)) if versions else None,
+    )  # fmt: skip

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from .canvas import DARK, FONT, LIGHT, stylesheet
+import dataclasses
+from collections.abc import Sequence
+
+from jaxmerge.files.inspect.canvas import DARK, FONT, LIGHT, SERIES, rules, variables
+
+MARKERS = ("o", "s", "D", "^", "h")
+"""Their number is coprime with that of the colours: 35 different pairs."""
 
 
-def _variables(colours: dict) -> str:
-    names = ("ink", "soft", "faint", "paper", "tint")
-    shades = [f"--{name}:{colours[name]}" for name in names]
-    shades += [f"--s{i}:{colour}" for i, colour in enumerate(colours["series"])]
-    return ":root{" + ";".join(shades) + "}"
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """How one method is drawn, everywhere in a report."""
+
+    fill: str | int
+    """The name of a colour, or the number of a series."""
+    marker: str = "o"
+
+    @property
+    def css(self) -> str:
+        return f"var(--s{self.fill % SERIES})" if isinstance(self.fill, int) else f"var(--{self.fill})"
+
+
+def looks(methods: Sequence[str]) -> dict[str, Look]:
+    """Give each method a colour and a marker; the base is drawn in ink, sweeps in grey dashes."""
+    drawn = [name for name in methods if name not in ("base", "line")]
+    result = {name: Look(i % SERIES, MARKERS[i % len(MARKERS)]) for i, name in enumerate(drawn)}
+    return {"base": Look("ink"), "line": Look("soft"), **result}
 
 
 _PAGE = """
@@ -53,7 +72,8 @@ thead th{border-top:0}
 thead+tbody tr:first-child>*,tr.first>*{border-top-color:var(--soft)}
 th.l,td.l{text-align:left}
 td small,th small{display:block;color:var(--soft);font-size:12.5px;font-weight:400}
-td svg{margin-top:3px;display:inline-block;max-width:none}
+.bar{display:inline-flex;width:180px;height:14px;margin-top:4px;background:var(--faint)}
+.bar i{background:var(--c);print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .key{display:inline-block;white-space:nowrap;margin-left:.9em}
 .key::before{content:"";display:inline-block;width:.8em;height:.8em;margin-right:.35em;background:var(--c)}
 details{margin:8px 0;border-bottom:1px solid var(--faint);padding-bottom:8px}
@@ -90,12 +110,5 @@ footer{color:var(--soft);font-size:13.5px;padding-top:40px;padding-bottom:40px}
 
 def css() -> str:
     """Write the report's stylesheet. Paper is always light."""
-    dark = _variables(DARK) + "\n" + stylesheet(DARK)
-    return "\n".join(
-        [
-            _variables(LIGHT),
-            stylesheet(LIGHT),
-            "@media screen and (prefers-color-scheme:dark){\n" + dark + "\n}",
-            _PAGE.replace("FONT", FONT).strip(),
-        ]
-    )
+    dark = "@media screen and (prefers-color-scheme:dark){" + variables(DARK) + "}"
+    return "\n".join([variables(LIGHT), dark, rules(), _PAGE.replace("FONT", FONT).strip()])

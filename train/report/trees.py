@@ -8,8 +8,7 @@ from typing import Any
 
 from ..log import format_percent
 from ..runtime.jsonl import read_jsonl_tolerant
-from .charts import stacked_bar
-from .html import details, escape, table
+from .html import Bar, Cell, Table, part
 
 Row = Mapping[str, Any]
 SHOWN = 40
@@ -24,26 +23,30 @@ def numbers(phases: Sequence[Row]) -> str:
     ends = ", ".join(f"{count} {end}" for end, count in found["ends"].items())
     right = f"{found['right']} of {found['judged']} judged solutions are right. " if found["judged"] else ""
     occupancy = "" if found["occupancy"] is None else f", {format_percent(found['occupancy'])} of the slots in use"
-    parts = [
-        f"<p>{found['questions']:,} questions, {found['nodes']:,} nodes. {right}Searches ended by: {escape(ends)}."
-        f" {found['tokens_per_second']:,.0f} tokens a second{occupancy}.</p>",
-        '<div class="panels">',
-        counted("Steps of the plans", "steps", found["plan_steps"], "plans"),
-        counted("Depth of the nodes", "depth", found["depths"], "nodes"),
-        counted("Scores the critic gave", "score", found["scores"], "scores"),
-        counted("Values of the plans taken", "value", intervals(found["values"]), "values"),
-        "</div>",
+    counted_by = [
+        ("Steps of the plans", "steps", found["plan_steps"], "plans"),
+        ("Depth of the nodes", "depth", found["depths"], "nodes"),
+        ("Scores the critic gave", "score", found["scores"], "scores"),
+        ("Values of the plans taken", "value", intervals(found["values"]), "values"),
     ]
     made = next((p for p in phases if p.get("kind") == "examples"), None)
-    if made is not None:
-        body = [[escape(why), f"{n:,}"] for why, n in made["removed"].items() if n]
-        body.append(["<strong>kept</strong>", f"<strong>{made['kept']:,}</strong>"])
-        caption = f"What became of {made['solutions']:,} solutions; each filter sees what those above it left."
-        parts.append(table(["filter", "solutions"], body, caption=caption))
-    body = [[escape(what), f"{n:,}"] for what, n in found["counts"].items()]
-    caption = "Requests by prompt, and replies that could not be used."
-    parts.append(details("Requests and what went wrong", table(["", "count"], body, caption=caption)))
-    return "".join(parts)
+    requests = [[what, f"{n:,}"] for what, n in found["counts"].items()]
+    return part(
+        "search",
+        words=f"{found['questions']:,} questions, {found['nodes']:,} nodes. {right}Searches ended by: {ends}."
+        f" {found['tokens_per_second']:,.0f} tokens a second{occupancy}.",
+        counted=[counted(*about) for about in counted_by if about[2]],
+        made=None if made is None else became(made),
+        requests=Table(["", "count"], requests, "Requests by prompt, and replies that could not be used."),
+    )
+
+
+def became(made: Row) -> Table:
+    """What each filter removed of the solutions."""
+    body: list[list[str | Cell]] = [[why, f"{n:,}"] for why, n in made["removed"].items() if n]
+    body.append([Cell("kept", strong=True), Cell(f"{made['kept']:,}", strong=True)])
+    caption = f"What became of {made['solutions']:,} solutions; each filter sees what those above it left."
+    return Table(["filter", "solutions"], body, caption)
 
 
 def intervals(counts: Sequence[int]) -> dict[str, int]:
@@ -53,20 +56,14 @@ def intervals(counts: Sequence[int]) -> dict[str, int]:
     return dict(list(named.items())[filled[0] : filled[-1] + 1]) if filled else {}
 
 
-def counted(title: str, unit: str, counts: Mapping[str, int], what: str) -> str:
+def counted(title: str, unit: str, counts: Mapping[str, int], what: str) -> Table:
     """A histogram as a table with bars."""
-    if not counts:
-        return ""
     most, total = max(counts.values()), sum(counts.values())
     body = [
-        [
-            escape(key),
-            stacked_bar([("f0", n), ("fx", most - n)], total=most or 1, name=f"search-{unit}-{i}", said=f"{n} {what}"),
-            f"{n:,}",
-        ]
-        for i, (key, n) in enumerate(counts.items())
+        [key, Bar([("s0", n), ("faint", most - n)] if most else [("faint", 1)], f"{n} {what}"), f"{n:,}"]
+        for key, n in counts.items()
     ]
-    return f"<div>{table([unit, '', what], body, caption=f'{title} ({total:,}).', left=(0, 1))}</div>"
+    return Table([unit, "", what], body, f"{title} ({total:,}).", left=(0, 1))
 
 
 def trees(folder: Path) -> str:
@@ -80,10 +77,10 @@ def trees(folder: Path) -> str:
         "Open a question, then a step. V is the value of the plan so far on [0, 1], n how often the search came by;"
         f" the plan that was taken is marked ●.{rest}"
     )
-    return f'<p class="quiet">{escape(words)}</p><div class="tree">{"".join(map(question, rows[:SHOWN]))}</div>'
+    return part("trees", words=words, questions=[question(row) for row in rows[:SHOWN]])
 
 
-def question(row: Row) -> str:
+def question(row: Row) -> Row:
     """One question with its tree and what was written."""
     nodes, chosen = row["nodes"], row["chosen"]
     way: set[int] = set()
@@ -92,51 +89,38 @@ def question(row: Row) -> str:
         way.add(at)
         at = nodes[at]["parent"]
     verdicts = [s["verdict"] for s in row["solutions"] if s["verdict"] is not None]
-    judged = "" if not verdicts else ' · <span class="yes">right</span>' if 1.0 in verdicts else (
-        ' · <span class="no">wrong</span>'
-    )  # fmt: skip
     value = "no plan" if chosen is None or nodes[chosen]["score"] is None else f"V {nodes[chosen]['value']:.2f}"
     first = " ".join(row["question"].split())
-    short = first if len(first) <= 110 else first[:109] + "…"
-    about = f"<small>{len(nodes) - 1} nodes · {value} · {escape(row['end'])}{judged}</small>"
-    below = "".join(step(nodes, i, way) for i, _ in children_of(nodes, 0))
-    answer = f'<p class="quiet">Answer: {escape(row["answer"])}</p>' if row.get("answer") else ""
-    return details(
-        f"{escape(short)} {about}",
-        f"<pre>{escape(row['question'])}</pre>{answer}{below}{''.join(map(solution, row['solutions']))}",
-    )
+    return {
+        "text": row["question"],
+        "short": first if len(first) <= 110 else first[:109] + "…",
+        "about": f"{len(nodes) - 1} nodes · {value} · {row['end']}",
+        "judged": 1.0 in verdicts if verdicts else None,
+        "answer": row.get("answer"),
+        "steps": [step(nodes, i, way) for i, _ in children_of(nodes, 0)],
+        "solutions": [{**found, "cut": found["reason"] == "length"} for found in row["solutions"]],
+    }
 
 
-def step(nodes: Sequence[Row], i: int, way: set[int]) -> str:
+def step(nodes: Sequence[Row], i: int, way: set[int]) -> Row:
     """A node with all below it; those on the way to the plan that was taken are open."""
     node = nodes[i]
-    mark = "● " if i in way else ""
     score = "" if node["score"] is None else f"V {node['value']:.2f} · n {node['visits']} · "
-    kind = " · solved" if node["solved"] and node["score"] is not None else ""
-    head = f"{mark}<small>{score}depth {node['depth']}{kind}</small> {escape(node['step'][:2000])}"
-    inside = ""
+    notes = []
     if node["score"] is not None and node["score"] != node["value"]:
-        inside += f'<p class="quiet">The critic\'s score: {node["score"]:.1f}</p>'
+        notes.append(f"The critic's score: {node['score']:.1f}")
     if node["simulated"] is not None:
-        inside += f'<p class="quiet">Best of the roll-out: {node["simulated"]:.1f}</p>'
+        notes.append(f"Best of the roll-out: {node['simulated']:.1f}")
     if node["reflection"]:
-        inside += f'<p class="quiet">Reflection: {escape(node["reflection"])}</p>'
-    inside += "".join(step(nodes, child, way) for child, _ in children_of(nodes, i))
-    if not inside:
-        return f'<p class="leaf">{head}</p>'
-    return f"<details{' open' if i in way else ''}><summary>{head}</summary>{inside}</details>"
-
-
-def solution(found: Row) -> str:
-    """What was written from the plan, with the verdict on it."""
-    verdict = {None: "", 1.0: ' <span class="yes">right</span>', 0.0: ' <span class="no">wrong</span>'}
-    cut = " (cut off)" if found["reason"] == "length" else ""
-    if not found["text"]:
-        return (
-            f'<p class="quiet">{escape(found["name"])}:{verdict.get(found["verdict"], "")} the plan is the solution</p>'
-        )
-    said = f'<p class="quiet">{escape(found["name"])}{cut}:{verdict.get(found["verdict"], "")}</p>'
-    return f"{said}<pre>{escape(found['text'])}</pre>"
+        notes.append(f"Reflection: {node['reflection']}")
+    solved = " · solved" if node["solved"] and node["score"] is not None else ""
+    return {
+        "about": f"{score}depth {node['depth']}{solved}",
+        "text": node["step"][:2000],
+        "taken": i in way,
+        "notes": notes,
+        "steps": [step(nodes, child, way) for child, _ in children_of(nodes, i)],
+    }
 
 
 def children_of(nodes: Sequence[Mapping[str, Any]], i: int) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -7,36 +7,33 @@ one hue in twelve shades, so that it is read without colour too; every cell says
 from __future__ import annotations
 
 import dataclasses
-import html
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxmerge import where
 
 from ...where import KINDS, kind
+from .canvas import Canvas, colour, drawing, shorten, text_width
 
-LIGHT = {"ink": "#1b1f24", "soft": "#57606a", "line": "#d5dae0", "paper": "#ffffff", "hue": "#0b6bb0"}
-DARK = {"ink": "#e6e9ed", "soft": "#9aa4af", "line": "#333b45", "paper": "#14181d", "hue": "#58b4f5"}
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
-CHARACTER = 0.6  # width of a character, in font sizes, rounded up
 MARGIN, ROW, SHADES = 20.0, 22.0, 12
-_FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
+@drawing()
 def svg(result: Mapping[str, Any]) -> str:
     """Draw a result of `compare` as an SVG file of its own."""
     maps = [Map.of(result, i) for i in range(len(result["models"]))]
     values = [value for m in maps for value in m.values() if math.isfinite(value)]
     page = Page(_width(maps), max(values, default=0.0) or 1.0)
-    page.text(MARGIN, 34, _short(f"Change from {result['base']}", page.width - 2 * MARGIN, 17), "title")
-    page.text(MARGIN, 54, "relative change ‖Δ‖/‖W‖ by layer and kind of matrix", "soft")
+    title = shorten(f"Change from {result['base']}", page.width - 2 * MARGIN, 17, bold=True)
+    page.text((MARGIN, 34), title, size=17, bold=True)
+    page.text((MARGIN, 54), "relative change ‖Δ‖/‖W‖ by layer and kind of matrix", "soft")
     y = _legend(page, 70)
     for name, m in zip(result["models"], maps, strict=True):
         y = _panel(page, y + 30, name, m)
+    page.end(y + MARGIN)
     said = "; ".join(f"{n}: {percent(m.overall)} in all" for n, m in zip(result["models"], maps, strict=True))
-    return page.close(y + MARGIN, f"Change from {result['base']}", said)
+    return page.svg(name="change", title=f"Change from {result['base']}", description=said, standalone=True)
 
 
 def percent(value: float | None) -> str:
@@ -100,71 +97,25 @@ class Map:
         return max(layer for _, layer in self.cells[container]) + 1
 
 
-class Page:
+class Page(Canvas):
     """A picture under construction, and its scale of shades."""
 
     def __init__(self, width: float, top: float):
-        self.width, self.top = width, top
-        self.parts: list[str] = []
-
-    def text(self, x: float, y: float, text: str, css: str = "", anchor: str = "start") -> None:
-        """Write text; (x, y) is on its baseline."""
-        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{css}">{_escape(text)}</text>')
+        super().__init__(width, height=1.0)
+        self.top = top
 
     def cell(self, x: float, y: float, width: float, height: float, value: float, said: str = "") -> None:
         """Draw a value; shades go with its square root, so that small changes show."""
         shade = min(math.ceil(math.sqrt(min(value / self.top, 1.0)) * SHADES - 1e-9), SHADES)
-        if value > 0:
-            shade = max(shade, 1)  # no change at all looks different from any
-        size = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
-        title = f"<title>{_escape(said)}</title>" if said else ""
-        self.parts.append(f'<rect {size} class="s{shade}">{title}</rect>')
-
-    def close(self, height: float, title: str, said: str) -> str:
-        """Return the file."""
-        size = f'viewBox="0 0 {self.width:.0f} {height:.0f}" width="{self.width:.0f}" height="{height:.0f}"'
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-labelledby="t d">'
-        words = f'<title id="t">{_escape(title)}</title><desc id="d">{_escape(said)}</desc>'
-        dark = "@media (prefers-color-scheme:dark){\n" + _rules(DARK) + "\n}"
-        style = f"<style>\n{_rules(LIGHT)}\n{dark}\n</style>"
-        return "\n".join(
-            [head, words, style, '<rect width="100%" height="100%" class="paper"/>', *self.parts, "</svg>\n"]
-        )
-
-
-def _rules(colours: Mapping[str, str]) -> str:
-    rules = [
-        f"text{{font-family:{FONT};font-size:13px;fill:{colours['ink']}}}",
-        ".title{font-size:17px;font-weight:600}",
-        ".name{font-size:14px;font-weight:600}",
-        f".soft{{fill:{colours['soft']}}}",
-        ".small{font-size:12px}",
-        f".paper{{fill:{colours['paper']}}}",
-        f".s0{{fill:{colours['paper']};stroke:{colours['line']}}}",
-    ]
-    rules += [
-        f".s{i}{{fill:{colours['hue']};fill-opacity:{0.08 + 0.92 * i / SHADES:.3f}}}" for i in range(1, SHADES + 1)
-    ]
-    return "\n".join(rules)
-
-
-def _escape(text: object) -> str:
-    return html.escape(_FORBIDDEN.sub("\ufffd", str(text)))
-
-
-def _length(text: str, size: float = 13) -> float:
-    return CHARACTER * size * len(text)
-
-
-def _short(text: str, room: float, size: float = 13) -> str:
-    """Cut text to a width; the end of a path says more than its beginning."""
-    count = max(int(room / (CHARACTER * size)), 8)
-    return text if len(text) <= count else "…" + text[1 - count :]
+        if value > 0:  # no change at all looks different from any
+            self.rect(x, y, width, height, 0, said, alpha=round(0.08 + 0.92 * max(shade, 1) / SHADES, 3))
+        else:
+            self.rect(x, y, width, height, "paper", said, linewidth=1, edgecolor=colour("faint"))
 
 
 def _label_width(maps: Sequence[Map]) -> float:
     labels = [k for m in maps for rows in m.rows.values() for k in rows]
-    return max([_length(_short(label, 130)) for label in labels] + [_length("layer")]) + 12
+    return max([text_width(shorten(label, 130)) for label in labels] + [text_width("layer")]) + 12
 
 
 def _cell_width(layers: int) -> float:
@@ -180,22 +131,23 @@ def _legend(page: Page, y: float) -> float:
     for i in range(SHADES + 1):
         page.cell(MARGIN + 18 * i, y, 17, 14, page.top * (i / SHADES) ** 2)
     right = MARGIN + 18 * SHADES + 17
-    page.text(MARGIN, y + 29, "0", "soft small")
-    page.text(MARGIN + 18 * SHADES / 2 + 8.5, y + 29, percent(page.top / 4), "soft small", "middle")
-    page.text(right, y + 29, percent(page.top), "soft small", "end")
+    page.text((MARGIN, y + 29), "0", "soft", size=12)
+    page.text((MARGIN + 18 * SHADES / 2 + 8.5, y + 29), percent(page.top / 4), "soft", size=12, anchor="center")
+    page.text((right, y + 29), percent(page.top), "soft", size=12, anchor="right")
     return y + 32
 
 
 def _panel(page: Page, y: float, name: str, m: Map) -> float:
     """Draw one model; return where it ends."""
     overall = f"{percent(m.overall)} in all"
-    page.text(MARGIN, y, _short(name, page.width - 2 * MARGIN - _length(overall) - 24, 14), "name")
-    page.text(page.width - MARGIN, y, overall, "", "end")
+    room = page.width - 2 * MARGIN - text_width(overall) - 24
+    page.text((MARGIN, y), shorten(name, room, 14, bold=True), size=14, bold=True)
+    page.text((page.width - MARGIN, y), overall, anchor="right")
     y += 12
     left = MARGIN + _label_width([m])
     for container, cells in m.cells.items():
         if len(m.cells) > 1:
-            page.text(MARGIN, y + 14, _short(container, page.width - 2 * MARGIN), "soft")
+            page.text((MARGIN, y + 14), shorten(container, page.width - 2 * MARGIN), "soft")
             y += 22
         y = _grid(page, y, left, m.layers(container), cells, m.rows[container])
     return _loose(page, y, m.outside) if m.outside else y
@@ -207,20 +159,20 @@ def _grid(
     width = _cell_width(layers)
     for i, (label, value) in enumerate(rows.items()):
         at = y + ROW * i
-        page.text(left - 8, at + 15, _short(label, 130), "", "end")
+        page.text((left - 8, at + 15), shorten(label, 130), anchor="right")
         for layer in range(layers):
             if (label, layer) in cells:
                 found = cells[label, layer]
                 said = f"{label}, layer {layer}: {percent(found)}"
                 page.cell(left + width * layer, at + 0.5, width - 1, ROW - 1, found, said)
-        page.text(left + width * layers + 8, at + 15, percent(value), "soft small")
+        page.text((left + width * layers + 8, at + 15), percent(value), "soft", size=12)
     y += ROW * len(rows)
     # Numbers every so many layers, as their width allows.
-    room = _length(str(layers), 12) + 8
+    room = text_width(str(layers), 12) + 8
     step = next(s for s in (1, 2, 4, 5, 8, 10, 16, 20, 32, 40, 50, 100, layers) if s * width >= room)
-    page.text(left - 8, y + 15, "layer", "soft small", "end")
+    page.text((left - 8, y + 15), "layer", "soft", size=12, anchor="right")
     for layer in range(0, layers, step):
-        page.text(left + width * (layer + 0.5), y + 15, str(layer), "soft small", "middle")
+        page.text((left + width * (layer + 0.5), y + 15), str(layer), "soft", size=12, anchor="center")
     return y + 24
 
 
@@ -228,11 +180,11 @@ def _loose(page: Page, y: float, outside: Mapping[str, float]) -> float:
     """Draw what is in no layer: a cell, a name and a number each, line after line."""
     x, y = MARGIN, y + 6
     for name, value in outside.items():
-        label = f"{_short(name, 200)} {percent(value)}"
-        size = 30 + _length(label) + 22
+        label = f"{shorten(name, 200)} {percent(value)}"
+        size = 30 + text_width(label) + 22
         if x > MARGIN and x + size > page.width - MARGIN:
             x, y = MARGIN, y + ROW + 4
         page.cell(x, y, 22, ROW - 4, value, label)
-        page.text(x + 30, y + 14, label)
+        page.text((x + 30, y + 14), label)
         x += size
     return y + ROW

@@ -10,9 +10,10 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from jaxmerge.files.inspect.canvas import DARK, LIGHT, ticks
 from train.log import UserError
-from train.report.canvas import DARK, LIGHT, Placer, _overlap, spread, ticks
 from train.report.html import escape
+from train.report.labels import Placer, _overlap, spread
 from train.report.page import write_report
 
 NASTY = '<script>alert("x")</script> & <b>bold</b> \x1b[31m \x00 ]]> \ud800 "quoted"'

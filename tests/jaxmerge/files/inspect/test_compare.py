@@ -16,6 +16,7 @@ from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import Source
 from jaxmerge.files.inspect import compare as compare_module
 from jaxmerge.files.inspect import moments, picture
+from jaxmerge.files.inspect.canvas import LIGHT, text_width
 from jaxmerge.files.inspect.compare import compare, statistics
 from jaxmerge.files.inspect.table import table
 
@@ -290,12 +291,11 @@ def test_table_fits_and_is_aligned(result):
 
 
 def boxes(root: ET.Element) -> list[tuple[str, tuple[float, float, float, float]]]:
-    """Where each text is: the widths of letters are guessed on the wide side."""
+    """Where each text is, in the font that matplotlib measures with; what readers have is narrower."""
     found = []
     for text in root.iter("{http://www.w3.org/2000/svg}text"):
-        css = text.get("class", "")
-        size = {"title": 17, "name": 14}.get(css, 12 if "small" in css else 13)
-        width = 0.58 * size * len(text.text or "")
+        size = float(text.get("font-size", "nan"))
+        width = text_width(text.text or "", size, bold=text.get("font-weight") == "600")
         x, y = float(text.get("x", 0)), float(text.get("y", 0))
         left = x - {"start": 0, "middle": width / 2, "end": width}[text.get("text-anchor", "start")]
         found.append((text.text or "", (left, y - 0.8 * size, left + width, y + 0.2 * size)))
@@ -315,7 +315,7 @@ def test_picture_is_whole_and_nothing_overlaps(result):
     for (one, a), (two, b) in itertools.combinations(texts, 2):
         apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
         assert apart, (one, two)
-    cells = [r for r in root.iter("{http://www.w3.org/2000/svg}rect") if r.get("class", "").startswith("s")]
+    cells = list(root.iter("{http://www.w3.org/2000/svg}rect"))[1:]  # the first is the paper
     for cell in cells:
         x, y, w, h = (float(cell.get(k, 0)) for k in ("x", "y", "width", "height"))
         assert x >= 0
@@ -343,8 +343,8 @@ def test_picture_of_models_that_do_not_change_and_of_nasty_names(tmp_path):
     result = compare(base, base)
     result["models"] = ['<script>alert("x")</script>\x00\ud800&']
     root = ET.fromstring(picture.svg(result))
-    shades = {r.get("class") for r in list(root.iter("{http://www.w3.org/2000/svg}rect"))[picture.SHADES + 2 :]}
-    assert shades == {"s0"}
+    shades = {r.get("fill") for r in list(root.iter("{http://www.w3.org/2000/svg}rect"))[picture.SHADES + 2 :]}
+    assert shades == {LIGHT["paper"]}
     assert not list(root.iter("{http://www.w3.org/2000/svg}script"))
     assert "�" in table(result)
 
