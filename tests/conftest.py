@@ -8,18 +8,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is compilation: test_learn_stay, test_probes and test_jaxmerge_formulas took 137 s of
 # processor time without optimisation and 193 s with. Optimised code is what .ci/run oracle tests, on Python 3.11.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Compiled once per checkout: a second `make test` skips most of the XLA time. In the environment, so that the processes
+# which tests start have it too, and no command run in process turns to the user's own.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax-tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Compiled once per checkout: a second `make test` skips most of the XLA time.
-jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax-tests"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 LONGEST = (
-    "runtime/test_processes.py", "improve/test_run.py", "search/test_run.py", "jaxmerge/test_contract.py",
-    "learn/test_sft.py",
+    "jaxmerge/test_contract.py", "runtime/test_processes.py", "improve/test_run.py", "search/test_run.py",
+    "learn/test_sft.py", "runtime/test_mesh.py", "models/test_families.py", "learn/test_lora.py",
 )  # fmt: skip
 """Files of minutes: begun first (`make test`), so that no worker is left alone with one at the end."""
 

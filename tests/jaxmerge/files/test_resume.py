@@ -4,13 +4,12 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import forks
+from helpers.dying_merge import merge_until
 from safetensors.numpy import load_file, save_file
 
 from jaxmerge.files import engine, merge
@@ -28,32 +27,6 @@ models:
   - {{model: one, parameters: {{weight: 0.3, density: 0.5}}}}
   - {{model: two, parameters: {{weight: 0.9, density: 0.6}}}}
 seed: 3
-"""
-# Dies at the given event: before or after a tensor's bytes, its line, the companions, the last rename.
-DIE = """
-import os, pathlib, signal, sys
-from jaxmerge.files import engine, journal, merge, safetensors
-engine.CHUNK, engine.LENGTHS, events = 64, (64,), 0
-
-def dying(function):
-    def call(*args, **keywords):
-        tick()
-        result = function(*args, **keywords)
-        tick()
-        return result
-    return call
-
-def tick():
-    global events
-    events += 1
-    if events == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-safetensors.Writer.write = dying(safetensors.Writer.write)
-journal.Journal._write = dying(journal.Journal._write)
-journal.Journal.finish = dying(journal.Journal.finish)
-pathlib.Path.rename = dying(pathlib.Path.rename)
-merge("recipe.yaml", "out")
 """
 
 
@@ -87,8 +60,7 @@ def snapshot(folder):
 
 
 def run(event):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", DIE, str(event)], env=environment, capture_output=True, check=False)
+    return forks.run(["recipe.yaml", "out"], os.environ, cwd=os.getcwd(), die=event, program=merge_until)
 
 
 @pytest.mark.parametrize(
@@ -101,11 +73,11 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(here, monkeypatch, method, 
     # Each life gets a little further than the last: it begins with what is left.
     for event in events:
         died = run(event)
-        assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+        assert died.returncode == -signal.SIGKILL, died.stderr
         assert not (here / "out").exists()
     assert list((here / ".out.merging" / "result").iterdir())
     ended = run(10**9)
-    assert ended.returncode == 0, ended.stderr.decode()
+    assert ended.returncode == 0, ended.stderr
     assert snapshot("out") == snapshot("whole")
     assert not (here / ".out.merging").exists()
 

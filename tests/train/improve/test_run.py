@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT
+from helpers import ROOT, forks
 
 TINY = ROOT / "configs" / "tiny.yaml"
 ENVIRONMENT = {
@@ -39,16 +39,17 @@ def small(tmp_path: Path) -> Path:
 
 
 def jaxmerge(*words: object, point: str | None = None, calls: int = 1, code: int = 0, cwd: Path = ROOT):
-    program = [str(ROOT / "tests" / "killer.py"), point, str(calls)] if point else ["-m", "train.cli"]
-    result = subprocess.run(
-        [sys.executable, *program, *map(str, words)],
-        env=ENVIRONMENT,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        stdin=subprocess.DEVNULL,
-    )
+    die = (point, calls) if point else None
+    return ended(forks.run(list(map(str, words)), ENVIRONMENT, cwd=cwd, die=die), code)
+
+
+def from_outside(*words: object, code: int = 0):
+    """As users start it, in a new interpreter with a hash seed of its own."""
+    program = [sys.executable, "-m", "train.cli", *map(str, words)]
+    return ended(subprocess.run(program, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300), code)
+
+
+def ended(result, code: int):
     assert result.returncode == code, result.stdout[-3000:] + result.stderr[-3000:]
     return result
 
@@ -69,7 +70,7 @@ def lines(path: Path) -> list[dict]:
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     config = small(folder)
-    jaxmerge("improve", config, f"out={folder / 'run'}")
+    from_outside("improve", config, f"out={folder / 'run'}")
     return config, folder / "run"
 
 
@@ -169,17 +170,15 @@ def test_fine_tuning_goes_on_from_its_checkpoint(undisturbed, tmp_path):
 def test_asked_to_stop_it_saves_and_goes_on(undisturbed, tmp_path, number):
     """In the middle of fine-tuning, between two checkpoints of its own cadence."""
     config, reference = undisturbed
-    run, words = tmp_path / "run", [sys.executable, "-m", "train.cli", "improve", str(config)]
-    process = subprocess.Popen(
-        [*words, f"out={run}"], env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = forks.Fork(["improve", config, f"out={run}"], ENVIRONMENT, ROOT, (log, log))
     steps = run / "phases/round-1/plain/sft.partial/steps.jsonl"
     end = time.monotonic() + 120
     while not steps.exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, said
+    code, said = process.wait(60), log.read_text()
+    assert code == 75, said
     (step,) = re.findall(r"stopped after step (\d+) of \d+; saved", said)
     assert said.rstrip().endswith("stopped as asked; the same command goes on from here")
     (state,) = run.glob("checkpoints/round-1/plain/sft/state")

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from helpers import ROOT
+from helpers import ROOT, forks
 from helpers.ports import free_port
 
 from train.data.versions import read_version
@@ -70,17 +70,11 @@ class Group:
         self.logs = {i: out.with_name(f"{out.name}.{i}.log") for i in (range(count) if only is None else only)}
         self.processes = {i: self.start(config, i, count, port, words) for i in self.logs}
 
-    def start(self, config: Path, number: int, count: int, port: int, words: Sequence[str]) -> subprocess.Popen:
+    def start(self, config: Path, number: int, count: int, port: int, words: Sequence[str]) -> forks.Fork:
         placed = (f"distributed.coordinator=localhost:{port}", f"distributed.processes={count}")
-        with self.logs[number].open("w") as log:
-            return subprocess.Popen(
-                [*IMPROVE, str(config), f"out={self.out}", *GRID, *placed, f"distributed.process_id={number}", *words],
-                cwd=ROOT,
-                env=ENVIRONMENT,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        whole = ["improve", config, f"out={self.out}", *GRID, *placed, f"distributed.process_id={number}", *words]
+        self.logs[number].write_text("")
+        return forks.Fork(whole, ENVIRONMENT, ROOT, (self.logs[number], self.logs[number]))
 
     def wait(self, seconds: float = 240) -> list[int]:
         """The exit codes; who is still there after that time is killed, and the test fails."""
@@ -181,20 +175,24 @@ def test_under_slurm_processes_find_each_other_and_sample_as_one(together, tmp_p
     model = together / "checkpoints" / MERGED
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"\n{i},{2 * i}?", "id": str(i)}) + "\n" for i in range(2, 14)))
-    words = [sys.executable, "-m", "train.cli", "sample", str(model), str(prompts)]
+    words = ["sample", model, prompts]
     keys = ["temperature=1", "max_new_tokens=8", "slots=8"]
     job = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     places = ["mesh.cpu_devices=2", "mesh.fsdp=2", "mesh.tensor=2", "distributed.auto=true"]
+    log = tmp_path / "log"
     group = [
-        subprocess.Popen(
-            [*words, str(tmp_path / "two.jsonl"), *keys, *places],
-            cwd=ROOT, env=ENVIRONMENT | job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        forks.Fork(
+            [*words, tmp_path / "two.jsonl", *keys, *places],
+            ENVIRONMENT | job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}, ROOT, (log, log),
         )
         for i in range(2)
     ]  # fmt: skip
-    assert [p.wait(120) for p in group] == [0, 0]
-    subprocess.run([*words, str(tmp_path / "one.jsonl"), *keys], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=120)
+    try:
+        assert [p.wait(120) for p in group] == [0, 0], log.read_text()
+    finally:
+        for p in group:
+            p.kill()
+    assert forks.run([*words, tmp_path / "one.jsonl", *keys], ENVIRONMENT).returncode == 0
     two, one = (
         [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("two", "one")
     )
@@ -216,8 +214,8 @@ def test_a_signal_to_one_stops_all_at_one_step_and_any_number_goes_on(config, to
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     finish(config, tmp_path / "run")
     assert digests(tmp_path / "run") == digests(together)
-    words = [*IMPROVE, str(config), f"out={tmp_path / 'copy'}", "mesh.cpu_devices=8", "mesh.fsdp=8"]
-    subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL, timeout=240)
+    words = ["improve", config, f"out={tmp_path / 'copy'}", "mesh.cpu_devices=8", "mesh.fsdp=8"]
+    assert forks.run(words, ENVIRONMENT).returncode == 0
     one, two = weights(tmp_path / "copy", SFT), weights(together, SFT)
     assert size(one, two) / size(one, weights(together, MERGED)) <= 1e-2
 

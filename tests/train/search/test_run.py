@@ -1,23 +1,15 @@
 """Searches through the driver and through the verb: slots and kills change nothing; what is written can be read."""
 
-import dataclasses
-import json
 import os
 import re
-import subprocess
-import sys
-import threading
-import zlib
-from concurrent.futures import Future
 
 import pytest
 import yaml
-from helpers import ROOT
+from helpers import ROOT, forks
 from helpers.ports import free_port
 
 from train.data.versions import read_version
 from train.evaluate.answer import verify
-from train.generate.slots import Completion
 from train.improve.phases import drawing_of
 from train.improve.run import improve
 from train.improve.select import select as select_examples
@@ -31,133 +23,16 @@ from train.runtime.mesh import make_mesh
 from train.runtime.settings import Mesh
 from train.search import run as searching
 from train.search import source as source_of
-from train.search import testing
-from train.search.ask import Ask, Reply
-from train.search.driver import AHEAD, Driver
-from train.search.examples import distribution, select
-from train.search.kinds import KINDS
-from train.search.prompts import INSTALLED, PROMPTS, Prompt, load_prompts
-from train.search.questions import Item, equal, read_questions
-from train.search.replies import Replies
-from train.search.settings import Drawing, Questions, Search, SearchRun
-from train.search.subject import Subject
-from train.search.testing import compiles
-from train.search.voice import Voice, key_of
+from train.search.ask import Ask
+from train.search.prompts import INSTALLED, Prompt, load_prompts
+from train.search.settings import Drawing, Search, SearchRun
+from train.search.voice import Voice
 from train.tasks import build_suite
 
 MODEL = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 1024, "initializer_range": 0.35,
 }  # fmt: skip
-
-
-# --- the driver, on a model that is a script with an engine's manners ---
-
-
-class FakeVoice:
-    """Answers as a script says, each after some chunks of its own, in as many slots as it has."""
-
-    def __init__(self, slots, seed=0):
-        self.engine, self.slots, self.seed = self, slots, seed
-        self.decoded = self.read_tokens = self.computed = 0
-        self.most = 0
-
-    def request(self, number, id, ask):
-        return None if len(ask.values["steps"]) > 4 else (number, id, ask)
-
-    def serve(self, more, *, between):
-        queue, active, others = [], {}, True
-        while True:
-            came = more() if others else None
-            others = came is not None
-            queue += came or []
-            if not others and not queue and not active:
-                return
-            while queue and len(active) < self.slots:
-                number, id, ask = queue.pop(0)
-                active[number] = 1 + zlib.crc32(f"{self.seed}{id}{ask.name}".encode()) % 5
-            self.most = max(self.most, len(active))
-            active = {n: left - 1 for n, left in active.items()}
-            between()
-            ended = [n for n, left in active.items() if left == 0]
-            active = {n: left for n, left in active.items() if left}
-            yield [Completion(n, (1,), (0.0,), "eos") for n in ended]
-
-    def reply(self, ask, completion):
-        name = f"{ask.name} {len(ask.values['siblings'])} {ask.values['hint']}"
-        words = {"score": f"Score: {zlib.crc32(repr(ask.values['steps']).encode()) % 12}", "hint": f"after {ask.name}"}
-        return Reply(words.get(ask.prompt, f"Say {name}"), completion.reason, 3)
-
-
-def drive(path, slots, *, kind="mcts", count=30, order=1, stop_after=None, **settings):
-    voice = FakeVoice(slots, seed=slots)
-    search = build(Search, {"iterations": 6, "leaves": 2, **settings})
-    subjects = [Subject(f"q{i}", "?", search, seed=5, judged=True) for i in range(count)][::order]
-    found, chunks = {}, 0
-
-    def between():
-        nonlocal chunks
-        chunks += 1
-        if stop_after is not None and chunks > stop_after:
-            raise InterruptedError
-
-    with Replies(path) as log:
-        roles = dict.fromkeys(("policy", "critic", "reflector"), voice)
-        driver = Driver(roles, lambda id, ask: 1.0, log, on_end=lambda id, f: found.update({id: f.row()}))
-        driver.run(((c.id, KINDS[kind](c)) for c in subjects), between=between)
-    return found, driver, voice
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_slots_and_order_change_no_tree(tmp_path, kind):
-    wanted, driver, _ = drive(tmp_path / "a", 1, kind=kind)
-    assert len(wanted) == 30
-    for slots, order in ((7, 1), (64, -1)):
-        found, other, _ = drive(tmp_path / f"{slots}", slots, kind=kind, order=order)
-        assert found == wanted
-        assert other.counts == driver.counts
-
-
-def test_searches_begin_as_there_is_room_and_slots_are_full(tmp_path):
-    _, driver, voice = drive(tmp_path / "a", 8, count=40)
-    assert voice.most == 8
-    assert max(driver.waiting, default=0) == 0
-    starts = [row["id"] for row in read_jsonl(tmp_path / "a") if row["name"].startswith("r/step0/0")]
-    assert len(starts) == 40
-    first = [row["id"] for row in read_jsonl(tmp_path / "a")][:60]
-    assert len(set(first)) <= AHEAD * 8 + 8  # not all forty at once
-
-
-@pytest.mark.parametrize("chunks", [0, 3, 20, 60])
-def test_a_search_that_was_stopped_goes_on_from_its_replies(tmp_path, chunks):
-    wanted, undisturbed, _ = drive(tmp_path / "whole", 8)
-    with pytest.raises(InterruptedError):
-        drive(tmp_path / "cut", 8, stop_after=chunks)
-    with (tmp_path / "cut").open("ab") as file:
-        file.write(b'{"id": "q0", "na')  # a torn line, as a kill leaves it
-    known = len(read_known(tmp_path / "cut"))
-    found, driver, _ = drive(tmp_path / "cut", 3)
-    assert found == wanted
-    assert driver.counts["replayed"] == known
-    asked = undisturbed.counts["replies"] + undisturbed.counts["verdicts"]
-    assert driver.counts["replies"] + driver.counts["verdicts"] == asked - known
-    assert sorted(map(str, read_jsonl(tmp_path / "cut"))) == sorted(map(str, read_jsonl(tmp_path / "whole")))
-
-
-def read_known(path):
-    return [line for line in path.read_text().split("\n")[:-1] if line.startswith('{"id"')]
-
-
-def test_a_log_that_is_none_is_named(tmp_path):
-    (tmp_path / "log").write_text('{"x": 1}\n')
-    with pytest.raises(UserError, match=r"log: a line is no reply.*remove"):
-        Replies(tmp_path / "log")
-
-
-def test_keys_depend_on_seed_question_and_name():
-    keys = {tuple(key_of(*about)) for about in ((0, "q", "r"), (1, "q", "r"), (0, "p", "r"), (0, "q", "s"))}
-    assert len(keys) == 4
-    assert key_of(0, "q", "r").shape == (2,)
 
 
 # --- the verb, on a tiny model: its critic's scores are in the prompts ---
@@ -286,22 +161,23 @@ def test_a_prompt_may_have_a_temperature_that_a_role_overrides():
         Prompt(messages=({"role": "user", "content": "x"},), temperature=0)
 
 
+ENVIRONMENT = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests-runs"),
+}
+
+
 def start_verb(config, folder, *words, kill=None):
     """Start the command in a process of its own, killed at its `kill`-th flush."""
-    program = [str(ROOT / "tests" / "killer.py"), "searching", str(kill)] if kill else ["-m", "train.cli"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax-tests")
-    return subprocess.Popen(
-        [sys.executable, *program, "search", str(config), f"out={folder}", *words],
-        cwd=folder.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    log, die = folder.with_name(f"{folder.name}.{free_port()}.log"), ("searching", kill) if kill else None
+    log.write_text("")
+    return forks.Fork(["search", config, f"out={folder}", *words], ENVIRONMENT, folder.parent, (log, log), die), log
 
 
 def run_verb(config, folder, *words, kill=None):
     """Run it; its exit code and what it said."""
-    process = start_verb(config, folder, *words, kill=kill)
-    said, _ = process.communicate()
-    return process.returncode, said
+    process, log = start_verb(config, folder, *words, kill=kill)
+    return process.wait(240), log.read_text()
 
 
 def test_a_killed_search_goes_on_and_ends_the_same(done, prompts_file, tmp_path):
@@ -327,200 +203,13 @@ def test_two_processes_on_a_mesh_grow_the_same_trees(done, prompts_file, tmp_pat
     placed = (f"distributed.coordinator=localhost:{free_port()}", "distributed.processes=2")
     both = [start_verb(config, tmp_path / "two", *mesh, *placed, f"distributed.process_id={i}") for i in range(2)]
     try:
-        said = [process.communicate(timeout=240)[0] for process in both]
+        codes = [process.wait(240) for process, _ in both]
     finally:
-        for process in both:
+        for process, _ in both:
             process.kill()
-    assert [process.returncode for process in both] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    said = [log.read_text()[-3000:] for _, log in both]
+    assert codes == [0, 0], said[0] + said[1]
     assert read_jsonl(tmp_path / "two" / "trees.jsonl") == read_jsonl(done / "trees.jsonl")
-
-
-# --- questions, prompts, filters ---
-
-
-def test_questions_of_a_file(tmp_path):
-    path = tmp_path / "riddles.jsonl"
-    path.write_text('{"question": "1+1?", "answer": 2}\n{"problem": "Say why.", "id": "why"}\n{"prompt": "1+1?"}\n')
-    items = read_questions(Questions(path=str(path)))
-    assert [item.text for item in items] == ["1+1?", "Say why."]  # one question, one tree
-    assert items[0].verify("so 1+1 = 2") == 1.0
-    assert items[1].verify is None
-    assert items[1].id == "why"
-    path.write_text('{"words": "?"}\n')
-    with pytest.raises(UserError, match=r"riddles.jsonl:1: found the keys words; wanted a text under question"):
-        read_questions(Questions(path=str(path)))
-    with pytest.raises(UserError, match=r"either questions\.path or questions\.families"):
-        Questions()
-    assert equal("red", "Answer: **Red**") == 1.0
-
-
-def test_prompts_are_checked_before_anything_is_computed(tmp_path):
-    for domain in ("code", "mathematics"):
-        prompts = load_prompts(domain)
-        for name in PROMPTS:
-            messages, _ = prompts[name].render({"question": "Q{{x}}", "steps": [], "hint": "", "siblings": []})
-            assert "Q{{x}}" in messages[-1]["content"]  # a question is no template
-    path = tmp_path / "p.yaml"
-    domains = yaml.safe_load(INSTALLED.read_text())
-    for change, words in (
-        ({"step": {"messages": [{"role": "user", "content": "{{ quest }}"}]}}, "code.step: 'quest' is undefined"),
-        ({"step": {"messages": [{"role": "user", "content": "{% if %}"}]}}, "code.step:"),
-        ({"sorce": {}}, "sorce: no such key; did you mean score"),
-        ({"hint": {"messages": []}}, "one or more"),
-    ):
-        path.write_text(yaml.safe_dump({"code": {**domains["code"], **change}}))
-        with pytest.raises(UserError, match=re.escape(words)):
-            load_prompts("code", path)
-    with pytest.raises(UserError, match="no prompts for mathematics; it has code"):
-        load_prompts("mathematics", path)
-
-
-def test_programs_compile_or_not():
-    assert compiles("print('a')")
-    assert not compiles("print('a'")
-    assert not compiles("x = '\0'")
-
-
-class Plain:
-    """A tokenizer of characters."""
-
-    has_chat_template = False
-    eos_ids = (0,)
-
-    def encode(self, text, *, special=False):
-        return [ord(c) for c in text]
-
-
-def solution(text="```python\nx = 1\n```", steps=("one two three four",) * 5, **changes):
-    row = {
-        "name": "write0",
-        "node": 1,
-        "steps": list(steps),
-        "text": text,
-        "reason": "stop",
-        "value": 0.7,
-        "verdict": 1.0,
-    }
-    return row | changes
-
-
-@pytest.mark.parametrize(
-    ("given", "why"),
-    [
-        ({"reason": "context", "text": ""}, "no room"),
-        ({"value": 0.2}, "low value"),
-        ({"steps": ["too short"]}, "short plan"),
-        ({"text": "```python\nx = ", "reason": "length"}, "open fence"),
-        ({"text": "no code"}, "no program"),
-        ({"text": "```python\nx = = 1\n```"}, "does not compile"),
-        ({"verdict": 0.0}, "wrong"),
-        ({"verdict": None}, "unjudged"),
-        ({}, "duplicate"),
-        ({"text": "```python\nx = 2\n```"}, "over per_question"),
-    ],
-)
-def test_each_filter_counts_what_it_removes(given, why):
-    item = Item("q", "f", "?", "?", verify=lambda text: 1.0)
-    rows = {"q": {"solutions": [solution(), solution(**given)]}}
-    settings = {"code": True, "words": 20, "value": 0.5, "tests": True, "per_question": 1}
-    if why == "duplicate":
-        settings["per_question"] = None
-    examples, counts = select([item], rows, Plain(), load_prompts("code"), **settings)
-    assert len(examples) == 1
-    assert {k: v for k, v in counts["removed"].items() if v} == {why: 1}
-    assert examples[0]["completion"].startswith("Step 1: one two three four\n")
-    assert examples[0]["completion"].endswith("```python\nx = 1\n```")
-
-
-def test_filters_of_mathematics_look_for_no_code():
-    items = [Item("q", "f", "?", "?"), Item("p", "f", "?", "?")]
-    rows = {"q": {"solutions": [solution(text="Answer: 4", verdict=None)]}, "p": {"solutions": []}}
-    settings = {"code": False, "words": 0, "value": 0.0, "tests": True, "per_question": None}
-    examples, counts = select(items, rows, Plain(), load_prompts("mathematics"), **settings)
-    assert [row["question_id"] for row in examples] == ["q"]
-    assert counts["removed"]["no solution"] == 1
-    assert distribution([0.05, 0.1, 1.0], [0.0, 0.1, 1.0]) == [1, 2]
-
-
-def test_every_key_of_the_config_has_a_reader():
-    """A field that nobody reads lies."""
-    source = "".join(p.read_text() for p in (ROOT / "train" / "search").glob("*.py"))
-    for cls in (Search, SearchRun, Questions):
-        for field in dataclasses.fields(cls):
-            if field.name not in ("distributed",):  # read where the verb starts
-                assert re.search(rf"\.{field.name}\b", source), field.name
-    json.dumps(dataclasses.asdict(Search()))
-
-
-# --- programs and their tests ---
-
-
-def test_tests_are_found_in_the_lines_people_write(tmp_path):
-    read = testing.read_problem
-    problem = read({"tests": ["assert f(1) == g(2)", "assert len(f(3)) == 1"]}, "?", "x:1")
-    assert problem.calls == ("f", "g")
-    stub = "def inc(x):\n    # One more.\n"
-    problem = read({"test": "def check(c):\n    assert c(1) == 2\n", "entry_point": "inc"}, stub, "x:1")
-    assert problem.calls == ("inc",)
-    assert problem.stub == stub
-    assert problem.tests.endswith("check(inc)\n")
-    problem = read({"test_list": ["assert f(sqrt(4)) == 2"], "test_setup_code": "from math import sqrt"}, "?", "x:1")
-    assert problem.calls == ("f",)
-    assert read({"question": "?"}, "?", "x:1") is None
-    for line, words in (
-        ({"tests": "assert f("}, "x:1: tests is no Python"),
-        ({"tests": "assert True"}, "calls no function of the program; name it in entry_point"),
-        ({"tests": 3}, "a text or a list"),
-    ):
-        with pytest.raises(UserError, match=words):
-            read(line, "?", "x:1")
-    path = tmp_path / "code.jsonl"
-    path.write_text('{"text": "Double x.", "test_list": ["assert double(2) == 4"], "task_id": 7}\n')
-    (item,) = read_questions(Questions(path=str(path), domain="code"))
-    assert item.id == "7"
-    assert "assert double(2) == 4" in item.text  # which names the function
-    assert item.judged
-    family = {"family": "mbpp", "domain": "id", "train": 1, "args": {"path": str(path)}}
-    (item,) = read_questions(build(Questions, {"families": [family], "domain": "code"}))
-    assert item.tests.entry_point == "double"
-
-
-def test_programs_are_run_in_the_sandbox_and_what_has_none_fails():
-    problem = testing.read_problem({"tests": "assert double(4) == 8"}, "?", "x:1")
-    problem = dataclasses.replace(problem, timeout=1.0)
-    texts = [
-        "```python\ndef double(x):\n    return 2 * x\n```",
-        "```python\ndef double(x):\n    return x\n```",
-        "```python\ndef double(x)\n```",
-        "no program",
-        "```python\ndef double(x):\n    while True: pass\n```",
-    ]
-    try:
-        examiner = testing.Examiner()
-    except UserError as error:
-        pytest.skip(str(error))
-    with examiner:
-        futures = [examiner.submit(problem, text) for text in texts * 2]
-        assert [f.result(timeout=60) for f in futures] == [1.0, 0.0, 0.0, 0.0, 0.0] * 2
-
-
-def test_verdicts_may_come_later(tmp_path):
-    """A future that is done only when nothing else is under way stops nobody."""
-    made = []
-
-    def verify(id, ask):
-        made.append(Future())
-        threading.Timer(0.01, made[-1].set_result, [1.0]).start()
-        return made[-1]
-
-    voice, found = FakeVoice(4), {}
-    subjects = [Subject(f"q{i}", "?", Search(iterations=2), judged=True) for i in range(6)]
-    with Replies(tmp_path / "log") as log:
-        roles = dict.fromkeys(("policy", "critic", "reflector"), voice)
-        driver = Driver(roles, verify, log, on_end=lambda id, f: found.update({id: f}))
-        driver.run((c.id, KINDS["mcts"](c)) for c in subjects)
-    assert len(found) == len(made) == 6
-    assert all(f.solutions[0].verdict == 1.0 for f in found.values())
 
 
 # --- as the source of an improve run's samples ---
