@@ -20,7 +20,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 LONGEST = (
     "jaxmerge/test_contract.py", "runtime/test_processes.py", "improve/test_run.py", "search/test_run.py",
-    "learn/test_sft.py", "runtime/test_mesh.py", "models/test_families.py", "learn/test_lora.py",
+    "learn/test_sft.py", "learn/test_sft_settings.py", "runtime/test_mesh.py", "models/test_families.py",
+    "learn/test_lora.py",
 )  # fmt: skip
 """Files of minutes: begun first (`make test`), so that no worker is left alone with one at the end."""
 

@@ -21,8 +21,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..log import UserError
-from ..runtime.disk import sync, write_durably
-from ..runtime.jsonl import PathLike
+from jaxmerge.files.disk import sync
+from ..runtime.disk import write_durably
+from ..runtime.disk import PathLike
 
 Example = dict[str, Any]
 

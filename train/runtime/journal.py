@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ..log import UserError
-from .disk import Busy, sync, write_durably
+from .disk import Busy, write_durably
+from jaxmerge.files.disk import sync
 from .jsonl import append_jsonl, read_jsonl_tolerant
 from .processes import all_said, on_first, several
 

@@ -1,63 +1,32 @@
 """Fine-tuning: what is learnt, that means are of tokens, that a stopped run ends as one that never stopped."""
 
 import dataclasses
-import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.sft_cases import SFT, SIZES, assert_bits, tune, without_seconds
+from helpers.sft_cases import (
+    LEARNER,
+    SFT,
+    InMemory,
+    Killed,
+    assert_bits,
+    kill_after,
+    tune,
+    with_step,
+    without_seconds,
+)
 
 from train.learn.batches import batches, steps_of, to_rows
 from train.learn.checkpoints import SftCheckpoints
-from train.learn.optim import learning_rates
-from train.learn.settings import Sft, Step, Watch
-from train.learn.sft import Checkpoints, fine_tune, mean_loss
-from train.learn.step import compute_of, init_state, make_step
+from train.learn.settings import Sft, Watch
+from train.learn.sft import mean_loss
+from train.learn.step import init_state, make_step
 from train.log import UserError
-from train.models.characters import PAD_ID, encode
+from train.models.characters import PAD_ID
 from train.models.loss import Compute, loss_sums
 from train.models.open import random_model
-from train.runtime.mesh import make_mesh
-from train.runtime.settings import Mesh
-from train.tasks.pretraining import MINIATURE, pretraining_examples
-
-LEARNER = SIZES | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return make_mesh(Mesh())
-
-
-@pytest.fixture(scope="module")
-def model(mesh):
-    return random_model(SIZES, mesh, seed=0)
-
-
-@pytest.fixture(scope="module")
-def examples():
-    """32 worked problems of the miniature, of at most 47 symbols, as the loop hands them over."""
-    texts = pretraining_examples(MINIATURE, seed=1, row=48)
-    lines = [next(texts) for _ in range(32)]
-    return [{"tokens": encode(line), "prompt_length": line.index("?") + 1, "weight": 1.0} for line in lines]
-
-
-@pytest.fixture(scope="module")
-def rows(examples):
-    return to_rows(examples, SFT, PAD_ID)
-
-
-def with_step(config, **changes):
-    return dataclasses.replace(config, step=dataclasses.replace(config.step, **changes))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(model, rows, mesh):
-    return tune(model, rows, SFT, mesh)
-
 
 # --- rows and batches ---
 
@@ -189,233 +158,6 @@ def test_the_base_is_neither_donated_nor_changed(model, rows, mesh):
 def test_a_rate_of_zero_changes_nothing(model, rows, mesh):
     tuned, _ = tune(model, rows, dataclasses.replace(SFT, learning_rate=0.0, epochs=1), mesh)
     assert_bits(tuned, model.params)
-
-
-# --- stopping and going on ---
-
-
-class Killed(Exception):
-    pass
-
-
-class InMemory(Checkpoints):
-    """Keeps the newest state as NumPy arrays: the next step donates the state's own buffers."""
-
-    def __init__(self):
-        self.kept: Any = None
-        self.snapshots: list[tuple[int, Any]] = []
-
-    def restore(self, like):
-        if self.kept is None:
-            return None, 0, []
-        state, step, log = self.kept
-        return jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), state, like), step, list(log)
-
-    def save(self, state, step, metrics):
-        self.kept = (jax.tree.map(np.array, state), step, list(metrics))
-
-    def snapshot(self, params, index):
-        self.snapshots.append((index, jax.tree.map(np.array, params)))
-
-
-def kill_after(steps):
-    """An `on_step` that dies once `steps` steps are seen."""
-
-    def on_step(metrics):
-        if metrics["step"] == steps:
-            raise Killed
-
-    return on_step
-
-
-@pytest.mark.parametrize("where", ["memory", "orbax"])
-@pytest.mark.parametrize("killed", [2, 5])
-def test_a_resumed_run_ends_with_the_same_bits(model, rows, mesh, undisturbed, tmp_path, where, killed):
-    config = dataclasses.replace(SFT, checkpoint_every=3)
-    memory = InMemory()
-    make = (lambda: memory) if where == "memory" else (lambda: SftCheckpoints(tmp_path / "state"))
-    with pytest.raises(Killed):
-        tune(model, rows, config, mesh, checkpoints=make(), on_step=kill_after(killed))
-    steps = []
-    tuned, log = tune(model, rows, config, mesh, checkpoints=make(), on_step=lambda m: steps.append(m["step"]))
-    assert steps == list(range(1, 9))
-    assert_bits(tuned, undisturbed[0])
-    assert without_seconds(log) == without_seconds(undisturbed[1])
-    if where == "memory":
-        assert memory.kept[1] == 6
-
-
-def test_orbax_state_goes_on_from_the_newest_step_and_can_be_removed(model, rows, mesh, tmp_path):
-    kept = SftCheckpoints(tmp_path / "state", tmp_path / "snapshots")
-    config = dataclasses.replace(SFT, checkpoint_every=3, snapshots=4)
-    tune(model, rows, config, mesh, checkpoints=kept)
-    state, step, log = kept.restore(init_state(SFT, model.params, mesh))
-    assert step == len(log) == 6
-    assert state is not None
-    assert sorted(p.name for p in (tmp_path / "snapshots").iterdir()) == ["0", "1", "2"]  # the last is the result
-    kept.remove()
-    assert not (tmp_path / "state").exists()
-
-
-def test_snapshots_are_equally_spaced(model, rows, mesh, undisturbed):
-    """Of eight steps: snapshot 0 after four, the last being the result itself."""
-    memory = InMemory()
-    tuned, _ = tune(model, rows, dataclasses.replace(SFT, snapshots=2), mesh, checkpoints=memory)
-    assert_bits(tuned, undisturbed[0])
-    ((index, half),) = memory.snapshots
-    assert index == 0
-    stopped = InMemory()
-    config = dataclasses.replace(SFT, checkpoint_every=4)
-    with pytest.raises(Killed):
-        tune(model, rows, config, mesh, checkpoints=stopped, on_step=kill_after(5))
-    assert_bits(half, stopped.kept[0].params)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(model, rows, mesh):
-    broken = jax.tree.map(lambda x: x * jnp.nan, model.params)
-    with pytest.raises(
-        UserError, match=r"the loss is nan and the gradient.s norm nan at step 3 of 8 .*lower sft.learning_rate"
-    ):
-        fine_tune(model.config, broken, rows, SFT, mesh=mesh, seed=7)
-    with pytest.raises(UserError, match=r"at step [2-8] of 8 \(learning rate 1e\+3\d\), 3 skipped in a row"):
-        tune(model, rows, dataclasses.replace(SFT, learning_rate=1e30, schedule="constant"), mesh)
-    short = dataclasses.replace(SFT, batch=16, epochs=1, learning_rate=1e30, schedule="constant")
-    with pytest.raises(UserError, match=r"at step 2 of 2 .* 1 skipped in a row"):  # nothing finite to end with
-        tune(model, rows, short, mesh)
-
-
-def test_an_update_that_is_not_finite_or_a_spike_changes_nothing_but_the_count(model, rows, mesh):
-    config = with_step(SFT, ema=0.9)
-    step = make_step(model.config, config, "float32")
-    (batch, *_) = batches(rows, config, seed=0)
-    state, sums = step(init_state(config, model.params, mesh), batch, jnp.float32(0.01), np.float32(0.5))
-    assert sums["skipped"].tolist() == [0, 0]
-    before = jax.tree.map(np.array, state)
-    mean = float(sums["loss"] / sums["weight"])
-    cases = [
-        (batch | {"weights": np.where(batch["weights"] > 0, np.float32(np.inf), 0)}, math.inf),
-        (batch, 0.5 * mean),
-        (batch | {"weights": np.where(batch["weights"] > 0, np.float32(np.nan), 0)}, math.inf),
-    ]
-    for count, (given, limit) in enumerate(cases, start=1):
-        state, sums = step(state, given, jnp.float32(0.01), np.float32(0.5), np.float32(limit))
-        assert sums["skipped"].tolist() == [count, count]
-        assert_bits(jax.tree.map(np.array, state[:3]), before[:3])
-    state, sums = step(state, batch, jnp.float32(0.01), np.float32(0.5), np.float32(2 * mean))
-    assert sums["skipped"].tolist() == [3, 0]
-    assert not np.array_equal(state.params["model"]["norm"]["weight"], before.params["model"]["norm"]["weight"])
-
-
-def test_a_skipped_update_is_told_and_left_out_of_the_log(model, examples, mesh, monkeypatch, capsys):
-    """The tokens of one batch are made others: every update but its own is made."""
-    config = with_step(dataclasses.replace(SFT, epochs=4, learning_rate=1e-2), spike=1.5)
-    rows = to_rows(examples, config, PAD_ID)
-
-    def spoil(rows, config, *, seed, start=0, share=None):
-        for number, batch in enumerate(batches(rows, config, seed=seed, start=start, share=share), start):
-            yield batch | ({"tokens": 63 - batch["tokens"]} if number == 12 else {})
-
-    monkeypatch.setattr("train.learn.shares.batches", spoil)
-    _, log = tune(model, rows, config, mesh)
-    assert [m["step"] for m in log] == [n for n in range(1, 17) if n != 13]
-    assert [m["skipped"] for m in log] == [0] * 12 + [1] * 3
-    assert "at step 13 of 16, above 1.5 × the median" in capsys.readouterr().out
-
-
-# --- rates and settings ---
-
-
-def test_the_rate_warms_up_and_falls_along_a_cosine():
-    config = Sft(learning_rate=1.0, warmup=0.2)
-    rates = [*learning_rates(config, 10)]
-    assert rates[:3] == [0.5, 1.0, 1.0]
-    assert rates[6] == pytest.approx(0.5)
-    assert rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
-    assert rates[2:] == sorted(rates[2:], reverse=True)
-    constant = dataclasses.replace(config, schedule="constant")
-    assert [*learning_rates(constant, 10)] == [0.5, *[1.0] * 9]
-    assert learning_rates(dataclasses.replace(config, warmup=0.0), 10)[0] == 1.0
-    assert learning_rates(dataclasses.replace(config, warmup=1.0), 10)[9] == 1.0
-    assert learning_rates(Sft(learning_rate=1.0), 1) == (1.0,)  # one step in all
-
-
-def test_two_rates_share_one_compilation(model, rows, mesh, undisturbed, caplog):
-    how = compute_of(SFT, model.config, model.params, mesh, "float32")
-    step: Any = make_step(model.config, dataclasses.replace(SFT, learning_rate=0.0), how)
-    before = step._cache_size()
-    assert before > 0
-    changed = dataclasses.replace(SFT, learning_rate=1e-5)
-    with caplog.at_level("WARNING", logger="jax"), jax.log_compiles(True):
-        tune(model, rows, changed, mesh)
-    assert step._cache_size() == before
-    assert not [r for r in caplog.records if "Compiling jit(step)" in r.getMessage()]
-
-
-# `start` is read where the loop is planned (train/plan.py), `packing` and `overlong` where rows are made, not here.
-CHANGES = {
-    "learning_rate": 1e-3, "epochs": 1, "batch": 16, "micro_batch": 4, "warmup": 0.5, "schedule": "constant",
-    "max_length": 24, "loss": "all", "snapshots": 4, "checkpoint_every": 2,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("field", CHANGES)
-def test_every_setting_is_read(model, examples, mesh, undisturbed, field):
-    config = dataclasses.replace(SFT, **{field: CHANGES[field]})
-    memory = InMemory()
-    tuned, log = tune(model, to_rows(examples, config, PAD_ID), config, mesh, checkpoints=memory)
-    if field in ("snapshots", "checkpoint_every"):  # change what is kept, and nothing else
-        assert_bits(tuned, undisturbed[0])
-        assert [i for i, _ in memory.snapshots] == ([0, 1, 2] if field == "snapshots" else [])
-        assert (memory.kept and memory.kept[1]) == (None if field == "snapshots" else 6)
-    elif field == "micro_batch":  # changes how the sum is taken, and not what it is
-        assert "[4,48]" in program(model, examples, mesh, config)
-        assert "[4,48]" not in program(model, examples, mesh, SFT)
-    else:
-        losses = [m["loss"] for m in log]
-        assert losses != [m["loss"] for m in undisturbed[1]]
-
-
-def program(model, examples, mesh, config) -> str:
-    """What is asked of XLA, before it is compiled."""
-    batch = next(batches(to_rows(examples, config, PAD_ID), config, seed=0))
-    given = (init_state(config, model.params, mesh), batch, jnp.float32(0))
-    return str(jax.make_jaxpr(make_step(model.config, config, "float32"))(*given))
-
-
-def test_no_setting_is_forgotten():
-    assert {f.name for f in dataclasses.fields(Sft)} >= {*CHANGES, "start", "step", "watch"}
-    assert {f.name for f in dataclasses.fields(Step)} == {
-        *STEPS, "attention", "layers", "masters", "decay", "ema", "remat", "logits_at_once", "spike", "max_skipped"
-    }  # fmt: skip
-
-
-# The others have tests of their own, `attention` in test_models_fused.py.
-STEPS = {"clip": 1e-9, "weight_decay": 0.0}
-
-
-@pytest.mark.parametrize("field", STEPS)
-def test_every_setting_of_a_step_is_read(model, rows, mesh, field):
-    config = with_step(dataclasses.replace(SFT, epochs=1), weight_decay=0.5)
-    results = [tune(model, rows, c, mesh)[0] for c in (config, with_step(config, **{field: STEPS[field]}))]
-    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, results), strict=True))
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(results[1]))
-
-
-def test_remat_and_chunks_are_read(model, examples, mesh):
-    plain = program(model, examples, mesh, SFT)
-    assert "remat" not in plain
-    assert "remat" in program(model, examples, mesh, with_step(SFT, remat="full"))
-    assert "scan" not in plain
-    assert "scan" in program(model, examples, mesh, with_step(SFT, logits_at_once=64))
-
-
-def test_spikes_and_their_count_are_read(model, rows, mesh):
-    config = dataclasses.replace(SFT, epochs=4, learning_rate=0.0)
-    assert len(tune(model, rows, config, mesh)[1]) == 16
-    with pytest.raises(UserError, match=r"above 1\.0001 × the median"):
-        tune(model, rows, with_step(config, spike=1.0001, max_skipped=1), mesh)
-    _, log = tune(model, rows, with_step(config, spike=1.0001, max_skipped=16), mesh)
-    assert 8 <= len(log) < 16
 
 
 # --- masters, averages, decay ---

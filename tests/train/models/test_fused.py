@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from train.learn.settings import Sft, Step
-from train.learn.sft import compute_of
+from train.learn.step import compute_of
 from train.log import UserError
 from train.models.attention import KV, attend, visible, within
 from train.models.decoder import init
