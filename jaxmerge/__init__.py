@@ -54,7 +54,7 @@ else:  # a type checker that saw `__getattr__` would take every name for one tha
 
     def _load() -> dict[str, Any]:
         """The public names, which stand in this module from then on, and `__all__`."""
-        pass
+        from jaxmerge import public
 
         names = {name: getattr(public, name) for name in public.__all__}
         globals().update(names, __all__=public.__all__)

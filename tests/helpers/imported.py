@@ -7,6 +7,9 @@ import flax.nnx
 import orbax.checkpoint
 import transformers
 
+import helpers.dying_merge
+import helpers.forks
+import helpers.killer
 import train.cli.__main__
 import train.cli.verbs
 import train.improve.phases
@@ -15,9 +18,6 @@ import train.learn.run
 import train.report.page
 import train.runtime.processes
 import train.search.run
-from helpers import dying_merge as dying_merge
-from helpers import forks as forks
-from helpers import killer as killer
 
 transformers.PreTrainedTokenizerFast  # noqa: B018 # imported when first asked for
 warnings.filterwarnings("ignore", message=".*fork")  # no backend has begun here, and no thread

@@ -20,10 +20,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..log import UserError
 from jaxmerge.files.disk import sync
-from ..runtime.disk import write_durably
-from ..runtime.disk import PathLike
+
+from ..log import UserError
+from ..runtime.disk import PathLike, write_durably
 
 Example = dict[str, Any]
 

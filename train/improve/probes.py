@@ -11,7 +11,7 @@ import jaxmerge
 
 from ..log import say
 from ..models.decoder import Params
-from ..runtime.jsonl import Row, append_jsonl, read_jsonl_tolerant
+from ..runtime.jsonl import Row, append_jsonl, read_jsonl
 from ..runtime.processes import on_first
 from ..tasks import Question
 from .plan import BASE, Phase
@@ -35,7 +35,7 @@ def search(session: Session, phase: Phase, folder: Path) -> tuple[Params, Row]:
     """
     chosen, numbers = session.weights.ranked(phase, phase.settings["best"])
     base, log = session.weights.get(BASE), folder / "trials.jsonl"
-    before = on_first(read_jsonl_tolerant, log, truncate=True)
+    before = on_first(read_jsonl, log, torn="mend")
     questions = session.suite.questions("validation")
     count = itertools.count(len(before))
     strategy = phase.settings["search"]

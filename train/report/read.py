@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 from ..log import UserError
-from ..runtime.jsonl import read_jsonl_tolerant
+from ..runtime.jsonl import read_jsonl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> Run:
             f"{folder}: holds none of config.yaml, metrics.jsonl, summary.json; expected a run folder,"
             " which `jaxmerge improve CONFIG out=DIR` writes"
         )
-    phases = read_jsonl_tolerant(folder / "metrics.jsonl")
+    phases = read_jsonl(folder / "metrics.jsonl", torn="drop")
     summary: dict[str, Any] = {}
     if (folder / "summary.json").exists():
         try:

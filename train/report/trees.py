@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..log import format_percent
-from ..runtime.jsonl import read_jsonl_tolerant
+from ..runtime.jsonl import read_jsonl
 from .html import Bar, Cell, Table, part
 
 Row = Mapping[str, Any]
@@ -71,7 +71,7 @@ def trees(folder: Path) -> str:
     path = folder / "trees.jsonl"
     if not path.exists():
         return ""
-    rows = read_jsonl_tolerant(path)
+    rows = read_jsonl(path, torn="drop")
     rest = f" These are the first {SHOWN} of {len(rows):,}; all are in trees.jsonl." if len(rows) > SHOWN else ""
     words = (
         "Open a question, then a step. V is the value of the plan so far on [0, 1], n how often the search came by;"

@@ -20,10 +20,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxmerge.files.disk import sync
+
 from ..log import UserError
 from .disk import Busy, write_durably
-from jaxmerge.files.disk import sync
-from .jsonl import append_jsonl, read_jsonl_tolerant
+from .jsonl import append_jsonl, read_jsonl
 from .processes import all_said, on_first, several
 
 Record = dict[str, Any]
@@ -98,7 +99,7 @@ class Journal:
         on_first(self._reconcile, list(names))
 
     def _reconcile(self, names: list[str]) -> None:
-        self._named = {row["phase"] for row in read_jsonl_tolerant(self.metrics, truncate=True)}
+        self._named = {row["phase"] for row in read_jsonl(self.metrics, torn="mend")}
         for name in names:
             record = self.committed(name)
             if record is not None:

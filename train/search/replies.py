@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..log import UserError, is_first_process
-from ..runtime.jsonl import read_jsonl_tolerant
+from ..runtime.jsonl import read_jsonl
 from ..runtime.processes import on_first
 from .ask import Reply
 
@@ -28,7 +28,7 @@ class Replies:
     def __init__(self, path: Path):
         self.path = path
         self.lines: list[str] = []
-        rows = on_first(read_jsonl_tolerant, path, truncate=True)
+        rows = on_first(read_jsonl, path, torn="mend")
         try:
             self.known = {(row.pop("id"), row.pop("name")): Reply(**row) for row in rows}
         except (KeyError, TypeError) as error:

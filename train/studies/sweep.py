@@ -20,7 +20,7 @@ from ..improve.settings import Improve
 from ..log import UserError, say
 from ..resolve import build
 from ..runtime.disk import Busy, locked
-from ..runtime.jsonl import append_jsonl, read_jsonl_tolerant
+from ..runtime.jsonl import append_jsonl, read_jsonl
 from .analyse import layers_of_run
 from .cells import Cell, Values, judge_cells, score, tune_cells, unique, with_first_candidates
 from .settings import AnalyseOptions, Sweep
@@ -63,7 +63,7 @@ class Experiment:
 
     def done(self) -> dict[str, Row]:
         """Finished cells by id."""
-        return {row["cell"]: row for row in read_jsonl_tolerant(self.rows)}
+        return {row["cell"]: row for row in read_jsonl(self.rows, torn="drop")}
 
     def chosen(self, done: Mapping[str, Row]) -> dict[str, int] | None:
         """The best candidate of each tuned method on validation; None while some are not run."""
@@ -98,7 +98,7 @@ def run(experiment: Experiment, *, command: str, out: Path) -> Path:
     experiment.rows.parent.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / "lock"):
-        read_jsonl_tolerant(experiment.rows, truncate=True)
+        read_jsonl(experiment.rows, torn="mend")
     while cells := experiment.todo(experiment.done()):
         busy = 0
         for cell in cells:
@@ -148,7 +148,7 @@ def described(cell: Cell, folder: Path, command: str) -> Row:
                 [row["round"], row["split"], row["domain"], row["family"], round(row["accuracy"] * row["n"]), row["n"]]
                 + (extra if any(e is not None for e in extra) else [])
             )
-    metrics = read_jsonl_tolerant(folder / "metrics.jsonl")
+    metrics = read_jsonl(folder / "metrics.jsonl", torn="drop")
     # Runs begun before searches were counted sampled plainly: what they kept is what they generated.
     generated = {m["round"]: m.get("generated", m["tokens"]) for m in metrics if m["kind"] == "sample"}
     return {

@@ -14,7 +14,7 @@ from train.improve.settings import Improve
 from train.log import UserError
 from train.resolve import build
 from train.runtime.disk import Busy
-from train.runtime.jsonl import read_jsonl_tolerant
+from train.runtime.jsonl import read_jsonl
 from train.studies import page, tables
 from train.studies import sweep as sweeps
 from train.studies.cells import groups, judge_cells, laid_over, points, score, tune_cells, unique
@@ -153,7 +153,7 @@ def test_the_score_is_the_mean_of_the_domains_in_the_last_round():
 def test_a_sweep_tunes_chooses_and_judges(experiment, monkeypatch, tmp_path):
     made = pretend(monkeypatch, better_with_high_rate)
     rows = sweeps.run(experiment, command="it", out=tmp_path / "runs")
-    done = read_jsonl_tolerant(rows)
+    done = read_jsonl(rows, torn="drop")
     assert [row["stage"] for row in done] == ["tune"] * 8 + ["base"] + ["judge"] * 9
     assert experiment.chosen(experiment.done()) == {"rate": 1, "imm": 1}
     assert {row["candidate"] for row in done if row["stage"] == "judge" and row["method"] == "rate"} == {1}
@@ -169,7 +169,7 @@ def test_a_fresh_clone_goes_on_from_the_rows(experiment, monkeypatch, tmp_path):
     made.clear()
     sweeps.run(experiment, command="it", out=tmp_path / "elsewhere")
     assert len(made) == 13
-    assert sorted(r["cell"] for r in read_jsonl_tolerant(experiment.rows)) == sorted(
+    assert sorted(r["cell"] for r in read_jsonl(experiment.rows, torn="drop")) == sorted(
         json.loads(x)["cell"] for x in lines
     )
 
@@ -201,7 +201,7 @@ def test_a_cell_is_taken_until_its_row_is_written(experiment, monkeypatch, tmp_p
     assert not experiment.done()
     sweeps.run_cell(experiment, cell, out, "it")
     sweeps.run_cell(experiment, cell, out, "it")
-    assert len(read_jsonl_tolerant(experiment.rows)) == 1
+    assert len(read_jsonl(experiment.rows, torn="drop")) == 1
 
 
 def test_a_real_sweep_of_two_runs(tmp_path):
@@ -209,7 +209,7 @@ def test_a_real_sweep_of_two_runs(tmp_path):
     sweep = {"axes": {"seed": [3]}, "control": "plain", "judge": "layers", "analyse": {"texts": 2}}
     experiment = Experiment.of("real", values(**sweep, rows=str(tmp_path / "real.jsonl")))
     sweeps.run(experiment, command="it", out=tmp_path / "runs")
-    base, judged = read_jsonl_tolerant(experiment.rows)
+    base, judged = read_jsonl(experiment.rows, torn="drop")
     assert set(base["results"]) == {"base"}
     assert set(judged["results"]) == {"plain", "half"}
     assert {row[0] for row in judged["results"]["plain"]} == {1}
