@@ -18,7 +18,7 @@ from train.evaluate.tuco import share, tuco
 from train.log import UserError
 from train.models.config import FULL, SLIDING
 from train.models.stacked import stack_layers
-from train.studies import stats as spearman
+from train.studies import stats
 
 SEQUENCES = [((1, 2, 3), (4, 5)), ((6, 1), (2,)), ((3, 3, 1, 5, 2), (1, 1, 6)), ((4,), (2, 5, 1, 3))]
 TEXTS = [Text(a, b) for a, b in SEQUENCES]
@@ -128,27 +128,25 @@ def test_kinds_of_a_decoder():
 # --- rank correlation --------------------------------------------------------------------------------------
 
 
-def test_ranks_and_rho_with_ties_as_in_scipy():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        a, b = rng.integers(0, 5, 9), rng.integers(0, 5, 9)
-        np.testing.assert_array_equal(spearman.average_ranks(a), scipy.stats.rankdata(a))
-        assert spearman.spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-9)
-    assert math.isnan(spearman.spearman([1, 1, 1], [1, 2, 3]))
+def test_rho_shares_the_ranks_of_ties_and_is_unknown_where_a_side_does_not_vary():
+    # Ranks 1, 2½, 2½, 4 against 1, 3, 2, 4: ρ = 4.5 / √(4.5 · 5).
+    assert stats.permutation_test([1.0, 2.0, 2.0, 4.0], [1.0, 3.0, 2.0, 4.0]).rho == pytest.approx(4.5 / 22.5**0.5)
+    flat = stats.permutation_test([1, 1, 1], [1, 2, 3])
+    assert (math.isnan(flat.rho), math.isnan(flat.p), flat.permutations) == (True, True, 0)
 
 
 def test_few_layers_are_tested_exactly():
     # Of the 6 orders of three layers only two give |ρ| = 1; of two layers, both do.
-    found = spearman.permutation_test([1.0, 2.0, 3.0], [5.0, 4.0, 3.0])
+    found = stats.permutation_test([1.0, 2.0, 3.0], [5.0, 4.0, 3.0])
     assert (found.rho, found.p, found.permutations, found.exact) == (-1.0, pytest.approx(2 / 6), 6, True)
-    assert spearman.permutation_test([0.1, 0.2], [4.0, 3.0]).p == 1.0
+    assert stats.permutation_test([0.1, 0.2], [4.0, 3.0]).p == 1.0
     # By hand: |ρ| over all orders of (0, 1, 2, 3) against a value with a tie.
     a, b = [1.0, 2.0, 2.0, 4.0], [1.0, 3.0, 2.0, 4.0]
     rho = abs(scipy.stats.spearmanr(a, b).statistic)
     as_much = [abs(scipy.stats.spearmanr(a, order).statistic) >= rho - 1e-9 for order in itertools.permutations(b)]
-    assert spearman.permutation_test(a, b).p == pytest.approx(sum(as_much) / 24)
+    assert stats.permutation_test(a, b).p == pytest.approx(sum(as_much) / 24)
     with pytest.raises(ValueError, match="found 2 and 3 values"):
-        spearman.permutation_test([1, 2], [1, 2, 3])
+        stats.permutation_test([1, 2], [1, 2, 3])
 
 
 @pytest.mark.parametrize(("layers", "draws"), [(7, 0), (12, 199)])
@@ -156,16 +154,16 @@ def test_p_is_calibrated_on_shuffled_layers(layers, draws):
     rng, trials = np.random.default_rng(7), 400
     importance = rng.standard_normal(layers)
     ps = [
-        spearman.permutation_test(importance, rng.permutation(layers).astype(float), seed=i, draws=draws).p
+        stats.permutation_test(importance, rng.permutation(layers).astype(float), seed=i, draws=draws).p
         for i in range(trials)
     ]
     for level in (0.05, 0.2, 0.5):
         # Never too small on average, and no more than a little too large: ρ of few layers has few values.
         low, high = scipy.stats.binom.ppf([0.001, 0.999], trials, level)
         assert low - 0.02 * trials <= sum(p <= level for p in ps) <= high
-    strong = spearman.permutation_test(np.arange(layers), np.arange(layers)[::-1], draws=draws or 1)
+    strong = stats.permutation_test(np.arange(layers), np.arange(layers)[::-1], draws=draws or 1)
     assert strong.p < 0.01
-    again = [spearman.permutation_test(importance, np.arange(layers), seed=3, draws=50).p for _ in range(2)]
+    again = [stats.permutation_test(importance, np.arange(layers), seed=3, draws=50).p for _ in range(2)]
     assert again[0] == again[1]
 
 
