@@ -18,9 +18,8 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from ..log import UserError
+from ..runtime.jsonl import Row
 from .records import Record, letter_index, turns
-
-Row = Mapping[str, Any]
 
 # Keys that say where a line came from and change nothing about what it teaches.
 PROVENANCE = frozenset({"id", "uuid", "source", "source_file", "task_id", "dataset", "category", "subject", "level"})

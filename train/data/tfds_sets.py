@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..log import UserError
+from ..runtime.jsonl import Row
 from .formats import choice_record
 from .records import Record, turns
-
-Row = Mapping[str, Any]
 
 _OPTION = re.compile(r"([a-e]) \)")
 

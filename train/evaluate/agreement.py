@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmerge.files.inspect.moments import Moments, Workspace, describe
+from jaxmerge.files.inspect.moments import Moments, Workspace, summarise
 from jaxmerge.tree import named_leaves
 
 from ..models.decoder import Params
@@ -31,11 +31,11 @@ def agreement(deltas: Sequence[Params]) -> tuple[Matrix, Matrix]:
     for path in trees[0]:
         flat = [np.asarray(tree[path], np.float32).reshape(-1) for tree in trees]
         total += work.measure([np.zeros_like(flat[0]), *flat])
-    return matrices(describe(total), len(deltas))
+    return matrices(summarise(total), len(deltas))
 
 
 def matrices(described: dict[str, Any], n: int) -> tuple[Matrix, Matrix]:
-    """Lay the pairs of `moments.describe` out as symmetric matrices."""
+    """Lay the pairs of `moments.summarise` out as symmetric matrices."""
     cosine: Matrix = [[1.0 if i == j else None for j in range(n)] for i in range(n)]
     conflict: Matrix = [[0.0 if i == j else None for j in range(n)] for i in range(n)]
     for pair in described["pairs"]:

@@ -38,8 +38,9 @@ def by_kind(tuned: Params, base: Params) -> dict[str, float]:
 
 
 def by_layer(tuned: Params, base: Params) -> dict[str, float]:
-    """Return the relative change of each layer group (`model/layers/3`, `model/embed_tokens`)."""
-    return pooled(squares(tuned, base), jaxmerge.layer_group)
+    """Return ‖θ − θ_0‖/‖θ_0‖ of each layer group (`model/layers/3`, `model/embed_tokens`)."""
+    found = jax.jit(jaxmerge.change)(unstack_layers(tuned), unstack_layers(base))
+    return jaxmerge.to_floats(found)
 
 
 def by_layer_and_kind(tuned: Params, base: Params) -> dict[str, list[float | None]]:
@@ -75,8 +76,3 @@ def pooled(found: dict[str, tuple[float, float]], group) -> dict:
 def in_order(kinds: list[str]) -> list[str]:
     """List each kind once, in the order in which a layer computes, others after."""
     return [k for k in KINDS if k in kinds] + sorted({k for k in kinds if k not in KINDS})
-
-
-def change(params: Params, base: Params) -> dict[str, float]:
-    """‖θ − θ_0‖/‖θ_0‖ for every layer."""
-    return jaxmerge.to_floats(jax.jit(jaxmerge.change)(params, base))

@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness on our checkpoints, in process: no server, no copy of the weights in torch.
 
-    from train.harness import evaluate
+    from train.evaluate.harness import evaluate
     results = evaluate(open_model("runs/…"), ["gsm8k"], limit=100)
 
 Its tasks and its metrics; our model, tokenizer and engine. Needs the package `lm-eval` (extra `harness`).

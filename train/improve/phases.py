@@ -17,7 +17,7 @@ import jaxmerge
 from ..data.versions import write_version
 from ..evaluate import accuracy
 from ..evaluate.answer import generate, verify
-from ..evaluate.change import change
+from ..evaluate.change import by_layer
 from ..evaluate.importance import loss_of, of_layers, taylor_importance
 from ..evaluate.texts import batches as text_batches
 from ..learn.batches import steps_of, to_rows
@@ -27,12 +27,12 @@ from ..learn.sft import fine_tune, one_epoch
 from ..learn.watch import hold_out, speed_of
 from ..log import UserError, say
 from ..models.decoder import Params
-from ..models.open import describe
+from ..models.open import write_model_files
 from ..resolve import build, to_dict
 from ..runtime import checkpoint, stop
 from ..runtime.jsonl import Row, read_jsonl, write_jsonl
 from ..runtime.processes import on_first
-from ..runtime.sinks import followed
+from ..runtime.sinks import follow
 from ..search.settings import Drawing, Search
 from ..search.source import search_solutions
 from . import merge as combine
@@ -48,7 +48,7 @@ def load(session: Session, phase: Phase, folder: Path) -> Row:
     del phase, folder
     references = rehearse(session)
     jaxmerge.check_finite(session.model.params, name=session.config.model.path or "model.random")
-    on_first(describe, session.model, session.journal.root / "model")
+    on_first(write_model_files, session.model, session.journal.root / "model")
     count = sum(x.size for x in jax.tree.leaves(session.model.params))
     digest = checkpoint.digest(session.model.params)
     name = session.config.model.path or "random model"
@@ -159,7 +159,7 @@ def sft(session: Session, phase: Phase, folder: Path) -> Row:
         "config": to_dict(session.config),
         "total": config.stay.last(steps_of(rows, config)),
     }
-    with followed(steps, config.watch.sinks, **about) as on_step:
+    with follow(steps, config.watch.sinks, **about) as on_step:
         params, log = fine_tune(
             session.model.config,
             session.weights.get(phase.inputs["model"]),
@@ -233,7 +233,7 @@ def adapt_alpha(session: Session, anchor: Params, tuned: Params, span: Sequence[
     found = taylor_importance(
         loss, anchor, text_batches(session.worked("validation"), session.model.tokenizer.pad_id or 0)
     )
-    moved = change(tuned, anchor)
+    moved = by_layer(tuned, anchor)
     importance, changes = of_layers(found, count), of_layers(moved, count)
     alpha = combine.by_layer(combine.layer_alphas(importance, changes, span))
     return alpha, {"importance": importance, "change": changes}
@@ -254,7 +254,7 @@ def probe(session: Session, phase: Phase, folder: Path) -> Row:
     searched = phase.settings.get("search")
     params, notes = probes.search(session, phase, folder) if searched else session.weights.make_probe(phase)
     session.weights.held[phase.name] = params
-    record = {"change": change(params, session.weights.get(BASE)), **notes}
+    record = {"change": by_layer(params, session.weights.get(BASE)), **notes}
     return {"rule": phase.settings["kind"], "digest": checkpoint.digest(params), **record}
 
 

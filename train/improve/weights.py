@@ -15,7 +15,7 @@ import jax
 
 import jaxmerge
 
-from ..evaluate.change import change
+from ..evaluate.change import by_layer
 from ..log import UserError
 from ..models.decoder import Params, shapes
 from ..models.open import Model, load_source
@@ -98,7 +98,7 @@ class Weights:
         """Put weights on disk and in memory; what the record says of them."""
         checkpoint.save_weights(self.folder(phase.name) / "weights", params)
         self.held[phase.name] = params
-        return {"digest": checkpoint.digest(params), "change": change(params, self.get(BASE))}
+        return {"digest": checkpoint.digest(params), "change": by_layer(params, self.get(BASE))}
 
     def release(self, still_read: Collection[str]) -> None:
         """Let go of held weights that no later phase reads."""

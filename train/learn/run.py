@@ -13,7 +13,7 @@ import numpy as np
 from ..log import format_percent, say
 from ..models.characters import PAD_ID
 from ..models.hf import save_hf
-from ..models.open import Model, describe, load_source
+from ..models.open import Model, load_source, write_model_files
 from ..models.tokenizer import DATE
 from ..resolve import build, read_yaml, to_dict
 from ..runtime import checkpoint, stop
@@ -21,7 +21,7 @@ from ..runtime.folder import check_resumable, check_same_config, content, finger
 from ..runtime.journal import Journal
 from ..runtime.mesh import make_mesh
 from ..runtime.processes import on_first, several
-from ..runtime.sinks import check_sinks, followed
+from ..runtime.sinks import check_sinks, follow
 from ..tasks import build_suite, held_out, pretraining_rows
 from ..tasks.settings import Tasks
 from .batches import Rows, RowSource, steps_of, to_drawn, to_rows
@@ -74,7 +74,7 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
         "config": to_dict(config),
         "total": config.sft.stay.last(steps_of(rows, config.sft)),
     }
-    with followed(steps, sinks, **about) as on_step:
+    with follow(steps, sinks, **about) as on_step:
         params, log = fine_tune(
             model.config,
             model.params,
@@ -90,7 +90,7 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
             on_step=on_step,
             asked_to_stop=stop.asked,
         )
-    on_first(describe, model, folder / "model")
+    on_first(write_model_files, model, folder / "model")
     on_first(shutil.rmtree, folder / "hf", ignore_errors=True)
     save_hf(folder / "hf", model.config, params, tokenizer_from=model.tokenizer)
     return journal.commit(

@@ -23,7 +23,7 @@ import numpy as np
 from ..log import UserError, is_first_process
 from ..runtime.disk import new_folder
 from ..runtime.mesh import put
-from ..runtime.processes import on_first, to_host, told
+from ..runtime.processes import broadcast, on_first, to_host
 from .config import ModelConfig
 from .decoder import Params, shapes
 from .hf_config import config_from_hf, config_to_hf
@@ -259,7 +259,7 @@ def save_hf(
         _write_tensors(temporary, params, dtype, max_shard_bytes)
         if tokenizer_from is not None:
             on_first(tokenizer_from.save, temporary)
-    told(None)
+    broadcast(None)
 
 
 def _write_tensors(folder: pathlib.Path, params: Params, dtype, max_shard_bytes: int) -> None:

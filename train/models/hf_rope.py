@@ -50,13 +50,13 @@ def read_rope(given: Mapping[str, Any], family: Family, source) -> Fields:
     found = read_style(full, sliding, given, family, source)
     if (scaling or theta is not None or local is not None) and old != found:
         raise UserError(
-            f"{source}: rope_parameters {describe(found)} and rope_theta with rope_scaling {describe(old)} differ; "
-            "keep one of them"
+            f"{source}: rope_parameters {spell_fields(found)} and rope_theta with rope_scaling {spell_fields(old)} "
+            "differ; keep one of them"
         )
     return found
 
 
-def describe(fields: Fields) -> str:
+def spell_fields(fields: Fields) -> str:
     return str({name: value for name, value in fields.items() if value is not None})
 
 

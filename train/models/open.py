@@ -193,7 +193,7 @@ def random_model(sizes: dict, mesh: jax.sharding.Mesh, *, seed: int) -> Model:
     return Model(config, jax.tree_util.tree_map_with_path(leaf, shapes(config)), fitted)
 
 
-def describe(model: Model, folder: Path) -> None:
+def write_model_files(model: Model, folder: Path) -> None:
     """Write config.json and the tokenizer's files: what a checkpoint of weights needs to be a model again."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxmerge.files.inspect.canvas import Canvas, Point, colour, drawing, shorten, text_width, ticks
 
 from ..log import format_percent
+from ..runtime.jsonl import Row
 from .labels import Placer
 from .plots import bounds, share
 from .style import Look, looks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping
-from typing import Any
 
 from ..log import UserError
 from . import pictures, sections
@@ -21,8 +19,6 @@ from .html import page
 from .read import Run, read_run
 from .rows import pooled_rows
 from .style import css
-
-Row = Mapping[str, Any]
 
 
 def render(run: Run) -> str:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.jsonl import Row
 from .frontier import estimate, frontier
 from .html import part
 from .plots import Line, dots, lines, share
@@ -16,8 +17,6 @@ from .style import looks
 
 if TYPE_CHECKING:
     from .read import Run
-
-Row = Mapping[str, Any]
 
 
 def picture(run: Run) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..log import format_percent, format_seconds
+from ..runtime.jsonl import Row
 from .html import Bar, Cell, Table, part
 from .rows import DOMAIN_NAMES, format_interval, method_label, pooled_rows
 from .style import looks
@@ -15,7 +16,6 @@ from .style import looks
 if TYPE_CHECKING:
     from .read import Run
 
-Row = Mapping[str, Any]
 PHASES = {
     "load": "loading", "sample": "sampling", "select": "selecting", "sft": "fine-tuning", "merge": "merging",
     "evaluate": "evaluating", "save": "saving",

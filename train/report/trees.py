@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..log import format_percent
-from ..runtime.jsonl import read_jsonl
+from ..runtime.jsonl import Row, read_jsonl
 from .html import Bar, Cell, Table, part
 
-Row = Mapping[str, Any]
 SHOWN = 40
 """Trees on the page; all are in trees.jsonl."""
 

@@ -25,7 +25,7 @@ from jaxmerge.files.disk import sync
 from ..log import UserError
 from .disk import Busy, write_durably
 from .jsonl import append_jsonl, read_jsonl
-from .processes import all_said, on_first, several
+from .processes import gather_values, on_first, several
 
 Record = dict[str, Any]
 
@@ -171,7 +171,7 @@ def check_shared(path: Path, token: str) -> None:
         seen = path.read_text() == token
     except OSError:
         seen = False
-    blind = [i for i, sees in enumerate(all_said(seen)) if not sees]
+    blind = [i for i, sees in enumerate(gather_values(seen)) if not sees]
     if blind:
         raise UserError(
             f"{path.parent}: process {', '.join(map(str, blind))} does not see what process 0 writes there; "

@@ -63,9 +63,9 @@ def connect(config: Distributed) -> Peers | None:
     deadline = time.monotonic() + config.start_timeout
     if me == 0:
         with socket.create_server(("", 0), backlog=count) as server:
-            told(f"{socket.getfqdn()}:{server.getsockname()[1]}")
+            broadcast(f"{socket.getfqdn()}:{server.getsockname()[1]}")
             return Peers(gather(server, count, deadline, config.silence), me, count)
-    host, _, port = told("").rpartition(":")
+    host, _, port = broadcast("").rpartition(":")
     return Peers({0: join(host, int(port), me, count, deadline, config.silence)}, me, count)
 
 
@@ -79,7 +79,7 @@ def end(code: int, *, with_all: bool) -> None:
     if _peers is None:
         return
     if with_all:
-        told(None)  # nobody is still at work
+        broadcast(None)  # nobody is still at work
     _peers.leave(0 if with_all else code)
     if not with_all:
         if _peers.me == 0:
@@ -101,7 +101,7 @@ def several() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def told(value: T) -> T:
+def broadcast(value: T) -> T:
     """The first process's `value` (JSON), on all."""
     if not several():
         return value
@@ -123,7 +123,7 @@ def on_first(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """
     if not several():
         return function(*args, **kwargs)
-    told(None)
+    broadcast(None)
     error: Exception | None = None
     outcome: dict[str, Any] = {}
     if is_first_process():
@@ -131,7 +131,7 @@ def on_first(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
             outcome = {"value": function(*args, **kwargs)}
         except Exception as caught:
             error, outcome = caught, {"error": str(caught), "user": isinstance(caught, UserError)}
-    outcome = told(outcome)
+    outcome = broadcast(outcome)
     if error is not None:
         raise error
     if "error" in outcome:
@@ -139,7 +139,7 @@ def on_first(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     return outcome["value"]
 
 
-def all_said(value: int | float | bool) -> list[int | float | bool]:
+def gather_values(value: int | float | bool) -> list[int | float | bool]:
     """What every process has to say, in process order."""
     if not several():
         return [value]
@@ -157,4 +157,4 @@ def to_host(array: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-__all__ = ["LOST", "end", "failed", "on_first", "several", "start", "to_host", "told"]
+__all__ = ["LOST", "broadcast", "end", "failed", "on_first", "several", "start", "to_host"]

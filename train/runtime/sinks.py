@@ -124,7 +124,7 @@ def open_sinks(
 
 
 @contextlib.contextmanager
-def followed(
+def follow(
     steps: pathlib.Path, names: Sequence[str], *, folder: pathlib.Path, name: str, config: Mapping[str, Any], total: int
 ) -> Iterator[Callable[[Mapping[str, float]], None]]:
     """Yield what a fine-tuning run of `total` steps calls after each: it moves a bar and writes to the sinks."""

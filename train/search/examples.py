@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..models.tokenizer import DATE, Tokenizer
+from ..runtime.jsonl import Row
 from ..tasks.code import extract_code, source_of
 from ..tasks.wording import untemplated
 from .prompts import Prompts, fill
 from .questions import Item
 from .testing import compiles
 
-Row = dict[str, Any]
 REMOVED = (
     "no solution", "no room", "low value", "short plan", "unfinished", "open fence", "no program", "does not compile",
     "wrong", "unjudged", "duplicate", "over per_question",

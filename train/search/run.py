@@ -202,7 +202,7 @@ def grow(config: SearchRun, items: list[Item], prompts: Prompts, voices: dict[st
     ordered = [rows[item.id] for item in items]
     on_first(write_jsonl, journal.root / "trees.jsonl", ordered)
     seconds = time.perf_counter() - start
-    journal.commit("search", {"kind": "search", "seconds": seconds, **describe(ordered, driver, seconds)})
+    journal.commit("search", {"kind": "search", "seconds": seconds, **summarise_search(ordered, driver, seconds)})
     on_first((journal.committed_folder("search") / "trees.jsonl").unlink, missing_ok=True)
 
 
@@ -217,7 +217,7 @@ def tree_row(item: Item, config: SearchRun, found: Found, subject: Subject) -> d
     return {**about, "kind": config.search.kind, **found.row(), "counts": dict(sorted(subject.counts.items()))}
 
 
-def describe(rows: list[dict[str, Any]], driver: Driver, seconds: float) -> dict[str, Any]:
+def summarise_search(rows: list[dict[str, Any]], driver: Driver, seconds: float) -> dict[str, Any]:
     """What the search came to: plan lengths, scores, why searches ended, what was dropped, how fast."""
     nodes = [node for row in rows for node in row["nodes"][1:]]
     chosen = [row["nodes"][row["chosen"]] for row in rows if row["chosen"] is not None]

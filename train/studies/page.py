@@ -12,9 +12,10 @@ from ..log import UserError, say
 from ..report.rows import DOMAIN_NAMES
 from ..resolve import read_yaml
 from ..runtime.disk import write_durably
+from ..runtime.jsonl import Row
 from . import pictures
 from .cells import judge_cells, tune_cells, unique
-from .read import Run, runs
+from .read import Finished, runs
 from .stats import holm, paired_t
 from .sweep import Experiment
 from .tables import (
@@ -39,7 +40,6 @@ from .tables import (
     table,
 )
 
-Row = dict[str, Any]
 HEAD = """# Results
 
 Written by `jaxmerge results` from the rows in [results/](results/); every row is one finished run and names its commit,
@@ -85,7 +85,7 @@ def section(experiment: Experiment, folder: Path) -> str:
     found = runs(everything, done)
     if not found:
         return "\n".join([*lines, "No run is finished yet.", ""])
-    kinds: dict[str, Callable[[Experiment, list[Run], Path], list[str]]] = {
+    kinds: dict[str, Callable[[Experiment, list[Finished], Path], list[str]]] = {
         "frontier": frontier, "curve": curve, "layers": layers,
     }  # fmt: skip
     return "\n".join([*lines, *kinds[sweep.judge](experiment, found, folder)])
@@ -132,7 +132,7 @@ def flat(value: Any, prefix: str = "") -> str:
     return f"{prefix}={value}"
 
 
-def frontier(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:
+def frontier(experiment: Experiment, found: list[Finished], folder: Path) -> list[str]:
     """Accuracy by domain, what each method adds to the base's frontier, and tests against the control."""
     methods = list(dict.fromkeys(run.method for run in found))
     domains = [d for d in DOMAIN_NAMES if any(d in run.domains for run in found)]
@@ -176,7 +176,7 @@ def frontier(experiment: Experiment, found: list[Run], folder: Path) -> list[str
     return [*lines, *data(of), *searches(found)]
 
 
-def p_values(pairs: Mapping[str, Sequence[Pair]], measure: Callable[[Run], float]) -> dict[str, float]:
+def p_values(pairs: Mapping[str, Sequence[Pair]], measure: Callable[[Finished], float]) -> dict[str, float]:
     """Each method against the control, corrected for their number; none of two seeds, which may agree by chance."""
     found = {name: less(own, measure) for name, own in pairs.items()}
     return holm({name: paired_t(values) for name, values in found.items() if len(values) > 2})
@@ -186,13 +186,13 @@ def alike_in_rounds(pairs: Sequence[Pair]) -> bool:
     return all(a.rounds == b.rounds for a, b in pairs)
 
 
-def count_text(found: Sequence[Run]) -> str:
+def count_text(found: Sequence[Finished]) -> str:
     """`5`, or `5 (15 runs)` where a seed has several points."""
     seeds = len({run.seed for run in found})
     return str(seeds) if seeds == len(found) else f"{seeds} ({len(found)} runs)"
 
 
-def curve(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:
+def curve(experiment: Experiment, found: list[Finished], folder: Path) -> list[str]:
     """Accuracy over the values of the first axis."""
     axis = next(iter(experiment.sweep.axes))
     methods = list(dict.fromkeys(run.method for run in found))
@@ -210,7 +210,7 @@ def curve(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:
     return lines + differences(against_first(found, axis), f"Less the same method at {axis} {labels[0]}")
 
 
-def layers(experiment: Experiment, found: list[Run], folder: Path) -> list[str]:
+def layers(experiment: Experiment, found: list[Finished], folder: Path) -> list[str]:
     """Spearman's ρ between importance and change, run by run, and the layers' means."""
     looked = [run for run in found if run.row.get("analysis")]
     rows = []

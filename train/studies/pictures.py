@@ -8,7 +8,7 @@ from typing import Any
 
 from ..report.frontier import frontier as frontier_of_rows
 from ..report.plots import Line, lines, scatter
-from .read import Run, before, by_seed
+from .read import Finished, before, by_seed
 from .stats import mean_interval
 from .tables import accuracy
 
@@ -24,7 +24,7 @@ def row(method: str, number: int, domain: str, values: Sequence[float]) -> dict[
     return {"method": method, "round": number, "domain": domain, "accuracy": mean, "low": low, "high": high}
 
 
-def frontier(of: Mapping[str, Sequence[Run]], found: Sequence[Run], shown: Collection[str]) -> str:
+def frontier(of: Mapping[str, Sequence[Finished]], found: Sequence[Finished], shown: Collection[str]) -> str:
     """In domain against out of domain: the base, and the rounds of the methods `shown`."""
     rows = [row("base", 0, d, [before(found, d)]) for d in ("id", "ood")]
     # Plain last: with it or without, the others keep their colours.
@@ -36,7 +36,7 @@ def frontier(of: Mapping[str, Sequence[Run]], found: Sequence[Run], shown: Colle
     return frontier_of_rows(rows, width=720, height=520, name="frontier", standalone=True)
 
 
-def lines_of_coefficients(found: Sequence[Run]) -> str:
+def lines_of_coefficients(found: Sequence[Finished]) -> str:
     """Accuracy in domain over the coefficient of each line from the base; 0 is the base, 1 the tuned model."""
     drawn = []
     for method in dict.fromkeys(m[1] for run in found if (m := COEFFICIENT.match(run.method))):
@@ -60,7 +60,7 @@ def lines_of_coefficients(found: Sequence[Run]) -> str:
     )  # fmt: skip
 
 
-def curve(axis: str, found: Sequence[Run]) -> str:
+def curve(axis: str, found: Sequence[Finished]) -> str:
     """Accuracy in and out of domain over the values of an axis, a line a method and domain."""
     labels = list(dict.fromkeys(run.axes[axis] for run in found))
     places = {label: number(label, i) for i, label in enumerate(labels)}
@@ -90,7 +90,7 @@ def number(label: str, otherwise: float) -> float:
         return otherwise
 
 
-def layers(looked: Sequence[Run], count: int) -> str:
+def layers(looked: Sequence[Finished], count: int) -> str:
     """Each layer's mean change against its mean importance, of the first method."""
     own = [run for run in looked if run.method == looked[0].method]
     points = []
@@ -104,7 +104,7 @@ def layers(looked: Sequence[Run], count: int) -> str:
     )  # fmt: skip
 
 
-def last_change(run: Run) -> dict[str, float]:
+def last_change(run: Finished) -> dict[str, float]:
     """Relative change of the tuned model of the last round, by layer group."""
     tuned = [r for r in run.row["analysis"]["change"] if r["model"] == "tuned"]
     return tuned[-1]["layers"] if tuned else {}

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..report.rows import DOMAIN_NAMES
+from ..runtime.jsonl import Row
 from .cells import Cell
-
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,7 @@ def scores(rows: Sequence[Sequence[Any]], split: str = "test") -> list[Score]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Finished:
     """One method at one point of the axes, or a probe of it with one coefficient."""
 
     method: str
@@ -78,18 +77,18 @@ class Run:
         return [d for d in DOMAIN_NAMES if any(s.domain == d for s in self.scores)]
 
 
-def originals(found: Sequence[Run]) -> list[Run]:
+def originals(found: Sequence[Finished]) -> list[Finished]:
     """One run for each original model: many start from the same, and it counts once."""
     return list({str(sorted((s.domain, s.family, s.accuracy) for s in run.base)): run for run in found}.values())
 
 
-def before(found: Sequence[Run], domain: str, family: str = "all", k: int | None = None) -> float:
+def before(found: Sequence[Finished], domain: str, family: str = "all", k: int | None = None) -> float:
     """The mean of the original models, each counted once; they are two or three, too few for an interval."""
     values = [run.before(domain, family, k) for run in originals(found)]
     return sum(values) / len(values)
 
 
-def by_seed(found: Iterable[Run], measure: Callable[[Run], float]) -> list[float]:
+def by_seed(found: Iterable[Finished], measure: Callable[[Finished], float]) -> list[float]:
     """A measure at each seed, the mean over the other axes: what intervals and tests count as one.
 
     Points of one seed share the draws of their first round; counted each, they would make intervals too short.
@@ -100,7 +99,7 @@ def by_seed(found: Iterable[Run], measure: Callable[[Run], float]) -> list[float
     return [sum(same) / len(same) for same in values.values()]
 
 
-def runs(cells: Iterable[Cell], done: Mapping[str, Row]) -> list[Run]:
+def runs(cells: Iterable[Cell], done: Mapping[str, Row]) -> list[Finished]:
     """The finished judged cells, each with the original model of its point; a line's coefficients are runs apart."""
     cells = list(cells)
     base: dict[str, list[Score]] = {}
@@ -117,5 +116,5 @@ def runs(cells: Iterable[Cell], done: Mapping[str, Row]) -> list[Run]:
             for coefficient in sorted({s.coefficient for s in all_scores}, key=lambda c: (c is not None, c or 0)):
                 name = method if coefficient is None else f"{method} {coefficient:g}"
                 chosen = [s for s in all_scores if s.coefficient == coefficient]
-                found.append(Run(name, cell.axes, chosen, base[str(cell.axes)], row))
+                found.append(Finished(name, cell.axes, chosen, base[str(cell.axes)], row))
     return found

@@ -66,7 +66,8 @@ def paired_t(differences: Sequence[float]) -> float:
         return math.nan
     if np.ptp(d) == 0:
         return float(d[0] == 0)
-    return float(stats.ttest_1samp(d, 0.0).pvalue)
+    _, p = stats.ttest_1samp(d, 0.0)
+    return float(p)
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
@@ -130,4 +131,5 @@ def permutation_test(a: Sequence[float], b: Sequence[float], *, seed: int = 0, d
         alternative="greater", n_resamples=tried if exact else draws, vectorized=True,
         rng=np.random.Generator(np.random.Philox(key=[seed, 0x5BEA])),
     )  # fmt: skip
-    return Correlation(float(stats.spearmanr(a, b).statistic), float(found.pvalue), tried, exact)
+    rho, _ = stats.spearmanr(a, b)
+    return Correlation(float(rho), float(found.pvalue), tried, exact)

@@ -20,12 +20,11 @@ from ..improve.settings import Improve
 from ..log import UserError, say
 from ..resolve import build
 from ..runtime.disk import Busy, locked
-from ..runtime.jsonl import append_jsonl, read_jsonl
+from ..runtime.jsonl import Row, append_jsonl, read_jsonl
 from .analyse import layers_of_run
 from .cells import Cell, Values, judge_cells, score, tune_cells, unique, with_first_candidates
 from .settings import AnalyseOptions, Sweep
 
-Row = dict[str, Any]
 WAIT = 5.0
 """Seconds between two looks at whether other processes have finished the candidates they are at."""
 
@@ -132,12 +131,12 @@ def run_cell(experiment: Experiment, cell: Cell, out: Path, command: str) -> Non
         if experiment.looks and cell.stage != "base":
             looked = {"analysis": layers_of_run(folder, experiment.looks)}
         with locked(out / "lock"):
-            append_jsonl(experiment.rows, {**described(cell, folder, command), **looked})
+            append_jsonl(experiment.rows, {**describe_cell(cell, folder, command), **looked})
         if not experiment.sweep.keep_runs:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def described(cell: Cell, folder: Path, command: str) -> Row:
+def describe_cell(cell: Cell, folder: Path, command: str) -> Row:
     """What is kept of a finished cell: one line."""
     summary = json.loads((folder / "summary.json").read_text())
     results: dict[str, list[list[Any]]] = {}

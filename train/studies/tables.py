@@ -7,10 +7,10 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .read import Run, before, by_seed, originals
+from .read import Finished, before, by_seed, originals
 from .stats import gain, mean_interval
 
-Pair = tuple[Run, Run]
+Pair = tuple[Finished, Finished]
 
 
 def percent(
@@ -36,27 +36,27 @@ def folded(title: str, lines: Sequence[str]) -> list[str]:
     return [f"<details><summary>{title}</summary>", "", *lines, "</details>", ""]
 
 
-def accuracy(*which: Any, **more: Any) -> Callable[[Run], float]:
-    """`Run.accuracy` with these arguments, as a measure."""
+def accuracy(*which: Any, **more: Any) -> Callable[[Finished], float]:
+    """`Finished.accuracy` with these arguments, as a measure."""
     return operator.methodcaller("accuracy", *which, **more)
 
 
-def over_seeds(found: Iterable[Run], measure: Callable[[Run], float], *, scale: float = 100.0) -> str:
+def over_seeds(found: Iterable[Finished], measure: Callable[[Finished], float], *, scale: float = 100.0) -> str:
     return percent(by_seed(found, measure), scale=scale)
 
 
-def balance(run: Run) -> float:
+def balance(run: Finished) -> float:
     """Mean of the accuracies in and out of domain."""
     return (run.accuracy("id") + run.accuracy("ood")) / 2
 
 
-def frontier_gain(run: Run) -> float:
+def frontier_gain(run: Finished) -> float:
     """Area in (in domain, out of domain) that the rounds of a method add to that of the base."""
     points = [(run.accuracy("id", round=r), run.accuracy("ood", round=r)) for r in run.rounds]
     return gain(points, (run.before("id"), run.before("ood")))
 
 
-def base_row(found: list[Run], domains: list[str], k: int) -> list[str]:
+def base_row(found: list[Finished], domains: list[str], k: int) -> list[str]:
     """The original models' means."""
     row = ["base", str(len(originals(found))), *(percent([before(found, d)]) for d in domains)]
     row += [percent([before(found, d, k=k)]) for d in domains if k and d in ("id", "ood")]
@@ -67,7 +67,7 @@ def p_text(p: float | None) -> str:
     return "" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
-def families(found: list[Run], of: dict[str, list[Run]], methods: list[str]) -> list[str]:
+def families(found: list[Finished], of: dict[str, list[Finished]], methods: list[str]) -> list[str]:
     """Forgetting by kind of task, apart."""
     kinds = list(
         dict.fromkeys(s.family for run in found for s in run.scores if s.domain == "ood" and s.family != "all")
@@ -80,7 +80,7 @@ def families(found: list[Run], of: dict[str, list[Run]], methods: list[str]) -> 
     return folded("Out of domain, kind by kind (%)", table(["method", *kinds], rows))
 
 
-def by_axis(axis: str, found: list[Run], methods: list[str]) -> list[str]:
+def by_axis(axis: str, found: list[Finished], methods: list[str]) -> list[str]:
     """In and out of domain at each point of an axis, over the others."""
     labels = list(dict.fromkeys(run.axes[axis] for run in found))
     if len(labels) < 2:
@@ -96,7 +96,7 @@ def by_axis(axis: str, found: list[Run], methods: list[str]) -> list[str]:
     return folded(f"By {axis} (%)", table(head, rows))
 
 
-def by_round(of: dict[str, list[Run]]) -> list[str]:
+def by_round(of: dict[str, list[Finished]]) -> list[str]:
     """In and out of domain after each round."""
     last = max(run.last for own in of.values() for run in own)
     rows = []
@@ -110,14 +110,14 @@ def by_round(of: dict[str, list[Run]]) -> list[str]:
     return folded("By round (%)", table(head, rows))
 
 
-def against(of: Mapping[str, Sequence[Run]], control: str) -> dict[str, list[Pair]]:
+def against(of: Mapping[str, Sequence[Finished]], control: str) -> dict[str, list[Pair]]:
     """Each method's runs beside the control's at the same point."""
     there = {str(run.axes): run for run in of.get(control, ())}
     pairs = {name: [(run, there[str(run.axes)]) for run in own if str(run.axes) in there] for name, own in of.items()}
     return {name: found for name, found in pairs.items() if found and name != control}
 
 
-def against_first(found: Sequence[Run], axis: str) -> dict[str, list[Pair]]:
+def against_first(found: Sequence[Finished], axis: str) -> dict[str, list[Pair]]:
     """Each method's runs at a point of an axis beside its own at the first point, the other axes alike."""
     first = found[0].axes[axis]
     there = {(run.method, str({**run.axes, axis: first})): run for run in found if run.axes[axis] == first}
@@ -131,7 +131,7 @@ def against_first(found: Sequence[Run], axis: str) -> dict[str, list[Pair]]:
 
 def differences(pairs: Mapping[str, Sequence[Pair]], title: str, k: int = 0) -> list[str]:
     """One run less another, in the mean over seeds."""
-    measures: dict[str, Callable[[Run], float]] = {
+    measures: dict[str, Callable[[Finished], float]] = {
         "in domain": accuracy("id"), "out of domain": accuracy("ood"), "mean of in and out": balance,
     }  # fmt: skip
     if k:
@@ -146,13 +146,13 @@ def differences(pairs: Mapping[str, Sequence[Pair]], title: str, k: int = 0) -> 
     return folded(title, [said, "", *table(["method", "seeds", *measures], rows)])
 
 
-def less(pairs: Sequence[Pair], measure: Callable[[Run], float]) -> list[float]:
+def less(pairs: Sequence[Pair], measure: Callable[[Finished], float]) -> list[float]:
     """What a measure of the first of each pair is above the second's, a number a seed."""
     first, second = (by_seed([pair[i] for pair in pairs], measure) for i in (0, 1))
     return [a - b for a, b in zip(first, second, strict=True)]
 
 
-def data(of: dict[str, list[Run]]) -> list[str]:
+def data(of: dict[str, list[Finished]]) -> list[str]:
     """What each method learnt from: tokens generated for it, solutions, right ones, those kept; of all rounds."""
     rows = []
     for name, runs_of in of.items():
@@ -167,7 +167,7 @@ def data(of: dict[str, list[Run]]) -> list[str]:
     return folded("Data, a run's mean", table(head, rows))
 
 
-def searches(found: list[Run]) -> list[str]:
+def searches(found: list[Finished]) -> list[str]:
     """What searched probes chose, and what the search cost."""
     lines = []
     for run in found:

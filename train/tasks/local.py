@@ -99,7 +99,7 @@ class Gsm8kTask(LocalTask):
 
 
 class ChoiceTask(LocalTask):
-    """Multiple choice, answered with a letter. (`train/choices.py` scores the choices by their likelihood.)"""
+    """Multiple choice, answered with a letter. (`train/evaluate/choices.py` scores the choices by their likelihood.)"""
 
     formats = ("choices",)
 

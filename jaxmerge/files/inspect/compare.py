@@ -3,7 +3,7 @@ r"""How far checkpoints are from each other: per tensor, per layer, in all; both
     compare(base, tuned)      what training changed
     compare(base, one, two)   and how two trainings agree: cosines of their deltas, conflicts of sign
 
-The measures are those of `moments.describe`.
+The measures are those of `moments.summarise`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import numpy as np
 
 from jaxmerge import where
 from jaxmerge.files.checkpoints.source import Source, Tensor
-from jaxmerge.files.inspect.moments import Moments, Workspace, describe, working_dtype
+from jaxmerge.files.inspect.moments import Moments, Workspace, summarise, working_dtype
 
 Progress = Callable[[int, int, str], None]
 SPAN = 1 << 22  # elements read at a time
 
 
 def statistics(base: np.ndarray, *others: np.ndarray) -> dict[str, Any]:
-    """Measure how arrays differ from `base`, elementwise and in all; see `moments.describe`.
+    """Measure how arrays differ from `base`, elementwise and in all; see `moments.summarise`.
 
     Example:
       >>> found = statistics(np.array([3.0, 4.0]), np.array([3.0, -1.0]))
@@ -36,7 +36,7 @@ def statistics(base: np.ndarray, *others: np.ndarray) -> dict[str, Any]:
       (5.0, 1.0, 0.5)
     """
     flat = [np.ascontiguousarray(array).reshape(-1) for array in (base, *others)]
-    return describe(Workspace(len(others), working_dtype([a.dtype for a in flat])).measure(flat))
+    return summarise(Workspace(len(others), working_dtype([a.dtype for a in flat])).measure(flat))
 
 
 def compare(
@@ -53,7 +53,7 @@ def compare(
     Returns:
       Plain data, ready for json.dumps:
       base, models: names, as the sources give them.
-      tensors: by name, in the base's order, `moments.describe` and shape, dtypes.
+      tensors: by name, in the base's order, `moments.summarise` and shape, dtypes.
       layers: the same, pooled by layer (`model/layers/3`, `model/embed_tokens`), and overall: pooled over all.
       missing: model → tensors of the base that it lacks; extra: model → tensors that the base lacks.
       unlike: tensors not compared, for their shapes differ: {tensor, base, model, found, wanted}.
@@ -86,12 +86,12 @@ def compare(
         "base": base.name,
         "models": [source.name for source in others],
         "tensors": {
-            name: describe(total)
+            name: summarise(total)
             | {"shape": list(shared[name][0].shape), "dtypes": [str(t.dtype) for t in shared[name]]}
             for name, total in found.items()
         },
-        "layers": {group: describe(total) for group, total in layers.items()},
-        "overall": describe(functools.reduce(operator.add, found.values())),
+        "layers": {group: summarise(total) for group, total in layers.items()},
+        "overall": summarise(functools.reduce(operator.add, found.values())),
         "missing": {s.name: [name for name in base.tensors if name not in s.tensors] for s in others},
         "extra": {s.name: [name for name in s.tensors if name not in base.tensors] for s in others},
         "unlike": unlike,

@@ -156,7 +156,7 @@ class Workspace:
         return found
 
 
-def describe(total: Moments) -> dict[str, Any]:
+def summarise(total: Moments) -> dict[str, Any]:
     r"""Turn sums into measures, as plain numbers; None where one is not defined (0/0).
 
     norm :math:`\|a\|`; for each model norm :math:`\|d\|`, relative :math:`\|d\|/\|a\|`, cosine of a and x, largest

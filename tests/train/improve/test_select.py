@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from train.evaluate import answer
-from train.evaluate.change import change
+from train.evaluate.change import by_layer
 from train.improve import select as rounds
 from train.improve.settings import Selection
 from train.log import UserError
@@ -134,7 +134,7 @@ def params(value):
 
 
 def test_change_is_relative_and_by_layer():
-    assert change(params(3.0), params(2.0)) == {
+    assert by_layer(params(3.0), params(2.0)) == {
         "model/layers/0": pytest.approx(0.5),
         "model/layers/1": pytest.approx(0.5),
     }

@@ -45,7 +45,7 @@ def test_two_rates_share_one_compilation(model, rows, mesh, undisturbed, caplog)
     assert not [r for r in caplog.records if "Compiling jit(step)" in r.getMessage()]
 
 
-# `start` is read where the loop is planned (train/plan.py), `packing` and `overlong` where rows are made, not here.
+# `start` is read where the loop is planned (train/improve/plan.py), `packing` and `overlong` where rows are made.
 CHANGES = {
     "learning_rate": 1e-3, "epochs": 1, "batch": 16, "micro_batch": 4, "warmup": 0.5, "schedule": "constant",
     "max_length": 24, "loss": "all", "snapshots": 4, "checkpoint_every": 2,

@@ -18,7 +18,7 @@ from train.runtime.jsonl import read_jsonl
 from train.studies import page, tables
 from train.studies import sweep as sweeps
 from train.studies.cells import groups, judge_cells, laid_over, points, score, tune_cells, unique
-from train.studies.read import Run, Score, originals
+from train.studies.read import Finished, Score, originals
 from train.studies.stats import mean_interval
 from train.studies.sweep import Experiment
 from train.tasks import build_suite
@@ -269,14 +269,14 @@ def test_the_page_says_what_the_rows_say(experiment, monkeypatch, tmp_path):
     assert "href" not in picture
 
 
-def pretended(method: str, seed: str, pressure: str, *, rounds: tuple[tuple[float, float], ...], base=0.5) -> Run:
+def pretended(method: str, seed: str, pressure: str, *, rounds: tuple[tuple[float, float], ...], base=0.5) -> Finished:
     """A run with these accuracies in and out of domain after its rounds."""
 
     def at(number: int, domain: str, accuracy: float) -> Score:
         return Score(number, domain, "all", accuracy, 100, {"4": accuracy + 0.1}, None)
 
     found = [at(i, d, a) for i, pair in enumerate(rounds, 1) for d, a in zip(("id", "ood"), pair, strict=True)]
-    return Run(method, {"pressure": pressure, "seed": seed}, found, [at(0, d, base) for d in ("id", "ood")], {})
+    return Finished(method, {"pressure": pressure, "seed": seed}, found, [at(0, d, base) for d in ("id", "ood")], {})
 
 
 def test_differences_take_the_seed_as_the_unit():

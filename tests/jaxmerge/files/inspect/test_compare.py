@@ -263,9 +263,9 @@ def made(layers: int, models: int, more: tuple[str, ...] = (), name: str = "tune
         groups[group] = groups[group] + total if group in groups else total
     labels = [f"{name}-{i}" for i in range(models)]
     return {
-        "base": "base", "models": labels, "tensors": {n: moments.describe(t) for n, t in totals.items()},
-        "layers": {n: moments.describe(t) for n, t in groups.items()},
-        "overall": moments.describe(sum(totals.values(), start=moments.Moments.zero(models))),
+        "base": "base", "models": labels, "tensors": {n: moments.summarise(t) for n, t in totals.items()},
+        "layers": {n: moments.summarise(t) for n, t in groups.items()},
+        "overall": moments.summarise(sum(totals.values(), start=moments.Moments.zero(models))),
         "missing": dict.fromkeys(labels, names[:9]), "extra": {m: [] for m in labels}, "unlike": [], "nonfinite": [],
     }  # fmt: skip
 
