@@ -6,7 +6,6 @@ import json
 import pathlib
 
 import numpy as np
-import pytest
 import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -78,16 +77,6 @@ def folder(path, backend, seed, *, rows=None, dtype: type = np.float32, tied=Fal
             json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, **roles})
         )
     return path
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """Three word-level models; <|im|> is special in two, `extra` added in one, `shared` in the second and third."""
-    monkeypatch.chdir(tmp_path)
-    folder(tmp_path / "base", words(["a", "b", "c", "d"], ["<|im|>"]), 0)
-    folder(tmp_path / "one", words(["d", "a", "x", "shared"], ["<|im|>", "extra"]), 1)
-    folder(tmp_path / "two", words(["shared", "y", "b"], ["<|end|>"]), 2)
-    return tmp_path
 
 
 NAMES = ("base", "one", "two")

@@ -6,12 +6,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
-from helpers.tiny_vocabularies import EMBED, HEAD, NAMES, D, built, folder, here, ids, pieces, words, written
+from helpers.tiny_vocabularies import EMBED, HEAD, NAMES, D, built, folder, ids, pieces, words, written
 
 from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import read
 
-__all__ = ["here"]  # the fixture
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 WEIGHTS = (0.2, 0.5, 0.9)
 FORCED = {
