@@ -106,14 +106,14 @@ def test_what_a_search_kept_tells_no_pass_at_k(tmp_path):
         folder.mkdir(exist_ok=True)
         write_jsonl(folder / "batch-0000.jsonl", rows(("1#2", 1.0), ("1#3", 0.0))[: 2 * found])
         sampling = types.SimpleNamespace(source=source)
-        run = types.SimpleNamespace(
+        session = types.SimpleNamespace(
             config=types.SimpleNamespace(block=lambda *_: sampling, tasks=types.SimpleNamespace(style="compact")),
             suite=types.SimpleNamespace(questions=lambda *_, **__: [QUESTION], verify=lambda q, text: text == "1#2"),
             journal=types.SimpleNamespace(committed_folder=lambda name: folder),
         )
         one = types.SimpleNamespace(number=1, sample=types.SimpleNamespace(name="sample"))
         options = types.SimpleNamespace(samples=samples)
-        return types.SimpleNamespace(run=run, method="m", rounds=[one], options=options, seed=0, notes=[])
+        return types.SimpleNamespace(session=session, method="m", rounds=[one], options=options, seed=0, notes=[])
 
     plain, dart, nothing = study("plain"), study("dart"), study("mcts", found=0)
     (row,) = measures.variety(plain)
@@ -124,7 +124,7 @@ def test_what_a_search_kept_tells_no_pass_at_k(tmp_path):
     assert "samples=N" in dart.notes[0]
     assert "sampling.source: dart" in dart.notes[0]
     assert sections_samples.passes({"diversity": [row]}) is None
-    assert "–" in sections_samples.diversity({"diversity": [row]}).table
+    assert "–" in str(sections_samples.diversity({"diversity": [row]}).tables)
     assert measures.variety(nothing) == []
     assert sections_samples.diversity({"diversity": []}) is None
 

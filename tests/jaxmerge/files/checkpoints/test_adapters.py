@@ -92,7 +92,8 @@ def test_any_rows_of_a_product_are_what_the_whole_has(rows, rank, columns, dtype
 
 def test_the_number_of_threads_changes_no_bit_of_a_product():
     program = (
-        "import numpy as np, zlib; from jaxmerge.files.adapter import multiply_rows; r = np.random.default_rng(0)\n"
+        "import numpy as np, zlib; from jaxmerge.files.checkpoints.adapter import multiply_rows\n"
+        "r = np.random.default_rng(0)\n"
         "for rank in (16, 256, 1000):\n"
         "  left, right = (r.standard_normal(s, np.float32) for s in ((2048, rank), (rank, 700)))\n"
         "  print(zlib.crc32(multiply_rows(left, right, 0, 2048)))"
