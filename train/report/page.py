@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import pathlib
-import tempfile
 
-from ..log import UserError
+from ..runtime.disk import write_durably
 from . import pictures, sections
 from . import trees as search_page
 from .analysis import section_of_report
@@ -56,33 +55,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> pathlib.Path:
     run = read_run(run_dir)
     drawn = frontier(pooled_rows(run.rows), width=640, height=460, name="frontier", standalone=True)
     if drawn:
-        _replace(run.folder / "figures" / "frontier.svg", drawn)
+        write_durably(run.folder / "figures" / "frontier.svg", drawn)
     path = run.folder / "report.html"
-    _replace(path, render(run))
+    write_durably(path, render(run))
     return path
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    """Write a file beside its place, flush it to disk, and move it there."""
-    try:
-        path.parent.mkdir(exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise UserError(f"{path}: cannot write here ({error.strerror}); expected a writable run folder") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(text.encode("utf-8", "replace"))
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes it private; a report is for showing
-        os.replace(temporary, path)
-    except OSError as error:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written ({error.strerror}); free some space and try again") from error
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

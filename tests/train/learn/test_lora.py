@@ -31,16 +31,6 @@ def with_lora(**changes):
 
 
 @pytest.fixture(scope="module")
-def mesh():
-    return make_mesh(Mesh())
-
-
-@pytest.fixture(scope="module")
-def model(mesh):
-    return random_model(SIZES, mesh, seed=0)
-
-
-@pytest.fixture(scope="module")
 def rows():
     texts = pretraining_examples(MINIATURE, seed=1, row=48)
     lines = [next(texts) for _ in range(32)]
