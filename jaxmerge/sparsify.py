@@ -144,11 +144,35 @@ def _rank_drop(x: Operands, *, density: Array, epsilon: Array) -> Keep:
     return keep
 
 
+def check_room(density: float, epsilon: float, of: str = "") -> None:
+    """Raise unless the keep probabilities density ± ε of DELLA lie in (0, 1); `of` says whose they are."""
+    if 0 < density < 1 and not (epsilon < density and density + epsilon < 1):
+        room = min(density, 1 - density)
+        raise ValueError(
+            f"{of}density {density} with epsilon {epsilon} gives keep probabilities from {density - epsilon:.4g} to "
+            f"{density + epsilon:.4g}, wanted in (0, 1): choose an epsilon below {room:.4g}, or another density"
+        )
+
+
+def _pairs(density: PerModel, epsilon: PerModel) -> list[tuple[float, float]]:
+    """Density and ε of each model, where both are plain numbers."""
+    many = [value for value in (density, epsilon) if isinstance(value, list | tuple)]
+    count = max(map(len, many), default=1)
+    spread = [list(v) if isinstance(v, list | tuple) else [v] * count for v in (density, epsilon)]
+    return [(d, e) for d, e in zip(*spread, strict=False) if isinstance(d, int | float) and isinstance(e, int | float)]
+
+
 def rank_drop(density: PerModel = REQUIRED, epsilon: PerModel = 0.15) -> Sparsifier:
     r"""Keep at random, larger magnitudes of a row more likely: p from density − ε to density + ε by rank (DELLA).
 
-    A row is the last axis. p is cut to [0, 1].
+    A row is the last axis. Density 0 and 1 mean what they say, whatever ε; between them density ± ε must lie in (0, 1),
+    else density would not be the mean of p. Numbers are held to that; where either depends on the leaf, p is cut.
+
+    Raises:
+      ValueError: a density ± ε outside (0, 1).
     """
+    for one, far in _pairs(density, epsilon):
+        check_room(one, far)
     chance = functools.partial(order.probability, name="density")
     return Sparsifier(
         "rank_drop", _rank_drop, {"density": density, "epsilon": epsilon}, {"density": chance}, random=True

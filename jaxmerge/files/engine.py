@@ -83,6 +83,19 @@ def is_float(dtype: np.dtype) -> bool:
     return jnp.issubdtype(dtype, jnp.floating)
 
 
+def is_copy(job: Job) -> bool:
+    """Say whether the result is the one input as it is, but for a cast.
+
+    Such a job does no arithmetic: XLA takes numbers below the normal range for zero on some devices, CPUs among them.
+    """
+    only = len(job.inputs) == 1 and job.base is None
+    rule, given = job.method.rule, job.coefficients
+    if rule == "average":
+        # A single model's weight is divided by itself, unless it is told not to be.
+        return only and (bool(given.get("normalize", True)) or given["weights"] == [1.0])
+    return only and rule == "passthrough" and given["scale"] == 1.0
+
+
 def buffer_bytes(jobs: tuple[Job, ...]) -> int:
     """Return the limit of the buffers for these jobs."""
     return max([FLOOR, *(sum(next(pieces(job)).sizes) for job in jobs)])
@@ -137,10 +150,11 @@ class Engine:
         arrays = [b.view(i.tensor.dtype).reshape(shape) for i, b in zip(job.operands, buffers, strict=True)]
         if not is_float(job.out_dtype):
             return arrays[-1 if job.base is not None else 0].copy(), []
+        copied = arrays[0].astype(job.out_dtype) if is_copy(job) else None
         with _precision(job), jax.default_device(self.device):
             if not self.in_place:
                 arrays = jax.device_put(arrays, self.device)
-            merged = merge_arrays(job, arrays, self.seed)
+            merged = merge_arrays(job, arrays, self.seed) if copied is None else copied
             # On a CPU views of host memory, cut into chunks without a copy.
             flat = [np.asarray(a) if self.in_place else a for a in (*arrays, merged)]
             return np.asarray(merged), list(_sums(job, [a.reshape(-1) for a in flat], piece.count))

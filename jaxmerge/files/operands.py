@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.files.checkpoints.source import EMBEDDING, HEAD, Source, Tensor, is_tied
+from jaxmerge.files.checkpoints.heads import is_head, tied_pair
+from jaxmerge.files.checkpoints.source import Source, Tensor
 from jaxmerge.files.methods import Method
 from jaxmerge.files.recipe import Entry, Module, Slice
 from jaxmerge.files.vocabulary import INPUTS, OUTPUTS
@@ -111,11 +112,14 @@ def with_heads(sources: Mapping[str, Source], donor: str, notes: list[str], *, c
 
     The result has one if the donor of its config has; under compat="mergekit" if any model has.
     """
-    wanted = any(HEAD in s.tensors for s in sources.values()) if compat else HEAD in sources[donor].tensors
     found = dict(sources)
     for name, source in sources.items():
-        if wanted and is_tied(source):
-            found[name] = dataclasses.replace(source, tensors={**source.tensors, HEAD: source.tensors[EMBEDDING]})
+        pair = tied_pair(source)
+        if pair is None:
+            continue
+        embedding, head = pair
+        if head in sources[donor].tensors or (compat and any(head in other.tensors for other in sources.values())):
+            found[name] = dataclasses.replace(source, tensors={**source.tensors, head: source.tensors[embedding]})
             notes.append(f"{name} ties its head to its embedding, which is merged as its head")
     return found
 
@@ -226,7 +230,7 @@ class Matching:
                     flags.append(kind)
         for (model, ref), whats in refused.items():
             problems.append(f"model {model!r} does not match {ref!r}: {' and '.join(whats)}")
-            if HEAD in self.extra.get((model, ref), []):
+            if any(is_head(name) for name in self.extra.get((model, ref), [])):
                 problems.append(f"{ref!r} ties its head to its embedding, {model!r} does not")
         for model, loose in self.loose.items():
             what = f"{listed(loose)} of {model!r} are of no module of the recipe"

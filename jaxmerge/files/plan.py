@@ -21,6 +21,7 @@ from jaxmerge.files.checkpoints.source import Source, Tensor
 from jaxmerge.files.methods import COPY, METHODS, REQUIRED, Method, Number, resolve
 from jaxmerge.files.operands import Draft, Operand
 from jaxmerge.files.recipe import Module, Recipe, Slice
+from jaxmerge.sparsify import check_room
 
 ALLOW = ("missing", "unused", "shapes")
 SHARES = {"density": "[0, 1]", "gamma": "[0, 1]", "select_topk": "[0, 1]", "drop": "[0, 1)"}
@@ -254,10 +255,11 @@ class _Planner:
             coefficients: dict[str, Any] = {"scale": 1.0}
         else:
             method, coefficients = recipe.method, self._coefficients(draft, inputs)
-        stored = inputs[0].stored.dtype
+        first = inputs[0]
+        stored = self.sources[first.entry.model].natural.get(first.name, first.stored.dtype)
         out = recipe.out_dtype or recipe.dtype or (self._promoted(draft) if self.compat else stored)
         dtype = np.dtype(out) if is_float else stored
-        safetensors.check_dtype(dtype, draft.name, inputs[0].stored.where)
+        safetensors.check_dtype(dtype, draft.name, first.stored.where)
         return Job(
             draft.name, draft.name.replace(".", "/"), method,
             tuple(Input(labels[id(operand)], operand.stored) for operand in inputs),
@@ -281,6 +283,9 @@ class _Planner:
             ]
         for parameter, (keyword, default) in (*method.shared.items(), *method.options.items()):
             found[keyword] = self._value(parameter, default, outer, draft.name, draft.t, None)
+        if {"density", "epsilon"} <= set(method.each):
+            for o, density, epsilon in zip(inputs, found["density"], found["epsilon"], strict=True):
+                check_room(density, epsilon, f"tensor {draft.name!r} of model {o.entry.model!r}: ")
         if method is METHODS["passthrough"]:
             found["scale"] = found["scale"][0]
         if method.rule in DIVIDED and found.get("normalize", True):

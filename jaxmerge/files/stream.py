@@ -24,8 +24,9 @@ from jaxmerge.files import card, disk, engine, recipe, vocabulary
 from jaxmerge.files import plan as planning
 from jaxmerge.files.checkpoints import orbax, safetensors
 from jaxmerge.files.checkpoints.adapter import CONFIG, WEIGHTS
+from jaxmerge.files.checkpoints.handles import check_unchanged, stamps
 from jaxmerge.files.checkpoints.open import open_source
-from jaxmerge.files.checkpoints.source import Source, read_json
+from jaxmerge.files.checkpoints.source import COMPANIONS, Source, read_json
 from jaxmerge.files.engine import Engine, Progress
 from jaxmerge.files.journal import Journal, stamp, unfinished
 from jaxmerge.files.plan import Plan
@@ -122,6 +123,7 @@ class _Work:
         named = dict.fromkeys(name for of in recipes for name in of.sources)
         self.models = {name: open_source(name) for name in named if not self._is_stage(name)}
         self.later = [name for name in named if self._is_stage(name)]
+        self.before = stamps(file for source in self.models.values() for file in _read_files(source))
         self.notes: list[str] = []  # of all plans so far: those of stages are the result's too
 
     def _is_stage(self, name: str) -> bool:
@@ -199,10 +201,17 @@ class _Work:
                 rest = tuple(job for job in plan.jobs if job.name not in kept)
                 Engine(writer, journal, seed=seed, limit=limit, device=settings.device).run(rest, self.progress)
                 writer.finish()
+            check_unchanged(self.before)
             plan.companions(journal.result)
             record |= {"command": self.digest, "report": report}
             card.write(journal.result, record, [journal.done[job.name] for job in plan.jobs])
         return report | {"notes": [*self.notes, *journal.notes]}
+
+
+def _read_files(source: Source) -> list[pathlib.Path]:
+    """All that a merge reads of a model: weights, and what lies beside them."""
+    beside = (source.folder / name for name in ("config.json", *COMPANIONS))
+    return [*source.files, *(file for file in beside if file.is_file())]
 
 
 def _digests(files: Mapping[str, bytes]) -> dict[str, str]:

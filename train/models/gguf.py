@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,20 +11,10 @@ import jax.numpy as jnp
 from jaxmerge.files.checkpoints import gguf
 from jaxmerge.files.checkpoints.source import read
 
-from ..log import UserError
 from .config import ModelConfig
 from .decoder import Params
-from .hf import place
+from .hf import mistakes, place
 from .hf_config import config_from_hf
-
-
-@contextlib.contextmanager
-def mistakes() -> Iterator[None]:
-    """The library's errors, as the user's mistakes they are here."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def read_gguf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Any]]:

@@ -20,7 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..log import UserError, is_first_process
+from jaxmerge.files.checkpoints.open import open_folder
+from jaxmerge.files.checkpoints.quantised import CONFIG_KEYS
+from jaxmerge.files.checkpoints.safetensors import CODES, write_file
+from jaxmerge.files.checkpoints.source import read
+
+from ..log import UserError, is_first_process, say
 from ..runtime.disk import new_folder
 from ..runtime.mesh import put
 from ..runtime.processes import broadcast, on_first, to_host
@@ -55,7 +60,9 @@ def config_of_folder(folder: pathlib.Path) -> ModelConfig:
     generation = folder / "generation_config.json"
     if generation.exists() and (eos := read_json(generation).get("eos_token_id")) is not None:
         attributes["eos_token_id"] = eos
-    return config_from_hf(attributes, source=folder / "config.json")
+    # Quantised weights are floats once they are read (`open_folder`).
+    plain = {key: value for key, value in attributes.items() if key not in CONFIG_KEYS}
+    return config_from_hf(plain, source=folder / "config.json")
 
 
 def load_hf(
@@ -75,20 +82,19 @@ def load_hf(
     """
     folder = pathlib.Path(folder)
     config = config_of_folder(folder)
-    with contextlib.ExitStack() as stack:
-        tensors = _open_tensors(folder, stack)
-        found = {name: tuple(f.get_slice(name).get_shape()) for name, f in tensors.items()}
-        for name, file in tensors.items():
-            stored = file.get_slice(name).get_dtype()
-            if stored not in FLOATS:
-                raise UserError(f"{folder}: {name} is stored as {stored}; known: {', '.join(sorted(FLOATS))}")
-        if config.tie_word_embeddings and "lm_head.weight" in found:
-            _check_tied(folder, tensors)
-            del found["lm_head.weight"]
+    with mistakes():
+        source = open_folder(str(folder), folder)
+        for note in source.notes:
+            say(f"note: {note}")
+        tensors = {name: tensor for name, tensor in source.tensors.items() if not COMPUTED.fullmatch(name)}
+        for name, tensor in tensors.items():
+            if CODES.get(tensor.dtype) not in FLOATS:
+                raise UserError(f"{folder}: {name} is stored as {tensor.dtype}; known: {', '.join(sorted(FLOATS))}")
+        found = {name: tensor.shape for name, tensor in tensors.items()}
         params = place(
             config,
             found,
-            lambda name: tensors[name].get_tensor(name),
+            lambda name: read(tensors[name]),
             source=folder,
             sharding=sharding,
             dtype=dtype,
@@ -97,54 +103,13 @@ def load_hf(
     return config, params
 
 
-class _TensorFile(Protocol):
-    def get_tensor(self, name: str) -> np.ndarray: ...
-    def get_slice(self, name: str) -> Any: ...
-
-
-def _open_tensors(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, _TensorFile]:
-    """Tensor name → the open file that holds it; nothing but headers is read."""
-    import safetensors
-
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    where: dict[str, str] | None = None
-    if single.exists():
-        files = [single.name]
-    elif index.exists():
-        where = read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not where:
-            raise UserError(f"{index}: no weight_map; expected a map from tensor names to files")
-        files = sorted(set(map(str, where.values())))
-        if outside := [file for file in files if pathlib.PurePath(file).name != file]:
-            raise UserError(f"{index}: {outside} are no plain file names")
-    else:
-        others = sorted(p.name for p in folder.glob("*.bin")) or "neither"
-        raise UserError(f"{folder}: no {single.name} and no {index.name}, found {others}; save it as safetensors")
-    tensors: dict[str, _TensorFile] = {}
-    for file in files:
-        path = folder / file
-        try:
-            opened = stack.enter_context(safetensors.safe_open(path, framework="numpy"))  # pyright: ignore[reportArgumentType]  # the stub lists "np" alone
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file, but {index.name} names it") from None
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
-        tensors.update(dict.fromkeys(opened.keys(), opened))
-    if where is not None and where.keys() != tensors.keys():
-        differ = sorted(where.keys() ^ tensors.keys())
-        raise UserError(f"{index}: differs from what the files hold: {_some(differ)}")
-    return {name: file for name, file in tensors.items() if not COMPUTED.fullmatch(name)}
-
-
-def _check_tied(folder, tensors) -> None:
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if embedding in tensors and not np.array_equal(
-        tensors[head].get_tensor(head), tensors[embedding].get_tensor(embedding)
-    ):
-        raise UserError(
-            f"{folder}: config.json says tie_word_embeddings, but {head} differs from {embedding};"
-            " set tie_word_embeddings to false to use both, or remove the head"
-        )
+@contextlib.contextmanager
+def mistakes() -> Iterator[None]:
+    """Raise the library's errors as the user's mistakes they are here."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _some(names: list[str], most: int = 8) -> str:
@@ -273,23 +238,11 @@ def _write_tensors(folder: pathlib.Path, params: Params, dtype, max_shard_bytes:
     for i, names in enumerate(shards, start=1):
         many = len(shards) > 1
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors"
-        on_first(_write_shard, folder, file, {name: to_host(leaves[name].astype(dtype)) for name in names})
+        on_first(write_file, folder / file, {name: to_host(leaves[name].astype(dtype)) for name in names})
         where.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": where}
         on_first(write_json, folder / "model.safetensors.index.json", index)
-
-
-def _write_shard(folder: pathlib.Path, file: str, shard: dict[str, np.ndarray]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    try:
-        save_file(shard, folder / file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise UserError(f"{folder.parent}: {file} could not be written ({error})") from error
-    # The library makes files only their owner can read.
-    (folder / file).chmod((folder / "config.json").stat().st_mode)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

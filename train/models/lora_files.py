@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge.files.checkpoints.safetensors import read_header, write_file
+from jaxmerge.files.checkpoints.source import read
+
 from ..log import UserError
 from ..runtime.disk import new_folder
 from ..runtime.processes import on_first, to_host
 from .config import Lora
-from .hf import named, read_json, write_json
+from .hf import mistakes, named, read_json, write_json
 from .lora import Params, modules, pairs, set_at
 from .stacked import unstack_layers
 
@@ -38,8 +41,6 @@ def save_lora(
 def _write_lora(
     folder: pathlib.Path, lora: Lora, targets: list[str], tensors: dict[str, np.ndarray], base: str | None
 ) -> None:
-    from safetensors.numpy import save_file
-
     with new_folder(folder) as temporary:
         write_json(
             temporary / CONFIG,
@@ -58,8 +59,7 @@ def _write_lora(
                 "use_rslora": False,
             },
         )
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode)
+        write_file(temporary / WEIGHTS, tensors)
 
 
 def target_modules(adapter: Params, params: Params) -> list[str]:
@@ -77,8 +77,6 @@ def load_lora(folder: str | os.PathLike[str], *, dtype=jnp.float32) -> tuple[Lor
     Returns:
       The settings (targets: the modules there are) and the adapter.
     """
-    from safetensors.numpy import load_file
-
     folder = pathlib.Path(folder)
     config = read_json(folder / CONFIG)
     plain = {
@@ -88,10 +86,12 @@ def load_lora(folder: str | os.PathLike[str], *, dtype=jnp.float32) -> tuple[Lor
     if bad := [f"{k} = {config[k]!r}" for k, fits in plain.items() if config.get(k, fits[0]) not in (*fits, None)]:
         raise UserError(f"{folder / CONFIG}: {'; '.join(bad)} is not known here; merge the adapter with PEFT first")
     adapter: Params = {}
-    for name, value in load_file(folder / WEIGHTS).items():
+    with mistakes():
+        stored = read_header(folder / WEIGHTS)
+    for name, tensor in stored.items():
         path = tuple(name.removeprefix(PREFIX).split("."))
         if path[-2:] not in (("lora_A", "weight"), ("lora_B", "weight")):
             raise UserError(f"{folder / WEIGHTS}: {name} is no lora_A or lora_B; merge the adapter with PEFT first")
-        set_at(adapter, path, jax.device_put(value.astype(dtype)))
+        set_at(adapter, path, jax.device_put(read(tensor).astype(dtype)))
     targets = tuple(f"^{'/'.join(path)}$" for path, _, _ in pairs(adapter))
     return Lora(int(config["r"]), float(config["lora_alpha"]), targets, float(config.get("lora_dropout", 0.0))), adapter

@@ -7,8 +7,10 @@ import functools
 import pathlib
 import re
 
-from jaxmerge.files.checkpoints import safetensors
-from jaxmerge.files.checkpoints.source import Source, Tensor, companions_of, drop_tied_head, read_json
+from jaxmerge.files.checkpoints import safetensors, shards
+from jaxmerge.files.checkpoints.heads import drop_tied_head
+from jaxmerge.files.checkpoints.quantised import dequantise
+from jaxmerge.files.checkpoints.source import Source, Tensor, companions_of, read_json
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
 
@@ -45,7 +47,7 @@ def _open_path(name: str, path: pathlib.Path) -> Source:
             "*.safetensors, or a .gguf file"
         )
     if any(path.glob("*.safetensors")) or (path / safetensors.INDEX).exists():
-        return _folder(name, path)
+        return open_folder(name, path)
     from jaxmerge.files.checkpoints import orbax
 
     if checkpoint := orbax.find(path):
@@ -80,17 +82,23 @@ def _gguf(name: str, path: pathlib.Path) -> Source:
     return gguf.open_file(name, path)
 
 
-def _folder(name: str, folder: pathlib.Path) -> Source:
-    """Open a Hugging Face folder."""
+def open_folder(name: str, folder: pathlib.Path) -> Source:
+    """Open a Hugging Face folder; quantised weights are floats when they are read.
+
+    Raises:
+      ValueError: as `open_source`.
+    """
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
         raise ValueError(f"model {name!r} is an adapter, without the model it adapts; write it as 'model+adapter'")
-    tensors: dict[str, Tensor] = {**safetensors.open_folder(folder)}
-    config = read_json(folder / "config.json")
-    files = tuple(sorted({pathlib.Path(tensor.where) for tensor in tensors.values()}))
-    notes = drop_tied_head(name, tensors, config)
-    if not config:
+    stored, notes = shards.open_folder(folder)
+    files = tuple(sorted({tensor.file for tensor in stored.values()}))
+    plain = dequantise(name, stored, read_json(folder / "config.json"))
+    tensors: dict[str, Tensor] = plain.tensors
+    notes = (*notes, *plain.notes, *drop_tied_head(name, tensors, plain.config))
+    if not plain.config:
         notes += (f"{name} has no config.json",)
-    return Source(name, folder, tensors, config, files, notes, functools.partial(companions_of, folder))
+    companions = functools.partial(companions_of, folder)
+    return Source(name, folder, tensors, plain.config, files, notes, companions, plain.natural)
 
 
 def _open_adapted(name: str) -> Source:

@@ -19,8 +19,9 @@ import jax
 import numpy as np
 
 from jaxmerge.files import disk
-from jaxmerge.files.checkpoints import safetensors
-from jaxmerge.files.checkpoints.source import COMPANIONS, Source, Tensor, companions_of, drop_tied_head, read_json
+from jaxmerge.files.checkpoints import safetensors, shards
+from jaxmerge.files.checkpoints.heads import drop_tied_head
+from jaxmerge.files.checkpoints.source import COMPANIONS, Source, Tensor, companions_of, read_json
 
 METADATA = "_METADATA"
 CHUNK_BYTES = 1 << 25  # of one compressed piece of an array: what reading and writing it holds beside the array
@@ -163,7 +164,7 @@ def write(folder: pathlib.Path, out: pathlib.Path) -> None:
 
     Arrays go from the mapped file to the checkpoint a few at a time: memory is about twice the largest.
     """
-    stored = safetensors.open_folder(folder)
+    stored, _ = shards.open_folder(folder)
     tree = _nested({name: _mapped(tensor) for name, tensor in stored.items()})
     with disk.new_folder(out, sum(tensor.size for tensor in stored.values())) as partial:
         _save(tree, partial / "weights")

@@ -1,8 +1,9 @@
-r"""Safetensors folders, tensor by tensor: read lazily from one file or many, write shards at known offsets.
+r"""The safetensors format: headers read and checked, tensors read lazily, shards written at known offsets.
 
 The format: 8 bytes little-endian header length, a JSON header name → dtype, shape, offsets, then the bytes.
 Parsed here rather than by the package of that name, because a merge reads single tensors into plain buffers
-and writes each straight to its place, bfloat16 and float8 included.
+and writes each straight to its place, bfloat16 and float8 included. A header is held to all that the format demands:
+unique names, whole non-negative shapes, offsets that tile the data, and nothing behind them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
+
+from jaxmerge.files.checkpoints.handles import OpenFile
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -25,6 +29,7 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -43,7 +48,7 @@ MAX_HEADER = 100_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: `size` bytes from `offset` in `file`."""
+    """Where a tensor lies: `size` bytes from `offset` in `file`, which stays open as `opened`."""
 
     name: str
     dtype: np.dtype
@@ -51,6 +56,7 @@ class Stored:
     file: pathlib.Path
     offset: int
     size: int
+    opened: OpenFile = dataclasses.field(repr=False, compare=False)
 
     @property
     def where(self) -> str:
@@ -64,73 +70,82 @@ class Stored:
         """Fill `buffer` (uint8) with the bytes from byte `start` of the tensor on."""
         view = memoryview(buffer)
         at = self.offset + start
-        handle = os.open(self.file, os.O_RDONLY)
-        try:
-            while view:
-                count = os.preadv(handle, [view], at)
-                if not count:
-                    raise ValueError(
-                        f"{self.file} ends inside tensor {self.name!r}; the file is truncated, copy it again"
-                    )
-                view, at = view[count:], at + count
-        finally:
-            os.close(handle)
+        while view:
+            count = os.preadv(self.opened.handle, [view], at)
+            if not count:
+                raise ValueError(f"{self.file} ends inside tensor {self.name!r}; the file is truncated, copy it again")
+            view, at = view[count:], at + count
 
 
 def read_header(path: pathlib.Path) -> dict[str, Stored]:
-    """Return the tensors of one safetensors file by name; check that the file holds all their bytes."""
-    length = path.stat().st_size
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if length < 8 or size > min(length - 8, MAX_HEADER):
-            raise ValueError(f"{path} is no whole safetensors file ({length} bytes); copy it again")
-        try:
-            header = json.loads(file.read(size))
-        except ValueError as error:
-            raise ValueError(f"{path} has an unreadable safetensors header ({error}); copy it again") from None
+    """Return the tensors of one safetensors file by name, in the order of their bytes.
+
+    Raises:
+      ValueError: the header, or the length of the file, is not what the format demands.
+    """
+    opened = OpenFile(path)
+    length = opened.size
+    size = int.from_bytes(os.pread(opened.handle, 8, 0), "little")
+    if length < 8 or size > min(length - 8, MAX_HEADER):
+        raise ValueError(f"{path} is no whole safetensors file ({length} bytes); copy it again")
+    text = os.pread(opened.handle, size, 8)
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has an unreadable safetensors header ({error}); copy it again") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: the safetensors header is a {type(header).__name__}, wanted a JSON object")
     header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: tensor {name!r} has dtype {entry['dtype']}; known are {', '.join(DTYPES)}")
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-        start, end = entry["data_offsets"]
-        if end - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{path}: tensor {name!r} of {dtype}{list(shape)} is given {end - start} bytes")
-        if 8 + size + end > length:
+    tensors = [_stored(name, entry, opened, 8 + size) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.size))
+    at = 8 + size
+    for tensor in tensors:
+        if tensor.offset != at:
             raise ValueError(
-                f"{path} is truncated: tensor {name!r} ends at byte {8 + size + end}, the file at {length}; "
-                "copy it again"
+                f"{path}: tensor {tensor.name!r} begins at byte {tensor.offset}, wanted {at}, where the one before it "
+                "ends; the file is damaged, copy it again"
             )
-        tensors[name] = Stored(name, dtype, shape, path, 8 + size + start, end - start)
-    return tensors
+        at += tensor.size
+    if at > length:
+        last = next(tensor for tensor in tensors if tensor.offset + tensor.size > length)
+        raise ValueError(
+            f"{path} is truncated: tensor {last.name!r} ends at byte {last.offset + last.size}, the file at {length}; "
+            "copy it again"
+        )
+    if at < length:
+        raise ValueError(f"{path} has {length - at} bytes behind its last tensor; the file is damaged, copy it again")
+    return {tensor.name: tensor for tensor in tensors}
 
 
-def open_folder(folder: pathlib.Path) -> dict[str, Stored]:
-    """Return every tensor of a Hugging Face folder by name: one file, or shards with an index."""
-    if not folder.is_dir():
-        raise ValueError(f"model {str(folder)!r} is no folder here; give the path of a Hugging Face folder")
-    index = folder / INDEX
-    if index.exists():
-        try:
-            placed: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{index} is no readable index ({error!r})") from None
-        tensors: dict[str, Stored] = {}
-        for shard in sorted(set(placed.values())):
-            if not (folder / shard).exists():
-                raise ValueError(f"{folder / shard} is missing, though {INDEX} names it; copy the whole folder")
-            tensors |= read_header(folder / shard)
-        lost = sorted(set(placed) - set(tensors))
-        if lost:
-            raise ValueError(f"{folder}: the index names {len(lost)} tensors no shard holds, first {lost[0]!r}")
-        return tensors
-    if (folder / SINGLE).exists():
-        return read_header(folder / SINGLE)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"model {str(folder)!r} holds no *.safetensors; convert it to safetensors first")
-    raise ValueError(f"{folder} holds {[f.name for f in files][:3]} but neither {SINGLE} nor {INDEX}")
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} stands there twice")
+    return found
+
+
+def _stored(name: str, entry: Any, opened: OpenFile, begin: int) -> Stored:
+    """Check a tensor's entry; the data begin at byte `begin` of the file."""
+    path = opened.path
+    if not isinstance(entry, dict) or {"dtype", "shape", "data_offsets"} - set(entry):
+        raise ValueError(f"{path}: tensor {name!r} is described by {entry!r:.100}, wanted dtype, shape, data_offsets")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        raise ValueError(f"{path}: tensor {name!r} has dtype {code!r:.40}; known are {', '.join(DTYPES)}")
+    if not _are_counts(shape):
+        raise ValueError(f"{path}: tensor {name!r} has shape {shape!r:.100}, wanted whole numbers from 0")
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{path}: tensor {name!r} has data_offsets {offsets!r:.100}, wanted [begin, end]")
+    dtype, (start, end) = DTYPES[code], offsets
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{path}: tensor {name!r} of {dtype}{shape} is given {end - start} bytes")
+    return Stored(name, dtype, tuple(shape), path, begin + start, end - start, opened)
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
 
 
 def check_dtype(dtype: np.dtype, name: str, where: str) -> None:
@@ -231,3 +246,30 @@ def _write_at(handle: int, data: Any, offset: int) -> None:
     while view:
         done = os.pwrite(handle, view, offset)
         view, offset = view[done:], offset + done
+
+
+def write_file(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays as one safetensors file, each in C order whatever its layout in memory.
+
+    Every file of weights that this project writes from arrays goes through here. A transposed, strided or
+    Fortran-ordered array, and a JAX array with a layout of its own, is made contiguous first: safetensors 0.8.0 stores
+    such NumPy arrays scrambled without an error.
+
+    Args:
+      path: of the file to make; it must not exist.
+      arrays: name → NumPy or JAX array, written in this order.
+    """
+    for name, array in arrays.items():
+        check_dtype(np.dtype(array.dtype), name, "the arrays to write")
+    places = plan({name: (np.dtype(array.dtype), tuple(array.shape)) for name, array in arrays.items()}, 1 << 62)
+    (header,), (size,) = places.headers.values(), places.sizes.values()
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        os.ftruncate(handle, size)
+        _write_at(handle, header, 0)
+        for name, array in arrays.items():
+            flat = np.ascontiguousarray(jax.device_get(array)).reshape(-1).view(np.uint8)
+            _write_at(handle, flat.data, places.places[name][1])
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # What makes a tokenizer; what else stands beside weights and goes with them.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -94,7 +93,8 @@ class Source:
     name: as the recipe writes it. folder: where config.json and the tokenizer lie. tensors: by Hugging Face name, a
     tied head left out. config: config.json, {} without one. files: all that its tensors come from; a change of one
     of them between two runs is noticed. companions: reads what belongs to the model beside weights and config.json,
-    as file name → content: the tokenizer's files, generation_config.json.
+    as file name → content: the tokenizer's files, generation_config.json. natural: of tensors that are stored in
+    another form than they are read in (quantised), the dtype that a result has of them unless the recipe names one.
     """
 
     name: str
@@ -104,6 +104,7 @@ class Source:
     files: tuple[pathlib.Path, ...]
     notes: tuple[str, ...] = ()
     companions: Callable[[], Mapping[str, bytes]] = nothing
+    natural: Mapping[str, np.dtype] = dataclasses.field(default_factory=dict)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -119,46 +120,3 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 def companions_of(folder: pathlib.Path) -> dict[str, bytes]:
     """Read the companions that lie in a folder."""
     return {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
-
-
-def is_tied(source: Source) -> bool:
-    """Whether a model's head is its embedding: it has none, and its config, if it has one, does not deny it."""
-    text = source.config.get("text_config") or {}
-    said = source.config.get("tie_word_embeddings", text.get("tie_word_embeddings", bool(source.config)))
-    return bool(said) and HEAD not in source.tensors and EMBEDDING in source.tensors
-
-
-def drop_tied_head(name: str, tensors: dict[str, Tensor], config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Take a head that the config ties to the embedding out of `tensors`: it is the same and written only once.
-
-    Returns:
-      A note where it had been stored twice.
-
-    Raises:
-      ValueError: head and embedding differ, so one of them would be lost.
-    """
-    tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False))
-    if not tied or HEAD not in tensors or EMBEDDING not in tensors:
-        return ()
-    if not _equal(tensors[HEAD], tensors[EMBEDDING]):
-        raise ValueError(
-            f"{name}: config.json says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}; set it to false to "
-            "merge both, or remove the head"
-        )
-    del tensors[HEAD]
-    return (f"{name}: {HEAD} is tied to the embedding and stored twice; written once",)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bits, a chunk at a time."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    step = BLOCK_BYTES if a.chunked and b.chunked else max(a.size, 1)
-    left, right = np.empty((2, min(step, a.size)), np.uint8)
-    for start in range(0, a.size, step):
-        count = min(step, a.size - start)
-        a.read_into(left[:count], start)
-        b.read_into(right[:count], start)
-        if not np.array_equal(left[:count], right[:count]):
-            return False
-    return True

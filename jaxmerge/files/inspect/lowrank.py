@@ -31,7 +31,9 @@ from jaxmerge import where
 from jaxmerge.files import disk
 from jaxmerge.files.checkpoints import safetensors
 from jaxmerge.files.checkpoints.adapter import CONFIG, WEIGHTS
-from jaxmerge.files.checkpoints.source import EMBEDDING, HEAD, Source, Tensor, is_tied, read
+from jaxmerge.files.checkpoints.classes import is_embedding, is_transposed
+from jaxmerge.files.checkpoints.heads import tied_pair
+from jaxmerge.files.checkpoints.source import Source, Tensor, read
 from jaxmerge.files.inspect.compare import compare
 from jaxmerge.where import Where
 
@@ -42,9 +44,7 @@ COPIED = 1 << 24  # bytes of a whole tensor at a time
 SPARE = 16  # columns of the projection beyond the rank
 ITERATIONS = 8  # at most
 SETTLED = 1e-4  # share of ‖Δ‖² that the last iteration may have added
-EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "tok_embeddings")
 ROUTERS = ("gate", "router")  # plain parameters in most models, no linear layers
-TRANSPOSED = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")  # model types with weights [in, out]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,22 +181,14 @@ def _split(base: Source, changed: Sequence[str], targets: Where | None, save: Wh
     return Split(factored, whole, tuple(n for n in rest if n not in whole))
 
 
-def _is_embedding(name: str) -> bool:
-    return name.split(".")[-2] in EMBEDDINGS
-
-
-def _fan_in_fan_out(base: Source) -> bool:
-    return base.config.get("model_type") in TRANSPOSED
-
-
 def _flipped(base: Source, name: str) -> bool:
     """Whether the stored weight is (B·A)ᵀ."""
-    return _is_embedding(name) or (_fan_in_fan_out(base) and name != HEAD)
+    return is_embedding(name) or is_transposed(base.config, name)
 
 
 def _keys(name: str) -> tuple[str, str]:
     module = f"base_model.model.{name.removesuffix('.weight')}"
-    if _is_embedding(name):
+    if is_embedding(name):
         return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
@@ -223,8 +215,8 @@ def _layout(base: Source, tuned: Source, split: Split, rank: int, dtype: np.dtyp
         # PEFT keeps the bias of a module that it adapts inside the layer it wraps.
         key = f"{module}.base_layer.bias" if module in modules else name
         layout[f"base_model.model.{key}"] = _Part(tensor.dtype, tensor.shape, tensor)
-        if name == EMBEDDING and is_tied(tuned):
-            layout[f"base_model.model.{HEAD}"] = _Part(tensor.dtype, tensor.shape, tensor)
+        if (pair := tied_pair(tuned)) is not None and name == pair[0]:
+            layout[f"base_model.model.{pair[1]}"] = _Part(tensor.dtype, tensor.shape, tensor)
     return layout
 
 
@@ -232,9 +224,10 @@ def _config(base: Source, split: Split, rank: int, alpha: float) -> dict[str, An
     every = {name.rpartition(".")[0] for name in base.tensors}
     factored = {name.removesuffix(".weight") for name in split.factored}
     whole = {name.rpartition(".")[0] for name in split.whole} - factored
-    tied = EMBEDDING in split.whole and is_tied(base)
-    if tied:
-        whole.add(HEAD.removesuffix(".weight"))
+    pair = tied_pair(base)
+    tied = pair is not None and pair[0] in split.whole
+    if pair is not None and tied:
+        whole.add(pair[1].removesuffix(".weight"))
     biases = any(name.rpartition(".")[0] in factored for name in split.whole)
     return {
         "peft_type": "LORA",
@@ -245,7 +238,7 @@ def _config(base: Source, split: Split, rank: int, alpha: float) -> dict[str, An
         "target_modules": _shortened(factored, every),
         "modules_to_save": _shortened(whole, every) or None,
         "bias": "lora_only" if biases else "none",
-        "fan_in_fan_out": _fan_in_fan_out(base),
+        "fan_in_fan_out": any(is_transposed(base.config, name) for name in split.factored),
         "lora_dropout": 0.0,
         "use_rslora": False,
         "inference_mode": True,

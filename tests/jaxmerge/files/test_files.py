@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 import jaxmerge
 from jaxmerge.files import journal, merge
-from jaxmerge.files.checkpoints import safetensors
+from jaxmerge.files.checkpoints import safetensors, shards
 from jaxmerge.files.checkpoints.source import read
 from jaxmerge.files.methods import METHODS
 
@@ -64,7 +64,7 @@ def write(text, name="recipe.yaml"):
 
 
 def load(path):
-    return {name: read(stored) for name, stored in safetensors.open_folder(pathlib.Path(path)).items()}
+    return {name: read(stored) for name, stored in shards.open_folder(pathlib.Path(path))[0].items()}
 
 
 def in_memory(path, dtype=None):

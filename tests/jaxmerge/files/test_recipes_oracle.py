@@ -17,7 +17,7 @@ from helpers.llamas import equal, folder, load, make, merged, tensors
 
 from jaxmerge.files import layers, merge
 from jaxmerge.files.chat import TEMPLATES
-from jaxmerge.files.checkpoints import safetensors, source
+from jaxmerge.files.checkpoints import shards, source
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 
@@ -44,7 +44,7 @@ def oracle():
         parsed = config.MergeConfiguration.model_validate(yaml.safe_load(text))
         wanted = {"copy_tokenizer": False, "quiet": True, "write_model_card": False, **more}
         merge.run_merge(parsed, out, options=options.MergeOptions(**wanted))
-        return {name: source.read(tensor) for name, tensor in safetensors.open_folder(pathlib.Path(out)).items()}
+        return {name: source.read(tensor) for name, tensor in shards.open_folder(pathlib.Path(out))[0].items()}
 
     return run
 

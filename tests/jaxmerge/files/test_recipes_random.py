@@ -12,7 +12,7 @@ import pytest
 import yaml
 from helpers.llamas import equal, folder, merged, tensors
 
-from jaxmerge.files.checkpoints import safetensors, source
+from jaxmerge.files.checkpoints import shards, source
 from jaxmerge.files.methods import METHODS
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
@@ -112,5 +112,5 @@ def test_a_recipe_drawn_at_random(here, monkeypatch, seed):
     shutil.rmtree("out", ignore_errors=True)
     wanted = options.MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False)
     merge.run_merge(config.MergeConfiguration.model_validate(yaml.safe_load(text)), "out", options=wanted)
-    its = {name: source.read(tensor) for name, tensor in safetensors.open_folder(pathlib.Path("out")).items()}
+    its = {name: source.read(tensor) for name, tensor in shards.open_folder(pathlib.Path("out"))[0].items()}
     equal(merged(text, compat="mergekit"), its, rtol=2e-5)

@@ -27,7 +27,7 @@ from helpers.tiny_adapters import (
     weights,
 )
 
-from jaxmerge.files.checkpoints import adapter
+from jaxmerge.files.checkpoints import adapted, adapter
 from jaxmerge.files.checkpoints import source as source_module
 from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import read
@@ -81,18 +81,18 @@ def test_any_run_of_elements_is_what_the_whole_has(tmp_path, base, dtype):
 def test_any_rows_of_a_product_are_what_the_whole_has(rows, rank, columns, dtype):
     """As `left[first:last] @ right` would not be on every processor; `.ci/run numeric` holds it to others than this."""
     r = np.random.default_rng(0)
-    left = r.standard_normal((-(-rows // adapter.TILE_ROWS) * adapter.TILE_ROWS, rank)).astype(dtype)
+    left = r.standard_normal((-(-rows // adapted.TILE_ROWS) * adapted.TILE_ROWS, rank)).astype(dtype)
     right = r.standard_normal((rank, columns)).astype(dtype)
-    whole = adapter.multiply_rows(left, right, 0, rows)
+    whole = adapted.multiply_rows(left, right, 0, rows)
     assert whole.dtype == dtype
     alike(whole, (left.astype(np.longdouble) @ right)[:rows], 4.0 + math.sqrt(rank))
     for first, last in [*((i, i + 1) for i in range(rows)), (0, min(3, rows)), (rows // 2, rows), (1, rows - 1)]:
-        assert np.array_equal(adapter.multiply_rows(left, right, first, last), whole[first:last])
+        assert np.array_equal(adapted.multiply_rows(left, right, first, last), whole[first:last])
 
 
 def test_the_number_of_threads_changes_no_bit_of_a_product():
     program = (
-        "import numpy as np, zlib; from jaxmerge.files.checkpoints.adapter import multiply_rows\n"
+        "import numpy as np, zlib; from jaxmerge.files.checkpoints.adapted import multiply_rows\n"
         "r = np.random.default_rng(0)\n"
         "for rank in (16, 256, 1000):\n"
         "  left, right = (r.standard_normal(s, np.float32) for s in ((2048, rank), (rank, 700)))\n"
@@ -168,12 +168,20 @@ def test_tied_head(tmp_path):
     same = open_source(f"{base}+{adapter_folder(tmp_path / 'same', both)}")
     assert "lm_head.weight" not in same.tensors
     assert same.config["tie_word_embeddings"] is True
-    embedding = open_source(f"{base}+{adapter_folder(tmp_path / 'one', {f'{e}.weight': normal(V, D)})}")
-    assert "lm_head.weight" not in embedding.tensors
-    assert "both change" in embedding.notes[-1]
+    new = {f"{e}.weight": normal(V, D)}
+    embedding = open_source(f"{base}+{adapter_folder(tmp_path / 'one', new)}")  # PEFT's forward pass: the head stays
+    assert np.array_equal(read(embedding.tensors["lm_head.weight"]), weights(0, tied=True)[f"{e}.weight"])
+    assert np.array_equal(read(embedding.tensors[f"{e}.weight"]), normal(V, D))
+    assert embedding.config["tie_word_embeddings"] is False
+    assert "now they are apart" in embedding.notes[-1]
+    ensured = adapter_folder(tmp_path / "ensured", new, ensure_weight_tying=True)
+    kept = open_source(f"{base}+{ensured}")
+    assert "lm_head.weight" not in kept.tensors
+    assert kept.config["tie_word_embeddings"] is True
+    assert "both change" in kept.notes[-1]
     apart = open_source(f"{base}+{adapter_folder(tmp_path / 'apart', factors('lm_head', (V, D)))}")
     assert apart.config["tie_word_embeddings"] is False
-    assert "apart from the embedding" in apart.notes[-1]
+    assert "adapts the head" in apart.notes[-1]
     own = weights(0, tied=True)[f"{e}.weight"]
     assert np.array_equal(read(apart.tensors[f"{e}.weight"]), own)
     alike(read(apart.tensors["lm_head.weight"]), own + 2.0 * normal(V, R) @ normal(R, D))

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from jaxmerge.files.checkpoints import gguf, orbax, source
 from jaxmerge.files.checkpoints.open import open_source
-from jaxmerge.files.checkpoints.source import EMBEDDING, HEAD, read
+from jaxmerge.files.checkpoints.source import read
 from train.models.decoder import init
 from train.models.hf import named, save_hf
 from train.models.open import load_model, open_model
@@ -31,6 +31,7 @@ from train.models.tokenizer import Tokenizer
 from train.runtime import checkpoint
 
 SMALL = {**BASE, "vocab_size": 400, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def model(seed=0, **changes):
