@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmerge.files import vocabulary
+from jaxmerge.files import numbered, vocabulary
 from jaxmerge.files.chat import TEMPLATES
 from jaxmerge.files.checkpoints.source import Source
 from jaxmerge.files.recipe import Recipe
@@ -57,7 +57,7 @@ def config(
 
 
 def _stacked(config: dict[str, Any], container: str, stack: Stack, notes: list[str]) -> dict[str, Any]:
-    """Set the count of layers where the config has it, and lists with an entry a layer."""
+    """Set the count of layers where the config has it, and all that it says of layers by number."""
     places = _places(config, stack, container)
     if len(places) != 1:
         found = ", ".join(".".join(place) for place in places) or "no such key"
@@ -69,17 +69,17 @@ def _stacked(config: dict[str, Any], container: str, stack: Stack, notes: list[s
     (place,) = places
     *outer, key = place
     part = _at(config, outer)
-    changed = {**part, key: len(stack.layers)}
-    for name, value in part.items():
-        if isinstance(value, list) and len(value) == stack.had and stack.had > 0:
-            changed[name] = [_entry(stack, outer, name, model, layer, value) for model, layer in stack.layers]
+    parts = {model: _at(source.config, outer) for model, source in stack.sources.items()}
+    counts = {model: _count(own, key, stack.had) for model, own in parts.items()}
+    order = numbered.Order(stack.layers, parts, counts, _count(part, key, stack.had))
+    changed = numbered.rewrite(part, order, key, notes)
     return changed if not outer else {**config, outer[0]: changed}
 
 
-def _entry(stack: Stack, outer: list[str], name: str, model: str, layer: int, value: list[Any]) -> Any:
-    """What a list of the config has for a layer of a model: that model's own entry, if it has such a list."""
-    own = _at(stack.sources[model].config, outer).get(name, value)
-    return own[layer] if isinstance(own, list) and layer < len(own) else value[min(layer, len(value) - 1)]
+def _count(part: Mapping[str, Any], key: str, had: int) -> int:
+    """How many layers a config counts: fewer than there are where some predict tokens further ahead."""
+    said = part.get(key)
+    return said if type(said) is int and 0 < said <= had else had
 
 
 def _at(config: Mapping[str, Any], outer: list[str]) -> Mapping[str, Any]:

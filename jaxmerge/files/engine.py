@@ -151,7 +151,7 @@ class Engine:
         if not is_float(job.out_dtype):
             return arrays[-1 if job.base is not None else 0].copy(), []
         copied = arrays[0].astype(job.out_dtype) if is_copy(job) else None
-        with _precision(job), jax.default_device(self.device):
+        with precision(job), jax.default_device(self.device):
             if not self.in_place:
                 arrays = jax.device_put(arrays, self.device)
             merged = merge_arrays(job, arrays, self.seed) if copied is None else copied
@@ -266,8 +266,8 @@ def _bad(array: np.ndarray) -> int:
     return int(np.sum(~np.isfinite(array.astype(np.float64))))
 
 
-def _precision(job: Job) -> contextlib.AbstractContextManager[Any]:
-    # 64-bit floats would be halved on their way into jax.
+def precision(job: Job) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which jax keeps the precision of a job's operands: 64-bit floats would be halved."""
     given = [job.dtype, job.out_dtype, *(operand.tensor.dtype for operand in job.operands)]
     # NumPy takes None for float64.
     wide = any(dtype is not None and np.dtype(dtype) == np.float64 for dtype in given)

@@ -204,6 +204,7 @@ class _Work:
             check_unchanged(self.before)
             plan.companions(journal.result)
             record |= {"command": self.digest, "report": report}
+            record |= {"compat": settings.compat, "allow": list(settings.allow)}
             card.write(journal.result, record, [journal.done[job.name] for job in plan.jobs])
         return report | {"notes": [*self.notes, *journal.notes]}
 

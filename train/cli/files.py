@@ -11,7 +11,7 @@ from typing import Any
 
 from ..log import UserError, format_percent, say
 from ..runtime.start import start_jax
-from .settings import ExtractOptions, InspectOptions, MergeOptions
+from .settings import ExtractOptions, InspectOptions, MergeOptions, VerifyOptions
 from .words import Words, options
 
 
@@ -41,13 +41,17 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def inspect(words: Words, assignments: Words, dry: bool) -> int:
-    """Show what changed between checkpoints, per layer.
+    """Show what is in a checkpoint, or what changed between checkpoints, per layer.
+
+    Of BASE alone: parameters, dtypes and bytes, from the headers of its files.
 
     For each of MODELS: the size of its change from BASE, cosines, and the share of elements changed.
     MODELS is one, or several with commas between; then it is also shown how well their changes agree.
     """
     del dry
     settings = options(assignments, InspectOptions)
+    if len(words) == 1:
+        return _show_contents(words[0], settings)
     from jaxmerge.files.checkpoints.open import open_source
     from jaxmerge.files.inspect.compare import compare
     from jaxmerge.files.inspect.picture import svg
@@ -64,6 +68,60 @@ def inspect(words: Words, assignments: Words, dry: bool) -> int:
             write_durably(Path(path), text())
             say(path)
     return 0
+
+
+def _show_contents(name: str, settings: InspectOptions) -> int:
+    if settings.picture:
+        raise UserError("picture= shows what changed between two checkpoints; give BASE and MODELS")
+    from jaxmerge.files.checkpoints.open import open_source
+    from jaxmerge.files.inspect.contents import contents, describe
+
+    from ..runtime.disk import write_durably
+
+    with own_errors():
+        found = describe(open_source(name))
+    say(contents(found))
+    if settings.json:
+        write_durably(Path(settings.json), json.dumps(found, indent=1))
+        say(settings.json)
+    return 0
+
+
+def verify(words: Words, assignments: Words, dry: bool) -> int:
+    """Say, tensor by tensor, whether a folder is what its recipe makes of its inputs.
+
+    Of large tensors a sample of elements is replayed where the method works element by element.
+    Exits with 0 where all is right, 1 where something is not, 2 where it cannot be told, 3 where OUT cannot be read.
+    """
+    del dry
+    settings = options(assignments, VerifyOptions)
+    start_jax()
+    from jaxmerge.files import verify as verifying
+
+    from ..log import progress
+    from ..runtime.disk import write_durably
+
+    try:
+        with contextlib.ExitStack() as stack:
+            bars: list[Any] = []
+
+            def advance(done: int, total: int, tensor: str) -> None:
+                if not bars:
+                    bars.append(stack.enter_context(progress("verify", total=total, unit="tensors")))
+                bars[0].advance(done - bars[0].done, note=tensor)
+
+            report = verifying.verify(words[0], of=settings.of, everything=settings.all, progress=advance)
+    except verifying.Unsure as error:
+        say(f"jaxmerge verify: cannot tell: {error}")
+        return verifying.UNSURE
+    except ValueError as error:
+        say(f"jaxmerge verify: {error}")
+        return verifying.UNREADABLE
+    say(verifying.table(report))
+    if settings.json:
+        write_durably(Path(settings.json), verifying.as_json(report))
+        say(settings.json)
+    return report["code"]
 
 
 def extract_lora(words: Words, assignments: Words, dry: bool) -> int:

@@ -26,7 +26,7 @@ from ..runtime.settings import Distributed, Mesh
 from ..search.settings import SearchRun
 from ..studies.settings import AnalyseOptions, Sweep
 from ..tasks.settings import FamilySpec
-from .settings import ExportOptions, ExtractOptions, InspectOptions, MergeOptions, ResultsOptions
+from .settings import ExportOptions, ExtractOptions, InspectOptions, MergeOptions, ResultsOptions, VerifyOptions
 
 HEAD = """# Keys of a config
 
@@ -44,7 +44,8 @@ ABOUT = {
     "harness": (HarnessOptions, "`jaxmerge harness MODEL TASKS`."),
     "analyse": (AnalyseOptions, "`jaxmerge analyse RUN`."),
     "merge": (MergeOptions, "`jaxmerge merge RECIPE OUT`; see [merge.md](merge.md)."),
-    "inspect": (InspectOptions, "`jaxmerge inspect BASE MODELS`."),
+    "verify": (VerifyOptions, "`jaxmerge verify OUT`."),
+    "inspect": (InspectOptions, "`jaxmerge inspect MODEL`, `jaxmerge inspect BASE MODELS`."),
     "extract-lora": (ExtractOptions, "`jaxmerge extract-lora BASE TUNED OUT`."),
     "export": (ExportOptions, "`jaxmerge export RUN OUT`."),
     "results": (ResultsOptions, "`jaxmerge results`."),

@@ -68,6 +68,18 @@ class InspectOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class VerifyOptions:
+    """Keys of `jaxmerge verify`."""
+
+    of: str | None = None
+    """The folder is compared with this recipe, or with `BASE+ADAPTER`; null takes the recipe in the folder."""
+    all: bool = False
+    """Every element of every tensor is replayed, not a sample."""
+    json: str | None = None
+    """The verdicts are written to this JSON file; null writes none."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ExtractOptions:
     """Keys of `jaxmerge extract-lora`."""
 

@@ -18,7 +18,7 @@ from ..resolve import build, load, override, read_yaml
 from ..runtime.start import start_jax
 from ..search.settings import SearchRun
 from ..studies.settings import AnalyseOptions
-from .files import extract_lora, inspect, merge
+from .files import extract_lora, inspect, merge, verify
 from .settings import (
     Experiment,
     ExportOptions,
@@ -28,6 +28,7 @@ from .settings import (
     Place,
     Result,
     ResultsOptions,
+    VerifyOptions,
 )
 from .words import Verb, Words, options, split
 
@@ -277,7 +278,8 @@ CONFIG = ("CONFIG",)
 TABLE = (
     Verb("improve", (CONFIG,), improve, (Place, Improve, Experiment), flags=("--dry-run",)),
     Verb("merge", (("RECIPE", "OUT"),), merge, (MergeOptions,), flags=("--dry-run",), extra="files"),
-    Verb("inspect", (("BASE", "MODELS"),), inspect, (InspectOptions,), extra="files"),
+    Verb("verify", (("OUT",),), verify, (VerifyOptions,), extra="files"),
+    Verb("inspect", (("MODEL",), ("BASE", "MODELS")), inspect, (InspectOptions,), extra="files"),
     Verb("extract-lora", (("BASE", "TUNED", "OUT"),), extract_lora, (ExtractOptions,), extra="files"),
     Verb("sft", (CONFIG, ("MODEL", "DATA", "OUT")), sft, (Place, Finetune)),
     Verb("sample", (("MODEL", "PROMPTS", "OUT"),), sample, (SampleOptions,)),

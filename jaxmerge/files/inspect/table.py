@@ -14,14 +14,14 @@ def table(result: Mapping[str, Any]) -> str:
     """Write a result of `compare` for a terminal: layers, all together, then what is not in these rows."""
     rows = {**result["layers"], "all": result["overall"]}
     models = result["models"]
-    lines = [f"base {_short(result['base'], WIDTH - 5)}"]
-    lines += [f"{_letter(i):4} {_short(name, WIDTH - 5)}" for i, name in enumerate(models)]
+    lines = [f"base {short(result['base'], WIDTH - 5)}"]
+    lines += [f"{_letter(i):4} {short(name, WIDTH - 5)}" for i, name in enumerate(models)]
     lines.append("")
     lines += _one(rows) if len(models) == 1 else _several(rows, len(models))
     if len(models) > 1:
         lines += [
             "",
-            *_aligned(["pair", "cosine", "overlap", "conflict"], [_pair(p) for p in result["overall"]["pairs"]]),
+            *aligned(["pair", "cosine", "overlap", "conflict"], [_pair(p) for p in result["overall"]["pairs"]]),
         ]
     lines += _notes(result)
     return "\n".join(lines)
@@ -40,7 +40,7 @@ def _one(rows: Mapping[str, Any]) -> list[str]:
             name, _number(entry["norm"]), _number(m["norm"]), _share(m["relative"]), _cosine(m["cosine"]),
             _number(m["largest"]), _share(m["changed"]), _share(m["flipped"]),
         ])  # fmt: skip
-    return _aligned(head, body)
+    return aligned(head, body)
 
 
 def _several(rows: Mapping[str, Any], models: int) -> list[str]:
@@ -57,7 +57,7 @@ def _several(rows: Mapping[str, Any], models: int) -> list[str]:
             _cosine(sum(cosines) / len(cosines) if cosines else None), _share(opposed / both if both else None),
         ])  # fmt: skip
     more = [f"({models - fits} more models: in the JSON)"] if models > fits else []
-    return _aligned(head, body) + more
+    return aligned(head, body) + more
 
 
 def _pair(pair: Mapping[str, Any]) -> list[str]:
@@ -93,18 +93,23 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
 
 def _some(items: Sequence[str]) -> list[str]:
     more = [f"  … and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
-    return [f"  {_short(item, WIDTH - 2)}" for item in items[:SHOWN]] + more
+    return [f"  {short(item, WIDTH - 2)}" for item in items[:SHOWN]] + more
 
 
-def _aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    first = min(NAME, max(len(row[0]) for row in [head, *body]))
-    return [
-        (_short(row[0], first).ljust(first) + "".join(cell.rjust(COLUMN) for cell in row[1:])).rstrip()
-        for row in [head, *body]
-    ]
+def aligned(head: Sequence[str], body: Sequence[Sequence[str]], last: int = 0) -> list[str]:
+    """Write rows in columns, names to the left, numbers to the right; `last`: width of a last column of words."""
+    rows = [head, *body]
+    first = min(NAME, max(len(row[0]) for row in rows))
+    widths = [max(COLUMN, 1 + max(len(row[i]) for row in rows)) for i in range(1, len(head) - (last > 0))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths, strict=False)]
+        words = [f"  {short(row[-1], last)}"] if last else []
+        lines.append("".join([short(row[0], first).ljust(first), *cells, *words]).rstrip())
+    return lines
 
 
-def _short(text: str, width: int) -> str:
+def short(text: str, width: int) -> str:
     """Cut text to a width; the end of a path says more than its beginning. One line, whatever is in it."""
     text = "".join(c if c.isprintable() else "�" for c in text)
     return text if len(text) <= width else "…" + text[len(text) - width + 1 :]

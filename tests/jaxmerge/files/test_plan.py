@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from helpers.llamas import folder, load, make, merged, run, tensors
 from safetensors.numpy import load_file
 
+import jaxmerge
 from jaxmerge.files import merge
 from jaxmerge.files.methods import METHODS
 
@@ -333,3 +335,15 @@ parameters: {weight: 1}
     modules = "{model: {models: [{model: one}, {model: odd}]}, lm_head: {models: [{model: one}]}}"
     with pytest.raises(ValueError, match=r"1 tensors \(vision.blocks.0.w\) of 'odd' are of no module of the recipe"):
         make(f"merge_method: linear\nmodules: {modules}\nparameters: {{weight: 1}}\n")
+
+
+@pytest.mark.parametrize("method", ["della", "della_linear"])
+def test_keep_probabilities_of_della_must_be_probabilities(here, method):
+    text = f"merge_method: {method}\nbase_model: base\nmodels: [{{model: one}}]\nparameters: "
+    for density, epsilon in ((0.9, 0.15), (0.1, 0.1), (0.5, 0.5)):
+        with pytest.raises(ValueError, match=rf"of model 'one': density {density} with epsilon .*, wanted in \(0, 1\)"):
+            make(f"{text}{{weight: 1, density: {density}, epsilon: {epsilon}}}\n")
+        with pytest.raises(ValueError, match="wanted in"):
+            jaxmerge.della([{}], base={}, key=jax.random.key(0), density=[density], epsilon=epsilon)
+    for density in (0, 1):
+        make(f"{text}{{weight: 1, density: {density}}}\n")

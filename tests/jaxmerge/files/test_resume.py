@@ -157,7 +157,7 @@ def added(path):
             "tensor '.*' of one/model.safetensors has changed since this merge was begun; put it back to go on, or",
         ),
         (
-            lambda path: path.write_bytes(path.read_bytes() + b" "),
+            lambda path: save_file(load_file(path), path, metadata={"longer": "than before"}),
             r"one/model.safetensors has changed since .* \(\d+ bytes then, \d+ bytes now\); put it back to go on, or",
         ),
     ],

@@ -59,12 +59,8 @@ def pieces_of(tensor):
     """Read it in runs that fit nothing: the law of `read_into`."""
     whole = read(tensor).reshape(-1).view(np.uint8)
     item = tensor.dtype.itemsize
-    for start, count in (
-        (0, item),
-        (item, 5 * item),
-        (whole.size // 2 // item * item, whole.size // 4),
-        (0, whole.size),
-    ):
+    half = whole.size // 2 // item * item
+    for start, count in ((0, item), (item, 5 * item), (half, whole.size // 4), (0, whole.size)):
         buffer = np.empty(min(count, whole.size - start), np.uint8)
         tensor.read_into(buffer, start)
         assert np.array_equal(buffer, whole[start : start + buffer.size])
