@@ -21,6 +21,15 @@ class UserError(Exception):
     """A mistake the user can mend: the command prints the message on one line and exits with code 2."""
 
 
+@contextlib.contextmanager
+def mistakes() -> Iterator[None]:
+    """Raise the library's errors as the user's mistakes they are here."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def set_quiet(quiet: bool) -> bool:
     """Switch lines, bars and tables off (or on again); return the previous setting."""
     global _quiet

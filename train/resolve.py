@@ -120,25 +120,25 @@ def to_dict(config: Any) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
+    """Read a config: one map of keys."""
+    from jaxmerge.files import documents
 
-    try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such config{nearest(str(path), near) if near else ''}") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a config is a map of keys, found {type(values).__name__}")
-    return values
+        raise UserError(f"{path}: no such config{nearest(str(path), near) if near else ''}")
+    try:
+        found = documents.read_yaml(path)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if len(found) != 1 or not isinstance(found[0], dict):
+        what = f"{len(found)} documents" if len(found) != 1 else documents.shown(found[0])
+        raise UserError(f"{path}: a config is one map of keys, found {what}")
+    return found[0]
 
 
 def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """Apply `a.b.c=value` assignments (values in YAML); intermediate maps are made."""
-    import yaml
+    from jaxmerge.files import documents
 
     values = copy.deepcopy(values)
     for assignment in assignments:
@@ -154,9 +154,10 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
             if not isinstance(node, dict):
                 raise UserError(f"{assignment!r}: {parent} holds {node!r}, not a map of keys")
         try:
-            node[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"{assignment!r}: not YAML: {' '.join(str(error).split())}") from None
+            found = documents.parse_yaml(text, repr(assignment))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        node[last] = found[0] if found else None
     return values
 
 

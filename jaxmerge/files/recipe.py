@@ -39,6 +39,7 @@ import yaml
 
 from jaxmerge.files.chat import check_template
 from jaxmerge.files.checkpoints.safetensors import DTYPES
+from jaxmerge.files.documents import parse_yaml, read_text
 from jaxmerge.files.methods import IGNORED, METHODS, REQUIRED, Method, Scope, check, known, methods
 from jaxmerge.files.tokens import Options
 from jaxmerge.files.tokens import parse as parse_tokenizer
@@ -144,16 +145,8 @@ def read(path: pathlib.Path, *, compat: str | None = None) -> list[Recipe]:
     Returns:
       One recipe, or the stages of several documents in the order to run them; the last is the result.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text (byte {error.start} is not UTF-8); give a recipe in YAML") from None
-    try:
-        documents = [document for document in yaml.safe_load_all(text) if document is not None]
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    text = read_text(path)
+    documents = parse_yaml(text, path)
     try:
         if len(documents) == 1:
             return [parse(documents[0], text, compat=compat)]

@@ -26,7 +26,8 @@ from jaxmerge.files.checkpoints import orbax, safetensors
 from jaxmerge.files.checkpoints.adapter import CONFIG, WEIGHTS
 from jaxmerge.files.checkpoints.handles import check_unchanged, stamps
 from jaxmerge.files.checkpoints.open import open_source
-from jaxmerge.files.checkpoints.source import COMPANIONS, Source, read_json
+from jaxmerge.files.checkpoints.source import COMPANIONS, Source
+from jaxmerge.files.documents import read_json
 from jaxmerge.files.engine import Engine, Progress
 from jaxmerge.files.journal import Journal, stamp, unfinished
 from jaxmerge.files.plan import Plan

@@ -14,6 +14,7 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from jaxmerge.files.checkpoints.source import TOKENIZER_FILES
+from jaxmerge.files.documents import parse_json
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Older forms of what tokenizer.json says; once the vocabulary changes they would contradict it.
@@ -101,10 +102,7 @@ class Tokenizer:
         return Tokenizer(self.where, {**files, "tokenizer.json": _bytes(state)})
 
     def _json(self, name: str) -> dict[str, Any]:
-        try:
-            return json.loads(self.files.get(name, b"{}"))
-        except ValueError as error:
-            raise ValueError(f"{self.where}: {name} is no JSON: {error}") from None
+        return parse_json(self.files.get(name, b"{}"), f"{self.where}: {name}")
 
 
 def from_files(companions: Mapping[str, bytes], where: str) -> Tokenizer | None:

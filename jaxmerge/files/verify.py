@@ -23,12 +23,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import yaml
 
 from jaxmerge.files import engine, recipe
 from jaxmerge.files import plan as planning
 from jaxmerge.files.checkpoints.open import open_source
-from jaxmerge.files.checkpoints.source import Source, Tensor, read, read_json
+from jaxmerge.files.checkpoints.source import Source, Tensor, read
+from jaxmerge.files.documents import parse_yaml, read_json
 from jaxmerge.files.plan import Job
 from jaxmerge.rules import RULES
 
@@ -108,7 +108,9 @@ def _replayable(folder: pathlib.Path, of: str | pathlib.Path | None) -> tuple[tu
     record = read_json(folder / "merge.json")
     compat, allow, seed = record.get("compat"), record.get("allow", ()), record.get("seed")
     if of is None and record:
-        recipes = [recipe.parse(document, compat=compat) for document in _documents(record["recipe"])]
+        recipes = [
+            recipe.parse(document, compat=compat) for document in parse_yaml(record["recipe"], folder / "merge.json")
+        ]
     elif of is None:
         given = folder / "mergekit_config.yml"
         if not given.is_file():
@@ -126,10 +128,6 @@ def _replayable(folder: pathlib.Path, of: str | pathlib.Path | None) -> tuple[tu
     except ValueError as error:
         raise Unsure(str(error)) from error
     return made.jobs, recipes[0].seed if seed is None else seed, is_ours
-
-
-def _documents(text: str) -> list[Any]:
-    return [document for document in yaml.safe_load_all(text) if document is not None]
 
 
 def _is_sampled(job: Job) -> bool:

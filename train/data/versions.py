@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxmerge.files import documents
 from jaxmerge.files.disk import sync
 
 from ..log import UserError
@@ -210,25 +211,33 @@ def write_checksums(folder: pathlib.Path) -> None:
 def check_files(folder: pathlib.Path) -> None:
     """Compare every file with the checksums written beside it, so that damage is an error that names the file."""
     listing = folder / CHECKSUMS
+    again = f"Remove {folder} and let the run write it again"
     try:
-        sums = json.loads(listing.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{listing}: missing or damaged ({error}); this version was not written whole. Remove {folder} and"
-            " let the run write it again"
-        ) from error
-    for name, (size, digest) in sums.items():
-        path = folder / name
+        sums = documents.read_json(listing)
+    except ValueError as error:
+        raise UserError(f"{listing}: damaged ({error}). {again}") from error
+    if not sums:
+        raise UserError(f"{listing}: missing or empty: this version was not written whole. {again}")
+    for name, entry in sums.items():
+        if pathlib.PurePath(name).name != name or [type(part) for part in _list(entry)] != [int, str]:
+            raise UserError(
+                f"{listing}: damaged: {name!r:.60} is {documents.shown(entry)}, no size and digest. {again}"
+            )
+        path, (size, digest) = folder / name, entry
         found = path.stat().st_size if path.is_file() else None
         if found is None:
             problem = "is missing"
         elif found != size:
-            problem = f"has {found} bytes, expected {size}: it is truncated or was changed"
+            problem = f"has {found} bytes, expected {size!r:.40}: it is truncated or was changed"
         elif _checksum(path)[1] != digest:
             problem = f"has other contents than were written (SHA-256 differs from {digest[:12]}…)"
         else:
             continue
-        raise UserError(f"{path}: {problem}. Remove {folder} and let the run write it again")
+        raise UserError(f"{path}: {problem}. {again}")
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _checksum(path: pathlib.Path) -> tuple[int, str]:

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jaxmerge.files.checkpoints import gguf
 from jaxmerge.files.checkpoints.source import read
 
+from ..log import mistakes
 from .config import ModelConfig
 from .decoder import Params
-from .hf import mistakes, place
+from .hf import place
 from .hf_config import config_from_hf
 
 

@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge.files import documents
 from jaxmerge.files.checkpoints.open import open_folder
 from jaxmerge.files.checkpoints.quantised import CONFIG_KEYS
 from jaxmerge.files.checkpoints.safetensors import CODES, write_file
 from jaxmerge.files.checkpoints.source import read
 
-from ..log import UserError, is_first_process, say
+from ..log import UserError, is_first_process, mistakes, say
 from ..runtime.disk import new_folder
 from ..runtime.mesh import put
 from ..runtime.processes import broadcast, on_first, to_host
@@ -43,15 +44,10 @@ COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Read a JSON object, or raise a UserError that names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a Hugging Face model folder holds one") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    if not path.exists():
+        raise UserError(f"{path}: no such file; a Hugging Face model folder holds one")
+    with mistakes():
+        return documents.read_json(path)
 
 
 def config_of_folder(folder: pathlib.Path) -> ModelConfig:
@@ -101,15 +97,6 @@ def load_hf(
             check_finite=check_finite,
         )
     return config, params
-
-
-@contextlib.contextmanager
-def mistakes() -> Iterator[None]:
-    """Raise the library's errors as the user's mistakes they are here."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _some(names: list[str], most: int = 8) -> str:

@@ -111,7 +111,7 @@ def _read_layers(given: Mapping[str, Any], family: Family, source) -> dict[str, 
     inferred = family.slides(given, window)
     if types is None or "layer_types" not in family.absent:
         if types is not None and list(types) != inferred:
-            raise UserError(f"{source}: not understood: layer_types = {types!r} (implemented: {inferred!r})")
+            raise UserError(f"{source}: not understood: layer_types = {types!r:.200} (implemented: {inferred!r})")
         types = inferred
     if len(types) != given["num_hidden_layers"]:
         raise UserError(
@@ -137,7 +137,7 @@ def _refuse_unknown(given: Mapping[str, Any], family: Family, source) -> None:
         if name in understood or name in IRRELEVANT or fits == "any" or value in fits:
             continue
         wanted = f" (implemented: {fits[0]!r})" if fits else ""
-        bad.append(f"{name} = {value!r}{wanted}")
+        bad.append(f"{name:.60} = {value!r:.60}{wanted}")
     if bad:
         raise UserError(
             f"{source}: not understood: {'; '.join(bad)}. Loading could compute something else than its "

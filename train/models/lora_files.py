@@ -12,11 +12,11 @@ import numpy as np
 from jaxmerge.files.checkpoints.safetensors import read_header, write_file
 from jaxmerge.files.checkpoints.source import read
 
-from ..log import UserError
+from ..log import UserError, mistakes
 from ..runtime.disk import new_folder
 from ..runtime.processes import on_first, to_host
 from .config import Lora
-from .hf import mistakes, named, read_json, write_json
+from .hf import named, read_json, write_json
 from .lora import Params, modules, pairs, set_at
 from .stacked import unstack_layers
 

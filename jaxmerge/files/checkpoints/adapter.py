@@ -30,7 +30,8 @@ from jaxmerge.files.checkpoints import safetensors
 from jaxmerge.files.checkpoints.adapted import Adapted, Renamed, Replaced, Shifted
 from jaxmerge.files.checkpoints.classes import is_transposed, model_types
 from jaxmerge.files.checkpoints.heads import is_head, tied_pair, untied
-from jaxmerge.files.checkpoints.source import Source, Tensor, read, read_json
+from jaxmerge.files.checkpoints.source import Source, Tensor, read
+from jaxmerge.files.documents import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FACTOR = re.compile(

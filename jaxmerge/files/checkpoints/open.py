@@ -10,7 +10,8 @@ import re
 from jaxmerge.files.checkpoints import safetensors, shards
 from jaxmerge.files.checkpoints.heads import drop_tied_head
 from jaxmerge.files.checkpoints.quantised import dequantise
-from jaxmerge.files.checkpoints.source import Source, Tensor, companions_of, read_json
+from jaxmerge.files.checkpoints.source import Source, Tensor, companions_of
+from jaxmerge.files.documents import read_json
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
 

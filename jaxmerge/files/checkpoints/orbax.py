@@ -21,7 +21,8 @@ import numpy as np
 from jaxmerge.files import disk
 from jaxmerge.files.checkpoints import safetensors, shards
 from jaxmerge.files.checkpoints.heads import drop_tied_head
-from jaxmerge.files.checkpoints.source import COMPANIONS, Source, Tensor, companions_of, read_json
+from jaxmerge.files.checkpoints.source import COMPANIONS, Source, Tensor, companions_of
+from jaxmerge.files.documents import read_json
 
 METADATA = "_METADATA"
 CHUNK_BYTES = 1 << 25  # of one compressed piece of an array: what reading and writing it holds beside the array

@@ -7,12 +7,11 @@ not name is left out. Where a folder holds more than what is read, a note says s
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 from jaxmerge.files.checkpoints.safetensors import INDEX, SINGLE, Stored, read_header
+from jaxmerge.files.documents import read_json
 
 LISTED = 3  # names in a message
 
@@ -48,11 +47,7 @@ def _beside(folder: pathlib.Path) -> tuple[str, ...]:
 
 def _read_index(index: pathlib.Path) -> dict[str, str]:
     """Read tensor name → file name."""
-    try:
-        found: Any = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{index} is no readable index ({error})") from None
-    placed = found.get("weight_map") if isinstance(found, dict) else None
+    placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise ValueError(f"{index} has no weight_map, wanted a map from tensor names to files; copy it again")
     for name, file in placed.items():

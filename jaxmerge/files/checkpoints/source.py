@@ -8,7 +8,6 @@ time. Kinds of model: a Hugging Face folder of safetensors, a GGUF file, an Orba
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -105,16 +104,6 @@ class Source:
     notes: tuple[str, ...] = ()
     companions: Callable[[], Mapping[str, bytes]] = nothing
     natural: Mapping[str, np.dtype] = dataclasses.field(default_factory=dict)
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Read a JSON file, or {} if there is none."""
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
 
 
 def companions_of(folder: pathlib.Path) -> dict[str, bytes]:

@@ -66,7 +66,7 @@ def test_every_config_builds_and_says_how_it_is_run(path):
         ("tasks.families=[]", "at least one family with domain: id"),
         ("model.path=somewhere", "not both"),
         ("rounds", "overrides are written key=value"),
-        ("merge=[", "not YAML"),
+        ("merge=[", "is no YAML"),
         ("merge.alpha=.nan", "give a finite number"),
         ("merge.alpha={search: []}", "with one α or more"),
         ("methods.expo.probe.alphas=[0.1, 0.3]", "an expo probe needs one alpha"),
@@ -135,10 +135,10 @@ def test_missing_and_broken_files(tmp_path):
     with pytest.raises(UserError, match="no such config; did you mean"):
         load(Improve, CONFIGS / "tini.yaml")
     (tmp_path / "a.yaml").write_text("a: [")
-    with pytest.raises(UserError, match="not YAML"):
+    with pytest.raises(UserError, match="is no YAML"):
         load(Improve, tmp_path / "a.yaml")
     (tmp_path / "b.yaml").write_text("- 1")
-    with pytest.raises(UserError, match="a config is a map"):
+    with pytest.raises(UserError, match="a config is one map"):
         load(Improve, tmp_path / "b.yaml")
     (tmp_path / "c.yaml").write_text("rounds: 1")
     with pytest.raises(UserError, match="model is missing"):

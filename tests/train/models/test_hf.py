@@ -319,7 +319,7 @@ def test_damaged_folders_are_refused_by_file(tmp_path):
     file.rename(folder / "model-00001-of-00002.safetensors")
     refused(folder, "index.json: differs from what the files hold: lm_head.weight")
     (folder / "config.json").write_text('{"model_type": ')
-    refused(folder, "a/config.json: not readable as JSON")
+    refused(folder, "a/config.json is no JSON")
     (folder / "config.json").write_text("[]")
     refused(folder, "expected a JSON object, found list")
 
