@@ -105,7 +105,9 @@ def assert_equals_transformers(ours: Tokenizer, folder) -> None:
     for text in TEXTS:
         ids = ours.encode(text)
         assert ids == theirs.encode(text, add_special_tokens=False), text
-        assert ours.encode(text, special=True) == theirs.encode(text), text
+        # A BOS that a text begins with is not put before it a second time.
+        wanted = theirs.encode(text, add_special_tokens=not text.startswith(ours.special["bos_token"]))
+        assert ours.encode(text, special=True) == wanted, text
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
         assert ours.decode(ids, special=True) == theirs.decode(ids), text
     assert ours.eos_ids == (theirs.eos_token_id,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from ..generate.settings import Settings
+from ..generate.settings import COLDEST, Settings
 from ..log import UserError
 from ..resolve import at_least
 from ..runtime.settings import Distributed, Mesh
@@ -37,7 +37,7 @@ class Evaluation:
 
     def __post_init__(self):
         at_least(self, "evaluation", max_new_tokens=1, slots=1, batch=1, samples=0)
-        if self.samples and self.temperature <= 0:
+        if self.samples and self.temperature < COLDEST:
             raise UserError(f"evaluation.temperature is {self.temperature}: samples would all be the same; above 0")
         if "" in self.stop:
             raise UserError("evaluation.stop holds an empty string; leave it out")

@@ -119,7 +119,7 @@ def select(session: Session, phase: Phase, folder: Path) -> Row:
         earlier=earlier,
     )
     if not examples:
-        failures = session.suite.unjudged()
+        failures = session.suite.describe_unjudged()
         raise UserError(
             f"{phase.name}: none of {len(rows)} samples can be trained on ({counts['correct']} right, "
             f"{counts['unjudged']} could not be judged{f': {failures}' if failures else ''}, "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ..generate.engine import Decoding, Engine
-from ..generate.rollout import stopper, without_eos
+from ..generate.rollout import without_eos
 from ..generate.slots import Completion, Request
+from ..generate.stops import Stops
 from ..models.open import Model
 from ..models.tokenizer import DATE
 from ..tasks.wording import untemplated
@@ -83,23 +84,24 @@ class Voice:
         """A chat with the beginning of its answer; to a model without a template, what is said, one below the other."""
         tokenizer = self.model.tokenizer
         if plain:
-            return tuple(tokenizer.encode("".join(m["content"] for m in messages) + prefix))
+            return tuple(tokenizer.encode("".join(m["content"] for m in messages) + prefix, special=True))
         if tokenizer.has_chat_template:
             return tuple(tokenizer.encode(tokenizer.chat(messages, date_string=DATE) + prefix))
         return tuple(tokenizer.encode(untemplated([m["content"] for m in messages]) + prefix, special=True))
 
-    def stop(self, prompt: Prompt) -> Callable[[Sequence[int]], int | None] | None:
+    def stop(self, prompt: Prompt) -> Stops | None:
         strings = prompt.stop + prompt.until
-        return self.stopper(strings) if strings else None
+        return self.stops(strings) if strings else None
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  # a voice lives as long as its search
-    def stopper(self, strings: tuple[str, ...]) -> Callable[[Sequence[int]], int | None]:
-        return stopper(self.model.tokenizer, strings)
+    def stops(self, strings: tuple[str, ...]) -> Stops:
+        return Stops(self.model.tokenizer, strings)
 
     def reply(self, ask: Ask, completion: Completion) -> Reply:
         """The text with the beginning that was written for it, ended where the prompt says."""
         prompt = self.prompts[ask.prompt]
-        text = self.model.tokenizer.decode(without_eos(completion.tokens, self.model.tokenizer))
+        marks = self.stops((*prompt.stop, *prompt.until, *((prompt.after,) if prompt.after else ())))
+        text = marks.read(without_eos(completion.tokens, self.model.tokenizer))
         for string in prompt.stop:
             text = text.partition(string)[0]
         for string in prompt.until:
@@ -107,10 +109,7 @@ class Voice:
             text = before + found
         if prompt.after:
             # Thought to no end, it has said nothing.
-            return Reply(
-                text.rpartition(prompt.after)[2] if prompt.after in text else "",
-                completion.reason,
-                len(completion.tokens),
-            )
+            said = text.rpartition(prompt.after)[2] if prompt.after in text else ""
+            return Reply(marks.clean(said), completion.reason, len(completion.tokens))
         _, prefix = prompt.render(ask.values)
-        return Reply(prefix + text, completion.reason, len(completion.tokens))
+        return Reply(prefix + marks.clean(text), completion.reason, len(completion.tokens))
