@@ -62,12 +62,15 @@ def rollout(
     check_lengths(config, prompts, settings)
     S = settings.samples
     keys = sample_keys(key, [p.id for p in prompts], S)
+    stops = {begins: Stops(tokenizer, settings.stop, begins=begins) for begins in (False, True)}
+    begins = [tokenizer.begins_text(p.tokens) for p in prompts]
     requests = [
-        Request(i * S + s, p.tokens, keys[i, s], settings.max_new_tokens)
+        Request(
+            i * S + s, p.tokens, keys[i, s], settings.max_new_tokens, stop=stops[begins[i]] if settings.stop else None
+        )
         for i, p in enumerate(prompts)
         for s in range(S)
     ]
-    stops = Stops(tokenizer, settings.stop)
     engine = Engine(
         config,
         params,
@@ -75,13 +78,12 @@ def rollout(
         how=Decoding(settings.greedy, settings.top_k, settings.top_p, settings.dtype),
         eos=tokenizer.eos_ids,
         temperature=settings.temperature or 1.0,
-        stop=stops if settings.stop else None,
         gather=settings.gather,
     )
     done: dict[int, Sample] = {}
     for completion in engine.run(requests, between=between):
         prompt, index = prompts[completion.id // S], completion.id % S
-        text = stops.cut(without_eos(completion.tokens, tokenizer))
+        text = stops[begins[completion.id // S]].cut(without_eos(completion.tokens, tokenizer))
         done[completion.id] = Sample(prompt.id, index, text, completion.tokens, completion.logprobs, completion.reason)
         on_sample(len(completion.tokens))
     return [done[i] for i in range(len(requests))]

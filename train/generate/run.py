@@ -13,7 +13,7 @@ from ..data.records import check_messages
 from ..log import UserError, progress
 from ..models.open import Model, open_model
 from ..models.tokenizer import Tokenizer
-from ..runtime.jsonl import read_jsonl, write_jsonl
+from ..runtime.jsonl import numbered_jsonl, write_jsonl
 from ..runtime.mesh import make_mesh
 from ..runtime.processes import on_first
 from .rollout import Prompt, rollout
@@ -22,13 +22,14 @@ from .settings import SampleOptions
 
 def sample_file(path: str, source: Path, out: Path, options: SampleOptions) -> int:
     """Generate for every line of `source`; the answers appear in `out` only when all are there."""
-    lines = read_jsonl(source)
+    numbered = numbered_jsonl(source)
+    lines = [line for _, line in numbered]
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such folder; make it first")
     model = open_model(path, make_mesh(options.mesh))
     date = datetime.date.fromisoformat(options.date or on_first(lambda: datetime.date.today().isoformat()))
     model = dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, date=date))
-    prompts = [to_prompt(model, line, options.chat, f"{source} line {i}") for i, line in enumerate(lines, 1)]
+    prompts = [to_prompt(model, line, options.chat, f"{source}:{number}") for number, line in numbered]
     settings = options.settings(dtype=options.dtype, gather=options.mesh.gather_to_decode)
     with progress("sample", total=len(prompts) * options.samples, unit="samples") as bar:
         samples = rollout(

@@ -12,10 +12,12 @@ class Stops:
 
     Args:
       strings: a completion ends with the first of them to be complete; may be none.
+      begins: the completions begin a text to the tokenizer (`Tokenizer.begins_text`).
     """
 
-    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]):
-        self.tokenizer, self.strings = tokenizer, tuple(strings)
+    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str], *, begins: bool = False):
+        self.strings = tuple(strings)
+        self.decode = tokenizer.decode if begins else tokenizer.decode_after
         self.named = tuple(t for t in tokenizer.special_tokens if any(t in s for s in self.strings))
         self.left_out = {id for t, id in tokenizer.special_tokens.items() if t not in self.named}
         # A string of n characters has at most n bytes × 4 tokens.
@@ -29,8 +31,8 @@ class Stops:
     def read(self, tokens: Sequence[int]) -> str:
         """Text of a completion with the special tokens that strings name."""
         if not self.named:
-            return self.tokenizer.decode_after(tokens)
-        return self.tokenizer.decode_after([t for t in tokens if t not in self.left_out], special=True)
+            return self.decode(tokens)
+        return self.decode([t for t in tokens if t not in self.left_out], special=True)
 
     def cut(self, tokens: Sequence[int]) -> str:
         """Text of a completion before the first of the strings."""

@@ -179,6 +179,22 @@ class Tokenizer:
         text = self.decode([*lead, *ids], special=special)
         return text[len(before) :] if text.startswith(before) else self.decode(ids, special=special)
 
+    def begins_text(self, before: Sequence[int]) -> bool:
+        """Whether what follows these token ids begins a text to the tokenizer: a space put there is its own.
+
+        It does behind a BOS alone, and to many tokenizers behind every special token.
+        """
+        special = self.special_tokens.values()
+        return all(id in special for id in before) or (before[-1] in special and self._begins_anew)
+
+    @functools.cached_property
+    def _begins_anew(self) -> bool:
+        for token, id in self.special_tokens.items():
+            ids = self.encode(f"a{token}a")
+            if id in ids:
+                return ids[ids.index(id) + 1 :] == self.encode("a")
+        return False
+
     @functools.cached_property
     def _lead(self) -> tuple[list[int], str]:
         """Token ids to put before those that follow a text, with their text; none where that changes nothing."""

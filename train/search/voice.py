@@ -16,7 +16,7 @@ from ..models.open import Model
 from ..models.tokenizer import DATE
 from ..tasks.wording import untemplated
 from .ask import Ask, Reply
-from .prompts import Prompt, Prompts
+from .prompts import Prompts
 from .settings import Drawing
 
 
@@ -59,6 +59,8 @@ class Voice:
             shelf=drawing.kept * drawing.slots,
             gather=gather,
         )
+        self.begins: dict[int, bool] = {}
+        """Of the requests that are out: whether the reply begins a text to the tokenizer."""
         self.read_tokens = 0
         """Tokens of all prompts; a shared prefill counts for each prompt."""
 
@@ -71,13 +73,14 @@ class Voice:
         if len(tokens) + most > self.model.config.context:
             return None
         self.read_tokens += len(tokens)
+        begins = self.begins[number] = self.model.tokenizer.begins_text(tokens)
         return Request(
             number,
             tokens,
             key_of(self.seed, id, ask.name),
             most,
             self.temperatures.get(ask.role, prompt.temperature),
-            self.stop(prompt),
+            self.stops(prompt.stop + prompt.until, begins) if prompt.stop + prompt.until else None,
         )
 
     def tokens(self, messages: Sequence[Mapping[str, str]], prefix: str, *, plain: bool = False) -> tuple[int, ...]:
@@ -89,18 +92,15 @@ class Voice:
             return tuple(tokenizer.encode(tokenizer.chat(messages, date_string=DATE) + prefix))
         return tuple(tokenizer.encode(untemplated([m["content"] for m in messages]) + prefix, special=True))
 
-    def stop(self, prompt: Prompt) -> Stops | None:
-        strings = prompt.stop + prompt.until
-        return self.stops(strings) if strings else None
-
     @functools.lru_cache(maxsize=64)  # noqa: B019  # a voice lives as long as its search
-    def stops(self, strings: tuple[str, ...]) -> Stops:
-        return Stops(self.model.tokenizer, strings)
+    def stops(self, strings: tuple[str, ...], begins: bool) -> Stops:
+        return Stops(self.model.tokenizer, strings, begins=begins)
 
     def reply(self, ask: Ask, completion: Completion) -> Reply:
         """The text with the beginning that was written for it, ended where the prompt says."""
         prompt = self.prompts[ask.prompt]
-        marks = self.stops((*prompt.stop, *prompt.until, *((prompt.after,) if prompt.after else ())))
+        strings = (*prompt.stop, *prompt.until, *((prompt.after,) if prompt.after else ()))
+        marks = self.stops(strings, self.begins.pop(completion.id))
         text = marks.read(without_eos(completion.tokens, self.model.tokenizer))
         for string in prompt.stop:
             text = text.partition(string)[0]
