@@ -46,13 +46,13 @@ class LocalTask:
         for number, record in enumerate(read(path, str(args.get("split", "train")), self.formats, written), start=1):
             try:
                 self.check_gold(record.answer)
-            except ValueError as error:
+            except (UserError, ValueError) as error:
                 raise UserError(f"{path}, example {number} ({record.question[:40]!r}): {error}") from error
             entry = {"question": record.question, "choices": list(record.choices), **chosen}
             yield self.text(record), record.answer, record.solution or None, entry
 
     def check_gold(self, answer: str) -> None:
-        """Raise a ValueError that names a gold answer against which nothing can be judged."""
+        """Raise an error that names a gold answer against which nothing can be judged."""
 
     def text(self, record: Any) -> str:
         """What makes a question that question."""
