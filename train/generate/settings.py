@@ -41,7 +41,7 @@ class Draw:
     max_new_tokens: int = 64
     """A sequence ends after this many tokens."""
     stop: tuple[str, ...] = ()
-    """A sequence ends before the first of these strings."""
+    """A sequence ends before the first of these strings; a special token may be one of them."""
     slots: int = 64
     """This many sequences are decoded side by side; no result depends on it."""
 

@@ -229,6 +229,12 @@ class Tokenizer:
     def pad_id(self) -> int | None:
         return self._id(self.special["pad_token"]) if "pad_token" in self.special else None
 
+    def id_of(self, name: str) -> int:
+        """Id of a special token by its name, such as "bos_token"."""
+        id = self._id(self.special[name])
+        assert id is not None, "checked when it is made"
+        return id
+
     def _id(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
 
