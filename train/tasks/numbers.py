@@ -10,7 +10,7 @@ from ..log import UserError
 
 MINUS = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"), "-")
 """Hyphens, dashes and minus signs other than ASCII's; the em dash is none, as it stands between words."""
-_GROUPS = re.compile(r"(?<=\d)(?:\{,\}|\\[,!;: ]|,\\!|~|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+_GROUPS = re.compile(r"(?<=\d)(?:\{,\}|\\[,!;: ]|,\\!|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}")
 
 _NUMBER = r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
@@ -41,8 +41,8 @@ def group(text: str) -> str:
     r"""Put a comma between thousands where LaTeX or a narrow space parts them.
 
     Example:
-      >>> group("32,\\!348"), group("70\\,000"), group("1~000")
-      ('32,348', '70,000', '1,000')
+      >>> group("32,\\!348"), group("70\\,000"), group("100~200")
+      ('32,348', '70,000', '100~200')
     """
     return _GROUPS.sub(",", text)
 
