@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import difflib
 import types
 import typing
@@ -80,6 +81,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return build(typing.cast(type, hint), value, where)
     if hint is float and isinstance(value, str) and looks_like_float(value):
         value = float(value)  # YAML 1.1 reads 2e-5 as a string
+    if hint is str and isinstance(value, datetime.date):
+        value = value.isoformat()  # YAML reads 2026-01-31 as a date
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

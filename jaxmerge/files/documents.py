@@ -72,7 +72,7 @@ def parse_yaml(text: str, where: Any) -> list[Any]:
             while loader.check_node():
                 node = loader.get_node()
                 _count_nodes(node, where)
-                documents.append(loader.construct_document(node))
+                documents.append(_construct(loader, node))
         finally:
             loader.dispose()
     except (yaml.YAMLError, RecursionError) as error:
@@ -80,6 +80,13 @@ def parse_yaml(text: str, where: Any) -> list[Any]:
     for document in documents:
         _check_values(document, where)
     return [document for document in documents if document is not None]
+
+
+def _construct(loader: yaml.SafeLoader, node: yaml.Node | None) -> Any:
+    try:
+        return loader.construct_document(node)
+    except ValueError as error:  # a date that no calendar has, a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from None
 
 
 def wanted(found: Any, what: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from jaxmerge.files.checkpoints.gguf import CONTROL
 from train.models.tokenizer import Tokenizer
@@ -105,7 +105,9 @@ def assert_equals_transformers(ours: Tokenizer, folder) -> None:
     for text in TEXTS:
         ids = ours.encode(text)
         assert ids == theirs.encode(text, add_special_tokens=False), text
-        assert ours.encode(text, special=True) == theirs.encode(text), text
+        # A BOS that a text begins with is not put before it a second time.
+        wanted = theirs.encode(text, add_special_tokens=not text.startswith(ours.special["bos_token"]))
+        assert ours.encode(text, special=True) == wanted, text
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
         assert ours.decode(ids, special=True) == theirs.decode(ids), text
     assert ours.eos_ids == (theirs.eos_token_id,)
@@ -115,3 +117,46 @@ def assert_equals_transformers(ours: Tokenizer, folder) -> None:
         for prompt in (True, False):
             wanted = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
             assert ours.chat(chat, add_generation_prompt=prompt) == wanted
+
+
+LLAMA = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def metaspace(kind: str = "prepend", *, add_eos: bool = False) -> tokenizers.Tokenizer:
+    """A small BPE that writes spaces as ▁ and puts one before a text, as Llama 2's; with bytes to fall back on.
+
+    Args:
+      kind: `prepend`: by a normaliser, as Llama 2's file has it; `first`: by a pre-tokeniser, as Mistral's.
+      add_eos: an EOS behind every text, as some tokenizers are set.
+    """
+    trained = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    words = [text.replace(" ", "▁") for text in [*TEXTS[2:], *("is Paris", "= 2", "A: yes", "    return x")] * 3]
+    trainer = trainers.BpeTrainer(vocab_size=260, special_tokens=["<unk>"], show_progress=False)
+    trained.train_from_iterator(words, trainer)
+    state = json.loads(trained.to_str())["model"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁"]
+    names = list(dict.fromkeys([*names, *(t for t in state["vocab"] if t not in "\n\r\t")]))
+    known = {name: i for i, name in enumerate(names)}
+    merges = [tuple(m) for m in state["merges"] if all(part in known for part in (*m, "".join(m)))]
+    backend = tokenizers.Tokenizer(models.BPE(known, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if kind == "prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>" if add_eos else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return backend
+
+
+def llama_like(kind: str = "prepend", **given) -> Tokenizer:
+    """`metaspace` with its names and a chat template."""
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return Tokenizer(metaspace(kind, **given), names, chat_template=LLAMA)

@@ -97,8 +97,9 @@ def sft(words: Words, assignments: Words, dry: bool) -> int:
 def sample(words: Words, assignments: Words, dry: bool) -> int:
     """Generate: a line of JSON a prompt goes in, a line comes out.
 
-    A line of PROMPTS is {"prompt": "…"} or {"messages": […]}, optionally with "id". OUT gets a line for each prompt
-    with text, tokens and log-probabilities (lists of them when samples > 1).
+    A line of PROMPTS is {"prompt": "…"} or {"messages": […]}, optionally with "id"; messages that end with the
+    assistant's are gone on with. OUT gets a line for each prompt with text, tokens and log-probabilities (lists of them
+    when samples > 1).
     """
     del dry
     settings = options(assignments, SampleOptions)

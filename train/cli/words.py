@@ -124,7 +124,8 @@ def split(assignments: Words, cls: type[T]) -> tuple[T, list[str]]:
     mine = [a for a in assignments if a.partition("=")[0].partition(".")[0] in hints]
     values: dict[str, Any] = override({}, mine)
     for key, _, text in (a.partition("=") for a in mine):
-        kinds = {hints.get(key), *typing.get_args(hints.get(key))}
+        hint = hints.get(key)
+        kinds = {hint} if typing.get_origin(hint) is tuple else {hint, *typing.get_args(hint)}
         if str in kinds and not isinstance(values[key], str | None):
             values[key] = text
         elif tuple[str, ...] in kinds and isinstance(values[key], str):

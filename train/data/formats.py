@@ -25,6 +25,7 @@ from .records import Record, letter_index, turns
 PROVENANCE = frozenset({"id", "uuid", "source", "source_file", "task_id", "dataset", "category", "subject", "level"})
 
 _CALCULATION = re.compile(r"<<[^<>]*>>")
+_THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{2,3}(?!\d))")
 _FINAL = re.compile(r"\n?####\s*(.+?)\s*$")
 
 
@@ -148,7 +149,7 @@ def gsm8k(row: Row) -> Record:
     final = _FINAL.search(solution)
     if final is None:
         raise UserError(f"answer ends in {solution[-40:]!r}; GSM8K's end in `#### ` and the number")
-    return Record(turns(_text(row, "question"), solution), answer=final.group(1).replace(",", ""), id=_id(row))
+    return Record(turns(_text(row, "question"), solution), answer=_THOUSANDS.sub("", final.group(1)), id=_id(row))
 
 
 def mbpp(row: Row) -> Record:

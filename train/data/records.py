@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..log import UserError
@@ -35,16 +35,7 @@ class Record:
     id: str = ""
 
     def __post_init__(self):
-        if not self.messages:
-            raise UserError("a conversation without messages; give at least a question")
-        for i, message in enumerate(self.messages):
-            unknown = sorted(set(message) - {"role", "content"})
-            if unknown:
-                raise UserError(f"message {i}: {', '.join(unknown)} is not understood; a message has role and content")
-            if message.get("role") not in ROLES:
-                raise UserError(f"message {i}: role is {message.get('role')!r}; choose one of {', '.join(ROLES)}")
-            if not isinstance(message.get("content"), str):
-                raise UserError(f"message {i}: content is {message.get('content')!r:.60}; a text is wanted")
+        check_messages(self.messages, only=("role", "content"))
         if self.answer and self.choices and not 0 <= letter_index(self.answer) < len(self.choices):
             raise UserError(f"answer is {self.answer!r}, and there are {len(self.choices)} choices")
         if not self.id:
@@ -59,6 +50,28 @@ class Record:
     def solution(self) -> str:
         """What the last assistant turn says; empty where there is none."""
         return next((m["content"] for m in reversed(self.messages) if m["role"] == "assistant"), "")
+
+
+def check_messages(messages: Any, *, only: Collection[str] = ()) -> None:
+    """Refuse what is no conversation: one message or more, each with a role and a text as its content.
+
+    Args:
+      only: keys that a message may have; () for any.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise UserError(f"messages is {messages!r:.60}; a list of {{role, content}} is wanted")
+    if not messages:
+        raise UserError("a conversation without messages; give at least a question")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise UserError(f"message {i} is {message!r:.60}; {{role, content}} is wanted")
+        unknown = sorted(set(message) - set(only)) if only else []
+        if unknown:
+            raise UserError(f"message {i}: {', '.join(unknown)} is not understood; a message has role and content")
+        if message.get("role") not in ROLES:
+            raise UserError(f"message {i}: role is {message.get('role')!r}; choose one of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise UserError(f"message {i}: content is {message.get('content')!r:.60}; a text is wanted")
 
 
 def digest(record: Record) -> str:

@@ -143,8 +143,21 @@ def prompt_text(suite: Suite, tokenizer: Tokenizer, question: Question, shots: i
 
 def prompt_tokens(suite: Suite, tokenizer: Tokenizer, question: Question, shots: int = 0) -> list[int]:
     """The tokens of `prompt_text`; a chat template writes its own special tokens, bare text gets the tokenizer's."""
-    rendered = not shots and not isinstance(suite.prompt(question), str)
-    return tokenizer.encode(prompt_text(suite, tokenizer, question, shots), special=not rendered)
+    return tokenizer.encode(prompt_text(suite, tokenizer, question, shots), special=is_bare(suite, question, shots))
+
+
+def is_bare(suite: Suite, question: Question, shots: int = 0) -> bool:
+    """Whether a question is put as a text, in no chat."""
+    return bool(shots) or isinstance(suite.prompt(question), str)
+
+
+def join_completion(
+    suite: Suite, tokenizer: Tokenizer, question: Question, completion: str, shots: int = 0
+) -> tuple[list[int], list[int]]:
+    """The tokens of `prompt_text` and of a text that follows it."""
+    prompt, bare = prompt_text(suite, tokenizer, question, shots), is_bare(suite, question, shots)
+    head, tail = tokenizer.join(prompt, completion, special=bare)
+    return head, tail
 
 
 def prompts(suite: Suite, tokenizer: Tokenizer, questions: Sequence[Question], shots: int = 0) -> list[Prompt]:

@@ -18,7 +18,7 @@ from ..models.characters import EOS
 from ..tasks import Question
 from ..tasks.letters import extract_letter
 from ..tasks.numbers import flexible, strict
-from ..tasks.wording import extract_answer
+from ..tasks.wording import extract_answer, spoken
 
 RESAMPLES = 2000
 KS = tuple(range(1, 33))
@@ -43,6 +43,7 @@ def answer_of(question: Question, text: str, style: str) -> str | None:
     if style == "compact":
         _, found, answer = text.split(EOS, 1)[0].partition("#")
         return answer if found else None
+    text = spoken(text)
     if question.entry.get("extract") in ("flexible", "strict"):
         return {"flexible": flexible, "strict": strict}[question.entry["extract"]](text)
     if choices := question.entry.get("choices"):

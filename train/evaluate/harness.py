@@ -143,8 +143,7 @@ class Requests:
         name = "bos_token" if "bos_token" in tokenizer.special else "eos_token"
         if name not in tokenizer.special:
             return tokenizer.eos_ids[0]
-        found = tokenizer.encode(tokenizer.special[name])
-        return found[-1]
+        return tokenizer.id_of(name)
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """(log p(continuation | context), whether greedy decoding writes it) of each pair of texts."""
@@ -152,7 +151,7 @@ class Requests:
         encoded = []
         for context, continuation in pairs:
             if context:
-                head, tail = encode_pair(tokenizer, context, continuation, special=self.special(context))
+                head, tail = encode_pair(tokenizer, context, continuation)
             else:
                 head, tail = [self.prefix], tokenizer.encode(continuation)
                 if tail[:1] == head:  # the text brings the prefix along
@@ -162,7 +161,10 @@ class Requests:
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
         """log p of whole texts, in windows of the model's length; every token is scored once."""
-        windows = [list(self.windows(self.encode(text))) for text in texts]
+        encoded = [self.encode(text) for text in texts]
+        # Windows begin with the prefix themselves.
+        bare = [tokens[1:] if tokens[:1] == [self.prefix] else tokens for tokens in encoded]
+        windows = [list(self.windows(tokens)) for tokens in bare]
         scored = iter(self.score([pair for text in windows for pair in text]))
         return [sum(next(scored).logprob for _ in text) for text in windows]
 
@@ -222,12 +224,8 @@ class Requests:
 
     # --- tokens ---
 
-    def special(self, text: str) -> bool:
-        """Whether the tokenizer may put its BOS before a text: not before one that begins with it."""
-        return not text.startswith(self.model.tokenizer.decode([self.prefix], special=True))
-
     def encode(self, text: str) -> list[int]:
-        return self.model.tokenizer.encode(text, special=self.special(text))
+        return self.model.tokenizer.encode(text, special=True)
 
     def score(self, pairs):
         return score(self.model.config, self.model.params, pairs, dtype=self.dtype)

@@ -54,7 +54,7 @@ def examine(path: str, source: Path, options: QuestionOptions) -> dict[str, Any]
                 settings_of(options, family), samples=options.samples, temperature=options.temperature
             )
             result["pass_at"] = pass_at(model, suite, questions, more, seed=options.seed)
-        if failures := suite.unjudged():
+        if failures := suite.describe_unjudged():
             say(f"could not be judged, and so counted as wrong: {failures}")
     if family == "choice":
         with progress("score", total=sum(len(q.entry["choices"]) for q in questions), unit="choices") as bar:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from ..generate.settings import Settings
+from ..generate.settings import COLDEST, Settings
 from ..log import UserError
 from ..resolve import at_least
 from ..runtime.settings import Distributed, Mesh
@@ -24,7 +24,7 @@ class Evaluation:
     batch: int = 256
     """The answers to this many questions are committed to disk together."""
     stop: tuple[str, ...] = ()
-    """An answer ends before the first of these strings."""
+    """An answer ends before the first of these strings; a special token may be one of them."""
     base: bool = True
     """The original model is evaluated too."""
     samples: int = 0
@@ -37,7 +37,7 @@ class Evaluation:
 
     def __post_init__(self):
         at_least(self, "evaluation", max_new_tokens=1, slots=1, batch=1, samples=0)
-        if self.samples and self.temperature <= 0:
+        if self.samples and self.temperature < COLDEST:
             raise UserError(f"evaluation.temperature is {self.temperature}: samples would all be the same; above 0")
         if "" in self.stop:
             raise UserError("evaluation.stop holds an empty string; leave it out")
@@ -63,7 +63,8 @@ class QuestionOptions:
     """gsm8k: questions are put in words through the chat template (chat), or after the eight worked examples of Wei et
     al. (cot)."""
     extract: Literal["flexible", "strict"] = "flexible"
-    """gsm8k: the answer is the last number (flexible), or the one after `####` or `The answer is` (strict)."""
+    """gsm8k: the answer is the last number (flexible), or the one after the last `####` or `The answer is`
+    (strict)."""
     split: str = "train"
     """This split of a TFDS version is asked, in place of a file."""
     samples: int = 0

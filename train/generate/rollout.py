@@ -18,6 +18,7 @@ from ..models.tokenizer import Tokenizer
 from .engine import Decoding, Engine
 from .settings import Settings
 from .slots import Request
+from .stops import Stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +62,12 @@ def rollout(
     check_lengths(config, prompts, settings)
     S = settings.samples
     keys = sample_keys(key, [p.id for p in prompts], S)
+    stops = {begins: Stops(tokenizer, settings.stop, begins=begins) for begins in (False, True)}
+    begins = [tokenizer.begins_text(p.tokens) for p in prompts]
     requests = [
-        Request(i * S + s, p.tokens, keys[i, s], settings.max_new_tokens)
+        Request(
+            i * S + s, p.tokens, keys[i, s], settings.max_new_tokens, stop=stops[begins[i]] if settings.stop else None
+        )
         for i, p in enumerate(prompts)
         for s in range(S)
     ]
@@ -70,18 +75,15 @@ def rollout(
         config,
         params,
         slots=min(settings.slots, max(8, len(requests))),
-        how=Decoding(settings.temperature == 0, settings.top_k, settings.top_p, settings.dtype),
+        how=Decoding(settings.greedy, settings.top_k, settings.top_p, settings.dtype),
         eos=tokenizer.eos_ids,
         temperature=settings.temperature or 1.0,
-        stop=stopper(tokenizer, settings.stop) if settings.stop else None,
         gather=settings.gather,
     )
     done: dict[int, Sample] = {}
     for completion in engine.run(requests, between=between):
         prompt, index = prompts[completion.id // S], completion.id % S
-        text = tokenizer.decode(without_eos(completion.tokens, tokenizer))
-        for string in settings.stop:
-            text = text.partition(string)[0]
+        text = stops[begins[completion.id // S]].cut(without_eos(completion.tokens, tokenizer))
         done[completion.id] = Sample(prompt.id, index, text, completion.tokens, completion.logprobs, completion.reason)
         on_sample(len(completion.tokens))
     return [done[i] for i in range(len(requests))]
@@ -116,20 +118,6 @@ def fold_all(key: Any, salts: Any, samples: Any) -> jax.Array:
     return jax.vmap(lambda salt: jax.vmap(lambda s: jax.random.key_data(jax.random.fold_in(fold(salt), s)))(samples))(
         salts
     )
-
-
-def stopper(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[Sequence[int]], int | None]:
-    """A test whether the newest token completed a stop string.
-
-    Only the last tokens are decoded: a stop string of n characters has at most n bytes × 4 tokens.
-    """
-    window = 4 * max(len(s) for s in strings) + 4
-
-    def stop(tokens: Sequence[int]) -> int | None:
-        tail = tokenizer.decode(tokens[-window:])
-        return len(tokens) if any(s in tail for s in strings) else None
-
-    return stop
 
 
 def batched(prompts: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

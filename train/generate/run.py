@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from ..data.records import check_messages
 from ..log import UserError, progress
 from ..models.open import Model, open_model
-from ..runtime.jsonl import read_jsonl, write_jsonl
+from ..models.tokenizer import Tokenizer
+from ..runtime.jsonl import numbered_jsonl, write_jsonl
 from ..runtime.mesh import make_mesh
 from ..runtime.processes import on_first
 from .rollout import Prompt, rollout
@@ -18,11 +22,14 @@ from .settings import SampleOptions
 
 def sample_file(path: str, source: Path, out: Path, options: SampleOptions) -> int:
     """Generate for every line of `source`; the answers appear in `out` only when all are there."""
-    lines = read_jsonl(source)
+    numbered = numbered_jsonl(source)
+    lines = [line for _, line in numbered]
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such folder; make it first")
     model = open_model(path, make_mesh(options.mesh))
-    prompts = [to_prompt(model, line, options.chat, f"{source} line {i}") for i, line in enumerate(lines, 1)]
+    date = datetime.date.fromisoformat(options.date or on_first(lambda: datetime.date.today().isoformat()))
+    model = dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, date=date))
+    prompts = [to_prompt(model, line, options.chat, f"{source}:{number}") for number, line in numbered]
     settings = options.settings(dtype=options.dtype, gather=options.mesh.gather_to_decode)
     with progress("sample", total=len(prompts) * options.samples, unit="samples") as bar:
         samples = rollout(
@@ -50,21 +57,34 @@ def sample_file(path: str, source: Path, out: Path, options: SampleOptions) -> i
 
 
 def to_prompt(model: Model, line: dict[str, Any], chat: bool | None, where: str) -> Prompt:
-    """The tokens of a line {"prompt"} or {"messages"}; its "id", else its text, keys its random draws."""
+    """The tokens of a line {"prompt"} or {"messages"}; its "id", else its text, keys its random draws.
+
+    Messages that end with the assistant's are gone on with.
+    """
     tokenizer = model.tokenizer
     if chat and not tokenizer.has_chat_template:
         raise UserError("chat=true, but this model has no chat template; set chat=false")
-    if not isinstance(line.get("prompt", ""), str) or not isinstance(line.get("messages", []), list):
-        raise UserError(f"{where}: prompt must be a text, messages a list")
     rendered = "messages" in line
     if "messages" in line:
         if not tokenizer.has_chat_template:
             raise UserError(f"{where} has messages, but this model has no chat template; give a prompt instead")
-        text = tokenizer.chat(line["messages"])
+        try:
+            text = chat_text(tokenizer, line["messages"])
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
     elif "prompt" in line:
         text = line["prompt"]
+        if not isinstance(text, str):
+            raise UserError(f"{where}: prompt is {text!r:.60}; a text is wanted")
         if chat or (chat is None and tokenizer.has_chat_template):
             text, rendered = tokenizer.chat([{"role": "user", "content": text}]), True
     else:
         raise UserError(f"{where}: found the keys {sorted(line)}; wanted prompt or messages")
     return Prompt(str(line.get("id", text)), tuple(tokenizer.encode(text, special=not rendered)))
+
+
+def chat_text(tokenizer: Tokenizer, messages: Any) -> str:
+    """A conversation up to the opening of an answer, or to where an answer that was begun goes on."""
+    check_messages(messages)
+    unfinished = messages[-1]["role"] == "assistant"
+    return tokenizer.chat_to_continue(messages) if unfinished else tokenizer.chat(messages)

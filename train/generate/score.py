@@ -139,7 +139,7 @@ def score_batch(config: ModelConfig, params: Params, tokens, targets, lengths, *
 def encode_pair(
     tokenizer: Tokenizer, context: str, continuation: str, *, special: bool = True
 ) -> tuple[list[int], list[int]]:
-    """Tokens of a context and of what follows it: both tokenised together, split where the context's own end.
+    """Tokens of a context and of what follows it, joined as everywhere (`Tokenizer.join`).
 
     Spaces that end the context begin the continuation instead, as tokenizers have it.
 
@@ -149,5 +149,5 @@ def encode_pair(
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
-    head = tokenizer.encode(context, special=special)
-    return head, tokenizer.encode(context + continuation, special=special)[len(head) :]
+    head, tail = tokenizer.join(context, continuation, special=special)
+    return head, tail

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from typing import Any, ClassVar, Literal
 
 from ..log import UserError
 from ..resolve import at_least
 from ..runtime.settings import Distributed, Mesh
+
+COLDEST = 1e-30
+"""Temperatures below it are greedy: divided by them, logits would leave float32."""
+
+
+def read_date(text: str, where: str) -> datetime.date:
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError as error:
+        raise UserError(f"{where} is {text!r}; a date is wanted, written as 2026-01-31") from error
 
 
 def check_top_p(top_p: float, where: str) -> None:
@@ -22,7 +33,7 @@ class Draw:
     samples: int = 1
     """This many sequences are drawn for each prompt."""
     temperature: float = 0.0
-    """Logits are divided by it; 0 takes the likeliest token each time."""
+    """Logits are divided by it; 0, or what is below 1e-30, takes the likeliest token each time."""
     top_k: int = 0
     """Only the k likeliest tokens are drawn from; 0 takes all."""
     top_p: float = 1.0
@@ -30,7 +41,7 @@ class Draw:
     max_new_tokens: int = 64
     """A sequence ends after this many tokens."""
     stop: tuple[str, ...] = ()
-    """A sequence ends before the first of these strings."""
+    """A sequence ends before the first of these strings; a special token may be one of them."""
     slots: int = 64
     """This many sequences are decoded side by side; no result depends on it."""
 
@@ -40,13 +51,18 @@ class Draw:
     def __post_init__(self):
         at_least(self, self.BLOCK, samples=1, max_new_tokens=1, slots=1, temperature=0, top_k=0)
         check_top_p(self.top_p, self.BLOCK)
-        if self.samples > 1 and self.temperature == 0:
+        if self.samples > 1 and self.greedy:
             raise UserError(
-                f"{self.BLOCK}.samples is {self.samples} at temperature 0: they would all be the same; set "
-                "temperature above 0 or samples=1"
+                f"{self.BLOCK}.samples is {self.samples} at temperature {self.temperature:g}: they would all be the "
+                "same; set temperature above 0 or samples=1"
             )
         if "" in self.stop:
             raise UserError(f"{self.BLOCK}.stop holds an empty string; leave it out")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken each time."""
+        return self.temperature < COLDEST
 
     def settings(self, *, dtype: str, gather: bool, stop: tuple[str, ...] | None = None) -> Settings:
         """What the engine is given: this, on a model of a precision and a mesh; `stop` in place of the block's own."""
@@ -76,9 +92,16 @@ class SampleOptions(Draw):
     """The sequences are drawn with this seed."""
     chat: bool | None = None
     """Prompts are rendered through the chat template; null does so if the model has one."""
+    date: str | None = None
+    """Chat templates that ask for today's date are told this one, written as 2026-01-31; null tells them today's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Every matmul takes its operands in this precision."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
 
     BLOCK: ClassVar[str] = "sample"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.date is not None:
+            read_date(self.date, f"{self.BLOCK}.date")

@@ -118,14 +118,16 @@ def select(session: Session, phase: Phase, folder: Path) -> Row:
         seed=session.config.seed * 1000 + phase.round,
         earlier=earlier,
     )
+    failures = session.suite.describe_unjudged()
     if not examples:
-        failures = session.suite.unjudged()
         raise UserError(
             f"{phase.name}: none of {len(rows)} samples can be trained on ({counts['correct']} right, "
             f"{counts['unjudged']} could not be judged{f': {failures}' if failures else ''}, "
             f"{counts['unfinished']} unfinished); take an easier family, more samples, a higher "
             "sampling.max_new_tokens, or selection.real_ratio above 0"
         )
+    if counts["unjudged"]:
+        say(f"{phase.name}: {counts['unjudged']} samples could not be judged and are not learnt from: {failures}")
     on_first(
         write_jsonl, folder / "scored.jsonl", [{k: r[k] for k in ("question_id", "sample", "score")} for r in scored]
     )

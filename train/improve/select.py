@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..evaluate.answer import prompt_text, prompt_tokens
+from ..evaluate.answer import is_bare, prompt_text, prompt_tokens
 from ..log import UserError
 from ..models.tokenizer import Tokenizer
 from ..runtime.jsonl import Row
@@ -35,6 +35,7 @@ class Choice:
         self.real = real_questions(questions, config.real_ratio, seed)
         self.prompt_of = {q.id: prompt_text(suite, tokenizer, q, shots) for q in questions}
         self.tokens_of = {q.id: prompt_tokens(suite, tokenizer, q, shots) for q in questions}
+        self.bare = {q.id for q in questions if is_bare(suite, q, shots)}
         self.examples = {(row["question_id"], one_spaced(row["completion"])): row for row in earlier}
         # At most `per_question` of the model's own, of all rounds whose examples are learnt.
         self.kept_of = Counter(row["question_id"] for row in self.examples.values() if row["sample"] >= 0)
@@ -60,24 +61,28 @@ class Choice:
         """Take a sample as an example."""
         self.kept_of[row["question_id"]] += 1
         # The tokens of a sample cut at a stop string go on past its text.
-        completion = self.tokenizer.encode(row["text"]) if row["reason"] == "stop" else row["tokens"]
+        completion = self.follow(row["question_id"], row["text"]) if row["reason"] == "stop" else row["tokens"]
         self.examples[row["question_id"], one_spaced(row["text"])] = self.example(row, completion)
 
     def keep_solution(self, question: Question) -> None:
         """Take a question's worked solution as an example, unless an earlier round did."""
         text = str(question.solution)
         row = {"question_id": question.id, "text": question.solution, "sample": -1}
-        self.examples.setdefault((question.id, one_spaced(text)), self.example(row, self.tokenizer.encode(text)))
+        self.examples.setdefault((question.id, one_spaced(text)), self.example(row, self.follow(question.id, text)))
+
+    def follow(self, id: str, text: str) -> list[int]:
+        """Tokens of a text that follows a question's prompt."""
+        return self.tokenizer.join(self.prompt_of[id], text, special=id in self.bare)[1]
 
     def example(self, row: Row, completion: Sequence[int]) -> Row:
-        prompt, tail, eos = self.tokens_of[row["question_id"]], list(completion), self.tokenizer.eos_ids
+        prompt = self.tokens_of[row["question_id"]]
         return {
             "question_id": row["question_id"],
             "family": self.by_id[row["question_id"]].family,
             "prompt": self.prompt_of[row["question_id"]],
             "completion": row["text"],
             # Every example ends by saying that it ends.
-            "tokens": prompt + tail + ([] if tail and tail[-1] in eos else [eos[0]]),
+            "tokens": prompt + self.tokenizer.close(completion),
             "prompt_length": len(prompt),
             "score": 1.0,
             "weight": 1.0,

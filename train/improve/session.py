@@ -14,7 +14,7 @@ import numpy as np
 
 from ..data.versions import read_version
 from ..evaluate import accuracy
-from ..evaluate.answer import ask, is_right, prompt_tokens, right
+from ..evaluate.answer import ask, is_right, join_completion, right
 from ..evaluate.texts import Text
 from ..generate.settings import Settings
 from ..log import UserError
@@ -67,8 +67,9 @@ class Session:
     def text_of(self, question: Question) -> Text | None:
         """A question with its worked solution, or its answer; None where the model has no room for both."""
         tokenizer = self.model.tokenizer
-        prompt = prompt_tokens(self.suite, tokenizer, question, self.config.tasks.few_shot)
-        completion = [*tokenizer.encode(question.solution or question.answer), tokenizer.eos_ids[0]]
+        said, shots = question.solution or question.answer, self.config.tasks.few_shot
+        prompt, completion = join_completion(self.suite, tokenizer, question, said, shots)
+        completion = tokenizer.close(completion)
         fits = len(prompt) + len(completion) <= self.model.config.max_position_embeddings
         return Text(tuple(prompt), tuple(completion)) if fits else None
 

@@ -18,7 +18,7 @@ import jaxmerge
 from ..evaluate.change import by_layer
 from ..log import UserError
 from ..models.decoder import Params, shapes
-from ..models.open import Model, load_source
+from ..models.open import Model, load_source, with_date
 from ..runtime import checkpoint
 from ..runtime.journal import Journal
 from ..runtime.jsonl import Row
@@ -43,7 +43,7 @@ class Weights:
     def model(self) -> Model:
         """The base model, loaded when first needed, and checked to be the one the run began with."""
         if self._loaded is None:
-            model = load_source(self.config.model, self.mesh, seed=self.config.seed)
+            model = with_date(load_source(self.config.model, self.mesh, seed=self.config.seed), self.journal.root)
             record = self.journal.committed(f"{BASE}/load")
             found = checkpoint.digest(model.params)
             if record is not None and record["digest"] != found:

@@ -9,6 +9,7 @@ templates that rewrite earlier turns (dropping their reasoning, say) are refused
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -89,8 +90,8 @@ def encode_plain(tokenizer: Tokenizer, messages: Sequence[Message], *, plain: bo
             " data.chat_template=FILE.jinja, or take examples with a single answer"
         )
     prompt = "".join(m["content"] for m in context) if plain else wording.untemplated([m["content"] for m in context])
-    head = tokenizer.encode(prompt, special=True)
-    tail = [*tokenizer.encode(last["content"]), tokenizer.eos_ids[0]]
+    head, tail = tokenizer.join(prompt, last["content"], special=True)
+    tail = tokenizer.close(tail)
     return Encoded(head + tail, [0] * len(head) + [1] * len(tail))
 
 
@@ -107,7 +108,7 @@ def prefix_spans(
     spans = []
     for i in turns[-1:] if learn == "last" else turns:
         before = tokenizer.chat(messages[:i], True, **variables)
-        after = text if i + 1 == len(messages) else tokenizer.chat(messages[: i + 1], False, **variables)
+        after = text if i + 1 == len(messages) else up_to(text, tokenizer, messages[: i + 1], **variables)
         if not (text.startswith(after) and after.startswith(before)):
             at = next((k for k, (a, b) in enumerate(zip(text, before, strict=False)) if a != b), len(before))
             raise UserError(
@@ -119,23 +120,36 @@ def prefix_spans(
     return text, spans
 
 
+def up_to(text: str, tokenizer: Tokenizer, messages: Sequence[Message], **variables: Any) -> str:
+    """Render the first messages of a conversation as they stand in `text`, which holds more.
+
+    A special token that a template writes behind the last message alone (Phi-3's) is left out.
+    """
+    alone = tokenizer.chat(messages, False, **variables)
+    last = next((token for token in tokenizer.special_tokens if alone.endswith(token)), "")
+    return alone if text.startswith(alone) else alone.removesuffix(last)
+
+
 def encode_spans(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> tuple[Encoded, bool]:
     """Tokens of a text and which lie in its spans, so that what stands before a span is what a model would be given.
 
-    The whole text is tokenised at once if the ends of the spans are ends of tokens, and each span's beginning gives
-    the tokens it gives alone; otherwise in pieces, if these decode to the same text. What a span
-    holds after its last end-of-sequence token (a template's newline) is not learnt; an answer at the end of the text
+    The pieces between the ends of the spans are joined as everywhere (`Tokenizer.join`). What a span holds after its
+    last end-of-sequence token (a template's newline) is not learnt; an answer at the end of the text
     that has no such token gets one.
 
     Returns:
       (tokens, whether the last answer had its end).
     """
     edges = [edge for span in spans for edge in span]
-    whole = tokenizer.encode(text)
-    heads = [tokenizer.encode(text[:edge]) if edge < len(text) else whole for edge in edges]
-    bounds = [len(head) for head in heads]
-    if any(head != whole[: len(head)] for head in heads):
-        whole, bounds = encode_pieces(tokenizer, text, edges)
+    pieces = [text[start:end] for start, end in itertools.pairwise((0, *edges, len(text)))]
+    parts = tokenizer.join(*pieces)
+    whole, bounds = [*itertools.chain(*parts)], list(itertools.accumulate(map(len, parts)))[:-1]
+    if tokenizer.decode(whole, special=True) != tokenizer.decode(tokenizer.encode(text), special=True):
+        raise UserError(
+            "a token of this conversation lies across the beginning of an answer, and the tokenizer gives other"
+            f" text for its pieces (near {text[max(0, edges[0] - 20) : edges[0] + 20]!r}); change the chat template so"
+            " that an answer begins on a token of its own"
+        )
     learnt, ended = [0] * len(whole), True
     for start, end in zip(bounds[::2], bounds[1::2], strict=True):
         ends = [i for i in range(start, end) if whole[i] in tokenizer.eos_ids]
@@ -144,19 +158,3 @@ def encode_spans(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> tupl
         if not ends and end == len(whole):
             whole, learnt, ended = [*whole, tokenizer.eos_ids[0]], [*learnt, 1], False
     return Encoded(whole, learnt), ended
-
-
-def encode_pieces(tokenizer: Tokenizer, text: str, edges: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Tokens of the pieces of a text between `edges`, and where the edges are among them."""
-    whole: list[int] = []
-    bounds = []
-    for start, end in zip((0, *edges), (*edges, len(text)), strict=True):
-        whole += tokenizer.encode(text[start:end])
-        bounds.append(len(whole))
-    if tokenizer.decode(whole, special=True) != text:
-        raise UserError(
-            "a token of this conversation lies across the beginning of an answer, and the tokenizer gives other"
-            f" text for its pieces (near {text[max(0, edges[0] - 20) : edges[0] + 20]!r}); change the chat template so"
-            " that an answer begins on a token of its own"
-        )
-    return whole, bounds[:-1]

@@ -13,7 +13,7 @@ import numpy as np
 from ..log import format_percent, say
 from ..models.characters import PAD_ID
 from ..models.hf import save_hf
-from ..models.open import Model, load_source, write_model_files
+from ..models.open import Model, load_source, with_date, write_model_files
 from ..models.tokenizer import DATE
 from ..resolve import build, read_yaml, to_dict
 from ..runtime import checkpoint, stop
@@ -62,6 +62,7 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
         from .sources import with_template
 
         model = dataclasses.replace(model, tokenizer=with_template(model.tokenizer, config.data.chat_template))
+    model = with_date(model, folder)
     rows, held_out, notes = read_rows(config, model, folder / "data")
     for line in describe_rows(rows, notes):
         say(line)

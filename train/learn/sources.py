@@ -101,8 +101,9 @@ def read_samples(folder: Path, tokenizer: Tokenizer) -> list[Example]:
     examples, _ = dataset.read_version(folder.parent.parent, folder.parent.name, folder.name)
     for e in examples:
         tail = e["tokens"][e["prompt_length"] :]
-        foreign = max(e["tokens"]) >= tokenizer.vocab_size or not tokenizer.decode(tail).startswith(e["completion"])
-        if foreign:
+        known = max(e["tokens"]) < tokenizer.vocab_size
+        spelt = (tokenizer.decode_after(tail), tokenizer.decode(tail)) if known else ()
+        if not any(text.startswith(e["completion"]) for text in spelt):
             raise UserError(
                 f"{folder}: the tokens of {e['question_id']} do not spell its text with this model's tokenizer; they"
                 " were sampled from another family of models"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib.util
@@ -22,7 +23,9 @@ from ..log import UserError
 from ..resolve import build
 from ..runtime import checkpoint
 from ..runtime.disk import write_durably
+from ..runtime.folder import keep_date
 from ..runtime.mesh import make_mesh, put, sharding_of, shardings
+from ..runtime.processes import on_first
 from ..runtime.settings import Mesh
 from .characters import EOS_ID, PAD_ID, SYMBOLS, write_tokenizer
 from .config import ModelConfig
@@ -224,4 +227,13 @@ def open_model(path: str, mesh: jax.sharding.Mesh | None = None) -> Model:
     params = checkpoint.load_weights(weights, checkpoint.abstract(like, where))
     tokenizer = Tokenizer.from_folder(root / "model")
     fitted = tokenizer.fitted(vocab_size=config.vocab_size, eos_ids=config.eos_token_id, source=root / "model")
-    return Model(config, params, fitted)
+    model = Model(config, params, fitted)
+    return with_date(model, root) if (root / "date.txt").exists() else model
+
+
+def with_date(model: Model, folder: Path) -> Model:
+    """A model whose chat template, where it asks for today's date, is told the one that the run in `folder` keeps."""
+    if not model.tokenizer.asks_date:
+        return model
+    date = datetime.date.fromisoformat(on_first(keep_date, folder))
+    return dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, date=date))

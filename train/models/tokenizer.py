@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from jaxmerge.files.checkpoints import gguf
 
 from ..log import UserError
+from .template import MARKS, compiled
 
 if TYPE_CHECKING:
     import tokenizers
@@ -28,8 +30,8 @@ DATE = "26 Jul 2024"
 """What Llama 3's chat template prints where it is told no date."""
 
 
-MARKS = ("\uf8fe", "\uf8ff")
-"""Private characters that stand around an assistant's words while a template is rendered."""
+LEADS = ("\n", "a", ".", ":")
+"""Texts to tokenise a text behind, so that it is tokenised as one that goes on."""
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -43,6 +45,7 @@ class Tokenizer:
       chat_template: Jinja source, or None for a base model.
       eos_ids: any of these ends a text; the model's own list where it has one, else the `eos_token`.
       attributes: what tokenizer_config.json said beyond that, written back by `save`.
+      date: what a chat template that asks for today's date (`strftime_now`) is told. A run keeps one.
 
     Example:
       >>> tokenizer = Tokenizer.from_folder("smollm2/")  # doctest: +SKIP
@@ -55,6 +58,7 @@ class Tokenizer:
     chat_template: str | None = None
     eos_ids: tuple[int, ...] = ()
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    date: datetime.date = dataclasses.field(default_factory=datetime.date.today)
 
     def __post_init__(self):
         unknown = [f"{name} {token!r}" for name, token in self.special.items() if self._id(token) is None]
@@ -84,6 +88,8 @@ class Tokenizer:
         backend.no_truncation()  # a length some trainer left in the file would cut texts in silence
         backend.no_padding()
         attributes = _read_object(folder / "tokenizer_config.json")
+        # Then special tokens that a text spells are ordinary text; tokenizer.json has no place for this.
+        backend.encode_special_tokens = bool(attributes.get("split_special_tokens", False))
         named = {**_read_object(folder / "special_tokens_map.json"), **attributes}
         special = {name: _content(named[name]) for name in SPECIAL if named.get(name)}
         template = attributes.pop("chat_template", None)
@@ -109,13 +115,110 @@ class Tokenizer:
         """Token ids of a text. Special tokens written in the text count as such.
 
         Args:
-          special: also add what the tokenizer puts around a text by itself, such as a BOS.
+          special: begin with what the tokenizer puts before a text by itself, such as a BOS, unless the text begins
+            with it. What it would put behind a text is left out: what is encoded here goes on.
         """
-        return self.backend.encode(text, add_special_tokens=special).ids
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        opening = list(self.opening) if special else []
+        return ids if ids[: len(opening)] == opening else opening + ids
+
+    def join(self, *pieces: str, special: bool = False) -> list[list[int]]:
+        """Token ids of texts that follow each other, such as a prompt and its completion, a list for each.
+
+        All are tokenised as one text, which is split where each ends. Where a token lies across a seam, what comes
+        before keeps the tokens that it has alone (as in a prompt that a model is given), and what follows has tokens
+        of its own that go on from it, without the space that many tokenizers put before a text.
+
+        Args:
+          special: as for `encode`.
+
+        Example:
+          >>> prompt, completion = tokenizer.join("1 + 1 =", " 2", special=True)  # doctest: +SKIP
+          >>> tokenizer.decode_after(completion)  # doctest: +SKIP
+          ' 2'
+        """
+        wholes = [self.encode("".join(pieces[:n]), special=special) for n in range(1, len(pieces) + 1)]
+        if all(wholes[-1][: len(ids)] == ids for ids in wholes):
+            starts = [0, *map(len, wholes)]
+            return [wholes[-1][a:b] for a, b in itertools.pairwise(starts)]
+        parts, before = [wholes[0]], list(wholes[0])
+        for piece, whole in zip(pieces[1:], wholes[1:], strict=True):
+            parts.append(self._follow(before, piece, self.decode(whole, special=True)))
+            before += parts[-1]
+        return parts
+
+    def _follow(self, before: list[int], piece: str, wanted: str) -> list[int]:
+        """Token ids of a piece that, behind those before it, give the wanted text; as it has them alone if none do."""
+        for lead in ("", *LEADS):
+            head, whole = self.encode(lead), self.encode(lead + piece)
+            ids = whole[len(head) :]
+            if whole[: len(head)] == head and self.decode([*before, *ids], special=True) == wanted:
+                return ids
+        return self.encode(piece)
+
+    def close(self, ids: Sequence[int]) -> list[int]:
+        """Token ids of a completion with the end of a text behind them; once, where they have it already.
+
+        Blanks behind an end that is there (a template's newline) are left out.
+        """
+        last = max((i for i, token in enumerate(ids) if token in self.eos_ids), default=None)
+        if last is not None and not self.decode(ids[last + 1 :], special=True).strip():
+            return list(ids[: last + 1])
+        return [*ids, self.eos_ids[0]]
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of token ids; special tokens are left out unless `special`."""
         return self.backend.decode(list(ids), skip_special_tokens=not special)
+
+    def decode_after(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of token ids that follow others, such as a completion's.
+
+        Some decoders take a space from the beginning of a text; what follows a text keeps it.
+        """
+        lead, before = self._lead
+        text = self.decode([*lead, *ids], special=special)
+        return text[len(before) :] if text.startswith(before) else self.decode(ids, special=special)
+
+    def begins_text(self, before: Sequence[int]) -> bool:
+        """Whether what follows these token ids begins a text to the tokenizer: a space put there is its own.
+
+        It does behind a BOS alone, and to many tokenizers behind every special token.
+        """
+        special = self.special_tokens.values()
+        return all(id in special for id in before) or (before[-1] in special and self._begins_anew)
+
+    @functools.cached_property
+    def _begins_anew(self) -> bool:
+        for token, id in self.special_tokens.items():
+            ids = self.encode(f"a{token}a")
+            if id in ids:
+                return ids[ids.index(id) + 1 :] == self.encode("a")
+        return False
+
+    @functools.cached_property
+    def _lead(self) -> tuple[list[int], str]:
+        """Token ids to put before those that follow a text, with their text; none where that changes nothing."""
+        lead, more = self.encode("a"), self.encode(" a")
+        before = self.decode(lead)
+        # Without a decoder the library puts a space between any two tokens, which is in no text.
+        plain = self.backend.decoder is None or self.decode([*lead, *more]) == before + self.decode(more)
+        return ([], "") if plain else (lead, before)
+
+    @functools.cached_property
+    def opening(self) -> tuple[int, ...]:
+        """What the tokenizer puts before a text by itself: a BOS, or nothing."""
+        for text in ("a", "0"):
+            if self.backend.encode(text, add_special_tokens=False).ids:
+                found = self.backend.encode(text)
+                pairs = zip(found.ids, found.special_tokens_mask, strict=True)
+                return tuple(id for id, _ in itertools.takewhile(lambda pair: pair[1], pairs))
+        return ()
+
+    @functools.cached_property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Tokens that `decode` leaves out, with their ids."""
+        added = self.backend.get_added_tokens_decoder()
+        return {token.content: id for id, token in added.items() if token.special and token.content}
 
     @property
     def vocab_size(self) -> int:
@@ -125,6 +228,12 @@ class Tokenizer:
     @property
     def pad_id(self) -> int | None:
         return self._id(self.special["pad_token"]) if "pad_token" in self.special else None
+
+    def id_of(self, name: str) -> int:
+        """Id of a special token by its name, such as "bos_token"."""
+        id = self._id(self.special[name])
+        assert id is not None, "checked when it is made"
+        return id
 
     def _id(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
@@ -150,6 +259,8 @@ class Tokenizer:
         As transformers does with `continue_final_message`.
         """
         said = str(messages[-1]["content"])
+        if not said.strip():
+            return self.chat(messages[:-1], True, **variables) + said
         text = self._render(messages, marks=False, add_generation_prompt=False, **variables)
         start = text.rfind(said.strip())
         if start < 0:
@@ -180,15 +291,35 @@ class Tokenizer:
         return "".join(p for p in pieces if p not in MARKS), spans
 
     def _render(self, messages: Sequence[Mapping[str, Any]], *, marks: bool, **variables) -> str:
+        """Fill the template; a special token that ends a message and that the template writes too stands there once."""
+        text = self._fill(messages, marks=marks, **variables)
+        once = [self._once(message, text) for message in messages]
+        return text if once == [dict(m) for m in messages] else self._fill(once, marks=marks, **variables)
+
+    def _once(self, message: Mapping[str, Any], text: str) -> dict[str, Any]:
+        """A message without the special token at its end that stands twice where a template rendered it."""
+        said = message.get("content")
+        said = said.rstrip() if isinstance(said, str) else ""
+        token = next((token for token in self.special_tokens if said.endswith(token)), None)
+        twice = token and re.search(rf"{re.escape(said.lstrip())}[\s{''.join(MARKS)}]*{re.escape(token)}", text)
+        return {**message, "content": said.removesuffix(token or "")} if twice else dict(message)
+
+    def _fill(self, messages: Sequence[Mapping[str, Any]], *, marks: bool, **variables) -> str:
         if self.chat_template is None:
             raise UserError("this tokenizer has no chat template; give a few-shot prompt instead of a chat")
         import jinja2
 
         given = {"messages": [dict(m) for m in messages], "tools": None, "documents": None, **self.special}
+        given["strftime_now"] = lambda form: self.date.strftime(form)
         try:
-            return _compile(self.chat_template, marks).render(**{**given, **variables})
+            return compiled(self.chat_template, marks).render(**{**given, **variables})
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template refuses these messages: {error}") from error
+
+    @property
+    def asks_date(self) -> bool:
+        """Whether the chat template asks for today's date."""
+        return "strftime_now" in (self.chat_template or "")
 
     # --- fitting a model, and writing ---
 
@@ -254,43 +385,3 @@ def _one_template(template, folder) -> str | None:
     if "default" not in named:
         raise UserError(f"{folder}: chat templates {sorted(named)}, none called 'default'")
     return named["default"]
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(template: str, marks: bool = False):
-    """The environment of transformers: sandboxed, blocks trimmed, loop controls, and its few names.
-
-    Args:
-      marks: put `MARKS` around what stands in generation blocks.
-    """
-    import jinja2
-    import jinja2.ext
-    import jinja2.nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}…{% endgeneration %}` marks what the assistant wrote; its text stands as it is."""
-
-        tags = {"generation"}  # noqa: RUF012  # read by jinja2 as a class attribute
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            if marks:
-                start, end = (jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)]) for mark in MARKS)
-                body = [start, *body, end]
-            return jinja2.nodes.Scope(body).set_lineno(line)
-
-    def raise_exception(message: str):
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"the chat template is not valid Jinja: {error}") from error

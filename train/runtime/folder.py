@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib.metadata
@@ -84,6 +85,22 @@ def check_same_config(folder: Path, config: Any) -> None:
         raise UserError(
             f"{folder} holds a run of another config ({'; '.join(changed)}); choose another folder with out=DIR"
         )
+
+
+def keep_date(folder: Path) -> str:
+    """The date a run tells chat templates that ask for today's, as 2026-01-31: that of its first start, kept there."""
+    path = folder / "date.txt"
+    if not path.exists():
+        write_durably(path, f"{datetime.date.today().isoformat()}\n")
+    return read_date(path)
+
+
+def read_date(path: Path) -> str:
+    text = path.read_text().strip()
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise UserError(f"{path} holds {text[:40]!r}; a date is wanted, written as 2026-01-31") from error
 
 
 def fingerprint(config: Any) -> str:

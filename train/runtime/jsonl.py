@@ -74,9 +74,22 @@ def parse(line: bytes, where: str, *, ours: bool) -> Row:
             f"{where}: expected one JSON object a line, found {line[:60]!r} ({error}); only a torn last line is mended "
             "by itself: restore the file or start in a new folder"
         ) from error
+    if b"\\ud" in line.lower():
+        check_text(row, where)
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
     return row
+
+
+def check_text(row: Any, where: str) -> None:
+    """Refuse halves of surrogate pairs, which are no characters: neither a tokenizer nor a file takes them."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: \\u{ord(error.object[error.start]):04x} is half of a pair of code units and no character; write"
+            " both halves, or take it out"
+        ) from error
 
 
 def write_jsonl(path: PathLike, rows: Sequence[Mapping[str, Any]]) -> None:

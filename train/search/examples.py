@@ -109,13 +109,13 @@ def example(item: Item, text: str, tokenizer: Tokenizer, solution: Mapping[str, 
         prompt = tokenizer.chat(item.prompt, date_string=DATE)
     else:
         prompt = untemplated([message["content"] for message in item.prompt])
-    before = tokenizer.encode(prompt, special=not rendered)
+    before, after = tokenizer.join(prompt, text, special=not rendered)
     return {
         "question_id": item.id,
         "family": item.family,
         "prompt": prompt,
         "completion": text,
-        "tokens": [*before, *tokenizer.encode(text), tokenizer.eos_ids[0]],
+        "tokens": before + tokenizer.close(after),
         "prompt_length": len(before),
         "score": 1.0 if solution["value"] is None else solution["value"],
         "weight": 1.0,

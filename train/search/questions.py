@@ -12,7 +12,7 @@ from ..log import UserError
 from ..runtime.jsonl import numbered_jsonl
 from ..tasks import build_suite, extract_answer
 from ..tasks.code import CodeProblem, CodeTask
-from ..tasks.numbers import canonical, same
+from ..tasks.numbers import canonical, read_gold, same
 from ..tasks.task import Prompt, question_id
 from ..tasks.wording import PROGRAM, is_number
 from .settings import Questions
@@ -99,10 +99,19 @@ def equal(answer: str, text: str) -> float:
     Example:
       >>> equal("14", "12 + 2 = 14\\nAnswer: 14.0"), equal("red", "Answer: Red."), equal("red", "blue")
       (1.0, 1.0, 0.0)
+      >>> equal("1/2", "Answer: 2/4"), equal("18 kg", "Answer: 18"), equal("18 kg", "Answer: 18 m")
+      (1.0, 1.0, 0.0)
     """
     found = extract_answer(text, answer)
     if found is None:
         return 0.0
     if is_number(answer):
         return float(same(canonical(found), answer))
-    return float(found.casefold().split() == answer.strip().casefold().split())
+    if found.casefold().split() == answer.strip().casefold().split():
+        return 1.0
+    try:
+        gold = read_gold(answer)
+    except UserError:
+        return 0.0
+    # A number for a number with a unit, `1/2` as 2/4; but no other unit.
+    return float(not any(map(str.isalpha, found)) and same(found, gold))

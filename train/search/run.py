@@ -21,7 +21,7 @@ import jax
 
 from ..data.versions import write_version
 from ..log import UserError, is_first_process, progress, say
-from ..models.open import Model, load_source
+from ..models.open import Model, load_source, with_date
 from ..models.settings import Source
 from ..report.page import write_report
 from ..resolve import to_dict
@@ -92,7 +92,7 @@ def load_voices(config: SearchRun, prompts: Prompts, journal: Journal) -> dict[s
         if twin is not None:
             voices[role] = voices[twin]
             continue
-        model = load_source(source, mesh, seed=config.seed)
+        model = with_date(load_source(source, mesh, seed=config.seed), journal.root)
         digests[role] = checkpoint.digest(model.params)
         temperatures = {
             r: given.temperature

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from ..evaluate.answer import join_completion
 from ..evaluate.answer import prompts as prompts_of
 from ..generate.settings import Settings
 from ..log import progress
 from ..models.open import Model
+from ..models.tokenizer import Tokenizer
 from ..runtime.jsonl import Row, write_jsonl
 from ..runtime.processes import on_first
 from ..runtime.stop import check
@@ -69,19 +72,29 @@ def search_solutions(
     with Replies(folder / "replies.jsonl") as log, progress(title, total=len(questions), unit="questions") as bar:
         driver: Driver[Found] = Driver(dict.fromkeys(ROLES, voice), verify, log, on_end=on_end)
         driver.run(((c.id, KINDS[search.kind](c)) for c in subjects), between=check)
-    rows = [row for q in questions for row in rows_of(q.id, found[q.id], prompts, tokenizer)]
+    rows = []
+    for q in questions:
+        join = functools.partial(join_completion, suite, tokenizer, q, shots=shots)
+        rows += rows_of(q.id, found[q.id], prompts, tokenizer, join)
     on_first(write_jsonl, folder / "batch-0000.jsonl", rows)
     new = driver.counts["tokens"]
     return rows, new + driver.counts["replayed_tokens"], new, time.perf_counter() - start
 
 
-def rows_of(id: str, found: Found, prompts: Prompts, tokenizer: Any) -> list[Row]:
-    """Solutions as samples: the whole text, and the end token where it ended by itself."""
+def rows_of(
+    id: str, found: Found, prompts: Prompts, tokenizer: Tokenizer, join: Callable[[str], tuple[list[int], list[int]]]
+) -> list[Row]:
+    """Solutions as samples: the whole text, and the end token where it ended by itself.
+
+    Args:
+      join: from a text to the tokens of the question's prompt and of the text behind it.
+    """
     rows = []
     for number, solution in enumerate(found.solutions):
         text = whole(prompts, dataclasses.asdict(solution))
         cut = solution.reason in ("length", "context")
-        tokens = [*tokenizer.encode(text), *([] if cut else tokenizer.eos_ids[:1])]
+        _, tokens = join(text)
+        tokens = tokens if cut else tokenizer.close(tokens)
         reason = "length" if cut else "eos"
         rows.append({"question_id": id, "sample": number, "text": text, "tokens": tokens, "reason": reason})
     return rows

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ..generate.engine import Decoding, Engine
-from ..generate.rollout import stopper, without_eos
+from ..generate.rollout import without_eos
 from ..generate.slots import Completion, Request
+from ..generate.stops import Stops
 from ..models.open import Model
 from ..models.tokenizer import DATE
 from ..tasks.wording import untemplated
 from .ask import Ask, Reply
-from .prompts import Prompt, Prompts
+from .prompts import Prompts
 from .settings import Drawing
 
 
@@ -58,6 +59,8 @@ class Voice:
             shelf=drawing.kept * drawing.slots,
             gather=gather,
         )
+        self.begins: dict[int, bool] = {}
+        """Of the requests that are out: whether the reply begins a text to the tokenizer."""
         self.read_tokens = 0
         """Tokens of all prompts; a shared prefill counts for each prompt."""
 
@@ -70,36 +73,35 @@ class Voice:
         if len(tokens) + most > self.model.config.context:
             return None
         self.read_tokens += len(tokens)
+        begins = self.begins[number] = self.model.tokenizer.begins_text(tokens)
         return Request(
             number,
             tokens,
             key_of(self.seed, id, ask.name),
             most,
             self.temperatures.get(ask.role, prompt.temperature),
-            self.stop(prompt),
+            self.stops(prompt.stop + prompt.until, begins) if prompt.stop + prompt.until else None,
         )
 
     def tokens(self, messages: Sequence[Mapping[str, str]], prefix: str, *, plain: bool = False) -> tuple[int, ...]:
         """A chat with the beginning of its answer; to a model without a template, what is said, one below the other."""
         tokenizer = self.model.tokenizer
         if plain:
-            return tuple(tokenizer.encode("".join(m["content"] for m in messages) + prefix))
+            return tuple(tokenizer.encode("".join(m["content"] for m in messages) + prefix, special=True))
         if tokenizer.has_chat_template:
             return tuple(tokenizer.encode(tokenizer.chat(messages, date_string=DATE) + prefix))
         return tuple(tokenizer.encode(untemplated([m["content"] for m in messages]) + prefix, special=True))
 
-    def stop(self, prompt: Prompt) -> Callable[[Sequence[int]], int | None] | None:
-        strings = prompt.stop + prompt.until
-        return self.stopper(strings) if strings else None
-
     @functools.lru_cache(maxsize=64)  # noqa: B019  # a voice lives as long as its search
-    def stopper(self, strings: tuple[str, ...]) -> Callable[[Sequence[int]], int | None]:
-        return stopper(self.model.tokenizer, strings)
+    def stops(self, strings: tuple[str, ...], begins: bool) -> Stops:
+        return Stops(self.model.tokenizer, strings, begins=begins)
 
     def reply(self, ask: Ask, completion: Completion) -> Reply:
         """The text with the beginning that was written for it, ended where the prompt says."""
         prompt = self.prompts[ask.prompt]
-        text = self.model.tokenizer.decode(without_eos(completion.tokens, self.model.tokenizer))
+        strings = (*prompt.stop, *prompt.until, *((prompt.after,) if prompt.after else ()))
+        marks = self.stops(strings, self.begins.pop(completion.id))
+        text = marks.read(without_eos(completion.tokens, self.model.tokenizer))
         for string in prompt.stop:
             text = text.partition(string)[0]
         for string in prompt.until:
@@ -107,10 +109,7 @@ class Voice:
             text = before + found
         if prompt.after:
             # Thought to no end, it has said nothing.
-            return Reply(
-                text.rpartition(prompt.after)[2] if prompt.after in text else "",
-                completion.reason,
-                len(completion.tokens),
-            )
+            said = text.rpartition(prompt.after)[2] if prompt.after in text else ""
+            return Reply(marks.clean(said), completion.reason, len(completion.tokens))
         _, prefix = prompt.render(ask.values)
-        return Reply(prefix + text, completion.reason, len(completion.tokens))
+        return Reply(prefix + marks.clean(text), completion.reason, len(completion.tokens))

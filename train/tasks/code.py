@@ -17,7 +17,6 @@ import json
 import os
 import re
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +24,7 @@ from typing import Any, ClassVar
 from ..log import UserError
 from . import wording
 from .sandbox import Program, Sandbox, Verdict
-from .task import SPLITS, Prompt, Question, Split
+from .task import SPLITS, Prompt, Question, Split, Unjudged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +78,7 @@ def extract_code(text: str, entry_point: str | None = None) -> tuple[str | None,
       >>> extract_code("Here:\\n```python\\ndef f(): pass\\n```"), extract_code("```python\\ndef f(): pass")
       (('def f(): pass\\n', ''), (None, 'the code fence is not closed'))
     """
+    text = wording.spoken(text)
     blocks = [(tag.lower(), code) for tag, code in _FENCE.findall(text)]
     if not blocks:
         return None, "the code fence is not closed" if "```" in text else "no code fence"
@@ -250,7 +250,7 @@ class CodeTask:
 
     def __init__(self, name: str):
         self.name = name
-        self.unjudged: Counter[str] = Counter()
+        self.unjudged = Unjudged()
         self._known: dict[tuple[str, str], float] = {}
         shared_sandbox()
 
@@ -286,7 +286,7 @@ class CodeTask:
                 self._known[key] = float(verdict.passed)
             return self._known[key]
         except Exception as error:  # recorded, never hidden: a verifier may not stop a run
-            self.unjudged[type(error).__name__] += 1
+            self.unjudged.add(error, question)
             return None
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import reduce
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 from ..log import UserError
 from ..models.characters import EOS
 from .reasoning import open_generator
-from .task import Prompt, Question
+from .task import Prompt, Question, Unjudged
 
 Rendering = tuple[str, str, str]  # prompt with its `?`, work with its `#`, answer
 
@@ -35,7 +34,7 @@ class CompactTask:
                 " or style: instruct"
             )
         self.name = name
-        self.unjudged: Counter[str] = Counter()
+        self.unjudged = Unjudged()
 
     def draw(self, args: Mapping[str, Any], seed: int, size: int) -> Iterator[tuple[str, str, str | None, dict]]:
         """Yield (prompt, answer, work and answer, entry)."""
@@ -55,7 +54,7 @@ class CompactTask:
             _, found, answer = text.split(EOS, 1)[0].partition("#")
             return float(bool(found) and answer == question.answer)
         except Exception as error:  # recorded, never hidden: a verifier may not stop a run
-            self.unjudged[type(error).__name__] += 1
+            self.unjudged.add(error, question)
             return None
 
 

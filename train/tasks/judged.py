@@ -13,14 +13,13 @@ right: a search has judged each when it was the last.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from random import Random
 from typing import Any
 
 from ..models.characters import EOS
 from .compact import CompactTask
-from .task import Prompt, Question
+from .task import Prompt, Question, Unjudged
 
 PREFIX = "judge:"
 WRONG, SO_FAR, RIGHT = 0, 7, 10
@@ -32,7 +31,7 @@ class JudgedTask:
 
     def __init__(self, name: str):
         self.name, self.of = name, CompactTask(name.removeprefix(PREFIX))
-        self.unjudged: Counter[str] = Counter()
+        self.unjudged = Unjudged()
 
     def draw(self, args: Mapping[str, Any], seed: int, size: int) -> Iterator[tuple[str, str, str | None, dict]]:
         """Yield (question and steps, score, work and score, entry); item i depends on `args` and seed + i alone."""

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..log import UserError
 from . import cot, letters, numbers, wording
-from .task import Prompt, Question
+from .task import Prompt, Question, Unjudged
+
+_UNIT = re.compile(r"\s*(\$?-?[\d.,]+)\s+[A-Za-z][A-Za-z /]*\.?\s*")
 
 
 class LocalTask:
@@ -33,7 +35,7 @@ class LocalTask:
 
     def __init__(self, name: str):
         self.name = name
-        self.unjudged: Counter[str] = Counter()
+        self.unjudged = Unjudged()
 
     def draw(self, args: Mapping[str, Any], seed: int, size: int) -> Iterator[tuple[str, str, str | None, dict]]:
         """Yield (text, answer, solution, entry) of every question of the file, whatever the seed."""
@@ -41,9 +43,16 @@ class LocalTask:
         chosen = self.options(args)
         path = Path(str(args["path"]))
         written = path.stat().st_mtime_ns if path.exists() else 0
-        for record in read(path, str(args.get("split", "train")), self.formats, written):
+        for number, record in enumerate(read(path, str(args.get("split", "train")), self.formats, written), start=1):
+            try:
+                self.check_gold(record.answer)
+            except (UserError, ValueError) as error:
+                raise UserError(f"{path}, example {number} ({record.question[:40]!r}): {error}") from error
             entry = {"question": record.question, "choices": list(record.choices), **chosen}
             yield self.text(record), record.answer, record.solution or None, entry
+
+    def check_gold(self, answer: str) -> None:
+        """Raise an error that names a gold answer against which nothing can be judged."""
 
     def text(self, record: Any) -> str:
         """What makes a question that question."""
@@ -70,13 +79,26 @@ class LocalTask:
     def verify(self, question: Question, text: str) -> float | None:
         """Judge a completion: 1.0 right, 0.0 wrong, None if it could not be judged. Never raises."""
         try:
-            # A model that was given examples may go on with a question of its own.
-            for mark in (cot.STOP, *wording.STOP_STRINGS):
-                text = text.partition(mark)[0]
-            return float(self.right(question, text))
+            return float(self.right(question, self.said(question, wording.spoken(text))))
         except Exception as error:  # recorded, never hidden: a verifier may not stop a run
-            self.unjudged[type(error).__name__] += 1
+            self.unjudged.add(error, question)
             return None
+
+    def said(self, question: Question, text: str) -> str:
+        """A completion up to where the model, its answer given, goes on with a question of its own.
+
+        One that was shown examples does so at their next mark; one asked in a chat may be restating the question.
+        """
+        for mark in (cot.STOP, *wording.STOP_STRINGS):
+            before, found, _ = text.partition(mark)
+            if found and (question.entry.get("prompt") == "cot" or self.answers(question, before)):
+                text = before
+        return text
+
+    def answers(self, question: Question, text: str) -> bool:
+        """Whether a text gives an answer already."""
+        del question
+        return wording.marks_answer(text) or numbers.strict(text) is not None
 
     def right(self, question: Question, text: str) -> bool:
         raise NotImplementedError
@@ -95,7 +117,11 @@ class Gsm8kTask(LocalTask):
 
     def right(self, question: Question, text: str) -> bool:
         extract = {"flexible": numbers.flexible, "strict": numbers.strict}[question.entry["extract"]]
-        return numbers.same(extract(text), question.answer)
+        gold = numbers.read_gold(question.answer)
+        return numbers.same(extract(text, ratio=numbers.is_ratio(gold)), gold)
+
+    def check_gold(self, answer: str) -> None:
+        numbers.read_gold(answer)
 
 
 class ChoiceTask(LocalTask):
@@ -108,6 +134,9 @@ class ChoiceTask(LocalTask):
 
     def prompt(self, question: Question) -> Prompt:
         return [{"role": "user", "content": wording.CHOICE.format(text=question.text)}]
+
+    def answers(self, question: Question, text: str) -> bool:
+        return letters.extract_letter(text, len(question.entry["choices"])) is not None
 
     def right(self, question: Question, text: str) -> bool:
         return letters.extract_letter(text, len(question.entry["choices"])) == question.answer
@@ -124,6 +153,10 @@ class ProblemTask(LocalTask):
 
     def prompt(self, question: Question) -> Prompt:
         return [{"role": "user", "content": wording.PROBLEM.format(text=question.text.strip())}]
+
+    def check_gold(self, answer: str) -> None:
+        if not any(map(str.isalnum, answer)):  # math-verify reads a thousand in a second or two, and these never
+            read_mathematics(answer)
 
     def right(self, question: Question, text: str) -> bool:
         return equal_mathematics(text, question.answer)
@@ -143,12 +176,34 @@ def equal_mathematics(text: str, gold: str, *, seconds: int = 5) -> bool:
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("math-verify keeps its time limit by an alarm signal: call it in the main thread")
     parse, verify = mathematics()
-    limits = {"parsing_timeout": seconds, "raise_on_error": True}
-    wanted = parse(gold if "$" in gold or "\\boxed" in gold else f"${gold}$", **limits)
-    if not wanted:
+    wanted, text = read_mathematics(gold, seconds), without_currency(text)
+
+    def equals(said: str) -> bool:
+        found = parse(said, parsing_timeout=seconds, raise_on_error=True)
+        return bool(found) and verify(wanted, found, timeout_seconds=seconds, raise_on_error=True)
+
+    # Two boxes close together are read as one set; a model that thought better of it means the last alone.
+    return equals(text) or (text.count("\\boxed") > 1 and equals(text[text.rindex("\\boxed") :]))
+
+
+def read_mathematics(gold: str, seconds: int = 5) -> Any:
+    """A gold answer as math-verify reads it."""
+    parse, _ = mathematics()
+    gold = without_currency(gold)
+    if with_unit := _UNIT.fullmatch(gold):  # in words it would be a product of letters
+        gold = with_unit.group(1)
+    delimited = "$" in gold or "\\boxed" in gold
+    found = parse(gold if delimited else f"${gold}$", parsing_timeout=seconds, raise_on_error=True)
+    if not found:
         raise ValueError(f"the gold answer {gold!r} is no mathematics")
-    found = parse(text, **limits)
-    return bool(found) and verify(wanted, found, timeout_seconds=seconds, raise_on_error=True)
+    return found
+
+
+def without_currency(text: str) -> str:
+    """A text as math-verify can read it: with ASCII's minus and no dollar sign, which would be a formula's."""
+    for minus in "\u2212\ufe63\uff0d":  # between words a dash is none
+        text = text.replace(minus, "-")
+    return numbers.group(text.replace("\\$", ""))
 
 
 @functools.cache

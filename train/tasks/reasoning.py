@@ -11,7 +11,6 @@ import ast
 import difflib
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from fractions import Fraction
@@ -19,7 +18,7 @@ from typing import Any
 
 from ..log import UserError
 from . import codeio, wording
-from .task import Prompt, Question
+from .task import Prompt, Question, Unjudged
 
 ACCEPT = 0.999  # scorers pay part marks for substrings and near misses; only full marks are right
 
@@ -72,7 +71,7 @@ class InstructTask:
 
     def __init__(self, name: str):
         self.name = name
-        self.unjudged: Counter[str] = Counter()
+        self.unjudged = Unjudged()
         self._scorers: dict[str, Any] = {}
 
     def draw(self, args: Mapping[str, Any], seed: int, size: int) -> Iterator[tuple[str, str, str | None, dict]]:
@@ -109,7 +108,7 @@ class InstructTask:
             exact = _EXACT.get(self.name)
             return float(score >= ACCEPT and (exact is None or exact(answer, question.answer)))
         except Exception as error:  # whatever a scorer may raise on a model's text; recorded, never hidden
-            self.unjudged[type(error).__name__] += 1
+            self.unjudged.add(error, question)
             return None
 
     def _scorer(self, question: Question) -> Any:

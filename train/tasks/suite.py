@@ -87,6 +87,10 @@ class Suite:
         """Count, a family, the exception classes that kept answers from being judged."""
         return {name: dict(task.unjudged) for name, task in self.tasks.items() if task.unjudged}
 
+    def describe_unjudged(self) -> str:
+        """Say which exceptions kept answers from being judged, with an example of each; empty if none did."""
+        return "; ".join(f"{name}: {task.unjudged}" for name, task in self.tasks.items() if task.unjudged)
+
     def digests(self) -> dict[str, str]:
         """Tell the questions of each family by 32 hex digits: of ids, splits, texts, answers, solutions.
 

@@ -44,6 +44,28 @@ class Question:
     entry: Mapping[str, Any] = dataclasses.field(repr=False, compare=False)
 
 
+class Unjudged(Counter[str]):
+    """How often each exception class kept an answer from being judged, with the first such answer of each.
+
+    Attributes:
+      examples: exception class → the question's id and what was said.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.examples: dict[str, str] = {}
+
+    def add(self, error: Exception, question: Question) -> None:
+        name = type(error).__name__
+        self[name] += 1
+        said = " ".join(str(error).split())[:200]
+        id = getattr(question, "id", "a question without a name")  # a verifier never raises
+        self.examples.setdefault(name, f"{id}: {said}" if said else id)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} × {name} (such as {self.examples[name]})" for name, count in self.items())
+
+
 class Task(Protocol):
     """One family in one style: where questions come from, how they are asked, and who is right.
 
@@ -53,7 +75,7 @@ class Task(Protocol):
     """
 
     name: str
-    unjudged: Counter[str]
+    unjudged: Unjudged
 
     def draw(self, args: Mapping[str, Any], seed: int, size: int) -> Iterator[tuple[str, str, str | None, dict]]:
         """Yield up to `size` of (text, answer, solution, entry), the same for the same seed; a file gives all."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from . import numbers
 from .task import Question
 
 # One solved turn shows the form; asked for it in words, SmolLM2-135M-Instruct never gave it (0 of 48 answers)
@@ -59,6 +60,7 @@ PROGRAM = "{text}\nYour code should pass these tests:\n\n{tests}\n\nAnswer with 
 FUNCTION = "Write a Python function f({argument}) that {text}. Answer with the function in one ```python block."
 PROBLEM = "{text}\nPut the final answer in \\boxed{{}}."
 
+_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 _MARK = re.compile(r"answer\s*(?:is)?\s*(?:\*\*|__)?\s*[:=]\s*(?:\*\*|__)?[ \t]*([^\n]+)", re.IGNORECASE)
 _MARK_LINES = re.compile(r"answer\s*:[ \t]*\n?", re.IGNORECASE)
 _TAG = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.IGNORECASE | re.DOTALL)
@@ -66,12 +68,25 @@ _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _LIST = re.compile(r"\[[^\[\]]*\]")
 # A sign counts only where no number or bracket stands before it: in `10-5` the 5 is positive.
 _NUMBER = re.compile(r"(?:(?<![\w.)\]])[-+])?(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+_BEFORE = re.compile(r"####|\\boxed|\banswer\s*(?:is\s*)?[:=]", re.IGNORECASE)
 _PLAIN_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
 
 def is_number(answer: str) -> bool:
     """Whether a gold answer is one plain number."""
     return _PLAIN_NUMBER.fullmatch(answer.strip()) is not None
+
+
+def spoken(text: str) -> str:
+    """What a completion says after it thought: never what stands inside `<think>…</think>`.
+
+    The opening may have been part of the prompt; what is thought to no end says nothing.
+
+    Example:
+      >>> spoken("<think>12?</think>It is 13."), spoken("so 12</think>It is 13."), spoken("13<think>or 12")
+      ('It is 13.', 'It is 13.', '13')
+    """
+    return _THOUGHT.sub("", text).rpartition("</think>")[2]
 
 
 def last_number(text: str) -> str | None:
@@ -81,8 +96,18 @@ def last_number(text: str) -> str | None:
       >>> last_number("35 - 40 = -5."), last_number("in all 1,400 apples"), last_number("10-5")
       ('-5', '1400', '5')
     """
-    found = [m.group(0) for m in _NUMBER.finditer(text.replace("−", "-"))]
+    found = [m.group(0) for m in _NUMBER.finditer(numbers.plain(text))]
     return found[-1].replace(",", "").lstrip("+") if found else None
+
+
+def marks_answer(text: str) -> bool:
+    r"""Whether a text already says which part of it is the answer.
+
+    Example:
+      >>> marks_answer("So \\boxed{12}."), marks_answer("Here is my work.")
+      (True, False)
+    """
+    return _BEFORE.search(text) is not None
 
 
 def extract_answer(text: str, gold: str) -> str | None:
@@ -100,7 +125,7 @@ def extract_answer(text: str, gold: str) -> str | None:
       >>> extract_answer("12 + 7 = 19\nAnswer: 19.", "19"), extract_answer("It is 19", "19")
       ('19', '19')
     """
-    gold = gold.strip()
+    gold, text = gold.strip(), spoken(text)
     if "\n" in gold:
         marks = list(_MARK_LINES.finditer(text))
         if marks:

@@ -17,9 +17,11 @@ from helpers import ROOT
 from train.cli import __main__ as cli
 from train.cli.keys import keys
 from train.cli.verbs import VERBS
-from train.cli.words import parse
+from train.cli.words import options, parse
+from train.generate.settings import SampleOptions
 from train.models.hf import save_hf
 from train.models.open import random_model
+from train.resolve import build, override
 from train.runtime.mesh import make_mesh
 from train.runtime.settings import Mesh
 
@@ -247,6 +249,19 @@ def test_a_merge_that_cannot_work_is_refused_before_any_sampling(capsys, tmp_pat
 def test_sample_options_are_checked(capsys, tmp_path, folder):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": 5}\n')
-    assert "prompt must be a text" in refused(capsys, "sample", folder, prompts, tmp_path / "o")
-    for option in ("slots=0", "temperature=-1", "top_p=0", "max_new_tokens=0", "samples=4", 'stop=[""]', "dtype=int8"):
+    assert "prompts.jsonl:1: prompt is 5; a text is wanted" in refused(
+        capsys, "sample", folder, prompts, tmp_path / "o"
+    )
+    for option in (
+        "slots=0", "temperature=-1", "top_p=0", "max_new_tokens=0", "samples=4", 'stop=[""]', "dtype=int8",
+        "date=31.1.2026", "date=2026-02-31",
+    ):  # fmt: skip
         assert option.partition("=")[0] in refused(capsys, "sample", folder, prompts, tmp_path / "o", option)
+
+
+def test_lists_and_dates_are_read_as_they_are_written():
+    """A list of texts is a list, one text is a list of one, and a date, a type of its own in YAML, is a text."""
+    for written, stop in (("[a, '<|im_end|>']", ("a", "<|im_end|>")), ("a", ("a",))):
+        assert options([f"stop={written}"], SampleOptions).stop == stop
+    assert options(["date=2026-01-31"], SampleOptions).date == "2026-01-31"
+    assert build(SampleOptions, override({}, ["date=2026-01-31"])).date == "2026-01-31"

@@ -5,9 +5,11 @@ import json
 
 import numpy as np
 import pytest
+from helpers.tiny_tokenizers import llama_like
 
 from train.cli.__main__ import main
 from train.evaluate.harness import Requests, evaluate
+from train.generate.score import Scored
 from train.log import UserError
 from train.models.hf import save_hf
 from train.models.open import load_model, random_model
@@ -212,3 +214,16 @@ def write_tasks(folder):
         text = f"task: {task}\n" + head.format(file=folder / f"{file}.jsonl") + body
         (folder / f"{task}.yaml").write_text(text)
     return list(kinds)
+
+
+@pytest.mark.parametrize("kind", ["prepend", "first"])
+def test_texts_have_one_bos_and_pairs_read_as_one_text(model, monkeypatch, kind):
+    ours = llama_like(kind)
+    requests = Requests(dataclasses.replace(model, tokenizer=ours))
+    scored = []
+    monkeypatch.setattr(requests, "score", lambda pairs: scored.extend(pairs) or [Scored(0.0, True)] * len(pairs))
+    requests.rolling(["1+1=2", "<s>1+1=2"])
+    requests.loglikelihood([("1+1=", "2"), ("<s>1+1=", "2"), ("", "2")])
+    assert [[*head, *tail].count(1) for head, tail in scored] == [1] * 5
+    assert [ours.decode([*head, *tail]) for head, tail in scored[2:4]] == ["1+1=2"] * 2
+    assert requests.encode("<s>1+1=").count(1) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.tiny_tokenizers import llama_like
 
 from train.evaluate import answer
 from train.evaluate.change import by_layer
@@ -77,6 +78,20 @@ def test_an_example_is_prompt_completion_and_one_end(suite, tokenizer, questions
         text = tokenizer.decode(example["tokens"], special=True)
         assert text == "\n" + a.text + a.solution + "\n"
         assert tokenizer.decode(example["tokens"][: example["prompt_length"]], special=True) == example["prompt"]
+
+
+@pytest.mark.parametrize("kind", ["prepend", "first"])
+def test_an_example_reads_as_prompt_and_text_in_any_tokenizer(suite, questions, kind):
+    """A sample cut at a stop string and a worked solution are joined to the prompt without a space between."""
+    ours, a = llama_like(kind), questions[0]
+    prompt = answer.prompt_tokens(suite, ours, a)
+    row = {"question_id": a.id, "sample": 0, "text": a.solution, "tokens": [], "reason": "stop"}
+    worked = {**row, "text": "none", "reason": "length"}
+    for rows, config in (([row], Selection()), ([worked], Selection(real_ratio=1.0))):
+        (example, *_), _ = select(suite, ours, questions, rows, config)
+        assert example["tokens"][: example["prompt_length"]] == prompt
+        assert ours.decode(example["tokens"]) == example["prompt"] + example["completion"]
+        assert (example["tokens"].count(1), example["tokens"].count(2)) == (1, 1)
 
 
 def test_limit_per_question_and_earlier_rounds(suite, tokenizer, questions):

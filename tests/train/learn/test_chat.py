@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from helpers.tiny_tokenizers import CHATML, MARKED, byte_level
+from helpers.tiny_tokenizers import CHATML, MARKED, byte_level, llama_like
 
 from train.data.formats import read_row
 from train.data.records import Record, turns
@@ -167,3 +167,60 @@ def test_a_template_whose_marks_are_missing_a_turn_is_refused(tokenizer):
 def test_prefix_spans_are_where_the_turns_are(tokenizer):
     text, spans = prefix_spans(tokenizer, CHAT.messages)
     assert [text[a:b] for a, b in spans] == ["Hi\n<|im_end|>\n", "It is 42.<|im_end|>\n"]
+
+
+# --- tokenizers that put a space before a text; texts that bring their own beginning and end ---
+
+
+@pytest.mark.parametrize("kind", ["prepend", "first"])
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("Q: 1+1=", "2"), ("def f(x):\n", "    return x"), ("A: ", "yes"), ("A:", " yes")]
+)
+def test_a_bare_prompt_and_completion_are_learnt_as_the_file_says(kind, prompt, completion):
+    ours = llama_like(kind)
+    encoded = encode(ours, read_row({"prompt": prompt, "completion": completion}))
+    assert ours.decode(encoded.tokens) == prompt + completion
+    assert encoded.tokens[: encoded.learnt.index(1)] == ours.encode(prompt, special=True)
+    rendered = encode(ours, read_row({"prompt": f"<s>{prompt}", "completion": f"{completion}</s>"}))
+    assert (rendered.tokens.count(1), rendered.tokens.count(2), rendered.tokens[-1]) == (1, 1, 2)
+
+
+def test_the_end_of_a_rendered_completion_is_learnt_once(tokenizer):
+    """As ChatML is written: its line break after the end is no part of the answer."""
+    for end in ("<|im_end|>", "<|im_end|>\n", ""):
+        row = {"prompt": "<|endoftext|>1+1=", "completion": f"2{end}"}
+        assert learnt(tokenizer, encode(tokenizer, read_row(row))) == ["2<|im_end|>"]
+
+
+def test_an_answer_written_with_its_end_is_learnt_with_one(tokenizer):
+    for ours in (tokenizer, dataclasses.replace(tokenizer, chat_template=MARKED)):
+        wanted = encode(ours, Record(turns("Hi", "Hello")))
+        assert encode(ours, Record(turns("Hi", "Hello<|im_end|>"))) == wanted
+
+
+def test_an_answer_across_a_token_is_joined_in_a_conversation_too():
+    """The template opens an answer with a space; a tokenizer of this kind gives one of its own to the next word."""
+    ours = dataclasses.replace(
+        llama_like(),
+        chat_template="{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+    )
+    encoded = encode(ours, Record(turns("Hi", "yes")))
+    assert ours.decode(encoded.tokens) == "user: Hi\nassistant: yes\n"
+    prompt = ours.encode("user: Hi\nassistant: ")
+    assert encoded.tokens[: len(prompt)] == prompt
+    assert encoded.learnt[: len(prompt) + 1] == [0] * len(prompt) + [1]
+
+
+PHI = """{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>\n' + m['content'] + '<|end|>\n' }}
+{%- else %}{{ '<|user|>\n' + m['content'] + '<|end|>\n' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"""
+
+
+def test_a_template_that_ends_every_text_with_an_eos_is_learnt_in_several_turns():
+    """Phi-3's: what it puts behind the last message alone is no part of an earlier turn."""
+    names = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
+    ours = Tokenizer(byte_level(special=names), {"eos_token": "<|endoftext|>"}, chat_template=PHI, eos_ids=(0, 3))
+    encoded = encode(ours, CHAT)
+    assert learnt(ours, encoded) == ["Hi\n<|end|>", "It is 42.<|end|>\n<|endoftext|>"]
+    assert ours.decode(encoded.tokens, special=True) == ours.chat(CHAT.messages, False)

@@ -334,3 +334,21 @@ def test_a_run_begun_before_optax_is_not_gone_on_with(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match=r"begun before there was sft\.optimizer.*finish it with commit aa22b70"):
         finetune(config, name="x", out=tmp_path)
+
+
+def test_a_run_tells_its_template_the_date_it_began(tmp_path, folder):
+    """Gone on with on another day, it has the same examples and ends with the same weights."""
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%d %B %Y') }}" + CHATML)
+    data = write(tmp_path / "data.jsonl", [CHAT, CHAT])
+    digests = {}
+    for name, date in (("a", "2025-12-31"), ("b", "2026-01-01"), ("again", "2025-12-31")):
+        out = tmp_path / name
+        out.mkdir()
+        (out / "date.txt").write_text(f"{date}\n")  # the day on which it was begun
+        assert run(folder, data, out, f"data.chat_template={template}") == 0
+        assert (out / "date.txt").read_text().strip() == date
+        digests[name] = read_jsonl(out / "metrics.jsonl")[-1]["digest"]
+    assert digests["a"] == digests["again"] != digests["b"]
+    assert run(folder, data, tmp_path / "undated") == 0
+    assert not (tmp_path / "undated" / "date.txt").exists()

@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 
+from train.log import UserError
 from train.runtime import journal
 from train.runtime.journal import Journal
+from train.runtime.jsonl import read_jsonl
 
 NAME = "round-1/plain/sft"
 
@@ -65,3 +67,12 @@ def test_a_phase_that_was_cut_off_says_so(tmp_path):
         ours.folder("base/load")
         assert ours.commit(NAME, {})["resumed"] is True
         assert "resumed" not in ours.commit("base/load", {})
+
+
+def test_half_a_surrogate_pair_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": "\\ud83d\\ude00"}\n{"a": ["x \\uD83D"]}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: \\ud83d is half of a pair"):
+        read_jsonl(path)
+    path.write_text('{"a": "\\ud83d\\ude00, \\\\ud83d"}\n')
+    assert read_jsonl(path) == [{"a": "😀, \\ud83d"}]

@@ -7,8 +7,10 @@ import re
 import pytest
 import yaml
 from helpers import ROOT
+from helpers.tiny_tokenizers import byte_level
 
 from train.log import UserError
+from train.models.tokenizer import Tokenizer
 from train.resolve import build
 from train.search import testing
 from train.search.examples import distribution, select
@@ -63,14 +65,9 @@ def test_programs_compile_or_not():
     assert not compiles("x = '\0'")
 
 
-class Plain:
-    """A tokenizer of characters."""
-
-    has_chat_template = False
-    eos_ids = (0,)
-
-    def encode(self, text, *, special=False):
-        return [ord(c) for c in text]
+def plain():
+    """A tokenizer without a chat template."""
+    return Tokenizer(byte_level(), {"eos_token": "<|im_end|>"})
 
 
 def solution(text="```python\nx = 1\n```", steps=("one two three four",) * 5, **changes):
@@ -107,7 +104,7 @@ def test_each_filter_counts_what_it_removes(given, why):
     settings = {"code": True, "words": 20, "value": 0.5, "tests": True, "per_question": 1}
     if why == "duplicate":
         settings["per_question"] = None
-    examples, counts = select([item], rows, Plain(), load_prompts("code"), **settings)
+    examples, counts = select([item], rows, plain(), load_prompts("code"), **settings)
     assert len(examples) == 1
     assert {k: v for k, v in counts["removed"].items() if v} == {why: 1}
     assert examples[0]["completion"].startswith("Step 1: one two three four\n")
@@ -118,7 +115,7 @@ def test_filters_of_mathematics_look_for_no_code():
     items = [Item("q", "f", "?", "?"), Item("p", "f", "?", "?")]
     rows = {"q": {"solutions": [solution(text="Answer: 4", verdict=None)]}, "p": {"solutions": []}}
     settings = {"code": False, "words": 0, "value": 0.0, "tests": True, "per_question": None}
-    examples, counts = select(items, rows, Plain(), load_prompts("mathematics"), **settings)
+    examples, counts = select(items, rows, plain(), load_prompts("mathematics"), **settings)
     assert [row["question_id"] for row in examples] == ["q"]
     assert counts["removed"]["no solution"] == 1
     assert distribution([0.05, 0.1, 1.0], [0.0, 0.1, 1.0]) == [1, 2]

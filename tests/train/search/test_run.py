@@ -1,5 +1,6 @@
 """Searches through the driver and through the verb: slots and kills change nothing; what is written can be read."""
 
+import dataclasses
 import os
 import re
 
@@ -7,9 +8,11 @@ import pytest
 import yaml
 from helpers import ROOT, forks
 from helpers.ports import free_port
+from helpers.tiny_tokenizers import llama_like
 
 from train.data.versions import read_version
 from train.evaluate.answer import verify
+from train.generate.slots import Completion
 from train.improve.phases import drawing_of
 from train.improve.run import improve
 from train.improve.select import select as select_examples
@@ -159,6 +162,23 @@ def test_a_prompt_may_have_a_temperature_that_a_role_overrides():
         assert (judged.temperature, proposed.temperature) == (wanted, None)
     with pytest.raises(UserError, match="temperature"):
         Prompt(messages=({"role": "user", "content": "x"},), temperature=0)
+
+
+def test_prompts_and_replies_are_read_by_any_tokenizer():
+    """One BOS before a plain prompt, a special token as stop string, the space that a reply begins with."""
+    model = random_model(MODEL, make_mesh(Mesh()), seed=0)
+    ours = llama_like()
+    said = Prompt(messages=({"role": "user", "content": "<s>1+1="},), stop=(" </s>x", "<unk>"), plain=True)
+    prompts = dataclasses.replace(load_prompts("compact"), step=said)
+    voice = Voice(dataclasses.replace(model, tokenizer=ours), prompts, Drawing(slots=2), seed=0)
+    ask = Ask("r/step0", "step", "policy", {"question": "q", "steps": []})
+    request = voice.request(0, "q", ask)
+    assert (request.prompt[0], request.prompt.count(1)) == (1, 1)
+    tokens = [*ours.join("1+1=", " 2", special=True)[1], 0]
+    assert request.stop(tokens) == len(tokens)
+    assert voice.reply(ask, Completion(0, tuple(tokens), (), "stop")).text == " 2"
+    bare = dataclasses.replace(said, messages=({"role": "user", "content": "1+1="},))
+    assert voice.tokens(*bare.render({}), plain=True) == request.prompt
 
 
 ENVIRONMENT = os.environ | {

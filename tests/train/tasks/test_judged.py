@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 from train.generate.slots import Completion
+from train.generate.stops import Stops
 from train.log import UserError
 from train.models.characters import decode, encode, write_tokenizer
 from train.models.tokenizer import Tokenizer
@@ -110,9 +111,11 @@ def test_a_search_asks_in_the_form_that_was_learnt():
 )
 def test_what_a_critic_thinks_first_is_no_score(tmp_path, text, reason, score):
     write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
     voice = types.SimpleNamespace(
-        prompts=load_prompts("compact"), model=types.SimpleNamespace(tokenizer=Tokenizer.from_folder(tmp_path))
-    )
+        prompts=load_prompts("compact"), model=types.SimpleNamespace(tokenizer=tokenizer), begins={0: False},
+        stops=lambda strings, begins: Stops(tokenizer, strings, begins=begins),
+    )  # fmt: skip
     ask = Ask("r/score0", "score", "critic", {"question": "g48,18?", "steps": ["48%18=12", "18%12=6"]})
     reply = Voice.reply(voice, ask, Completion(0, tuple(encode(text)), (), reason))
     assert reply.tokens == len(text)

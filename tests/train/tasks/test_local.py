@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 import threading
 
 import pytest
@@ -9,7 +10,8 @@ from helpers.line_cases import CHOICES, GSM8K, write
 
 from train.log import UserError
 from train.runtime.jsonl import read_jsonl
-from train.tasks import FamilySpec, build_suite
+from train.tasks import FamilySpec, build_suite, extract_answer
+from train.tasks.code import extract_code
 from train.tasks.letters import extract_letter
 from train.tasks.local import equal_mathematics
 from train.tasks.numbers import flexible, same, strict
@@ -64,6 +66,112 @@ def test_answers_are_found_in_solutions():
     assert flexible("nothing") is None
     assert same("1250", "1,250")
     assert not same("12.5", "1250")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Was the answer is 7? No, it is not.\n#### 9", "9"),
+        ("#### 7\nI mean\n#### 9", "9"),
+        ("The answer is \u22129.", "-9"),
+        ("#### \uff0d9", "-9"),
+        ("#### 9{,}500", "9500"),
+        ("#### \\$9", "9"),
+    ],
+)
+def test_strictly_the_last_mark_counts_however_the_number_is_written(text, found):
+    assert strict(text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("it is \u22125", "-5"),
+        ("it is \u20135", "-5"),
+        ("from 10-12", "12"),
+        ("from 10\u201312", "12"),
+        ("$9{,}500", "9500"),
+        ("70\\,000", "70000"),
+        ("70\u202f000", "70000"),
+        ("1,\\!234", "1234"),
+        ("\\$18", "18"),
+        ("-$1,234.50", "-1234.50"),
+        ("$-5", "-5"),
+        ("in 1999, 12", "12"),
+        ("in 70 000 ways", "000"),
+    ],
+)
+def test_the_last_number_is_found_however_it_is_written(text, found):
+    assert flexible(text) == found
+
+
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        ("18 dollars", "#### 18", "#### 19"),
+        ("50%", "#### 50%", "#### 5%"),
+        ("\u22125", "#### -5", "#### 5"),
+        ("9{,}500", "#### 9,500", "#### 500"),
+        ("1/2", "#### 1/2", "#### 2"),
+        ("1/2", "so \\frac{2}{4}", "so 1"),
+        ("1,250", "it is 1250.00", "it is 250"),
+    ],
+)
+def test_gold_answers_as_people_write_them(tmp_path, gold, right, wrong):
+    path = write(tmp_path / "g.jsonl", [{"question": "How many?", "answer": f"So.\n#### {gold}"}])
+    (question,) = suite_of("gsm8k", path, 1).all
+    suite = suite_of("gsm8k", path, 1)
+    assert [suite.verify(question, text) for text in (right, wrong)] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("gold", ["many", "5 hours 30 minutes", "3:45", "1,2", "1/0", "2x"])
+def test_a_gold_answer_that_cannot_be_read_is_named_at_loading(tmp_path, gold):
+    rows = [GSM8K, {"question": "How long does it take?", "answer": f"So.\n#### {gold}"}]
+    path = write(tmp_path / "g.jsonl", rows)
+    named = rf"g\.jsonl, example 2 \('How long does it take\?'\): the gold answer {re.escape(repr(gold))} cannot"
+    with pytest.raises(UserError, match=named):
+        suite_of("gsm8k", path, 2)
+
+
+def test_a_gold_formula_of_nothing_is_named_at_loading(tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"problem": "What?", "answer": "\\$"}])
+    with pytest.raises(UserError, match=r"example 1 \('What\?'\): the gold answer .* is no mathematics"):
+        suite_of("problem", path, 1)
+
+
+# --- what is the answer of a text ---
+
+
+def test_a_chat_answer_that_restates_the_question_is_read_to_its_end(tmp_path):
+    suite = suite_of("gsm8k", write(tmp_path / "g.jsonl", [GSM8K]), 1)
+    (question,) = suite.all
+    assert suite.verify(question, "Let me see.\nQuestion: how many of 96?\n48 + 24 = 72\n#### 72") == 1.0
+    assert suite.verify(question, "With 2 steps.\nQuestion: how many?\nIt is 72.") == 1.0
+    assert suite.verify(question, "#### 72\nQuestion: and then?\n#### 9") == 1.0
+    shown = suite_of("gsm8k", tmp_path / "g.jsonl", 1, prompt="cot")
+    assert shown.verify(shown.all[0], "48 + 24 = 72\n\nQ: And 3 + 4?\nA: The answer is 7.") == 1.0
+    metals = suite_of("choice", write(tmp_path / "c.jsonl", [CHOICES]), 1)
+    assert metals.verify(metals.all[0], "Well.\nQuestion: which is a metal?\nThe answer is B.") == 1.0
+    assert metals.verify(metals.all[0], "B\nQuestion: next?\nAnswer: C") == 1.0
+
+
+def test_a_thought_is_no_answer_in_any_task(tmp_path):
+    (thought, opened) = ("<think>\n#### 9\nAnswer: C, \\boxed{9}</think>\n", "#### 9, Answer: C\\boxed{9}</think>\n")
+    cases = (
+        (suite_of("gsm8k", write(tmp_path / "g.jsonl", [GSM8K]), 1, extract="strict"), "#### 72"),
+        (suite_of("gsm8k:any", tmp_path / "g.jsonl", 1), "72 clips"),
+        (suite_of("choice", write(tmp_path / "c.jsonl", [CHOICES]), 1), "It is (B)."),
+        (suite_of("problem", write(tmp_path / "p.jsonl", [PROBLEMS[0]]), 1), "$\\frac{1}{2}$"),
+    )
+    for suite, said in cases:
+        (question,) = suite.all
+        for text in (thought + said, opened + said):
+            assert suite.verify(question, text) == 1.0, (question.family, text)
+        # What was thought to no end, or right in thought alone, is not said.
+        for text in (f"<think>{said}</think>", f"<think>{said}", f"{said}</think>"):
+            assert suite.verify(question, text) == 0.0, (question.family, text)
+    assert extract_answer("<think>Answer: 7</think>Answer: 8", "8") == "8"
+    assert extract_code("<think>```python\nx = 1\n```</think>```python\nx = 2\n```") == ("x = 2\n", "")
 
 
 published = pytest.mark.skipif(
@@ -152,6 +260,28 @@ def test_free_form_answers_are_compared_as_mathematics(tmp_path):
         assert suite.verify(question, question.solution.replace("Answer: ", "$") + "$") == 1.0
 
 
+@pytest.mark.parametrize(
+    ("gold", "text", "right"),
+    [
+        ("\\$18", "\\boxed{18}", True),
+        ("\\$18.90", "It is \\boxed{\\$18.90}.", True),
+        ("\\$32,\\!348", "\\boxed{32348}", True),
+        ("18 dollars", "\\boxed{18}", True),
+        ("-5", "\\boxed{\u22125}", True),
+        ("4", "\\boxed{5}, no: \\boxed{4}", True),
+        ("5", "\\boxed{5}, no: \\boxed{4}", False),
+        # Surprises that docs/data.md tells of.
+        ("\\{1,2\\}", "\\boxed{1} and \\boxed{2}", True),
+        ("3", "\\boxed{3.0000001}", False),
+        ("3.0", "\\boxed{3.0000001}", True),
+        ("x<3", "\\boxed{(-\\infty,3)}", True),
+        ("(-\\infty,3)", "\\boxed{x<3}", False),
+    ],
+)
+def test_free_form_answers_as_people_write_them(gold, text, right):
+    assert equal_mathematics(text, gold) is right
+
+
 def test_mathematics_outside_the_main_thread_is_unjudged_not_wrong(tmp_path):
     suite = suite_of("problem", write(tmp_path / "p.jsonl", PROBLEMS), 3)
     found = []
@@ -160,6 +290,9 @@ def test_mathematics_outside_the_main_thread_is_unjudged_not_wrong(tmp_path):
     thread.join()
     assert found == [None]
     assert suite.unjudged() == {"problem": {"RuntimeError": 1}}
+    assert suite.describe_unjudged().startswith(
+        f"problem: 1 × RuntimeError (such as {suite.all[0].id}: math-verify keeps"
+    )
 
 
 def test_a_gold_answer_that_is_no_mathematics_is_an_error():
