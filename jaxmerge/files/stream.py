@@ -24,7 +24,7 @@ from jaxmerge.files import card, disk, engine, recipe, vocabulary
 from jaxmerge.files import plan as planning
 from jaxmerge.files.checkpoints import orbax, safetensors
 from jaxmerge.files.checkpoints.adapter import CONFIG, WEIGHTS
-from jaxmerge.files.checkpoints.open import open_source
+from jaxmerge.files.checkpoints.open import find_adapter, open_source
 from jaxmerge.files.checkpoints.source import Source, read_json
 from jaxmerge.files.engine import Engine, Progress
 from jaxmerge.files.journal import Journal, stamp, unfinished
@@ -137,7 +137,7 @@ class _Work:
     def digest(self) -> str:
         """Digest all that decides the result, known before any of it is made: recipe, settings, what is read."""
         files = {file for source in self.models.values() for file in source.files}
-        adapters = {pathlib.Path(adapter).expanduser() for name in self.later for adapter in name.split("+")[1:]}
+        adapters = {find_adapter(adapter, name) for name in self.later for adapter in name.split("+")[1:]}
         files |= {folder / name for folder in adapters for name in (CONFIG, WEIGHTS) if (folder / name).exists()}
         beside = {name: (source.config, _digests(source.companions())) for name, source in self.models.items()}
         for name in (of.tokenizer.source for of in self.recipes if of.tokenizer is not None):
@@ -159,14 +159,14 @@ class _Work:
             except ValueError as error:
                 raise ValueError(f"stage {stage.name!r}: {error}") from None
         if self.settings.format == "orbax":
-            report = self.merge(last, result)
+            report = self.merge(last, result, name=out.name)
             orbax.write(result, out)
         else:
             report = self.merge(last, out)
         return report | {"notes": list(dict.fromkeys(notes + report["notes"]))}
 
-    def merge(self, of: Recipe, out: pathlib.Path) -> dict[str, Any]:
-        """Merge one document into a folder."""
+    def merge(self, of: Recipe, out: pathlib.Path, *, name: str | None = None) -> dict[str, Any]:
+        """Merge one document into a folder; `name` is what it will be called, by default its own."""
         settings = self.settings
         sources = {name: self._open(name) for name in of.sources}
         plan = planning.make(of, sources, compat=settings.compat, allow=settings.allow)
@@ -183,7 +183,9 @@ class _Work:
         self.notes = list(dict.fromkeys([*self.notes, *plan.notes]))
         files = sorted({file for source in sources.values() for file in source.files})
         digest = _digest(plan, of, seed, settings)
-        record = card.provenance(of, sources, seed, self.notes, digest, map(stamp, files), settings.device)
+        record = card.provenance(
+            of, sources, seed, self.notes, digest, map(stamp, files), settings.device, settings.format
+        )
         if _is_done(out, record):
             return report | {"notes": self.notes}
         if out.is_relative_to(self.between) and out.exists():
@@ -201,7 +203,7 @@ class _Work:
                 writer.finish()
             plan.companions(journal.result)
             record |= {"command": self.digest, "report": report}
-            card.write(journal.result, record, [journal.done[job.name] for job in plan.jobs])
+            card.write(journal.result, record, [journal.done[job.name] for job in plan.jobs], name=name or out.name)
         return report | {"notes": [*self.notes, *journal.notes]}
 
 

@@ -19,6 +19,7 @@ from ..runtime.start import start_jax
 from ..search.settings import SearchRun
 from ..studies.settings import AnalyseOptions
 from .files import extract_lora, inspect, merge
+from .flags import MERGEKIT
 from .settings import (
     Experiment,
     ExportOptions,
@@ -276,7 +277,7 @@ def completion(words: Words, assignments: Words, dry: bool) -> int:
 CONFIG = ("CONFIG",)
 TABLE = (
     Verb("improve", (CONFIG,), improve, (Place, Improve, Experiment), flags=("--dry-run",)),
-    Verb("merge", (("RECIPE", "OUT"),), merge, (MergeOptions,), flags=("--dry-run",), extra="files"),
+    Verb("merge", (("RECIPE", "OUT"),), merge, (MergeOptions,), flags=("--dry-run",), others=MERGEKIT, extra="files"),
     Verb("inspect", (("BASE", "MODELS"),), inspect, (InspectOptions,), extra="files"),
     Verb("extract-lora", (("BASE", "TUNED", "OUT"),), extract_lora, (ExtractOptions,), extra="files"),
     Verb("sft", (CONFIG, ("MODEL", "DATA", "OUT")), sft, (Place, Finetune)),

@@ -16,12 +16,6 @@ from typing import Any, Protocol
 import numpy as np
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# What makes a tokenizer; what else stands beside weights and goes with them.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)
 BLOCK_BYTES = 1 << 24  # scratch of tensors that are made row by row, of two tied heads compared
 
 
@@ -114,11 +108,6 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
-
-
-def companions_of(folder: pathlib.Path) -> dict[str, bytes]:
-    """Read the companions that lie in a folder."""
-    return {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
 
 
 def is_tied(source: Source) -> bool:
