@@ -97,7 +97,7 @@ def _rope(name: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = "not there" if value is None else repr(value)
+    text = "none" if value is None else repr(value)
     return text if len(text) <= LONG else f"{text[:LONG]}…"
 
 

@@ -86,13 +86,13 @@ def write(folder: pathlib.Path, record: Mapping[str, Any], tensors: Sequence[Map
     """
     digests: dict[str, Any] = {}
     for tensor in tensors:
-        for model, name, digest in tensor["inputs"]:
-            digests.setdefault(model, xxhash.xxh3_128()).update(f"{name} {digest}\n".encode())
+        for model, part, digest in tensor["inputs"]:
+            digests.setdefault(model, xxhash.xxh3_128()).update(f"{part} {digest}\n".encode())
     read = {model: digest.hexdigest() for model, digest in digests.items()}
     rows = {tensor["tensor"]: {"models": _models(tensor), **tensor["statistics"]} for tensor in tensors}
     body = json.dumps({**record, "digests": read}, indent=2)
     # A line a tensor: the file stays readable, and half the size.
-    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    lines = ",\n".join(f"    {json.dumps(part)}: {json.dumps(row)}" for part, row in rows.items())
     (folder / "merge.json").write_text(f'{body[:-2]},\n  "tensors": {{\n{lines}\n  }}\n}}\n')
     (folder / RECIPE).write_text(record["recipe"].rstrip() + "\n")
     usage = ORBAX.format(name=name) if record["format"] == "orbax" else model_card.usage(folder, name)

@@ -22,6 +22,11 @@ MODEL_KEYS = ("model", "parameters")
 SOURCE_KEYS = ("model", "layer_range", "parameters")
 # Without these a recipe is another one: in the wrong place they are an error.
 BEARING = ("merge_method", "models", "slices", "modules", "sources", "model", "parameters")
+# Of mergekit's command: what does the same here is a key of `jaxmerge merge`.
+OPTIONS = (
+    "allow_crimes", "clone_tensors", "copy_tokenizer", "cuda", "lazy_unpickle", "lora_merge_cache", "low_cpu_memory",
+    "out_shard_size", "random_seed", "safe_serialization", "trust_remote_code", "write_model_card",
+)  # fmt: skip
 EXTENSION = "x-"  # how YAML files of many programs begin keys that are for people or for anchors
 
 
@@ -47,6 +52,8 @@ def idle(word: Any, place: str) -> str | None:
         if place.startswith("parameter"):
             return f"parameter {word!r} has no effect in {place.removeprefix('parameter of ')}: it is of other methods"
         return f"{word!r} has no effect as a {place}; move it to the 'parameters' there"
+    if word in OPTIONS:
+        return f"{word!r} has no effect as a {place}: it is an option of mergekit's command (docs/merge.md, Flags)"
     if word in (*KEYS, *SLICE_KEYS, *SOURCE_KEYS):
         where = "of the recipe" if word in KEYS else "of a slice or its sources"
         return f"{word!r} has no effect as a {place}: it is a key {where}"

@@ -86,6 +86,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def folded(title: str, text: str) -> str:
+    """Return long YAML, shown when its title is clicked."""
+    return f"<details><summary>{title}</summary>\n\n```yaml\n{text.strip()}\n```\n\n</details>"
+
+
 def ingredient(name: str, folders: Iterable[pathlib.Path] = ()) -> Ingredient:
     """Describe a model by the string that names it, `model` or `model+adapter`, and the folders it lies in.
 
@@ -106,8 +111,8 @@ def ingredient_of(source: Source) -> Ingredient:
     front = front_matter(source.folder / FILE)
     if found.hub or TAG not in (front.get("tags") or ()):
         return found
-    made_of = front.get("base_model") or ()
-    return dataclasses.replace(found, hub=tuple(made_of if isinstance(made_of, list) else [made_of]))
+    made_of = front.get("base_model") or []
+    return dataclasses.replace(found, hub=tuple(made_of) if isinstance(made_of, list) else (str(made_of),))
 
 
 def hub_name(name: str) -> str | None:
@@ -196,3 +201,31 @@ def describe_rule(rule: Rule) -> str:
     if papers:
         lines.append("\n".join(f"- {line.strip()}" for line in papers[1].strip().splitlines()))
     return "\n\n".join(lines)
+
+
+def extracted_card(
+    base: Source, tuned: Source, out: pathlib.Path, *, rank: int, alpha: float, explained: float
+) -> Card:
+    """Return the card of an adapter that holds the change between two checkpoints.
+
+    Args:
+      base, tuned: the checkpoints.
+      out: folder of the adapter.
+      rank, alpha: of its factors.
+      explained: share of the squared norm of the change that is in the adapter.
+    """
+    first, second = ingredient_of(base), ingredient_of(tuned)
+    made = (
+        f"Of each matrix's change, the best approximation of rank {rank} (lora_alpha {alpha:g}). "
+        f"{100 * explained:.1f} % of the squared norm of the change is in the adapter."
+    )
+    return Card(
+        title=out.name,
+        summary=f"The change from {first.name} to {second.name} as a LoRA adapter, extracted by jaxmerge.",
+        usage=adapter_usage(out.name, first),
+        ingredients=[first, second],
+        sections={"How it was made": made},
+        tags=("lora",),
+        relation="adapter",
+        library="peft",
+    )

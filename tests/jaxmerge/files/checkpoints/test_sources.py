@@ -172,6 +172,41 @@ def test_hub_names_are_read_where_they_were_downloaded(tmp_path, monkeypatch):
         open_source("org/model")
 
 
+def downloaded(hub, name, revision="main"):
+    """The folder of a snapshot as the hub's client keeps it."""
+    stored = hub / f"models--{name.replace('/', '--')}"
+    (stored / "refs").mkdir(parents=True, exist_ok=True)
+    (stored / "refs" / revision).write_text("abc")
+    (stored / "snapshots").mkdir(exist_ok=True)
+    return stored / "snapshots" / "abc"
+
+
+def test_models_and_adapters_may_both_be_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder(downloaded(tmp_path / "hub", "org/model"), heads(), vocab_size=50)
+    place = downloaded(tmp_path / "hub", "org/adapter", "v1")
+    place.mkdir()
+    factors = {"lora_A": np.ones((1, 6), np.float32), "lora_B": np.ones((50, 1), np.float32)}
+    named = {f"base_model.model.lm_head.{kind}.weight": factor for kind, factor in factors.items()}
+    save_file(named, place / "adapter_model.safetensors")
+    (place / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 2}))
+    opened = open_source("org/model+org/adapter@v1")
+    assert opened.name == "org/model+org/adapter@v1"
+    before = read(open_source("org/model").tensors["lm_head.weight"])
+    np.testing.assert_allclose(read(opened.tensors["lm_head.weight"]), before + 2.0, rtol=1e-6)
+    with pytest.raises(ValueError, match="org/other: no such folder here, and it could not be fetched"):
+        open_source("org/model+org/other")
+
+
+def test_a_folder_here_has_no_revisions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "model", heads(), vocab_size=50)
+    assert open_source("model@main").folder == pathlib.Path("model")
+
+
 def test_adapters_are_split_off_at_the_last_plus(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder(tmp_path / "c++", heads(), vocab_size=50)
