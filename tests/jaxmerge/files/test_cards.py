@@ -121,6 +121,17 @@ def test_how_a_folder_is_loaded(tmp_path, config, lines):
     assert ("AutoTokenizer" in model_card.usage(tmp_path, "m")) == bool(config)
 
 
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+def test_the_lines_of_a_card_load_the_model(here):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    _, body = merged(here, LINEAR % ("deep/one", "two"))
+    scope: dict = {}
+    exec(body.split("```python\n")[1].split("```")[0], scope)
+    assert scope["model"].config.num_hidden_layers == 4
+
+
 @pytest.mark.parametrize(
     ("text", "licence"),
     [

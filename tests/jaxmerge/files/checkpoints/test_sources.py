@@ -150,63 +150,6 @@ def test_names_that_lead_nowhere_say_what_was_found(tmp_path, monkeypatch):
         assert "\n" not in str(error.value)
 
 
-def test_hub_names_are_read_where_they_were_downloaded(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    # conftest switches the network off.
-    with pytest.raises(ValueError, match=r"org/model: no such folder here, .*not be fetched .*`hf download`"):
-        open_source("org/model")
-    stored = tmp_path / "hub" / "models--org--model"
-    folder(stored / "snapshots" / "abc", heads(), vocab_size=50)
-    (stored / "refs").mkdir()
-    (stored / "refs" / "main").write_text("abc")
-    for name in ("org/model", "org/model@main"):
-        found = open_source(name)
-        assert (found.name, found.folder) == (name, stored / "snapshots" / "abc")
-    with pytest.raises(ValueError, match="org/model@other: no such folder here, and it could not be fetched"):
-        open_source("org/model@other")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match="huggingface_hub is not installed, which downloads models; pip"):
-        open_source("org/model")
-
-
-def downloaded(hub, name, revision="main"):
-    """The folder of a snapshot as the hub's client keeps it."""
-    stored = hub / f"models--{name.replace('/', '--')}"
-    (stored / "refs").mkdir(parents=True, exist_ok=True)
-    (stored / "refs" / revision).write_text("abc")
-    (stored / "snapshots").mkdir(exist_ok=True)
-    return stored / "snapshots" / "abc"
-
-
-def test_models_and_adapters_may_both_be_of_the_hub(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    folder(downloaded(tmp_path / "hub", "org/model"), heads(), vocab_size=50)
-    place = downloaded(tmp_path / "hub", "org/adapter", "v1")
-    place.mkdir()
-    factors = {"lora_A": np.ones((1, 6), np.float32), "lora_B": np.ones((50, 1), np.float32)}
-    named = {f"base_model.model.lm_head.{kind}.weight": factor for kind, factor in factors.items()}
-    save_file(named, place / "adapter_model.safetensors")
-    (place / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 2}))
-    opened = open_source("org/model+org/adapter@v1")
-    assert opened.name == "org/model+org/adapter@v1"
-    before = read(open_source("org/model").tensors["lm_head.weight"])
-    np.testing.assert_allclose(read(opened.tensors["lm_head.weight"]), before + 2.0, rtol=1e-6)
-    with pytest.raises(ValueError, match="org/other: no such folder here, and it could not be fetched"):
-        open_source("org/model+org/other")
-
-
-def test_a_folder_here_has_no_revisions(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder(tmp_path / "model", heads(), vocab_size=50)
-    assert open_source("model@main").folder == pathlib.Path("model")
-
-
 def test_adapters_are_split_off_at_the_last_plus(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder(tmp_path / "c++", heads(), vocab_size=50)
