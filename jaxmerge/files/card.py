@@ -20,7 +20,8 @@ from jaxmerge.files.recipe import Recipe
 from jaxmerge.rules import RULES
 
 RECIPE = "mergekit_config.yml"
-ORBAX = "```sh\njaxmerge export {name} hf    # as a Hugging Face folder\n```"
+HERE = "path/of/this/folder"
+ORBAX = f"```sh\njaxmerge export {HERE} hf    # as a Hugging Face folder\n```"
 
 
 def provenance(
@@ -71,18 +72,18 @@ def _version() -> str:
         return "checkout"
 
 
-def write(folder: pathlib.Path, record: Mapping[str, Any], tensors: Sequence[Mapping[str, Any]], *, name: str) -> None:
+def write(folder: pathlib.Path, record: Mapping[str, Any], tensors: Sequence[Mapping[str, Any]]) -> None:
     """Write merge.json, README.md and mergekit_config.yml.
 
     merge.json has for each tensor the statistics of `jaxmerge.files.tally`, and for each input a digest, xxh3 with 128
     bits, over the digests of its tensors that were read. mergekit_config.yml is the recipe as it was read, under the
-    name that the hub's readers of merges look for.
+    name that the hub's readers of merges look for. Nothing depends on what the folder is called: a merge that is done
+    again elsewhere has the same bytes.
 
     Args:
       folder: of the result, with its config.json and tokenizer already.
       record: what `provenance` returned.
       tensors: the journal's records, in the order of the result.
-      name: what the folder will be called.
     """
     digests: dict[str, Any] = {}
     for tensor in tensors:
@@ -95,24 +96,24 @@ def write(folder: pathlib.Path, record: Mapping[str, Any], tensors: Sequence[Map
     lines = ",\n".join(f"    {json.dumps(part)}: {json.dumps(row)}" for part, row in rows.items())
     (folder / "merge.json").write_text(f'{body[:-2]},\n  "tensors": {{\n{lines}\n  }}\n}}\n')
     (folder / RECIPE).write_text(record["recipe"].rstrip() + "\n")
-    usage = ORBAX.format(name=name) if record["format"] == "orbax" else model_card.usage(folder, name)
-    model_card.write_card(folder, merge_card(record, name, usage))
+    usage = ORBAX if record["format"] == "orbax" else model_card.usage(folder, HERE)
+    model_card.write_card(folder, merge_card(record, usage))
 
 
 def _models(tensor: Mapping[str, Any]) -> list[str]:
     return [model for model, _, _ in tensor["inputs"]]
 
 
-def merge_card(record: Mapping[str, Any], name: str, usage: str) -> Card:
+def merge_card(record: Mapping[str, Any], usage: str) -> Card:
     """Return the model card of a merge."""
     inputs = record["inputs"]
     sizes = [(of["name"], of["tensors"], f"{of['bytes'] / 1e9:.3f} GB") for of in inputs.values()]
     rule = describe_rule(RULES[record["rule"]])
     recipe = f"```yaml\n{record['recipe'].strip()}\n```"
     return Card(
-        title=name,
-        summary=f"A merge of {len(inputs)} model{'s' * (len(inputs) != 1)} with `{record['merge_method']}`, made by "
-        f"jaxmerge {record['versions']['jaxmerge']} (seed {record['seed']}).",
+        title="A merge by jaxmerge",
+        summary=f"{len(inputs)} model{'s' * (len(inputs) != 1)} merged with `{record['merge_method']}` (jaxmerge "
+        f"{record['versions']['jaxmerge']}, seed {record['seed']}).",
         usage=usage,
         ingredients=[Ingredient(of["name"], tuple(of["hub"]), tuple(of["licences"])) for of in inputs.values()],
         sections={
@@ -120,13 +121,13 @@ def merge_card(record: Mapping[str, Any], name: str, usage: str) -> Card:
             "Recipe": f"{recipe}\n\n{model_card.table(('model', 'tensors', 'size'), sizes)}",
             "Notes": "\n".join(f"- {_public(note, inputs)}" for note in record["notes"]),
         },
-        tags=("merge", "mergekit"),
+        tags=("merge",),
         relation="merge",
     )
 
 
 def _public(note: str, inputs: Mapping[str, Mapping[str, Any]]) -> str:
     """A note with the models called as the card calls them."""
-    for name in sorted(inputs, key=len, reverse=True):
+    for name in sorted((name for name in inputs if "/" in name), key=len, reverse=True):
         note = note.replace(name, inputs[name]["name"])
     return note

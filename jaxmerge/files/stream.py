@@ -159,14 +159,14 @@ class _Work:
             except ValueError as error:
                 raise ValueError(f"stage {stage.name!r}: {error}") from None
         if self.settings.format == "orbax":
-            report = self.merge(last, result, name=out.name)
+            report = self.merge(last, result)
             orbax.write(result, out)
         else:
             report = self.merge(last, out)
         return report | {"notes": list(dict.fromkeys(notes + report["notes"]))}
 
-    def merge(self, of: Recipe, out: pathlib.Path, *, name: str | None = None) -> dict[str, Any]:
-        """Merge one document into a folder; `name` is what it will be called, by default its own."""
+    def merge(self, of: Recipe, out: pathlib.Path) -> dict[str, Any]:
+        """Merge one document into a folder."""
         settings = self.settings
         sources = {name: self._open(name) for name in of.sources}
         plan = planning.make(of, sources, compat=settings.compat, allow=settings.allow)
@@ -203,7 +203,7 @@ class _Work:
                 writer.finish()
             plan.companions(journal.result)
             record |= {"command": self.digest, "report": report}
-            card.write(journal.result, record, [journal.done[job.name] for job in plan.jobs], name=name or out.name)
+            card.write(journal.result, record, [journal.done[job.name] for job in plan.jobs])
         return report | {"notes": [*self.notes, *journal.notes]}
 
 

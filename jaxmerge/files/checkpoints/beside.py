@@ -29,6 +29,7 @@ SETTINGS = (
     "config_sentence_transformers.json",
 )  # fmt: skip
 COMPANIONS = (*TOKENIZERS, *SETTINGS)
+CONFIGS = ("tokenizer_config.json", "*processor_config.json")  # those that may name code, beside config.json
 CODE = "*.py"
 MODULES = "modules.json"
 WEIGHTS = (".safetensors", ".bin")
@@ -53,7 +54,8 @@ def companions_of(folder: pathlib.Path) -> dict[str, bytes]:
     """Read the companions that lie in a folder, as name (below the folder, with slashes) → content."""
     files = {name: folder / name for name in sorted(_named(folder)) if _fits(name, COMPANIONS)}
     files |= {f"{module}/{path.name}": path for module in _modules(folder) for path in _files(folder / module)}
-    if any(_names_code(_read(path)) for path in (folder / "config.json", *files.values()) if path.suffix == ".json"):
+    configs = [folder / "config.json", *(path for name, path in files.items() if _fits(name, CONFIGS))]
+    if any(_names_code(_read(path)) for path in configs):
         files |= {path.name: path for path in sorted(folder.glob(CODE)) if path.is_file()}
     return {name: path.read_bytes() for name, path in files.items()}
 

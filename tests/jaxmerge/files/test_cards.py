@@ -53,10 +53,10 @@ def test_a_merge_says_what_it_is(here, monkeypatch):
     text = f"merge_method: ties\nbase_model: {one}\nmodels: [{{model: org/tuned, parameters: {{weight: 1}}}}]\n"
     matter, body = merged(here, text)
     assert matter == {
-        "library_name": "transformers", "tags": ["merge", "mergekit", "jaxmerge"], "license": "mit",
+        "library_name": "transformers", "tags": ["merge", "jaxmerge"], "license": "mit",
         "base_model": ["org/tuned"], "base_model_relation": "merge",
     }  # fmt: skip
-    assert 'model = AutoModelForCausalLM.from_pretrained("out")' in body
+    assert 'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")' in body
     assert "| one | mit |" in body
     assert "https://arxiv.org/abs/2306.01708" in body
     assert str(here) not in body.replace(text.strip(), "")
@@ -87,7 +87,7 @@ def test_paths_of_models_are_in_no_note(here):
 
 def test_orbax_is_loaded_otherwise(here):
     _, body = merged(here, LINEAR % ("deep/one", "two"), "saved", format="orbax")
-    assert "jaxmerge export saved hf" in body
+    assert "jaxmerge export path/of/this/folder hf" in body
     assert "from_pretrained" not in body
     assert (here / "saved" / "mergekit_config.yml").exists()
 
@@ -128,7 +128,7 @@ def test_the_lines_of_a_card_load_the_model(here):
     pytest.importorskip("transformers")
     _, body = merged(here, LINEAR % ("deep/one", "two"))
     scope: dict = {}
-    exec(body.split("```python\n")[1].split("```")[0], scope)
+    exec(body.split("```python\n")[1].split("```")[0].replace("path/of/this/folder", "out"), scope)
     assert scope["model"].config.num_hidden_layers == 4
 
 
