@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmerge.files.methods import IGNORED, known, methods
+from jaxmerge.files.methods import EXTENSION, IGNORED, known, methods
 
 KEYS = (
     "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype", "tokenizer",
@@ -27,7 +27,6 @@ OPTIONS = (
     "allow_crimes", "clone_tensors", "copy_tokenizer", "cuda", "lazy_unpickle", "lora_merge_cache", "low_cpu_memory",
     "out_shard_size", "random_seed", "safe_serialization", "trust_remote_code", "write_model_card",
 )  # fmt: skip
-EXTENSION = "x-"  # how YAML files of many programs begin keys that are for people or for anchors
 
 
 def parameter_names() -> set[str]:

@@ -370,7 +370,7 @@ def _list(value: Any, name: str, form: str) -> list[Any]:
 
 
 def _dtype(value: Any, name: str) -> np.dtype | None:
-    if value is None or value == "auto":
+    if value in (None, "", "auto"):
         return None
     value = str(value).removeprefix("torch.")
     known(value, FLOATS, name)

@@ -36,8 +36,8 @@ WEIGHTS = (".safetensors", ".bin")
 
 
 def is_tokenizer(name: str) -> bool:
-    """Whether a companion is of the tokenizer."""
-    return _fits(name, TOKENIZERS)
+    """Whether a companion is of the tokenizer, the code of one included."""
+    return _fits(name, (*TOKENIZERS, "tokenization*.py"))
 
 
 def is_vocabulary(name: str) -> bool:

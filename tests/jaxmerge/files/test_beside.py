@@ -110,6 +110,18 @@ def test_another_vocabulary_leaves_out_what_would_contradict_it(tmp_path, monkey
     assert not found & {"vocab.txt", "spiece.model", "small.tiktoken", "tekken.json"}
 
 
+def test_the_code_of_a_tokenizer_goes_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, vocab in (("one", ["a", "b"]), ("two", ["b", "c"])):
+        place = with_tokenizer(tmp_path / name, words(vocab), 0)
+        put(place, f"tokenization_{name}.py", f"modeling_{name}.py")
+        named = {"auto_map": {"AutoTokenizer": [f"tokenization_{name}.T", None]}}
+        config = json.loads((place / "tokenizer_config.json").read_text())
+        (place / "tokenizer_config.json").write_text(json.dumps({**config, **named}))
+    found = {name for name in make(LINEAR + "tokenizer_source: two\n").files if name.endswith(".py")}
+    assert found == {"modeling_one.py", "tokenization_two.py"}
+
+
 def wrapped(name, backend, seed, **text):
     """A model of several parts: its language model is described in text_config alone."""
     place = with_tokenizer(name, backend, seed)

@@ -5,6 +5,8 @@ import yaml
 from helpers.llamas import folder, make, read, tensors
 
 from jaxmerge.files.methods import METHODS
+from jaxmerge.files.tokens import Row
+from jaxmerge.files.tokens import parse as parse_tokenizer
 
 
 @pytest.fixture
@@ -91,3 +93,18 @@ def test_edges_of_a_layer_range_may_be_text(here):
     for wrong in ("['1', x]", "[0.5, 3]", "[true, 2]", "'1, 3'"):
         with pytest.raises(ValueError, match="wanted \\[first, end\\] with 0 ≤ first ≤ end"):
             make(text.replace("['1', 3.0]", wrong))
+
+
+@pytest.mark.parametrize("form", ["one", {"model": {"path": "one"}}, {"path": "one"}])
+def test_a_tokenizer_may_be_named_as_a_model_is(form):
+    assert parse_tokenizer(form).source == parse_tokenizer({"source": form}).source == "one"
+    tokens = parse_tokenizer({"tokens": {"<s>": {"source": form, "force": True}}}).tokens
+    assert tokens["<s>"].source == Row("one")
+
+
+def test_texts_that_are_empty_say_nothing(here):
+    assert make({**SLERP, "dtype": "", "out_dtype": "", "chat_template": ""}).jobs == make(SLERP).jobs
+    conditions = [{"filter": "mlp", "value": 0.2, "x-why": "less"}, {"value": 1}]
+    plain = [{"filter": "mlp", "value": 0.2}, {"value": 1}]
+    found = [make({**SLERP, "parameters": {"t": given}}).jobs for given in (conditions, plain)]
+    assert found[0] == found[1]
