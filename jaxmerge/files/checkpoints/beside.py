@@ -52,12 +52,17 @@ def is_weights(name: str) -> bool:
 
 def companions_of(folder: pathlib.Path) -> dict[str, bytes]:
     """Read the companions that lie in a folder, as name (below the folder, with slashes) → content."""
+    return {name: path.read_bytes() for name, path in companion_paths(folder).items()}
+
+
+def companion_paths(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Return the companions that lie in a folder, as name → file."""
     files = {name: folder / name for name in sorted(_named(folder)) if _fits(name, COMPANIONS)}
     files |= {f"{module}/{path.name}": path for module in _modules(folder) for path in _files(folder / module)}
     configs = [folder / "config.json", *(path for name, path in files.items() if _fits(name, CONFIGS))]
     if any(_names_code(_read(path)) for path in configs):
         files |= {path.name: path for path in sorted(folder.glob(CODE)) if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items()}
+    return files
 
 
 def write_companions(folder: pathlib.Path, files: Mapping[str, bytes]) -> None:
