@@ -14,9 +14,10 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from jaxmerge.files.checkpoints.hub import is_hub_name
 from train.improve.settings import Improve
 from train.log import UserError
-from train.models.open import HUB_NAME, PACKAGES
+from train.models.open import PACKAGES
 from train.resolve import build, read_yaml
 from train.tasks.settings import Tasks
 
@@ -106,7 +107,7 @@ def place_of(name: Named, root: Path, mounts: Sequence[str] = (), packages: Sequ
         return installed_by(name.path.removeprefix("package:").partition("/")[0], at, packages)
     here = root / path
     if not here.exists() and not here.is_symlink():
-        if name.kind == "model" and HUB_NAME.fullmatch(name.path) and path.suffix != ".gguf":
+        if name.kind == "model" and is_hub_name(name.path):
             return "from the hub"
         raise UserError(f"{at}: no such file or folder in {root}; jobs are sent from the folder their paths begin in")
     plain = Path(os.path.normpath(here))

@@ -1,7 +1,8 @@
-"""What a merged folder says of itself: README.md for people, merge.json for programs."""
+"""What a merged folder says of itself: README.md for people, merge.json and mergekit_config.yml for programs."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import platform
@@ -12,8 +13,15 @@ from typing import Any
 import jax
 import xxhash
 
+from jaxmerge.files import model_card
 from jaxmerge.files.checkpoints.source import Source
+from jaxmerge.files.model_card import Card, Ingredient, describe_rule
 from jaxmerge.files.recipe import Recipe
+from jaxmerge.rules import RULES
+
+RECIPE = "mergekit_config.yml"
+HERE = "path/of/this/folder"
+ORBAX = f"```sh\njaxmerge export {HERE} hf    # as a Hugging Face folder\n```"
 
 
 def provenance(
@@ -24,6 +32,7 @@ def provenance(
     plan: str,
     files: Iterable[tuple[str, Sequence[int]]],
     device: Any,
+    format: str,
 ) -> dict[str, Any]:
     """Return the record of a merge but for what is known only after it.
 
@@ -37,11 +46,16 @@ def provenance(
         "plan": plan,
         "files": {name: list(of) for name, of in files},
         "inputs": {
-            name: {"tensors": len(source.tensors), "bytes": sum(t.size for t in source.tensors.values())}
+            name: {
+                "tensors": len(source.tensors),
+                "bytes": sum(t.size for t in source.tensors.values()),
+                **dataclasses.asdict(model_card.ingredient_of(source)),
+            }
             for name, source in sources.items()
         },
         "versions": versions(),
         "device": device.device_kind,
+        "format": format,
         "notes": list(notes),
     }
 
@@ -59,51 +73,61 @@ def _version() -> str:
 
 
 def write(folder: pathlib.Path, record: Mapping[str, Any], tensors: Sequence[Mapping[str, Any]]) -> None:
-    """Write merge.json and README.md; `tensors`: the journal's records, in the order of the result.
+    """Write merge.json, README.md and mergekit_config.yml.
 
     merge.json has for each tensor the statistics of `jaxmerge.files.tally`, and for each input a digest, xxh3 with 128
-    bits, over the digests of its tensors that were read.
+    bits, over the digests of its tensors that were read. mergekit_config.yml is the recipe as it was read, under the
+    name that the hub's readers of merges look for. Nothing depends on what the folder is called: a merge that is done
+    again elsewhere has the same bytes.
+
+    Args:
+      folder: of the result, with its config.json and tokenizer already.
+      record: what `provenance` returned.
+      tensors: the journal's records, in the order of the result.
     """
     digests: dict[str, Any] = {}
     for tensor in tensors:
-        for model, name, digest in tensor["inputs"]:
-            digests.setdefault(model, xxhash.xxh3_128()).update(f"{name} {digest}\n".encode())
+        for model, part, digest in tensor["inputs"]:
+            digests.setdefault(model, xxhash.xxh3_128()).update(f"{part} {digest}\n".encode())
     read = {model: digest.hexdigest() for model, digest in digests.items()}
     rows = {tensor["tensor"]: {"models": _models(tensor), **tensor["statistics"]} for tensor in tensors}
     body = json.dumps({**record, "digests": read}, indent=2)
     # A line a tensor: the file stays readable, and half the size.
-    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    lines = ",\n".join(f"    {json.dumps(part)}: {json.dumps(row)}" for part, row in rows.items())
     (folder / "merge.json").write_text(f'{body[:-2]},\n  "tensors": {{\n{lines}\n  }}\n}}\n')
-    (folder / "README.md").write_text(model_card(record))
+    (folder / RECIPE).write_text(record["recipe"].rstrip() + "\n")
+    usage = ORBAX if record["format"] == "orbax" else model_card.usage(folder, HERE)
+    model_card.write_card(folder, merge_card(record, usage))
 
 
 def _models(tensor: Mapping[str, Any]) -> list[str]:
     return [model for model, _, _ in tensor["inputs"]]
 
 
-def model_card(record: Mapping[str, Any]) -> str:
-    """Return a Hugging Face model card with the recipe."""
-    inputs = "\n".join(
-        f"| {name} | {entry['tensors']} | {entry['bytes'] / 1e9:.3f} GB |" for name, entry in record["inputs"].items()
+def merge_card(record: Mapping[str, Any], usage: str) -> Card:
+    """Return the model card of a merge."""
+    inputs = record["inputs"]
+    sizes = [(of["name"], of["tensors"], f"{of['bytes'] / 1e9:.3f} GB") for of in inputs.values()]
+    rule = describe_rule(RULES[record["rule"]])
+    recipe = f"```yaml\n{record['recipe'].strip()}\n```"
+    return Card(
+        title="A merge by jaxmerge",
+        summary=f"{len(inputs)} model{'s' * (len(inputs) != 1)} merged with `{record['merge_method']}` (jaxmerge "
+        f"{record['versions']['jaxmerge']}, seed {record['seed']}).",
+        usage=usage,
+        ingredients=[Ingredient(of["name"], tuple(of["hub"]), tuple(of["licences"])) for of in inputs.values()],
+        sections={
+            "Method": rule,
+            "Recipe": f"{recipe}\n\n{model_card.table(('model', 'tensors', 'size'), sizes)}",
+            "Notes": "\n".join(f"- {_public(note, inputs)}" for note in record["notes"]),
+        },
+        tags=("merge",),
+        relation="merge",
     )
-    notes = "".join(f"- {note}\n" for note in record["notes"])
-    return f"""---
-library_name: transformers
-tags:
-- merge
-- jaxmerge
-base_model:
-{chr(10).join(f"- {json.dumps(name)}" for name in record["inputs"])}
----
-# A merge by jaxmerge
 
-Merged with `{record["merge_method"]}` (jaxmerge {record["versions"]["jaxmerge"]}, seed {record["seed"]}).
 
-| model | tensors | size |
-|---|---|---|
-{inputs}
-
-```yaml
-{record["recipe"].strip()}
-```
-{notes}"""
+def _public(note: str, inputs: Mapping[str, Mapping[str, Any]]) -> str:
+    """A note with the models called as the card calls them."""
+    for name in sorted((name for name in inputs if "/" in name), key=len, reverse=True):
+        note = note.replace(name, inputs[name]["name"])
+    return note

@@ -13,6 +13,7 @@ import numpy as np
 from jaxmerge.files import numbered, vocabulary
 from jaxmerge.files.chat import TEMPLATES
 from jaxmerge.files.checkpoints.source import Source
+from jaxmerge.files.documents import parse_json
 from jaxmerge.files.recipe import Recipe
 
 # The keys under which configs count layers: of a decoder alone, and of parts of a model.
@@ -113,7 +114,9 @@ def contents(donor: Source, config: Mapping[str, Any], template: str | None) -> 
         files[TEMPLATE_FILE] = template.encode()
         if TOKENIZER_CONFIG in files:
             # Readers that do not know the file of its own look here.
-            files[TOKENIZER_CONFIG] = _json({**json.loads(files[TOKENIZER_CONFIG]), "chat_template": template})
+            files[TOKENIZER_CONFIG] = _json(
+                {**parse_json(files[TOKENIZER_CONFIG], f"{donor.name}: {TOKENIZER_CONFIG}"), "chat_template": template}
+            )
     return files
 
 
@@ -147,11 +150,11 @@ def own_template(source: Source) -> str | None:
     """Return a model's own chat template, the default one if it has several."""
     files = source.companions()
     if TEMPLATE_FILE in files:
-        return files[TEMPLATE_FILE].decode()
+        return files[TEMPLATE_FILE].decode(errors="replace")
     for name in ("chat_template.json", TOKENIZER_CONFIG):
-        template = json.loads(files[name]).get("chat_template") if name in files else None
+        template = parse_json(files[name], f"{source.name}: {name}").get("chat_template") if name in files else None
         if isinstance(template, list):
-            template = {entry.get("name"): entry.get("template") for entry in template}
+            template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
         if isinstance(template, Mapping):
             template = template.get("default")
         if template:

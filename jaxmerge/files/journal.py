@@ -68,8 +68,8 @@ class Journal:
             self.notes.append(
                 f"what was left of an unfinished merge into {self.out} of another recipe, tokenizer or version is gone"
             )
-        for file in self.result.iterdir():
-            file.unlink()
+        shutil.rmtree(self.result)
+        self.result.mkdir()
         self._file.truncate(0)
         self._write(self._start)
 

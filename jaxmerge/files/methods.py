@@ -43,6 +43,7 @@ class Method:
 
 REQUIRED = object()
 IGNORED = ("int8_mask",)  # a memory setting of mergekit, without effect on the numbers
+EXTENSION = "x-"  # how YAML files of many programs begin keys that are for people or for anchors
 _WEIGHT = {"weight": ("weights", REQUIRED)}
 _LAMBDA = {"lambda": ("scale", 1.0)}
 
@@ -180,7 +181,8 @@ def _condition(name: str, entry: Any, default: Any) -> Condition:
     if not isinstance(entry, Mapping):
         raise ValueError(f"parameter {name!r} mixes numbers and conditions; write {{value: {entry}}} for {entry!r}")
     for key in entry:
-        known(key, ("filter", "value"), f"key of a condition of {name!r}")
+        if not str(key).startswith(EXTENSION):
+            known(key, ("filter", "value"), f"key of a condition of {name!r}")
     if "value" not in entry:
         raise ValueError(f"a condition of {name!r} has no 'value': {dict(entry)}")
     pattern = entry.get("filter")

@@ -15,8 +15,9 @@ import numpy as np
 
 from jaxmerge.consensus import cancel
 from jaxmerge.contract import check_compat
-from jaxmerge.files import companions, layers, operands, vocabulary
+from jaxmerge.files import agree, companions, layers, operands, vocabulary
 from jaxmerge.files.checkpoints import safetensors
+from jaxmerge.files.checkpoints.beside import is_weights, write_companions
 from jaxmerge.files.checkpoints.source import Source, Tensor
 from jaxmerge.files.methods import COPY, METHODS, REQUIRED, Method, Number, resolve
 from jaxmerge.files.operands import Draft, Operand
@@ -85,8 +86,7 @@ class Plan:
 
     def companions(self, folder: pathlib.Path) -> None:
         """Write what stands beside the weights into the folder of the result."""
-        for name, data in self.files.items():
-            (folder / name).write_bytes(data)
+        write_companions(folder, self.files)
 
 
 def make(
@@ -121,6 +121,9 @@ def make(
     sources = {name: sources[name] for name in recipe.sources}
     notes = [*recipe.notes, *(note for source in sources.values() for note in source.notes)]
     sources = operands.with_heads(sources, recipe.donor, notes, compat=compat)
+    sources = agree.without_buffers(sources, notes)
+    whole = all(module.whole for module in recipe.modules)
+    notes += agree.config_notes(sources, recipe.donor, whole=whole, rows=recipe.tokenizer is None)
     if vocabulary is None and recipe.tokenizer is not None:
         vocabulary = _vocabulary(recipe, sources)
     if vocabulary is not None:
@@ -139,6 +142,7 @@ def make(
         notes += companions.tokenizer_notes(sources)
     template = companions.chat_template(recipe.chat_template, sources.values(), notes)
     files = companions.contents(donor, config, template)
+    notes += [f"{name} is copied from {donor.name}, not merged" for name in files if is_weights(name)]
     return Plan(tuple(jobs), files, vocabulary.digest if vocabulary else "", tuple(dict.fromkeys(notes)))
 
 
@@ -310,7 +314,10 @@ class _Planner:
         of = f" of model {model!r}" if model else ""
         if value is None:
             assert default is REQUIRED
-            raise ValueError(f"{self.recipe.merge_method} needs the parameter {parameter!r}{of} for tensor {name!r}")
+            stray = next((f"; {note}" for note in self.recipe.notes if repr(parameter) in note), "")
+            raise ValueError(
+                f"{self.recipe.merge_method} needs the parameter {parameter!r}{of} for tensor {name!r}{stray}"
+            )
         wanted = SHARES.get(parameter) if self.recipe.merge_method in METHODS else None
         if wanted and not (0 <= value < 1 or (value == 1 and wanted.endswith("]"))):
             raise ValueError(f"tensor {name!r}: {parameter}{of} is {value}, wanted a share in {wanted}")

@@ -40,17 +40,22 @@ import yaml
 from jaxmerge.files.chat import check_template
 from jaxmerge.files.checkpoints.safetensors import DTYPES
 from jaxmerge.files.documents import parse_yaml, read_text
+from jaxmerge.files.grammar import (
+    KEYS,
+    MODEL_KEYS,
+    MODULE_KEYS,
+    SLICE_KEYS,
+    SOURCE_KEYS,
+    idle,
+    layer_range,
+    model_name,
+)
 from jaxmerge.files.methods import IGNORED, METHODS, REQUIRED, Method, Scope, check, known, methods
 from jaxmerge.files.tokens import Options
 from jaxmerge.files.tokens import parse as parse_tokenizer
 from jaxmerge.rules import RULES
 
 __all__ = ["IGNORED", "METHODS", "REQUIRED", "Entry", "Method", "Module", "Recipe", "Slice", "parse", "read"]
-KEYS = (
-    "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype", "tokenizer",
-    "tokenizer_source", "chat_template", "name", "seed",
-)  # fmt: skip
-SLICE_KEYS = ("sources", "base_model", "parameters", "residual_weight")
 FLOATS = {str(dtype): dtype for dtype in DTYPES.values() if jnp.issubdtype(dtype, jnp.floating)}
 
 
@@ -215,10 +220,16 @@ class _Parser:
         self.needs = RULES[self.method.rule].needs
 
     def known(self, word: Any, words: Any, what: str) -> bool:
-        """Say whether `word` is known; one that is not is refused, or noted where mergekit would ignore it."""
+        """Say whether `word` counts here; one that has no effect is noted, one that is no word is refused.
+
+        Under compat="mergekit" that is noted too.
+        """
         try:
             known(word, words, what)
         except ValueError as error:
+            if (note := idle(word, what)) is not None:
+                self.notes.append(note)
+                return False
             if not self.lenient:
                 raise
             self.notes.append(f"{error}; ignored, as mergekit does")
@@ -262,7 +273,7 @@ class _Parser:
         if not isinstance(value, Mapping) or ("models" in value) == ("slices" in value):
             raise ValueError(f"module {name!r} must have either models or slices, found {value!r}")
         for key in value:
-            self.known(key, ("models", "slices", "parameters"), f"key of module {name!r}")
+            self.known(key, MODULE_KEYS, f"key of module {name!r}")
         own = self.parameters(value.get("parameters"))
         if "slices" in value:
             slices = [self.slice(s, i) for i, s in enumerate(_list(value["slices"], "slices", "sources: […]"))]
@@ -313,13 +324,13 @@ class _Parser:
         return part
 
     def entry(self, value: Any, *, sliced: bool) -> Entry:
-        keys = ("model", "layer_range", "parameters") if sliced else ("model", "parameters")
+        keys = SOURCE_KEYS if sliced else MODEL_KEYS
         if not isinstance(value, Mapping):
             raise ValueError(f"a model is {{{', '.join(keys)}}}, found {value!r}")
         for key in value:
             self.known(key, keys, "key of a model")
         model = model_name(value.get("model"), "model")
-        layers = _layers(value.get("layer_range"), model) if sliced else None
+        layers = layer_range(value.get("layer_range"), model) if sliced else None
         return Entry(model, self.parameters(value.get("parameters"), model), layers)
 
     def parameters(self, value: Any, model: str | None = None) -> Scope:
@@ -336,10 +347,10 @@ class _Parser:
             if not self.known(name, words, f"parameter of {self.name}"):
                 continue
             if model is not None and name not in self.method.each:
-                lost = f"parameter {name!r} of {self.name} is one for all models, found at model {model!r}"
-                if not self.lenient:
-                    raise ValueError(f"{lost}; move it to the 'parameters' of the slice or recipe")
-                self.notes.append(f"{lost}; ignored, as mergekit does")
+                self.notes.append(
+                    f"parameter {name!r} of {self.name} is one for all models, found at model {model!r}: it has no "
+                    "effect there; move it to the 'parameters' of the slice or recipe"
+                )
                 continue
             kept[name] = check(name, setting, self.method.parameters[name][1])
         return kept
@@ -351,31 +362,9 @@ def _list(value: Any, name: str, form: str) -> list[Any]:
     return value
 
 
-def _layers(value: Any, model: str) -> tuple[int, int]:
-    right = isinstance(value, list) and len(value) == 2 and all(type(edge) is int for edge in value)
-    if not right or not 0 <= value[0] <= value[1]:
-        raise ValueError(f"layer_range of {model!r} is {value!r}, wanted [first, end] with 0 ≤ first ≤ end")
-    return (value[0], value[1])
-
-
 def _dtype(value: Any, name: str) -> np.dtype | None:
-    if value is None or value == "auto":
+    if value in (None, "", "auto"):
         return None
     value = str(value).removeprefix("torch.")
     known(value, FLOATS, name)
     return FLOATS[value]
-
-
-def model_name(value: Any, key: str) -> str:
-    """Return a model's name, `path` or `path+adapter`; mergekit's mapping {model, lora} is written so too."""
-    if isinstance(value, str) and value:
-        return value
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{key} is {value!r}, wanted the path of a model")
-    for part in value:
-        known(part, ("model", "lora", "path", "revision"), f"key of {key}")
-    if "path" in value:
-        revision = value.get("revision")
-        return model_name(value["path"], key) + (f"@{revision}" if revision is not None else "")
-    parts = [value.get("model"), *([value["lora"]] if value.get("lora") is not None else [])]
-    return "+".join(model_name(part, key) for part in parts)

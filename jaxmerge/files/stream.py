@@ -24,9 +24,10 @@ from jaxmerge.files import card, disk, engine, recipe, vocabulary
 from jaxmerge.files import plan as planning
 from jaxmerge.files.checkpoints import orbax, safetensors
 from jaxmerge.files.checkpoints.adapter import CONFIG, WEIGHTS
+from jaxmerge.files.checkpoints.beside import companion_paths
 from jaxmerge.files.checkpoints.handles import check_unchanged, stamps
-from jaxmerge.files.checkpoints.open import open_source
-from jaxmerge.files.checkpoints.source import COMPANIONS, Source
+from jaxmerge.files.checkpoints.open import find_adapter, open_source
+from jaxmerge.files.checkpoints.source import Source
 from jaxmerge.files.documents import read_json
 from jaxmerge.files.engine import Engine, Progress
 from jaxmerge.files.journal import Journal, stamp, unfinished
@@ -140,7 +141,7 @@ class _Work:
     def digest(self) -> str:
         """Digest all that decides the result, known before any of it is made: recipe, settings, what is read."""
         files = {file for source in self.models.values() for file in source.files}
-        adapters = {pathlib.Path(adapter).expanduser() for name in self.later for adapter in name.split("+")[1:]}
+        adapters = {find_adapter(adapter, name) for name in self.later for adapter in name.split("+")[1:]}
         files |= {folder / name for folder in adapters for name in (CONFIG, WEIGHTS) if (folder / name).exists()}
         beside = {name: (source.config, _digests(source.companions())) for name, source in self.models.items()}
         for name in (of.tokenizer.source for of in self.recipes if of.tokenizer is not None):
@@ -186,7 +187,9 @@ class _Work:
         self.notes = list(dict.fromkeys([*self.notes, *plan.notes]))
         files = sorted({file for source in sources.values() for file in source.files})
         digest = _digest(plan, of, seed, settings)
-        record = card.provenance(of, sources, seed, self.notes, digest, map(stamp, files), settings.device)
+        record = card.provenance(
+            of, sources, seed, self.notes, digest, map(stamp, files), settings.device, settings.format
+        )
         if _is_done(out, record):
             return report | {"notes": self.notes}
         if out.is_relative_to(self.between) and out.exists():
@@ -212,7 +215,7 @@ class _Work:
 
 def _read_files(source: Source) -> list[pathlib.Path]:
     """All that a merge reads of a model: weights, and what lies beside them."""
-    beside = (source.folder / name for name in ("config.json", *COMPANIONS))
+    beside = [source.folder / "config.json", *companion_paths(source.folder).values()]
     return [*source.files, *(file for file in beside if file.is_file())]
 
 

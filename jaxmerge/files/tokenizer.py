@@ -10,15 +10,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
-from jaxmerge.files.checkpoints.source import TOKENIZER_FILES
+from jaxmerge.files.checkpoints.beside import is_tokenizer, is_vocabulary
 from jaxmerge.files.documents import parse_json
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Older forms of what tokenizer.json says; once the vocabulary changes they would contradict it.
-OLD_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+# Under which key a model of several parts describes its language model.
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+# Keys of configs that hold a token's id, of whatever part: eos_token_id, text_config.pad_token_id, image_token_index.
+ID_KEY = re.compile(r"_token_(id|ids|index)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Tokenizer:
         state = {**self.state, "model": model, "added_tokens": added}
         config = self._json("tokenizer_config.json")
         config.pop("added_tokens_decoder", None)
-        files = {name: content for name, content in self.files.items() if name not in OLD_FILES}
+        files = {name: content for name, content in self.files.items() if not is_vocabulary(name)}
         if config:
             files["tokenizer_config.json"] = _bytes(config)
         files["tokenizer.json"] = _bytes(state)
@@ -107,7 +110,7 @@ class Tokenizer:
 
 def from_files(companions: Mapping[str, bytes], where: str) -> Tokenizer | None:
     """Return the tokenizer among a checkpoint's companions, or None if they hold no tokenizer.json."""
-    files = {name: content for name, content in companions.items() if name in TOKENIZER_FILES}
+    files = {name: content for name, content in companions.items() if is_tokenizer(name)}
     if "tokenizer.json" not in files:
         return None
     tokenizer = Tokenizer(where, files)
@@ -118,28 +121,37 @@ def from_files(companions: Mapping[str, bytes], where: str) -> Tokenizer | None:
 
 
 def renumbered(config: Mapping[str, Any], old: Tokenizer, new: Tokenizer) -> tuple[dict[str, Any], list[str]]:
-    """Return a config.json or generation_config.json with the ids of special tokens in another vocabulary.
+    """Return a config.json or generation_config.json with the ids of tokens in another vocabulary.
+
+    The config of its language model, if it has several parts, is renumbered with it.
 
     Returns:
       The config, and a note for each token that is not there any more.
     """
     names = {i: token for token, i in old.vocabulary.items()}
-    result, notes = dict(config), []
-    for key in (f"{role}_id" for role in SPECIAL):
-        value = config.get(key)
-        if value is None:
-            continue
-        given = value if isinstance(value, list) else [value]
+    notes: list[str] = []
+
+    def number(key: str, i: Any) -> Any:
         # An id that is no token there, such as −1, says nothing of tokens.
-        ids = [new.vocabulary.get(names[i]) if i in names else i for i in given]
-        notes += [
-            f"{old.where}: {key} names {names[i]!r}, which the result's tokenizer lacks; left out"
-            for i, found in zip(given, ids, strict=True)
-            if found is None
-        ]
-        kept = [i for i in ids if i is not None]
-        result[key] = kept if isinstance(value, list) else kept[0] if kept else None
-    return result, notes
+        if isinstance(i, bool) or not isinstance(i, int) or i not in names:
+            return i
+        found = new.vocabulary.get(names[i])
+        if found is None:
+            notes.append(f"{old.where}: {key} names {names[i]!r}, which the result's tokenizer lacks; left out")
+        return found
+
+    def anew(part: Mapping[str, Any]) -> dict[str, Any]:
+        changed = dict(part)
+        for key, value in part.items():
+            if key in TEXT_CONFIGS and isinstance(value, Mapping):
+                changed[key] = anew(value)  # other parts, such as an audio codec, have ids of their own
+            elif ID_KEY.search(key) and isinstance(value, list):
+                changed[key] = [i for i in (number(key, i) for i in value) if i is not None]
+            elif ID_KEY.search(key):
+                changed[key] = number(key, value)
+        return changed
+
+    return anew(config), notes
 
 
 def added_token(content: str, special: bool = False) -> dict[str, Any]:

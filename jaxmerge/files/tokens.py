@@ -17,6 +17,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxmerge.files.grammar import model_name
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -52,10 +54,12 @@ class Options:
 
 def parse(value: Any) -> Options:
     """Check the value of `tokenizer` (a mapping) or `tokenizer_source` (a string); no file is touched."""
-    if isinstance(value, str) and value:
-        return Options(value)
+    if (isinstance(value, str) and value) or _is_model(value):
+        return Options(model_name(value, "tokenizer_source"))
     found = _mapping(value, "'tokenizer'", ("source", "tokens", "pad_to_multiple_of"))
     source, padding = found.get("source", "union"), found.get("pad_to_multiple_of")
+    if _is_model(source):
+        source = model_name(source, "source of 'tokenizer'")
     if not isinstance(source, str) or not source:
         raise ValueError(f"source of 'tokenizer' is {source!r}, wanted union, base, or the path of a model")
     if padding is not None and (not isinstance(padding, int) or isinstance(padding, bool) or padding < 1):
@@ -77,8 +81,8 @@ def _setting(token: str, value: Any) -> Setting:
 
 
 def _row(token: str, value: Any) -> Row:
-    if isinstance(value, str):
-        return Row(value)
+    if isinstance(value, str) or _is_model(value):
+        return Row(model_name(value, f"the source of token {token!r}"))
     found = _mapping(value, f"the source of token {token!r}", ("kind", "model", "token", "token_id"))
     kind, model = found.get("kind"), found.get("model")
     if kind == "zero" and set(found) == {"kind"}:
@@ -94,6 +98,11 @@ def _row(token: str, value: Any) -> Row:
     if not isinstance(row.token if "token" in found else row.token_id, str if "token" in found else int):
         raise ValueError(f"the source of token {token!r}: token is a string and token_id a number; found {dict(found)}")
     return row
+
+
+def _is_model(value: Any) -> bool:
+    """Whether a mapping is the name of a model, as mergekit writes it too: {model: {path: …}} or {path: …}."""
+    return isinstance(value, Mapping) and "kind" not in value and ("model" in value or "path" in value)
 
 
 def _mapping(value: Any, what: str, keys: tuple[str, ...]) -> Mapping[str, Any]:

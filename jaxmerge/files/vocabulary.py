@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,9 +19,11 @@ import numpy as np
 import xxhash
 
 from jaxmerge.files import rows, tokenizer
-from jaxmerge.files.checkpoints.open import open_source
-from jaxmerge.files.checkpoints.source import TOKENIZER_FILES, Source, companions_of
-from jaxmerge.files.tokenizer import Tokenizer, added_token
+from jaxmerge.files.checkpoints.beside import companions_of, is_tokenizer
+from jaxmerge.files.checkpoints.open import find, open_source
+from jaxmerge.files.checkpoints.source import Source
+from jaxmerge.files.documents import parse_json
+from jaxmerge.files.tokenizer import TEXT_CONFIGS, Tokenizer, added_token
 from jaxmerge.files.tokens import Options, Row, parse
 
 GENERATION = "generation_config.json"
@@ -79,9 +80,11 @@ class Vocabulary:
         config, _ = tokenizer.renumbered(with_size(source.config, self.size), old, self.tokenizer)
 
         def companions() -> Mapping[str, bytes]:
-            files = {name: data for name, data in source.companions().items() if name not in TOKENIZER_FILES}
+            files = {name: data for name, data in source.companions().items() if not is_tokenizer(name)}
             if GENERATION in files:
-                settings, _ = tokenizer.renumbered(json.loads(files[GENERATION]), old, self.tokenizer)
+                settings, _ = tokenizer.renumbered(
+                    parse_json(files[GENERATION], f"{source.name}: {GENERATION}"), old, self.tokenizer
+                )
                 files[GENERATION] = json.dumps(settings, indent=2).encode()
             return {**files, **self.tokenizer.files}
 
@@ -177,12 +180,28 @@ def build(
     }
     forced = np.zeros(used.size, bool)
     forced[[ids[token] for token, setting in options.tokens.items() if setting.force]] = True
+    notes += _padding_notes(models, tokenizers, limits, used.size)
     nowhere = [t for t, i in ids.items() if i not in given and all(numbers[i] < 0 for numbers in own.values())]
     if nowhere:
         notes.append(f"{len(nowhere)} tokens are in no model, first {nowhere[0]!r}; their rows are zero")
     _, more = tokenizer.renumbered(models[first].config, tokenizers[first], result)
     notes += more
     return Vocabulary(used.size, result, base, models, tokenizers, own, given, forced, used, dtype, tuple(notes))
+
+
+def _padding_notes(
+    models: Mapping[str, Source], tokenizers: Mapping[str, Tokenizer], limits: Mapping[str, int], size: int
+) -> list[str]:
+    """Say which models have rows that belong to no token, where the result has fewer than they."""
+    notes = []
+    for name in models:
+        spare = limits[name] - 1 - max(tokenizers[name].vocabulary.values(), default=-1) if name in tokenizers else 0
+        if spare > 0 and size < limits[name]:
+            notes.append(
+                f"{name}: the last {spare} of {limits[name]} rows of its embedding belong to no token and are left "
+                f"out; the result has {size} (pad_to_multiple_of in 'tokenizer' adds rows)"
+            )
+    return notes
 
 
 def _tokenizers(
@@ -236,8 +255,10 @@ def _result(
 
 def companions_at(source: str) -> Mapping[str, bytes]:
     """Read the companions of a tokenizer's source that is none of the models: a folder of a tokenizer, or a model."""
-    path = pathlib.Path(source).expanduser()
-    return companions_of(path) if (path / "tokenizer.json").exists() else open_source(source).companions()
+    path = find(source)
+    if path is not None and (path / "tokenizer.json").exists():
+        return companions_of(path)
+    return open_source(source).companions()
 
 
 def _rows(ids: Mapping[str, int], has: Mapping[str, int], limit: int, size: int) -> np.ndarray:
@@ -281,7 +302,7 @@ def vocabulary_tensors(source: Source) -> list[str]:
       ValueError: there is none, or the embedding has other rows than config.json says.
     """
     found = [name for name in source.tensors if _ends(name, INPUTS)]
-    size = source.config.get("vocab_size", source.config.get("text_config", {}).get("vocab_size"))
+    size = source.config.get("vocab_size", _text_config(source.config)[1].get("vocab_size"))
     counts = {name: source.tensors[name].shape[0] for name in found}
     size = next(iter(counts.values()), None) if size is None else size
     for name, count in counts.items():
@@ -300,10 +321,18 @@ def vocabulary_tensors(source: Source) -> list[str]:
 
 def with_size(config: Mapping[str, Any], size: int) -> dict[str, Any]:
     """Return config.json with another vocab_size, where it stands."""
-    nested = config.get("text_config")
-    if "vocab_size" not in config and isinstance(nested, Mapping) and "vocab_size" in nested:
-        return {**config, "text_config": {**nested, "vocab_size": size}}
-    return {**config, "vocab_size": size} if config else {}
+    key, nested = _text_config(config)
+    if "vocab_size" not in config and key:
+        # Also where it is left out: a reader that finds none takes its own default.
+        return {**config, key: {**nested, "vocab_size": size}}
+    changed = {**config, "vocab_size": size} if config else {}
+    return {**changed, key: {**nested, "vocab_size": size}} if "vocab_size" in nested else changed
+
+
+def _text_config(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The key under which a model of several parts describes its language model, and what is there; else nothing."""
+    found = next((key for key in TEXT_CONFIGS if isinstance(config.get(key), Mapping)), "")
+    return found, config.get(found, {})
 
 
 def _ends(name: str, endings: tuple[str, ...]) -> bool:

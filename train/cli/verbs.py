@@ -19,6 +19,7 @@ from ..runtime.start import start_jax
 from ..search.settings import SearchRun
 from ..studies.settings import AnalyseOptions
 from .files import extract_lora, inspect, merge, verify
+from .flags import MERGEKIT
 from .settings import (
     Experiment,
     ExportOptions,
@@ -278,7 +279,7 @@ def completion(words: Words, assignments: Words, dry: bool) -> int:
 CONFIG = ("CONFIG",)
 TABLE = (
     Verb("improve", (CONFIG,), improve, (Place, Improve, Experiment), flags=("--dry-run",)),
-    Verb("merge", (("RECIPE", "OUT"),), merge, (MergeOptions,), flags=("--dry-run",), extra="files"),
+    Verb("merge", (("RECIPE", "OUT"),), merge, (MergeOptions,), flags=("--dry-run",), others=MERGEKIT, extra="files"),
     Verb("verify", (("OUT",),), verify, (VerifyOptions,), extra="files"),
     Verb("inspect", (("MODEL",), ("BASE", "MODELS")), inspect, (InspectOptions,), extra="files"),
     Verb("extract-lora", (("BASE", "TUNED", "OUT"),), extract_lora, (ExtractOptions,), extra="files"),

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ..log import UserError
 from ..resolve import build, override
+from .flags import answer
 
 T = TypeVar("T")
 Words = Sequence[str]
@@ -29,6 +30,7 @@ class Verb:
       settings: the dataclasses whose fields are its keys; its help lists them.
       also: further dataclasses whose keys it takes, and which the help of another verb lists.
       flags: words without a value, beside --help.
+      others: flags of another program that does the same → what to write here instead.
       extra: the extra of the package that brings what it needs.
     """
 
@@ -38,6 +40,7 @@ class Verb:
     settings: tuple[type, ...] = ()
     also: tuple[type, ...] = ()
     flags: tuple[str, ...] = ()
+    others: dict[str, str] = dataclasses.field(default_factory=dict)
     extra: str = "train"
 
     @property
@@ -76,6 +79,8 @@ def parse(verb: Verb, words: Words) -> tuple[list[str], list[str], set[str]]:
         key, sign, value = word.removeprefix("--").partition("=")
         if word == "--":
             arguments += rest
+        elif word.startswith("-") and key not in verb.keys and (said := answer(word, verb.others)):
+            raise UserError(said)
         elif not word.startswith("--"):
             (assignments if _ASSIGNMENT.match(word) else arguments).append(word)
         elif word in verb.flags:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
+
+from jaxmerge.files.model_card import Card, write_card
 
 from ..log import UserError
 from ..models.hf import save_hf
 from ..models.open import Model, open_model
 from ..resolve import build, read_yaml
 from ..runtime.journal import Journal
+from ..runtime.processes import on_first
 from ..runtime.settings import Mesh
-from .plan import BASE, plan
+from .card import exported_card, run_card
+from .plan import BASE, Outcome, Plan, plan
 from .session import Session
 from .settings import Improve
 
@@ -29,14 +36,63 @@ def export(run: str, out: str, *, method: str | None = None, number: int | None 
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype={dtype!r}; choose float32, bfloat16 or float16")
-    model = open_model(run) if method is None else method_model(Path(run), method, number)
+    place = Path(out)
+    if method is None:
+        model = open_model(run)
+        card = functools.partial(exported_card, place, run)
+    else:
+        found = find_outcome(Path(run), method, number)
+        model = found.model()
+        card = functools.partial(found.card, place)
     save_hf(out, model.config, model.params, dtype=jnp.dtype(dtype), tokenizer_from=model.tokenizer)
+    on_first(lambda: write_card(place, card()))
 
 
-def method_model(root: Path, method: str, number: int | None) -> Model:
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A committed model of a run, and what it takes to load it."""
+
+    root: Path
+    config: Improve
+    journal: Journal
+    todo: Plan
+    outcomes: Sequence[Outcome]
+    outcome: Outcome
+
+    def model(self) -> Model:
+        """Load the model; probes are made again from the checkpoints they come from."""
+        root, outcome = self.root, self.outcome
+        if outcome.model != BASE and self.todo[outcome.model].kind in ("sft", "merge"):
+            if not (root / "checkpoints" / outcome.model).is_dir():
+                raise UserError(f"{root}: the weights of {outcome.model} are gone (keep= deletes those of old rounds)")
+            return open_model(str(root / "checkpoints" / outcome.model))
+        # Read where this is, not on the mesh of the run.
+        config = dataclasses.replace(self.config, mesh=Mesh())
+        return Session(config, self.journal, self.todo, list(self.outcomes)).weights.model_of(outcome.model)
+
+    def card(self, out: Path) -> Card:
+        """Say in a model card what it is and what the run measured of it."""
+        before = next((o for o in self.outcomes if o.method == BASE), None)
+        return run_card(
+            out,
+            self.config.model.path,
+            method=self.outcome.method,
+            round=self.outcome.round,
+            settings=(self.root / "config.yaml").read_text(),
+            rows=self._rows(self.outcome),
+            base=() if before is None else self._rows(before),
+        )
+
+    def _rows(self, outcome: Outcome) -> Sequence[Mapping[str, Any]]:
+        return (self.journal.committed(outcome.evaluate) or {}).get("rows", ())
+
+
+def find_outcome(root: Path, method: str, number: int | None) -> Found:
+    """Find the model that a method of a run ended a round with."""
     if not (root / "config.yaml").is_file():
         raise UserError(f"{root}: not the folder of a run (no config.yaml); `method=` is of runs")
-    todo, outcomes = plan(build(Improve, read_yaml(root / "config.yaml")))
+    config = build(Improve, read_yaml(root / "config.yaml"))
+    todo, outcomes = plan(config)
     journal = Journal(root, read_only=True)
     done = [o for o in outcomes if o.model == BASE or journal.committed(o.model) is not None]
     named = [o for o in done if o.method == method]
@@ -47,11 +103,4 @@ def method_model(root: Path, method: str, number: int | None) -> Model:
     found = [o for o in named if number is None or o.round == number]
     if not found:
         raise UserError(f"{root}: {method} has no committed round {number}; there are {[o.round for o in named]}")
-    outcome = found[-1]
-    if outcome.model != BASE and todo[outcome.model].kind in ("sft", "merge"):
-        if not (root / "checkpoints" / outcome.model).is_dir():
-            raise UserError(f"{root}: the weights of {outcome.model} are gone (keep= deletes those of old rounds)")
-        return open_model(str(root / "checkpoints" / outcome.model))
-    # Read where this is, not on the mesh of the run.
-    config = dataclasses.replace(build(Improve, read_yaml(root / "config.yaml")), mesh=Mesh())
-    return Session(config, journal, todo, outcomes).weights.model_of(outcome.model)
+    return Found(root, config, journal, todo, outcomes, found[-1])

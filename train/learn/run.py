@@ -25,6 +25,7 @@ from ..runtime.sinks import check_sinks, follow
 from ..tasks import build_suite, held_out, pretraining_rows
 from ..tasks.settings import Tasks
 from .batches import Rows, RowSource, steps_of, to_drawn, to_rows
+from .card import write_cards
 from .checkpoints import SftCheckpoints
 from .settings import Finetune
 from .sft import check_patterns, fine_tune, one_epoch
@@ -44,6 +45,7 @@ def finetune(config: Finetune, *, name: str, out: Path | None = None) -> Path:
         journal.reconcile([PHASE])
         record = journal.committed(PHASE) or train(config, journal, folder, name)
     on_first(shutil.rmtree, folder / "checkpoints" / PHASE, ignore_errors=True)
+    on_first(write_cards, folder, name, config.model.path, record, (folder / "config.yaml").read_text())
     say(
         f"{record['steps']} steps, {record['tokens']} tokens, loss {record['loss_first']:.3f} → "
         f"{record['loss_last']:.3f}, {record['seconds']:.0f} s"

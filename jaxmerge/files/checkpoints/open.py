@@ -5,47 +5,61 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-import re
+from collections.abc import Mapping
 
-from jaxmerge.files.checkpoints import safetensors, shards
+from jaxmerge.files.checkpoints import hub, safetensors, shards
+from jaxmerge.files.checkpoints.beside import companions_of
 from jaxmerge.files.checkpoints.heads import drop_tied_head
 from jaxmerge.files.checkpoints.quantised import dequantise
-from jaxmerge.files.checkpoints.source import Source, Tensor, companions_of
+from jaxmerge.files.checkpoints.source import Source, Tensor, nothing
 from jaxmerge.files.documents import read_json
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
+ADAPTER = "adapter_config.json"
 
 
 def open_source(name: str) -> Source:
-    """Open the checkpoint that a recipe's model string names; nothing but headers is read.
+    """Open the checkpoint that a recipe's model string names; of what is here nothing but headers is read.
 
     Args:
-      name: a Hugging Face folder; a GGUF file, or a folder of one; an Orbax checkpoint; `model+adapter`, split at
-        the last plus sign; or a hub name `org/model`, if it has been downloaded.
+      name: a Hugging Face folder; a file of safetensors or GGUF; a folder of one GGUF file; an Orbax checkpoint;
+        `model+adapter`, split at the last plus sign; or a hub name `org/model` or `org/model@revision`, which is
+        downloaded unless it has been. An adapter may be a hub name too.
 
     Raises:
       ValueError: there is no model, or it is damaged or of a format not known; says what was looked for and found.
     """
-    path = pathlib.Path(name).expanduser()
-    if name and path.exists():
-        return _open_path(name, path)
-    if "+" in name:
+    if "+" in name and not pathlib.Path(name).expanduser().exists():
         return _open_adapted(name)
-    if HUB_NAME.fullmatch(name) and path.suffix != ".gguf":
-        return _open_path(name, _downloaded(name))
+    path = find(name)
+    if path is not None:
+        return _open_path(name, path)
     raise ValueError(
         f"model {name!r} is no folder or file here; give a Hugging Face folder, a .gguf file, an Orbax checkpoint, or "
         "'model+adapter'"
     )
 
 
+def find(name: str) -> pathlib.Path | None:
+    """Return the file or folder that a name stands for, a hub's model downloaded; None if there is none such.
+
+    A revision after the name of a folder that is here has no effect: a folder has one state.
+    """
+    for text in dict.fromkeys((name, name.partition("@")[0])):
+        path = pathlib.Path(text).expanduser()
+        if text and path.exists():
+            return path
+    return hub.fetch(name) if hub.is_hub_name(name) else None
+
+
 def _open_path(name: str, path: pathlib.Path) -> Source:
     if path.is_file():
         if path.suffix == ".gguf":
             return _gguf(name, path)
+        if path.suffix == ".safetensors":
+            return _file(name, path)
         raise ValueError(
             f"model {name!r} is a {path.suffix or 'plain'} file; give the folder that holds config.json and "
-            "*.safetensors, or a .gguf file"
+            "*.safetensors, or a .safetensors or .gguf file"
         )
     if any(path.glob("*.safetensors")) or (path / safetensors.INDEX).exists():
         return open_folder(name, path)
@@ -89,9 +103,35 @@ def open_folder(name: str, folder: pathlib.Path) -> Source:
     Raises:
       ValueError: as `open_source`.
     """
-    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
-        raise ValueError(f"model {name!r} is an adapter, without the model it adapts; write it as 'model+adapter'")
+    _check_no_adapter(name, folder)
     stored, notes = shards.open_folder(folder)
+    return _described(name, folder, stored, notes)
+
+
+def _file(name: str, path: pathlib.Path) -> Source:
+    """Open a single file of safetensors; what describes a model is taken from beside it only if it is its folder's."""
+    folder = path.parent
+    _check_no_adapter(name, folder)
+    index = read_json(folder / safetensors.INDEX).get("weight_map")
+    if isinstance(index, dict) and path.name in index.values():
+        raise ValueError(f"model {name!r} is one of the shards that {safetensors.INDEX} names; give the folder")
+    stored = shards.check_elements(path, safetensors.read_header(path))
+    if path.name == safetensors.SINGLE or list(folder.glob("*.safetensors")) == [path]:
+        return _described(name, folder, stored, ())
+    plain = dequantise(name, stored, {})
+    notes = (*plain.notes, f"{name} is a file alone, without config.json")
+    return Source(name, folder, plain.tensors, {}, (path,), notes, nothing, plain.natural)
+
+
+def _check_no_adapter(name: str, folder: pathlib.Path) -> None:
+    if not (folder / "config.json").exists() and (folder / ADAPTER).exists():
+        raise ValueError(f"model {name!r} is an adapter, without the model it adapts; write it as 'model+adapter'")
+
+
+def _described(
+    name: str, folder: pathlib.Path, stored: Mapping[str, safetensors.Stored], notes: tuple[str, ...]
+) -> Source:
+    """The tensors with what lies in their folder: config, tokenizer and the like."""
     files = tuple(sorted({tensor.file for tensor in stored.values()}))
     plain = dequantise(name, stored, read_json(folder / "config.json"))
     tensors: dict[str, Tensor] = plain.tensors
@@ -104,28 +144,18 @@ def open_folder(name: str, folder: pathlib.Path) -> Source:
 
 def _open_adapted(name: str) -> Source:
     base, _, adapter = name.rpartition("+")
-    folder = pathlib.Path(adapter).expanduser()
-    if not folder.is_dir():
-        raise ValueError(
-            f"model {name!r}: the adapter {adapter!r} is no folder here (and {name!r} is none); give the folder that "
-            "holds adapter_config.json"
-        )
     from jaxmerge.files.checkpoints import adapter as adapters
 
+    folder = find_adapter(adapter, name)
     return dataclasses.replace(adapters.apply(open_source(base), folder), name=name)
 
 
-def _downloaded(name: str) -> pathlib.Path:
-    """The snapshot of a hub model in the cache of its client; nothing is fetched, a merge works on local files."""
-    how = f"download it first (`hf download {name.partition('@')[0]}`), or give the path of its folder"
-    try:
-        from huggingface_hub import errors, snapshot_download
-    except ImportError:
-        raise ValueError(f"model {name!r} is no folder here, and only local folders are read; {how}") from None
-    model, _, revision = name.partition("@")
-    try:
-        return pathlib.Path(snapshot_download(model, revision=revision or None, local_files_only=True))
-    except (OSError, errors.HFValidationError, errors.LocalEntryNotFoundError):
+def find_adapter(adapter: str, name: str) -> pathlib.Path:
+    """Return the folder of the adapter in the model string `name`, a hub's adapter downloaded."""
+    folder = find(adapter)
+    if folder is None or not folder.is_dir():
         raise ValueError(
-            f"model {name!r} is no folder here and not among the downloaded models, and nothing is fetched; {how}"
-        ) from None
+            f"model {name!r}: the adapter {adapter!r} is no folder here (and {name!r} is none); give the folder that "
+            "holds adapter_config.json, or the adapter's hub name org/name"
+        )
+    return folder

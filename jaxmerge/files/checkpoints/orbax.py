@@ -20,11 +20,13 @@ import numpy as np
 
 from jaxmerge.files import disk
 from jaxmerge.files.checkpoints import safetensors, shards
+from jaxmerge.files.checkpoints.beside import companions_of, write_companions
 from jaxmerge.files.checkpoints.heads import drop_tied_head
-from jaxmerge.files.checkpoints.source import COMPANIONS, Source, Tensor, companions_of
+from jaxmerge.files.checkpoints.source import Source, Tensor
 from jaxmerge.files.documents import read_json
 
 METADATA = "_METADATA"
+SAID = ("README.md", "merge.json", "mergekit_config.yml")  # what a merged folder says of itself
 CHUNK_BYTES = 1 << 25  # of one compressed piece of an array: what reading and writing it holds beside the array
 MISSING = "Orbax checkpoints need orbax-checkpoint; install it with pip install 'jaxmerge[train]'"
 
@@ -170,12 +172,10 @@ def write(folder: pathlib.Path, out: pathlib.Path) -> None:
     with disk.new_folder(out, sum(tensor.size for tensor in stored.values())) as partial:
         _save(tree, partial / "weights")
         (partial / "model").mkdir()
-        for name in ("config.json", *COMPANIONS):
+        write_companions(partial / "model", companions_of(folder))
+        for name, place in (("config.json", partial / "model"), *((name, partial) for name in SAID)):
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, partial / "model" / name)
-        for name in ("README.md", "merge.json"):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, partial / name)
+                shutil.copyfile(folder / name, place / name)
 
 
 def _mapped(tensor: safetensors.Stored) -> np.ndarray:

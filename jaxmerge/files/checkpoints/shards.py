@@ -26,10 +26,10 @@ def open_folder(folder: pathlib.Path) -> tuple[dict[str, Stored], tuple[str, ...
         raise ValueError(f"model {str(folder)!r} is no folder here; give the path of a Hugging Face folder")
     index, single = folder / INDEX, folder / SINGLE
     if single.exists():
-        return _check_elements(folder, read_header(single)), _beside(folder)
+        return check_elements(folder, read_header(single)), _beside(folder)
     if index.exists():
         tensors, notes = _open_shards(folder, _read_index(index))
-        return _check_elements(folder, tensors), notes
+        return check_elements(folder, tensors), notes
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"model {str(folder)!r} holds no *.safetensors; convert it to safetensors first")
@@ -79,7 +79,7 @@ def _open_shards(folder: pathlib.Path, placed: dict[str, str]) -> tuple[dict[str
     return tensors, (f"{folder}: {_listed(unnamed)} are not where {INDEX} says, or not in it: left out",)
 
 
-def _check_elements(folder: pathlib.Path, tensors: dict[str, Stored]) -> dict[str, Stored]:
+def check_elements(folder: pathlib.Path, tensors: dict[str, Stored]) -> dict[str, Stored]:
     """Raise if weights have no elements: that is what a sharded training leaves that did not gather them."""
     empty = [name for name, tensor in tensors.items() if tensor.shape == (0,)]
     if empty:

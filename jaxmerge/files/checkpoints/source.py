@@ -14,12 +14,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-# What makes a tokenizer; what else stands beside weights and goes with them.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)
 BLOCK_BYTES = 1 << 24  # scratch of tensors that are made row by row, of two tied heads compared
 
 
@@ -104,8 +98,3 @@ class Source:
     notes: tuple[str, ...] = ()
     companions: Callable[[], Mapping[str, bytes]] = nothing
     natural: Mapping[str, np.dtype] = dataclasses.field(default_factory=dict)
-
-
-def companions_of(folder: pathlib.Path) -> dict[str, bytes]:
-    """Read the companions that lie in a folder."""
-    return {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}

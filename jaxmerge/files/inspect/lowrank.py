@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import where
-from jaxmerge.files import disk
+from jaxmerge.files import disk, model_card
 from jaxmerge.files.checkpoints import safetensors
 from jaxmerge.files.checkpoints.adapter import CONFIG, WEIGHTS
 from jaxmerge.files.checkpoints.classes import is_embedding, is_transposed
@@ -126,14 +126,18 @@ def extract_lora(
         (folder / safetensors.SINGLE).rename(folder / WEIGHTS)
         config = _config(base, split, rank, alpha)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    lost = [sizes[name]["norm"] ** 2 * (1 - facts["explained"]) for name, facts in report.items()]
-    lost += [sizes[name]["norm"] ** 2 for name in split.left]
-    overall = found["overall"]
+        lost = [sizes[name]["norm"] ** 2 * (1 - facts["explained"]) for name, facts in report.items()]
+        lost += [sizes[name]["norm"] ** 2 for name in split.left]
+        overall = found["overall"]
+        explained = 1 - math.fsum(lost) / overall["models"][0]["norm"] ** 2
+        model_card.write_card(
+            folder, model_card.extracted_card(base, tuned, out, rank=rank, alpha=alpha, explained=explained)
+        )
     return {
         "out": str(out), "rank": rank, "alpha": alpha, "tensors": report,
         "whole": {name: sizes[name]["relative"] for name in split.whole},
         "left_out": {name: sizes[name]["relative"] for name in split.left},
-        "explained": 1 - math.fsum(lost) / overall["models"][0]["norm"] ** 2,
+        "explained": explained,
         "lost": math.sqrt(math.fsum(lost)) / overall["norm"] if overall["norm"] else None,
         "bytes": places.total, "seconds": time.perf_counter() - begin,
     }  # fmt: skip

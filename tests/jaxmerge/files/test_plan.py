@@ -289,7 +289,8 @@ colour: blue
 """
     made = make(text, compat="mergekit")
     assert made.jobs[0].coefficients == {"t": 0.3}
-    assert len([note for note in made.notes if "ignored, as mergekit does" in note]) == 3
+    assert len([note for note in made.notes if "ignored, as mergekit does" in note]) == 1
+    assert len([note for note in made.notes if "no effect" in note]) == 2
 
 
 def test_folders_of_weights_alone(here):

@@ -281,7 +281,8 @@ def sliced(*sources, **changes):
         (refused(parameters={"weight": ".nan"}), "parameter 'weight' is '.nan', wanted a number"),
         (
             refused(merge_method="slerp", base_model="one", models=[{"model": "two", "parameters": {"t": 0.5}}]),
-            "parameter 't' of slerp is one for all models, found at model 'two'; move it to the 'parameters'",
+            "slerp needs the parameter 't' for .*; parameter 't' of slerp is one for all models, found at model 'two': "
+            "it has no effect there; move it to the 'parameters'",
         ),
         (refused(merge_method="slerp", models=[{"model": "one"}, {"model": "two"}]), "slerp needs a base_model"),
         (refused(tokenizer={"source": "union"}, tokenizer_source="base"), "'tokenizer' and 'tokenizer_source'"),

@@ -91,6 +91,23 @@ def test_a_run_leaves_what_a_program_expects(undisturbed):
     assert not list(run.glob("checkpoints/**/state")), "the optimiser state goes once the phase is committed"
 
 
+def test_an_exported_model_has_a_card_with_its_accuracies(undisturbed, tmp_path):
+    _, run = undisturbed
+    jaxmerge("export", run, tmp_path / "model", "method=imm")
+    _, front, body = (tmp_path / "model" / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["self-improvement", "jaxmerge"]}
+    rows = json.loads((run / "summary.json").read_text())["rows"]
+    pooled = [r for r in rows if (r["family"], r["split"]) == ("all", "test")]
+    mine, before = ({r["domain"]: r for r in pooled if r["method"] == name} for name in ("imm", "base"))
+    for domain, label in (("id", "in domain"), ("ood", "out of domain")):
+        (line,) = (line for line in body.splitlines() if line.startswith(f"| {label} |"))
+        assert f"| {100 * mine[domain]['accuracy']:.1f} % |" in line
+        assert line.endswith(f"| {mine[domain]['n']} | {100 * before[domain]['accuracy']:.1f} % |")
+    assert "after round 1 of the method `imm`" in body
+    jaxmerge("export", tmp_path / "model", tmp_path / "again")
+    assert "model, written as a Hugging Face folder" in (tmp_path / "again" / "README.md").read_text()
+
+
 def test_merging_shares_sampling_and_training_of_the_first_round(undisturbed):
     _, run = undisturbed
     phases = {line["phase"]: line for line in lines(run / "metrics.jsonl")}

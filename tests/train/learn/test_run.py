@@ -77,6 +77,11 @@ def test_the_command_takes_a_model_a_file_and_a_folder(tmp_path, folder, capsys)
     data = write(tmp_path / "a.jsonl", [ALPACA] * 2)
     assert cli.main(["sft", str(folder), str(data), str(tmp_path / "out"), "sft.epochs=1", "sft.batch=2"]) == 0
     assert (tmp_path / "out" / "hf" / "config.json").exists()
+    card = (tmp_path / "out" / "hf" / "README.md").read_text()
+    assert "| a.jsonl | 2 |" in card
+    assert "in 1 steps" in card
+    assert f"# out\n\n{folder.name}, fine-tuned by jaxmerge." in card
+    assert str(tmp_path) not in card.split("<details>")[0]
     assert cli.main(["sft", str(folder), str(data)]) == 2
     assert "wanted CONFIG or MODEL DATA OUT" in capsys.readouterr().err
 

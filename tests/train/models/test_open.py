@@ -198,8 +198,8 @@ def test_hub_names_are_fetched(tmp_path, monkeypatch):
     save_hf(tmp_path / "cache", config, file.params, tokenizer_from=file.tokenizer)
     asked = []
 
-    def snapshot_download(name, allow_patterns):
-        asked.append((name, allow_patterns))
+    def snapshot_download(name, **how):
+        asked.append((name, how))
         return str(tmp_path / "cache")
 
     import huggingface_hub.errors
@@ -207,4 +207,8 @@ def test_hub_names_are_fetched(tmp_path, monkeypatch):
     fake = types.SimpleNamespace(snapshot_download=snapshot_download, errors=huggingface_hub.errors)
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     assert load_model("org/model-1.5").config == config
-    assert asked == [("org/model-1.5", ["*.json", "*.safetensors", "*.jinja"])]
+    assert load_model("org/model-1.5@v2").config == config
+    assert [(name, how["revision"]) for name, how in asked] == [("org/model-1.5", None), ("org/model-1.5", "v2")]
+    for _, how in asked:
+        assert {"*.json", "*.safetensors", "*.jinja", "*.model"} <= set(how["allow_patterns"])
+        assert "consolidated*.safetensors" in how["ignore_patterns"]

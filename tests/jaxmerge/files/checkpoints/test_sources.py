@@ -147,29 +147,6 @@ def test_names_that_lead_nowhere_say_what_was_found(tmp_path, monkeypatch):
         assert "\n" not in str(error.value)
 
 
-def test_hub_names_are_read_where_they_were_downloaded(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(
-        ValueError, match=r"'org/model' is no folder here and not among the downloaded .*hf download org/m"
-    ):
-        open_source("org/model")
-    stored = tmp_path / "hub" / "models--org--model"
-    folder(stored / "snapshots" / "abc", heads(), vocab_size=50)
-    (stored / "refs").mkdir()
-    (stored / "refs" / "main").write_text("abc")
-    for name in ("org/model", "org/model@main"):
-        found = open_source(name)
-        assert (found.name, found.folder) == (name, stored / "snapshots" / "abc")
-    with pytest.raises(ValueError, match="not among the downloaded"):
-        open_source("org/model@other")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match="only local folders are read; download it first"):
-        open_source("org/model")
-
-
 def test_adapters_are_split_off_at_the_last_plus(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder(tmp_path / "c++", heads(), vocab_size=50)

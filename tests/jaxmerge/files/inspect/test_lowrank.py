@@ -115,6 +115,18 @@ def test_base_and_full_rank_adapter_are_the_tuned_model(tmp_path, dtype, alpha):
             assert np.array_equal(found[name], wanted)
 
 
+def test_the_adapter_has_a_card(tmp_path, base):
+    tuned = folder(tmp_path / "tuned", trained(1, ["q_proj.weight"]))
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    report = lowrank.extract_lora(open_source(str(base)), open_source(str(tuned)), tmp_path / "lora", rank=1)
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert "license:" not in card  # the tuned model states none
+    assert f"rank 1 (lora_alpha 1). {100 * report['explained']:.1f} % of the squared norm" in card
+    assert 'PeftModel.from_pretrained(base, "lora")' in card
+    assert str(tmp_path) not in card
+
+
 def test_what_is_left_out_is_said(tmp_path, base):
     tuned = folder(tmp_path / "tuned", trained(1, ["q_proj.weight", "norm.weight", "lm_head.weight"]))
     sources = open_source(str(base)), open_source(str(tuned))
