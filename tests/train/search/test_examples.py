@@ -151,7 +151,7 @@ def test_tests_are_found_in_the_lines_people_write(tmp_path):
     assert read({"question": "?"}, "?", "x:1") is None
     for line, words in (
         ({"tests": "assert f("}, "x:1: tests is no Python"),
-        ({"tests": "assert True"}, "calls no function of the program; name it in entry_point"),
+        ({"tests": "assert True"}, "uses nothing of the program; name its function in entry_point"),
         ({"tests": 3}, "a text or a list"),
     ):
         with pytest.raises(UserError, match=words):
