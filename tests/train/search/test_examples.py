@@ -163,7 +163,12 @@ def test_tests_are_found_in_the_lines_people_write(tmp_path):
     assert "assert double(2) == 4" in item.text  # which names the function
     assert item.judged
     family = {"family": "mbpp", "domain": "id", "train": 1, "args": {"path": str(path)}}
-    (item,) = read_questions(build(Questions, {"families": [family], "domain": "code"}))
+    try:
+        (item,) = read_questions(build(Questions, {"families": [family], "domain": "code"}))
+    except UserError as error:
+        if not str(error).startswith("sandbox: programs cannot be confined"):
+            raise
+        pytest.skip(str(error))
     assert item.tests.entry_point == "double"
 
 
