@@ -135,6 +135,14 @@ class Journal:
             self._file.close()
 
 
+def count_done(out: pathlib.Path) -> int:
+    """How many tensors an unfinished merge into `out` has written, its stages' among them."""
+    beside = out.absolute().parent
+    places = [beside / f".{out.name}.merging", *(beside / f".{out.name}.stages").glob("**/.*.merging")]
+    paths = [path for place in places if (path := place / "journal.jsonl").is_file()]
+    return sum(max(0, path.read_bytes().count(b"\n") - 1) for path in paths)
+
+
 def _check(body: bytes) -> bytes:
     """The end of a line that begins with `body`, after CHECK."""
     return f'"{xxhash.xxh3_64_hexdigest(body)}"}}\n'.encode()

@@ -30,6 +30,7 @@ class Verb:
       also: further dataclasses whose keys it takes, and which the help of another verb lists.
       flags: words without a value, beside --help.
       extra: the extra of the package that brings what it needs.
+      resumes: what it has done is kept when it is stopped, and the same command goes on.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Verb:
     also: tuple[type, ...] = ()
     flags: tuple[str, ...] = ()
     extra: str = "train"
+    resumes: bool = False
 
     @property
     def usage(self) -> str:

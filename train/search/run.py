@@ -196,6 +196,8 @@ def grow(config: SearchRun, items: list[Item], prompts: Prompts, voices: dict[st
     with contextlib.ExitStack() as stack:
         examiner = stack.enter_context(Examiner()) if needed else None
         log = stack.enter_context(Replies(partial / "replies.jsonl"))
+        if log.known:
+            say(f"{len(log.known):,} replies are there; going on")
         bar = stack.enter_context(progress("search", total=len(items), unit="questions"))
         driver: Driver[Found] = Driver(voices, verify, log, on_end=on_end)
         driver.run(((id, KINDS[config.search.kind](c)) for id, c in subjects.items()), between=between)
