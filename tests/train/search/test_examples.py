@@ -14,6 +14,7 @@ from train.search import testing
 from train.search.examples import distribution, select
 from train.search.prompts import INSTALLED, PROMPTS, load_prompts
 from train.search.questions import Item, equal, read_questions
+from train.search.run import judged
 from train.search.settings import Questions, Search, SearchRun
 from train.search.testing import compiles
 
@@ -170,6 +171,16 @@ def test_tests_are_found_in_the_lines_people_write(tmp_path):
             raise
         pytest.skip(str(error))
     assert item.tests.entry_point == "double"
+
+
+def test_an_answer_whose_verifier_raises_is_not_judged(capsys):
+    def broken(text):
+        raise ValueError("Exceeds the limit (4300 digits)")
+
+    item = Item("q1", "f", "?", "?", "1", broken)
+    assert judged(item, "x" * 100) is None
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"q1: {'x' * 60!r} could not be judged (ValueError: Exceeds the limit (4300 digits))"
 
 
 def test_programs_are_run_in_the_sandbox_and_what_has_none_fails():
