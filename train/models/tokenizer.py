@@ -182,13 +182,11 @@ class Tokenizer:
     def _render(self, messages: Sequence[Mapping[str, Any]], *, marks: bool, **variables) -> str:
         if self.chat_template is None:
             raise UserError("this tokenizer has no chat template; give a few-shot prompt instead of a chat")
-        import jinja2
-
         given = {"messages": [dict(m) for m in messages], "tools": None, "documents": None, **self.special}
         try:
             return _compile(self.chat_template, marks).render(**{**given, **variables})
-        except jinja2.TemplateError as error:
-            raise UserError(f"the chat template refuses these messages: {error}") from error
+        except Exception as error:  # whatever a stranger's template does
+            raise UserError(f"the chat template refuses these messages: {one_line(error)}") from error
 
     # --- fitting a model, and writing ---
 
@@ -256,6 +254,11 @@ def _one_template(template, folder) -> str | None:
     return named["default"]
 
 
+def one_line(error: Exception) -> str:
+    """An error's own words, shortened; its type where it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 @functools.lru_cache(maxsize=8)
 def _compile(template: str, marks: bool = False):
     """The environment of transformers: sandboxed, blocks trimmed, loop controls, and its few names.
@@ -266,7 +269,8 @@ def _compile(template: str, marks: bool = False):
     import jinja2
     import jinja2.ext
     import jinja2.nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from .bounded import BoundedEnvironment
 
     class Generation(jinja2.ext.Extension):
         """`{% generation %}…{% endgeneration %}` marks what the assistant wrote; its text stands as it is."""
@@ -284,7 +288,7 @@ def _compile(template: str, marks: bool = False):
     def raise_exception(message: str):
         raise jinja2.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
@@ -292,5 +296,5 @@ def _compile(template: str, marks: bool = False):
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
         return environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"the chat template is not valid Jinja: {error}") from error
+    except Exception as error:  # of a stranger's template: deep nesting, for example, is a RecursionError
+        raise UserError(f"the chat template is not valid Jinja: {one_line(error)}") from error
