@@ -126,10 +126,23 @@ def f(x):
 """
 
 
-def test_a_program_never_shares_a_process_that_held_its_tests(first):
+FRAMES = """
+import sys
+def f(x):
+    frame, found = sys._getframe(), 0
+    while frame:
+        values = [v for v in frame.f_locals.values() if isinstance(v, (dict, str))]
+        found += any('ze?bra'.replace('?', '') in repr(v) for v in values)
+        frame = frame.f_back
+    return found
+"""
+
+
+@pytest.mark.parametrize("source", [FRAMES, SEARCHER])
+def test_a_program_never_shares_a_process_that_held_its_tests(first, source):
     """Neither the frames below it nor any object that lives hold a word of the tests, their setup or earlier ones."""
     tests = ["'zebra'\nassert f(1) == 0, f(1)"] * 3
-    programs = [Program(str(i), SEARCHER, tests=t, setup="x = 'zebra'", calls=("f",)) for i, t in enumerate(tests)]
+    programs = [Program(str(i), source, tests=t, setup="x = 'zebra'", calls=("f",)) for i, t in enumerate(tests)]
     verdicts = first.run(programs)
     assert [(v.passed, v.reason) for v in verdicts] == [(True, "")] * 3
 
