@@ -19,7 +19,7 @@ from .settings import SampleOptions
 def sample_file(path: str, source: Path, out: Path, options: SampleOptions) -> int:
     """Generate for every line of `source`; the answers appear in `out` only when all are there."""
     lines = read_jsonl(source)
-    if not out.absolute().parent.is_dir():
+    if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such folder; make it first")
     model = open_model(path, make_mesh(options.mesh))
     prompts = [to_prompt(model, line, options.chat, f"{source} line {i}") for i, line in enumerate(lines, 1)]
