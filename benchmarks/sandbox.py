@@ -3,7 +3,7 @@ r"""Milliseconds a program in the sandbox: python benchmarks/sandbox.py [key=val
   programs=200     of each kind a batch
   repeats=5        in turns, medians of
   workers=1,2      programs side by side
-  using=           bubblewrap, namespaces, landlock or none; the first that shuts all doors if left out
+  using=           bubblewrap, namespaces or none; the first that shuts all doors if left out
   peer=20          programs of the peer, `subprocess.run([python, "-c", …])`, one process a program and no walls
 
 Kinds: `file`, a program with its tests in it; `apart`, tests in a process of their own (two forks); `solution`, a

@@ -17,8 +17,33 @@ class DiskError(ValueError):
     """A folder cannot be written: its name is taken, or there is no room for it."""
 
 
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of Linux and its file systems
+SPARE_NAME, SPARE_PATH = len("..partial-12345678"), 500  # of the temporary name beside it, and of what lies below
+
+
+def check_name(out: pathlib.Path) -> None:
+    """Raise unless a file or folder can be given the name `out` in the end: asked before any work is done."""
+    if out.name in ("", ".."):
+        raise DiskError(f"{str(out)!r} names no new file or folder; give one a name")
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in out.parts[:-1]):
+        raise DiskError(f"{str(out)[:60]}…: a folder in it has a name of more than {LONGEST_NAME} bytes")
+    if (length := len(os.fsencode(out.name))) > LONGEST_NAME - SPARE_NAME:
+        raise DiskError(
+            f"{out.name[:60]}…: a name of {length} bytes; at most {LONGEST_NAME - SPARE_NAME}, since it is first "
+            "written under a longer one"
+        )
+    if (length := len(os.fsencode(out.absolute()))) > LONGEST_PATH - SPARE_PATH:
+        raise DiskError(f"{str(out)[:60]}…: a path of {length} bytes; at most {LONGEST_PATH - SPARE_PATH}")
+    if out.is_symlink():
+        raise DiskError(f"{out} is a link to {os.readlink(out)}; give what it stands for, or another name")
+    standing = next(above for above in out.absolute().parents if above.exists())
+    if not standing.is_dir():
+        raise DiskError(f"{out}: {standing} is no folder; choose another output folder")
+
+
 def check_free(out: pathlib.Path) -> None:
-    """Raise unless `out` is a name that nothing, or an empty folder, has."""
+    """Raise unless `out` can be made and is a name that nothing, or an empty folder, has."""
+    check_name(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DiskError(f"{out} exists already; give another output folder, or remove it")
 

@@ -32,7 +32,11 @@ CHECK = b',"check":'  # the last key of each line: a digest of what stands befor
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Changed(ValueError):
+class Kept(ValueError):
+    """A merge ends before it is done, and what is done is kept: the same command goes on."""
+
+
+class Changed(Kept):
     """An input is another than when the merge was begun. What is done is kept, for when it is put back."""
 
 
@@ -135,6 +139,14 @@ class Journal:
             self._file.close()
 
 
+def count_done(out: pathlib.Path) -> int:
+    """How many tensors an unfinished merge into `out` has written, its stages' among them."""
+    beside = out.absolute().parent
+    places = [beside / f".{out.name}.merging", *(beside / f".{out.name}.stages").glob("**/.*.merging")]
+    paths = [path for place in places if (path := place / "journal.jsonl").is_file()]
+    return sum(max(0, path.read_bytes().count(b"\n") - 1) for path in paths)
+
+
 def _check(body: bytes) -> bytes:
     """The end of a line that begins with `body`, after CHECK."""
     return f'"{xxhash.xxh3_64_hexdigest(body)}"}}\n'.encode()
@@ -162,7 +174,7 @@ def unfinished(
         parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(parent).free + _taken(journal.result)
         if free < wanted:
-            raise ValueError(f"no space left for {out}: it needs {wanted / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+            raise Kept(f"no space left for {out}: it needs {wanted / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
         with contextlib.ExitStack() as stack:
             stack.callback(journal.close)
             journal.open()
@@ -174,11 +186,11 @@ def unfinished(
         journal.finish()
     except OSError as error:
         if error.errno in FULL:
-            raise ValueError(
+            raise Kept(
                 f"no space left while writing {out}; free some and give the same command again: it goes on where it was"
             ) from None
         raise
-    except Changed:
+    except Kept:
         raise
     except ValueError:
         journal.remove()

@@ -30,7 +30,7 @@ from jaxmerge.files.checkpoints.open import find_adapter, open_source
 from jaxmerge.files.checkpoints.source import Source
 from jaxmerge.files.documents import read_json
 from jaxmerge.files.engine import Engine, Progress
-from jaxmerge.files.journal import Journal, stamp, unfinished
+from jaxmerge.files.journal import Journal, Kept, stamp, unfinished
 from jaxmerge.files.plan import Plan
 from jaxmerge.files.recipe import Recipe
 
@@ -103,7 +103,12 @@ def merge(
         report = _earlier(out, work.digest)
         if report is None:
             disk.check_free(out)
-            report = work.run(out)
+            try:
+                report = work.run(out)
+            except (ValueError, KeyError, TypeError) as error:
+                if not isinstance(error, Kept):  # an error of the inputs leaves nothing
+                    shutil.rmtree(between, ignore_errors=True)
+                raise
         shutil.rmtree(between, ignore_errors=True)
     return report | {"out": str(out), "seconds": time.perf_counter() - start}
 
@@ -161,7 +166,8 @@ class _Work:
             try:
                 notes += self.merge(stage, self.stages[str(stage.name)])["notes"]
             except ValueError as error:
-                raise ValueError(f"stage {stage.name!r}: {error}") from None
+                kind = Kept if isinstance(error, Kept) else ValueError
+                raise kind(f"stage {stage.name!r}: {error}") from None
         if self.settings.format == "orbax":
             report = self.merge(last, result)
             orbax.write(result, out)
@@ -193,11 +199,13 @@ class _Work:
         if _is_done(out, record):
             return report | {"notes": self.notes}
         if out.is_relative_to(self.between) and out.exists():
-            raise ValueError(
+            raise Kept(
                 f"{out}, which is done, is of another recipe or other inputs; put these back to go on, or remove "
                 f"{self.between} to begin again"
             )
-        with unfinished(out, record["plan"], record["files"], places.total) as journal:
+        # a result that is written as Orbax in the end is there twice for a while
+        wanted = places.total * (2 if settings.format == "orbax" and of is self.recipes[-1] else 1)
+        with unfinished(out, record["plan"], record["files"], wanted) as journal:
             with contextlib.closing(safetensors.Writer(journal.result, places)) as writer:
                 kept = engine.verified(plan.jobs, writer, journal)
                 if kept:

@@ -221,6 +221,9 @@ PROGRAMS: dict[str, Hostile] = {
     "profiling": Hostile("import sys\nsys.setprofile(lambda *a: None)\nassert 0", reason="refused: sys.setprofile"),
     "audit hook": Hostile("import sys\ndef h(e, a): raise RuntimeError\nsys.addaudithook(h)\nassert 0"),
     "ctypes": Hostile("import ctypes\nctypes.string_at(0)", reason="refused"),
+    "ctypes in a process apart": Hostile(
+        "import ctypes\ndef f(x): ctypes.memmove(id(2), id(3), 32); return 2", tests="assert f(1) == 2"
+    ),
     "ctypes by a loader": Hostile(
         "import importlib\nc = importlib.import_module('ctypes')\nc.CDLL(None).ptrace(0, 0, 0, 0)", reason="refused"
     ),
@@ -234,7 +237,6 @@ PROGRAMS: dict[str, Hostile] = {
     ),
     "made-up bytecode": Hostile(
         "def f(): pass\nf.__code__ = f.__code__.replace(co_code=bytes(64))\nf()\nassert 0",
-        reason="refused: code.__new__",
     ),
     "an interpreter inside": Hostile(
         "try: import _xxsubinterpreters as i\nexcept ImportError: import _interpreters as i\ni.create()\nassert 0",

@@ -14,13 +14,12 @@ import pathlib
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ..log import say
+from ..log import UserError, say
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -299,18 +298,12 @@ def check_compile_cache() -> list[Check]:
 
 
 def check_sandbox() -> list[Check]:
-    """Check that bubblewrap is there and can start a program; only tasks that execute code need it."""
-    program = shutil.which("bwrap")
-    if program is None:
-        found = "bubblewrap is not installed; only tasks that execute code need it"
-        return [Check("sandbox", NOTE, found, "apt-get install bubblewrap")]
-    command = [program, "--ro-bind", "/", "/", "--unshare-all", "--die-with-parent", "true"]
+    """Check that programs nobody trusts can be confined; only tasks that execute code need it."""
+    from ..tasks.sandbox import Sandbox
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-        fault = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1] if done.returncode else ""
-    except (OSError, subprocess.TimeoutExpired) as error:
-        fault = str(error)
-    if fault:
-        found = f"{program} does not work here: {fault}; only tasks that execute code need it"
-        return [Check("sandbox", NOTE, found, "allow unprivileged user namespaces")]
-    return [Check("sandbox", OK, f"bubblewrap at {program} works")]
+        with Sandbox() as box:
+            return [Check("sandbox", OK, box.isolation)]
+    except UserError as error:
+        found = f"{error}; only tasks that execute code need it"
+        return [Check("sandbox", NOTE, found, "apt-get install bubblewrap, or allow unprivileged user namespaces")]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..log import UserError, format_percent, say
+from ..runtime.disk import check_file, check_folder, write_durably
 from ..runtime.start import start_jax
 from .settings import ExtractOptions, InspectOptions, MergeOptions, VerifyOptions
 from .words import Words, options
@@ -23,9 +24,17 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
     """
     settings = dataclasses.asdict(options(assignments, MergeOptions))
     settings["allow"] = [word for words_allowed in settings["allow"] for word in words_allowed.split(",")]
+    from jaxmerge.files.disk import check_name
+    from jaxmerge.files.journal import count_done
+
+    out = Path(words[1])
+    with own_errors():
+        check_name(out)
     start_jax()
     from jaxmerge.files import merge as merge_files
 
+    if not dry and (done := count_done(out)):
+        say(f"{done} tensors of an unfinished merge into {out} are there")
     with own_errors(), progress_in_bytes("merge") as advance:
         plan = merge_files(words[0], words[1], progress=advance, dry_run=dry, **settings)
     for note in plan["notes"]:
@@ -50,14 +59,14 @@ def inspect(words: Words, assignments: Words, dry: bool) -> int:
     """
     del dry
     settings = options(assignments, InspectOptions)
+    for path in (settings.picture, settings.json):
+        check_file(path)
     if len(words) == 1:
         return _show_contents(words[0], settings)
     from jaxmerge.files.checkpoints.open import open_source
     from jaxmerge.files.inspect.compare import compare
     from jaxmerge.files.inspect.picture import svg
     from jaxmerge.files.inspect.table import table
-
-    from ..runtime.disk import write_durably
 
     with own_errors(), progress_in_bytes("inspect") as advance:
         sources = [open_source(name) for name in (words[0], *words[1].split(","))]
@@ -76,8 +85,6 @@ def _show_contents(name: str, settings: InspectOptions) -> int:
     from jaxmerge.files.checkpoints.open import open_source
     from jaxmerge.files.inspect.contents import contents, describe
 
-    from ..runtime.disk import write_durably
-
     with own_errors():
         found = describe(open_source(name))
     say(contents(found))
@@ -95,11 +102,11 @@ def verify(words: Words, assignments: Words, dry: bool) -> int:
     """
     del dry
     settings = options(assignments, VerifyOptions)
+    check_file(settings.json)
     start_jax()
     from jaxmerge.files import verify as verifying
 
     from ..log import progress
-    from ..runtime.disk import write_durably
 
     try:
         with contextlib.ExitStack() as stack:
@@ -131,6 +138,7 @@ def extract_lora(words: Words, assignments: Words, dry: bool) -> int:
     """
     del dry
     settings = options(assignments, ExtractOptions)
+    check_folder(Path(words[2]))
     from jaxmerge.files.checkpoints.open import open_source
     from jaxmerge.files.inspect.lowrank import extract_lora as extract
 

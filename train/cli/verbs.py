@@ -15,6 +15,7 @@ from ..improve.settings import Improve
 from ..learn.settings import Finetune
 from ..log import UserError, say
 from ..resolve import build, load, override, read_yaml
+from ..runtime.disk import check_file, check_folder, write_durably
 from ..runtime.start import start_jax
 from ..search.settings import SearchRun
 from ..studies.settings import AnalyseOptions
@@ -104,6 +105,7 @@ def sample(words: Words, assignments: Words, dry: bool) -> int:
     """
     del dry
     settings = options(assignments, SampleOptions)
+    check_file(words[2])
     start_jax(settings)
     from ..generate.run import sample_file
 
@@ -145,6 +147,7 @@ def evaluate(words: Words, assignments: Words, dry: bool) -> int:
     """
     del dry
     result, others = split(assignments, Result)
+    check_file(result.out)
     if words[1] == "humaneval" or Path(words[1]).suffix in (".jsonl", ".json") or Path(words[1]).is_dir():
         settings = options(others, QuestionOptions)
         start_jax(settings)
@@ -160,7 +163,6 @@ def evaluate(words: Words, assignments: Words, dry: bool) -> int:
             words[0], config.tasks, config.evaluation, mesh=config.mesh, dtype=config.model.dtype, seed=config.seed
         )
     if result.out:
-        from ..runtime.disk import write_durably
         from ..runtime.processes import on_first
 
         on_first(write_durably, Path(result.out), json.dumps(found, indent=1))
@@ -176,6 +178,7 @@ def harness(words: Words, assignments: Words, dry: bool) -> int:
     from ..evaluate.harness import evaluate as go
 
     result, others = split(assignments, Result)
+    check_file(result.out)
     settings = options(others, HarnessOptions)
     start_jax(settings)
     from ..models.open import open_model
@@ -198,8 +201,6 @@ def harness(words: Words, assignments: Words, dry: bool) -> int:
             if isinstance(value, float):
                 say(f"{task}  {metric}  {value:.4f}")
     if result.out:
-        from ..runtime.disk import write_durably
-
         kept = {key: found[key] for key in ("results", "configs", "versions", "n-shot", "n-samples")}
         on_first(write_durably, Path(result.out), json.dumps(kept, indent=1, default=str))
     return 0
@@ -212,6 +213,7 @@ def export(words: Words, assignments: Words, dry: bool) -> int:
     """
     del dry
     settings = options(assignments, ExportOptions)
+    check_folder(Path(words[1]))
     start_jax()
     from ..improve.export import export as go
 
@@ -278,18 +280,27 @@ def completion(words: Words, assignments: Words, dry: bool) -> int:
 
 CONFIG = ("CONFIG",)
 TABLE = (
-    Verb("improve", (CONFIG,), improve, (Place, Improve, Experiment), flags=("--dry-run",)),
-    Verb("merge", (("RECIPE", "OUT"),), merge, (MergeOptions,), flags=("--dry-run",), others=MERGEKIT, extra="files"),
+    Verb("improve", (CONFIG,), improve, (Place, Improve, Experiment), flags=("--dry-run",), resumes=True),
+    Verb(
+        "merge",
+        (("RECIPE", "OUT"),),
+        merge,
+        (MergeOptions,),
+        flags=("--dry-run",),
+        others=MERGEKIT,
+        extra="files",
+        resumes=True,
+    ),
     Verb("verify", (("OUT",),), verify, (VerifyOptions,), extra="files"),
     Verb("inspect", (("MODEL",), ("BASE", "MODELS")), inspect, (InspectOptions,), extra="files"),
     Verb("extract-lora", (("BASE", "TUNED", "OUT"),), extract_lora, (ExtractOptions,), extra="files"),
-    Verb("sft", (CONFIG, ("MODEL", "DATA", "OUT")), sft, (Place, Finetune)),
+    Verb("sft", (CONFIG, ("MODEL", "DATA", "OUT")), sft, (Place, Finetune), resumes=True),
     Verb("sample", (("MODEL", "PROMPTS", "OUT"),), sample, (SampleOptions,)),
     Verb("evaluate", (("MODEL", "CONFIG"), ("MODEL", "FILE")), evaluate, (Result, QuestionOptions), also=(Improve,)),
     Verb("harness", (("MODEL", "TASKS"),), harness, (Result, HarnessOptions)),
     Verb("export", (("RUN", "OUT"),), export, (ExportOptions,)),
     Verb("report", (("RUN",),), report),
-    Verb("search", (CONFIG, ("MODEL", "QUESTIONS", "OUT")), search, (Place, SearchRun)),
+    Verb("search", (CONFIG, ("MODEL", "QUESTIONS", "OUT")), search, (Place, SearchRun), resumes=True),
     Verb("results", ((),), results, (ResultsOptions,)),
     Verb("analyse", (("RUN",),), analyse, (AnalyseOptions,)),
     Verb("doctor", ((),), doctor),

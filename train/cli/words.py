@@ -32,6 +32,7 @@ class Verb:
       flags: words without a value, beside --help.
       others: flags of another program that does the same → what to write here instead.
       extra: the extra of the package that brings what it needs.
+      resumes: what it has done is kept when it is stopped, and the same command goes on.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Verb:
     flags: tuple[str, ...] = ()
     others: dict[str, str] = dataclasses.field(default_factory=dict)
     extra: str = "train"
+    resumes: bool = False
 
     @property
     def usage(self) -> str:

@@ -43,6 +43,13 @@ FEATURES = {
 }
 
 
+class Local(tfds.core.DatasetInfo):
+    """What is known of a set that is made here."""
+
+    def initialize_from_bucket(self) -> None:
+        """Ask nobody: no bucket has it, and TFDS leaves an empty folder in /tmp for each time it asks."""
+
+
 class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """What the builders share: the features of a record and its order; a subclass says where records come from."""
 
@@ -67,7 +74,7 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         raise NotImplementedError
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
+        return Local(
             builder=self,
             description=(type(self).__doc__ or "").strip(),
             features=tfds.features.FeaturesDict(FEATURES),
@@ -114,9 +121,15 @@ def prepare(builder: Records) -> pathlib.Path:
         versions.check_files(folder)
         return folder
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has downloaded, which it has not
-        builder.download_and_prepare(file_format="array_record")
-    versions.write_checksums(folder)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has downloaded, which it has not
+            builder.download_and_prepare(file_format="array_record")
+        versions.write_checksums(folder)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError | RuntimeError):
+            raise UserError(f"{folder}: could not write the dataset: {versions.reason(error)}") from error
+        raise
     return folder
 
 

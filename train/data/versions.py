@@ -11,6 +11,7 @@ Also JSON lines with errors that name file and line. TensorFlow is neither neede
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -81,10 +82,18 @@ def write_version(
         write_checksums(written)
         os.rename(written, folder)
         sync(folder.parent)
-    except OSError as error:
-        raise UserError(f"{folder}: could not write the dataset: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{folder}: could not write the dataset: {reason(error)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def reason(error: OSError | RuntimeError) -> str:
+    """Why a dataset could not be written; array_record's own writer raises RuntimeError for a full disk."""
+    full = os.strerror(errno.ENOSPC)
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return full if full in str(error) else str(error)[:300]
 
 
 def read_version(data_dir: PathLike, name: str, version: str) -> tuple[list[Example], dict[str, Any]]:

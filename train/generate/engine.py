@@ -120,7 +120,7 @@ class Engine:
 
     Args:
       config, params: the model; params stay where they are (sharded or not).
-      slots: sequences decoded side by side, N.
+      slots: sequences decoded side by side, N; halves of it where there are fewer.
       how: greedy or sampled, cut-offs, operand dtype.
       eos: tokens that end a sequence.
       stop: called with the tokens so far; returns how many to keep once a stop string is complete, else None.
@@ -170,8 +170,10 @@ class Engine:
         most = max(len(r.prompt) + r.max_new_tokens for r in given)
         if self.turn is not None and longest < self.turn < most:
             longest = self.turn
-        feed = iter([given])
-        for done in self.serve(lambda: next(feed, None), width=bucket(longest, 16), between=between):
+        feed, count = iter([given]), self.slots
+        while len(given) <= count // 2 and self.halves(count):
+            count //= 2  # not as many slots as requests: every other number would be a program of its own
+        for done in self.serve(lambda: next(feed, None), width=bucket(longest, 16), count=count, between=between):
             yield from done
 
     def serve(
@@ -179,6 +181,7 @@ class Engine:
         more: Callable[[], Iterable[Request] | None],
         *,
         width: int | None = None,
+        count: int | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> Iterator[list[Completion]]:
         """Completions a chunk at a time, of requests that come up while others are decoded.
@@ -187,8 +190,9 @@ class Engine:
           more: asked before each chunk for the requests that came up since; None: there will be no others. While it
             has none and nothing is decoded, nothing is yielded again and again.
           width: that all prompts are padded to; None: each batch of prompts to its own longest, in steps of 64.
+          count: slots to begin with; None: all.
         """
-        slots, queue = Slots(self.slots, float(self.temperature)), deque[Slot]()
+        slots, queue = Slots(count or self.slots, float(self.temperature)), deque[Slot]()
         caches: tuple[KV, ...] = ()
         shelf: Shelf | None = None
         ready: Ready = {}
@@ -198,7 +202,7 @@ class Engine:
             others = came is not None and others
             new = [Slot(r, [], []) for r in came or ()]
             queue.extend(new)
-            caches, shelf, length = self.lengthen(caches, shelf, length, new)
+            caches, shelf, length = self.lengthen(caches, shelf, length, new, len(slots))
             if not queue and not slots.busy:
                 if not others:
                     return
@@ -219,14 +223,14 @@ class Engine:
             self.decoded += CHUNK * len(slots)
             yield self.collect(slots, queue, np.asarray(tokens), np.asarray(logprobs))
 
-    def lengthen(self, caches, shelf: Shelf | None, length: int, new: Sequence[Slot]):
+    def lengthen(self, caches, shelf: Shelf | None, length: int, new: Sequence[Slot], count: int):
         """Make the caches, or make them longer, so that the requests that came have room."""
         need = CHUNK + max((len(s.request.prompt) + s.request.max_new_tokens for s in new), default=0)
         if not new or need <= length:
             return caches, shelf, length
         if not length:
             length = bucket(need)
-            caches = empty_caches(self.config, self.slots, length, self.how.dtype, self.mesh)
+            caches = empty_caches(self.config, count, length, self.how.dtype, self.mesh)
             if self.shelved:
                 rows = empty_caches(self.config, self.shelved, length, self.how.dtype, self.mesh)
                 shelf = Shelf(self.config, self.params, rows, self.prefills, self.how.dtype, self.mesh)

@@ -74,7 +74,7 @@ def rollout(
     engine = Engine(
         config,
         params,
-        slots=min(settings.slots, max(8, len(requests))),
+        slots=settings.slots,
         how=Decoding(settings.greedy, settings.top_k, settings.top_p, settings.dtype),
         eos=tokenizer.eos_ids,
         temperature=settings.temperature or 1.0,
@@ -109,7 +109,10 @@ def check_lengths(config: ModelConfig, prompts: Sequence[Prompt], settings: Sett
 def sample_keys(key: jax.Array, ids: Sequence[str], samples: int) -> np.ndarray:
     """uint32 [prompts, samples, 2]: key data of fold_in(fold_in(key, crc32(id)), sample)."""
     salts = np.array([zlib.crc32(id.encode()) for id in ids], np.uint32)
-    return np.asarray(fold_all(jax.random.key_data(key), salts, np.arange(samples, dtype=np.uint32)))
+    # of a few sizes: every other number of prompts or samples would be compiled anew
+    padded = np.pad(salts, (0, (1 << max(0, len(salts) - 1).bit_length()) - len(salts)))
+    numbers = np.arange(1 << max(0, samples - 1).bit_length(), dtype=np.uint32)
+    return np.asarray(fold_all(jax.random.key_data(key), padded, numbers))[: len(salts), :samples]
 
 
 @jax.jit

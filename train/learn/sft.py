@@ -120,6 +120,8 @@ def fine_tune(
     trainee = prepared(model, params, config, mesh=mesh, seed=seed, dtype=dtype, anchor=anchor)
     restored, start, log = checkpoints.restore(trainee.state)
     trainee = trainee if restored is None else trainee._replace(state=restored)
+    if start:
+        say(f"{start} of {total} steps are there; going on")
     peak, _ = peak_flops(dtype, mesh.size)
     for metrics in log:
         on_step(metrics)

@@ -21,7 +21,8 @@ def compiled(template: str, marks: bool = False):
     import jinja2
     import jinja2.ext
     import jinja2.nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from .bounded import BoundedEnvironment
 
     class Generation(jinja2.ext.Extension):
         """`{% generation %}…{% endgeneration %}` marks what the assistant wrote; its text stands as it is."""
@@ -39,12 +40,17 @@ def compiled(template: str, marks: bool = False):
     def raise_exception(message: str):
         raise jinja2.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
     try:
         return environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"the chat template is not valid Jinja: {error}") from error
+    except Exception as error:  # of a stranger's template: deep nesting, for example, is a RecursionError
+        raise UserError(f"the chat template is not valid Jinja: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """An error's own words, shortened; its type where it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from jaxmerge.files.checkpoints import gguf
 
 from ..log import UserError
-from .template import MARKS, compiled
+from .template import MARKS, compiled, one_line
 
 if TYPE_CHECKING:
     import tokenizers
@@ -307,14 +307,12 @@ class Tokenizer:
     def _fill(self, messages: Sequence[Mapping[str, Any]], *, marks: bool, **variables) -> str:
         if self.chat_template is None:
             raise UserError("this tokenizer has no chat template; give a few-shot prompt instead of a chat")
-        import jinja2
-
         given = {"messages": [dict(m) for m in messages], "tools": None, "documents": None, **self.special}
         given["strftime_now"] = lambda form: self.date.strftime(form)
         try:
             return compiled(self.chat_template, marks).render(**{**given, **variables})
-        except jinja2.TemplateError as error:
-            raise UserError(f"the chat template refuses these messages: {error}") from error
+        except Exception as error:  # whatever a stranger's template does
+            raise UserError(f"the chat template refuses these messages: {one_line(error)}") from error
 
     @property
     def asks_date(self) -> bool:

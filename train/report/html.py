@@ -74,6 +74,21 @@ def page(name: str, /, **values: Any) -> str:
     return environment().get_template(name).render(**values)
 
 
+SHOWN = 4000
+"""Characters of a text of a model or a person that a page shows."""
+
+
+def cut(text: object, most: int = SHOWN) -> str:
+    """The first `most` characters of a text, and how long it is: a page is to be opened.
+
+    Example:
+      >>> cut("abcdefgh", 3), cut("abc", 3)
+      ('abc… (8 characters in all)', 'abc')
+    """
+    text = str(text)
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters in all)"
+
+
 def escape(text: object) -> Markup:
     """Make any text safe inside XML and HTML; what neither may contain becomes U+FFFD."""
     return markupsafe.escape(clean(text))

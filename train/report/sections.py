@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..log import format_percent, format_seconds
 from ..runtime.jsonl import Row
-from .html import Bar, Cell, Table, part
+from .html import Bar, Cell, Table, cut, part
 from .rows import DOMAIN_NAMES, format_interval, method_label, pooled_rows
 from .style import looks
 
@@ -253,12 +253,12 @@ def examples(run: Run) -> str:
         shown = [
             {
                 "accepted": bool(e.get("accepted")),
-                "question": (question := str(e.get("question", ""))),
+                "question": (question := cut(e.get("question", ""))),
                 "short": question if len(question) <= 110 else question[:109] + "…",
-                "text": e.get("text", ""),
-                "answer": e.get("answer", ""),
+                "text": cut(e.get("text", "")),
+                "answer": cut(e.get("answer", "")),
                 "score": "not judged" if e.get("score") is None else f"score {e['score']:g}",
-                "reason": e.get("reason"),
+                "reason": None if e.get("reason") is None else cut(e["reason"]),
             }
             for e in p.get("examples") or ()
         ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..log import format_percent
 from ..runtime.jsonl import Row, read_jsonl
-from .html import Bar, Cell, Table, part
+from .html import Bar, Cell, Table, cut, part
 
 SHOWN = 40
 """Trees on the page; all are in trees.jsonl."""
@@ -89,15 +89,18 @@ def question(row: Row) -> Row:
         at = nodes[at]["parent"]
     verdicts = [s["verdict"] for s in row["solutions"] if s["verdict"] is not None]
     value = "no plan" if chosen is None or nodes[chosen]["score"] is None else f"V {nodes[chosen]['value']:.2f}"
-    first = " ".join(row["question"].split())
+    text = cut(row["question"])
+    first = " ".join(text.split())
     return {
-        "text": row["question"],
+        "text": text,
         "short": first if len(first) <= 110 else first[:109] + "…",
         "about": f"{len(nodes) - 1} nodes · {value} · {row['end']}",
         "judged": 1.0 in verdicts if verdicts else None,
-        "answer": row.get("answer"),
+        "answer": None if row.get("answer") is None else cut(row["answer"]),
         "steps": [step(nodes, i, way) for i, _ in children_of(nodes, 0)],
-        "solutions": [{**found, "cut": found["reason"] == "length"} for found in row["solutions"]],
+        "solutions": [
+            {**found, "text": cut(found["text"]), "cut": found["reason"] == "length"} for found in row["solutions"]
+        ],
     }
 
 
@@ -111,11 +114,11 @@ def step(nodes: Sequence[Row], i: int, way: set[int]) -> Row:
     if node["simulated"] is not None:
         notes.append(f"Best of the roll-out: {node['simulated']:.1f}")
     if node["reflection"]:
-        notes.append(f"Reflection: {node['reflection']}")
+        notes.append(f"Reflection: {cut(node['reflection'])}")
     solved = " · solved" if node["solved"] and node["score"] is not None else ""
     return {
         "about": f"{score}depth {node['depth']}{solved}",
-        "text": node["step"][:2000],
+        "text": cut(node["step"], 2000),
         "taken": i in way,
         "notes": notes,
         "steps": [step(nodes, child, way) for child, _ in children_of(nodes, i)],

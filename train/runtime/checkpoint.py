@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import gc
+import glob
 import hashlib
+import logging
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,12 +34,51 @@ def save_weights(path: Path, params: PyTree) -> None:
 
 @contextlib.contextmanager
 def failure_named(path: Path) -> Iterator[None]:
-    """A full disk, or a folder that is gone, reaches us from Orbax's own writers as errors of many kinds."""
-    try:
-        yield
-    except Exception as error:
-        first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: the checkpoint could not be written ({first}); is the disk full, or gone?") from error
+    """A full disk, or a folder that is gone, reaches us from Orbax's own writers as errors of many kinds.
+
+    The first of them is raised, and what was written half is removed; the others are passed over.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_only_the_first())
+        try:
+            yield
+        except Exception as error:
+            first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+            first = "no space left" if os.strerror(errno.ENOSPC) in str(error) else first
+            error.__traceback__ = None  # it holds the other writers' errors, which are told when they are let go of
+            gc.collect()
+            stack.pop_all()  # some are let go of later
+            if jax.process_index() == 0:
+                for left in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(left, ignore_errors=True)
+            raise UserError(
+                f"{path}: the checkpoint could not be written ({first}); is the disk full, or gone?"
+            ) from error
+
+
+@contextlib.contextmanager
+def _only_the_first() -> Iterator[None]:
+    """Pass over what Orbax's many writers tell of their failures, one by one, in its log, asyncio's and on stderr."""
+    logs = [logging.getLogger(name) for name in ("asyncio", "absl")]
+    print_error, print_lost = sys.excepthook, sys.unraisablehook
+
+    def is_ours(text: str) -> bool:
+        return not any(part in text for part in _OF_WRITERS)
+
+    def keep(record: logging.LogRecord) -> bool:
+        return is_ours(record.getMessage())
+
+    for log in logs:
+        log.addFilter(keep)
+    sys.excepthook = lambda kind, error, trace: print_error(kind, error, trace) if is_ours(str(error)) else None
+    sys.unraisablehook = lambda lost: print_lost(lost) if is_ours(str(lost.exc_value)) else None
+    yield
+    for log in logs:
+        log.removeFilter(keep)
+    sys.excepthook, sys.unraisablehook = print_error, print_lost
+
+
+_OF_WRITERS = ("exception was never retrieved", "_SignalingThread.run() raised", "Event loop is closed")
 
 
 def load_weights(path: Path, like: Any) -> PyTree:

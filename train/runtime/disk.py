@@ -24,6 +24,53 @@ class Busy(UserError):
     """Another process is at this run."""
 
 
+@contextlib.contextmanager
+def named(path: PathLike) -> Iterator[None]:
+    """Have an error of writing name the file: the kernel knows its number alone."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
+        raise
+
+
+def check_file(path: PathLike | None) -> None:
+    """Raise unless a file can be written at `path` (None: there is none to write); asked before the work it is for.
+
+    Raises:
+      UserError: it is a folder, a link or another thing that is no plain file, its name is too long, or its folder
+        cannot be written.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    try:
+        disk.check_name(path)
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'no plain file'}; name a file")
+        standing = next(above for above in path.absolute().parents if above.exists())
+    except disk.DiskError as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"{path}: could not be written: {error.strerror}") from None
+    if not os.access(standing, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: could not be written: {standing} is closed to you")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise unless `folder` can be made and is nothing yet, or an empty folder; asked before the work it is for."""
+    try:
+        disk.check_name(folder)
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except disk.DiskError as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"{folder}: could not be written: {error.strerror}") from None
+    if taken:
+        raise UserError(f"{folder}: already there and not empty; remove it or name another folder")
+
+
 def write_durably(path: PathLike, content: str | bytes) -> None:
     """Replace a file whole or not at all: a temporary name beside it, fsync, rename. Its folder is made if need be.
 
@@ -40,10 +87,12 @@ def write_durably(path: PathLike, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(scratch, path)
         sync(path.parent)
-    except OSError as error:
+    except BaseException as error:  # a signal among them
         with contextlib.suppress(OSError):  # the folder itself may be gone, or be a file
             scratch.unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
+        raise
 
 
 @contextlib.contextmanager
@@ -53,8 +102,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
       UserError: `folder` is there and not empty, or the disk is full; nothing is left behind.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: already there and not empty; remove it or name another folder")
+    check_folder(folder)
     try:
         with disk.new_folder(folder) as temporary:
             yield temporary

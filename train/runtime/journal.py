@@ -22,7 +22,7 @@ from typing import Any
 
 from jaxmerge.files.disk import sync
 
-from ..log import UserError
+from ..log import UserError, say
 from .disk import Busy, write_durably
 from .jsonl import append_jsonl, read_jsonl
 from .processes import gather_values, on_first, several
@@ -95,8 +95,14 @@ class Journal:
             self._lock.close()
 
     def reconcile(self, names: Iterable[str]) -> None:
-        """Drop a torn last line of metrics.jsonl and add the lines of phases committed without one."""
-        on_first(self._reconcile, list(names))
+        """Drop a torn last line of metrics.jsonl, add the lines of phases committed without one; say what is there."""
+        names = list(names)
+        on_first(self._reconcile, names)
+        done = sum(name in self._records for name in names)
+        begun = on_first(lambda: [name for name in names if self._partial(name).is_dir()])
+        if done < len(names) and (done or begun):
+            more = f", {begun[0]} was begun" if begun else ""
+            say(f"{self.root}: {done} of {len(names)} phases are there{more}; going on")
 
     def _reconcile(self, names: list[str]) -> None:
         self._named = {row["phase"] for row in read_jsonl(self.metrics, torn="mend")}

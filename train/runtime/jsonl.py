@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from ..log import UserError
-from .disk import PathLike, write_durably
+from .disk import PathLike, named, write_durably
 
 Row = dict[str, Any]
 Torn = Literal["refuse", "drop", "mend"]
@@ -109,7 +109,7 @@ def append_jsonl(path: PathLike, row: Mapping[str, Any]) -> None:
     `read_jsonl` can drop or mend. NaN and infinity are refused, since no JSON reader but Python's takes them.
     """
     line = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(", ", ": ")) + "\n"
-    with open(path, "ab", buffering=0) as file:
+    with named(path), open(path, "ab", buffering=0) as file:
         # A torn line left by a killed process must not swallow this one.
         torn = file.tell() > 0 and _last_byte(path) != b"\n"
         if torn:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..log import UserError, is_first_process
+from ..runtime.disk import named
 from ..runtime.jsonl import read_jsonl
 from ..runtime.processes import on_first
 from .ask import Reply
@@ -58,7 +59,9 @@ class Replies:
         if self.lines:
             data = "".join(self.lines).encode()
             self.lines.clear()
-            if self.file.write(data) != len(data):
+            with named(self.path):
+                written = self.file.write(data)
+            if written != len(data):
                 raise OSError(f"{self.path}: only a part of {len(data)} bytes could be written")
         if sync or time.monotonic() - self.synced > SYNC_EVERY_SECONDS:
             os.fsync(self.file.fileno())

@@ -147,6 +147,16 @@ def refuse_others(folder: Path, items: list[Item], prompts: Prompts) -> None:
         )
 
 
+def judged(item: Item, text: str) -> float | None:
+    """The verdict on a text; None, and a line that says so, where it could not be judged."""
+    assert item.verify is not None, "asked only of what can be judged"
+    try:
+        return item.verify(text)
+    except Exception as error:  # said, never hidden: one answer may not stop a search
+        say(f"{item.id}: {text[-60:]!r} could not be judged ({type(error).__name__}: {error})")
+        return None
+
+
 def known(item: Item) -> dict[str, Any]:
     """A line of questions.jsonl."""
     row = {"id": item.id, "text": item.text, "answer": item.answer}
@@ -174,7 +184,7 @@ def grow(config: SearchRun, items: list[Item], prompts: Prompts, voices: dict[st
     def verify(id: str, ask: Ask) -> float | Future | None:
         item, text = by_id[id], whole(prompts, ask.values)
         if item.tests is None:
-            return None if item.verify is None else item.verify(text)
+            return None if item.verify is None else judged(item, text)
         problem = item.tests
         if several():  # they go on in step only if all hear of a verdict at the same point
             return on_first(lambda: examined(examiner, problem, text).result())
@@ -196,6 +206,8 @@ def grow(config: SearchRun, items: list[Item], prompts: Prompts, voices: dict[st
     with contextlib.ExitStack() as stack:
         examiner = stack.enter_context(Examiner()) if needed else None
         log = stack.enter_context(Replies(partial / "replies.jsonl"))
+        if log.known:
+            say(f"{len(log.known):,} replies are there; going on")
         bar = stack.enter_context(progress("search", total=len(items), unit="questions"))
         driver: Driver[Found] = Driver(voices, verify, log, on_end=on_end)
         driver.run(((id, KINDS[config.search.kind](c)) for id, c in subjects.items()), between=between)

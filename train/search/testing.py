@@ -20,7 +20,7 @@ TESTS = ("tests", "test_list", "test")
 def read_problem(line: Mapping[str, Any], text: str, where: str) -> CodeProblem | None:
     """What a program must pass: `tests` or `test_list` (a text or a list of them), or HumanEval's `test`; None without.
 
-    The functions that tests call are `entry_point`, or every name they call and do not bring along.
+    What tests use of the program is `entry_point`, or every name they use and do not bring along.
     """
     key = next((key for key in TESTS if line.get(key)), None)
     if key is None:
@@ -34,15 +34,14 @@ def read_problem(line: Mapping[str, Any], text: str, where: str) -> CodeProblem 
     if name and "def check(" in source:
         source += f"\ncheck({name})\n"
     try:
-        calls, plain = ((name,), True) if name else called_names(source, setup)
+        calls = (name,) if name else called_names(source, setup)
     except SyntaxError as error:
         raise UserError(f"{where}: {key} is no Python: {error}") from error
     if not calls:
-        raise UserError(f"{where}: {key} calls no function of the program; name it in entry_point")
+        raise UserError(f"{where}: {key} uses nothing of the program; name its function in entry_point")
     stub = text if f"def {name}" in text and name else ""
     return CodeProblem(
-        id=where, prompt=text, entry_point=calls[0], tests=source, stub=stub, setup=setup or stub,
-        calls=calls if plain else (),
+        id=where, prompt=text, entry_point=calls[0], tests=source, stub=stub, setup=setup or stub, calls=calls,
     )  # fmt: skip
 
 

@@ -38,8 +38,7 @@ class CodeProblem:
       tests: Python source; passes if it runs to its end.
       stub: source that a completion may go on from (HumanEval's prompt: imports, signature, docstring).
       setup: source for the tests' own use, run before them.
-      calls: functions of the program that the tests call from their own process; without any, the tests are appended
-        to the program, where they can be tampered with.
+      calls: names of the program that the tests use, from a process of their own.
       solution: a completion that passes.
       timeout: seconds of wall clock.
     """
@@ -110,9 +109,7 @@ def program_of(problem: CodeProblem, code: str) -> str:
 
 
 def as_program(problem: CodeProblem, code: str) -> Program:
-    """What our sandbox runs: the tests in a process of their own where they call functions by name alone."""
-    if not problem.calls:
-        return Program(problem.id, program_of(problem, code), problem.timeout)
+    """What our sandbox runs: the tests are in a process of their own, whatever they use of the program."""
     source = source_of(problem, code)
     return Program(problem.id, source, problem.timeout, problem.tests, problem.setup, problem.calls)
 
@@ -195,34 +192,35 @@ def _mbpp_problem(row: Mapping[str, Any], place: str) -> CodeProblem:
     setup = "\n".join([*row.get("test_imports", ()), row.get("test_setup_code") or ""]).strip()
     source = "\n".join(tests)
     try:
-        calls, plain = called_names(source, setup)
+        calls = called_names(source, setup)
     except SyntaxError as error:
         raise UserError(f"{place}: its tests are no Python: {error}") from error
     if not calls:
-        raise UserError(f"{place}: its tests call no function: {tests[0]!r}")
+        raise UserError(f"{place}: its tests use nothing of the program: {tests[0]!r}")
     return CodeProblem(
         id=str(row.get("task_id", place)), prompt=text, entry_point=calls[0], tests=source, setup=setup,
-        calls=calls if plain else (), solution=row.get("code"),
+        calls=calls, solution=row.get("code"),
     )  # fmt: skip
 
 
-def called_names(tests: str, setup: str = "") -> tuple[tuple[str, ...], bool]:
-    """Which names tests take from the program, and whether they only call them, which works across processes.
+def called_names(tests: str, setup: str = "") -> tuple[str, ...]:
+    """Which names tests take from the program, those of the tests themselves before those of their setup.
 
     Example:
-      >>> called_names("assert f(g(1)) == len([2])"), called_names("assert isinstance(f(1), Pair)")
-      ((('f', 'g'), True), (('f', 'Pair'), False))
+      >>> called_names("assert f(g(1)) == len([2])"), called_names("assert isinstance(f(1), Pair)", "x = Node(1)")
+      (('f', 'g'), ('f', 'Pair', 'Node'))
     """
-    nodes = [*ast.walk(ast.parse(tests)), *ast.walk(ast.parse(setup))]
+    trees = [ast.parse(tests), ast.parse(setup)]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
     own = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
     own |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)} | set(vars(builtins))
     own |= {(a.asname or a.name).partition(".")[0] for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)
             for a in n.names} | {n.arg for n in nodes if isinstance(n, ast.arg)}  # fmt: skip
-    called = {id(n.func) for n in nodes if isinstance(n, ast.Call)}
-    free = [n for n in nodes if isinstance(n, ast.Name) and n.id not in own]
-    inside = [n for n in ast.walk(ast.parse(setup)) if isinstance(n, ast.Name) and n.id not in own]
-    names = sorted(free, key=lambda n: (n.lineno, n.col_offset))
-    return tuple(dict.fromkeys(n.id for n in names)), not inside and all(id(n) in called for n in free)
+    free: list[str] = []
+    for tree in trees:
+        names = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id not in own]
+        free += [n.id for n in sorted(names, key=lambda n: (n.lineno, n.col_offset))]
+    return tuple(dict.fromkeys(free))
 
 
 # --- families ------------------------------------------------------------------------------------------------

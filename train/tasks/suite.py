@@ -76,8 +76,13 @@ class Suite:
         return self.tasks[question.family].prompt(question)
 
     def verify(self, question: Question, text: str) -> float | None:
-        """Judge a completion: 1.0 right, 0.0 wrong, None if it could not be judged. Never raises."""
-        return self.tasks[question.family].verify(question, text)
+        """Judge a completion: 1.0 right, 0.0 wrong, None if it could not be judged, which `unjudged` counts."""
+        task = self.tasks[question.family]
+        try:
+            return task.verify(question, text)
+        except Exception as error:  # counted, never hidden: one answer may not stop a run
+            task.unjudged[type(error).__name__] += 1
+            return None
 
     def reward(self, question: Question, text: str) -> float:
         """Give the reward of a completion: 1 for right, 0 otherwise."""

@@ -32,6 +32,7 @@ from jaxmerge.files.checkpoints.classes import is_transposed, model_types
 from jaxmerge.files.checkpoints.heads import is_head, tied_pair, untied
 from jaxmerge.files.checkpoints.source import Source, Tensor, read
 from jaxmerge.files.documents import read_json
+from jaxmerge.files.patterns import matches_module
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FACTOR = re.compile(
@@ -255,7 +256,10 @@ def _scale(config: Mapping[str, Any], module: str, rank: int, path: pathlib.Path
     def of(patterns: str, default: str) -> Any:
         """As PEFT matches: the end of the module's name, from a dot on, in full."""
         table = config.get(patterns) or {}
-        return next((v for key, v in table.items() if re.match(rf"(.*\.)?({key})$", module)), config.get(default))
+        where = f"{path.parent / CONFIG}: {patterns}"
+        if not isinstance(table, dict):
+            raise ValueError(f"{where} is {table!r:.60}, wanted patterns with their values")
+        return next((v for key, v in table.items() if matches_module(key, module, where)), config.get(default))
 
     said, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
     if said is not None and said != rank:

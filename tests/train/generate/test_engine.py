@@ -10,7 +10,7 @@ import pytest
 
 from train.generate import engine as engines
 from train.generate.engine import Decoding, Engine, bucket
-from train.generate.rollout import Prompt, batched, rollout, sample_keys
+from train.generate.rollout import Prompt, batched, fold_all, rollout, sample_keys
 from train.generate.settings import Settings
 from train.generate.slots import CHUNK, Request
 from train.log import UserError
@@ -242,6 +242,23 @@ def test_like_runs_compile_nothing_new(model, prompts):
     run(model, prompts[3:], samples=3, temperature=0.7, slots=8, key=jax.random.key(9))
     assert [f._cache_size() for f in jitted] == before
     assert max(b - o for b, o in zip(before, others, strict=True)) < 10
+
+
+def test_a_few_sizes_are_compiled_for_every_number_of_requests(model):
+    """Of 1 to 70 requests in 64 slots: 64, 32, 16 and 8 slots, and no others."""
+    jitted: Any = {"decode": engines.decode, "prefill": engines.prefill, "fill": engines.fill, "fold": fold_all}
+    prompts = [Prompt(f"q{i}", (5, 6, 7 + i % 9)) for i in range(70)]
+    settings = {"slots": 64, "max_new_tokens": 71}  # a length that no other test compiles
+    before = {name: f._cache_size() for name, f in jitted.items()}
+    numbers = [1, 3, 8, 9, 16, 17, 23, 33, 52, 64, 70]
+    found = {n: run(model, prompts[:n], **settings) for n in numbers}
+    compiled = {name: f._cache_size() - before[name] for name, f in jitted.items()}
+    assert compiled["decode"] == 4
+    assert compiled["prefill"] <= 1
+    assert compiled["fill"] <= 4 + 3 + 2 + 1, "8, 16, … rows at once into as many slots or more"
+    assert compiled["fold"] <= 8
+    for n in numbers:
+        assert_same(found[n], found[70][:n])
 
 
 def test_lengths_are_rounded_up():

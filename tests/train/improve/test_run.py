@@ -200,7 +200,9 @@ def test_asked_to_stop_it_saves_and_goes_on(undisturbed, tmp_path, number):
     assert said.rstrip().endswith("stopped as asked; the same command goes on from here")
     (state,) = run.glob("checkpoints/round-1/plain/sft/state")
     assert [p.name for p in state.iterdir() if p.name.isdigit()] == [step]
-    jaxmerge("improve", config, f"out={run}")
+    said = jaxmerge("improve", config, f"out={run}").stdout.splitlines()
+    assert re.fullmatch(rf"{run}: \d of \d+ phases are there, round-1/plain/sft was begun; going on", said[0])
+    assert any(re.fullmatch(rf"{step} of \d+ steps are there; going on", line) for line in said)
     assert timeless(lines(run / "metrics.jsonl")) == timeless(lines(reference / "metrics.jsonl"))
 
 

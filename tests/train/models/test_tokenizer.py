@@ -170,3 +170,26 @@ def test_transformers_is_not_imported(tmp_path):
         "assert not {'transformers', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "it takes longer than"),
+        ("{{ 'x' * 10 ** 10 }}", "it makes more than 10,000,000 characters"),
+        ("{{ messages[0].content / 0 }}", "unsupported operand"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[0]['content'].nothing.more }}", "has no attribute 'nothing'"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ raise_exception('line one\n' * 99) }}", "line one line one"),
+        ("{{ " + "(" * 2000 + "1" + ")" * 2000 + " }}", "not valid Jinja|recursion|nested"),
+    ],
+)
+def test_whatever_a_template_does_is_one_line(tmp_path, template, words, monkeypatch):
+    monkeypatch.setattr("train.models.bounded.SECONDS", 0.2)
+    folder = write_folder(tmp_path, byte_level(), **FULL)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=words) as caught:
+        Tokenizer.from_folder(folder).chat([{"role": "user", "content": "x"}])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400

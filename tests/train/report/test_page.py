@@ -170,6 +170,21 @@ def test_samples_are_text(page):
     assert "&lt;the checkpoint&gt;" in page
 
 
+def test_long_texts_of_samples_make_no_large_page(tmp_path):
+    folder = write_run(tmp_path / "run")
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for example in (e for row in rows if isinstance(row.get("examples"), list) for e in row["examples"]):
+        example |= {key: f"begin {key} " + "y" * 300_000 for key in ("question", "text", "answer", "reason")}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    size = path.stat().st_size
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert size > 5_000_000 > 3 * len(text)
+    for key in ("question", "text", "answer", "reason"):
+        assert f"begin {key} yyy" in text
+    assert "y… (300,011 characters in all)" in text
+
+
 def test_pictures_are_valid_xml_with_words_for_those_who_cannot_see_them(run, page):
     pictures = re.findall(r"<svg.*?</svg>", page, flags=re.S)
     assert len(pictures) > 15

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from helpers import ROOT
@@ -199,6 +200,25 @@ def test_a_scorer_that_raises_is_counted_and_never_raises(instruct):
     assert task.verify(q, None) is None  # pyright: ignore
     assert dict(task.unjudged) == {"AttributeError": 1, "TypeError": 1}
     assert [reward(s) for s in (1.0, 0.0, None)] == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("style", ["compact", "instruct"])
+@pytest.mark.parametrize("error", [ValueError("x"), RecursionError(), ZeroDivisionError(), MemoryError()])
+def test_an_answer_whose_verifier_raises_is_not_judged(style, error):
+    """Whatever task it is of: those of files and of other people's code as well."""
+
+    class Task:
+        def __init__(self):
+            self.unjudged = Counter()
+
+        def verify(self, question, text):
+            raise error
+
+    suite = build_suite([FamilySpec("gcd", "id", test=1)], seed=0, style=style)
+    suite = dataclasses.replace(suite, tasks={"gcd": Task()})
+    assert suite.verify(suite.all[0], "7") is None
+    assert suite.reward(suite.all[0], "7") == 0.0
+    assert suite.unjudged() == {"gcd": {type(error).__name__: 2}}
 
 
 def test_part_marks_and_lost_signs_are_wrong(instruct):

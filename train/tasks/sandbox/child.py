@@ -1,8 +1,8 @@
 """What a forked child does: shut itself in, run its part of a program, and stand still where the server can see it.
 
-The end of a program is reported by standing in `read(gate)`: the server compares the stack pointer, which the kernel
-tells it, with the one this same frame had before the program. Whatever Python code the program calls, in whatever
-frame, stack below `exec` is in use, and the pointer is another. So there is no secret to find and nothing to write.
+A program that holds its own tests reports its end by standing in `read(gate)`: the server compares the stack pointer,
+which the kernel tells it, with the one this same frame had before the program. Whatever Python code the program calls,
+in whatever frame, stack below `exec` is in use, and the pointer is another.
 """
 
 from __future__ import annotations
@@ -13,25 +13,20 @@ import operator
 import os
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from . import calls
 
 READY, END, FAILED, BROKEN, UNASKED = b"R", b"E", b"F", b"X", b"Q"
 
-# Each would let a program move its own line of execution, look into other frames, or write to memory.
+# The plain ways for a program with its own tests to move its line of execution, look into other frames, or write to
+# memory. There are others: a native module under another name, made-up bytecode (which the standard library makes too).
 REFUSED_EVENTS = frozenset(
     {
         *("sys.settrace", "sys.setprofile", "sys._current_frames", "sys._current_exceptions"),
         *("gc.get_objects", "gc.get_referrers", "gc.get_referents"),
-        *("code.__new__", "sys.monitoring.register_callback", "cpython.PyInterpreterState_New"),
-    }
-)
-REFUSED_MODULES = frozenset(
-    {
-        *("_ctypes", "_ctypes_test", "_testcapi", "_testinternalcapi", "_testbuffer"),
-        *("_xxsubinterpreters", "_xxinterpchannels", "_interpreters", "_posixsubprocess"),
+        *("sys.monitoring.register_callback", "cpython.PyInterpreterState_New"),
     }
 )
 
@@ -39,20 +34,21 @@ REFUSED_MODULES = frozenset(
 def main(
     gate: int,
     report: int,
-    shut_in: Callable[[float], None],
-    seconds: float,
+    shut_in: Callable[[], None],
     token: bytes,
-    work: Callable[[Any], None],
+    make: Callable[[], Callable[[Any], None]],
+    *,
+    watched: bool,
 ) -> None:
     """Run one part of a program. Never returns.
 
     Args:
       gate: descriptor whose read is where this process waits, before the program and after it.
       report: descriptor for READY, END, or FAILED with a reason.
-      shut_in: of `confine.limiter`.
-      seconds: wall clock given to the program, for the limit on processor time.
+      shut_in: of `confine.limiter`, with its arguments.
       token: what END is followed by; proof only where the server cannot see the stack pointer.
-      work: what to do, given a way to fail with a reason.
+      make: gives what to do; that is then given a way to fail with a reason.
+      watched: whether the program's own end is the verdict, so that the plain ways to forge it are refused.
     """  # fmt: skip
     # Everything needed at the end is a local variable: the program may change any module, builtins included.
     read, write, leave, call, threads = os.read, os.write, os._exit, operator.call, _thread._count
@@ -64,10 +60,14 @@ def main(
             finally:
                 _leave(1)
 
+    work: Any = None
     try:
-        shut_in(seconds)
+        work = make()
+        del make
+        shut_in()
         del shut_in  # nothing else leads to ctypes
-        sys.addaudithook(_hook(fail))
+        if watched:
+            sys.addaudithook(_hook(fail))
         write(report, READY)
     except BaseException as error:
         fail(f"{type(error).__name__}: {error}", BROKEN)
@@ -106,13 +106,10 @@ _DESCRIBE = _description
 
 
 def _hook(fail: Callable[[str], None]) -> Callable[[str, tuple], None]:
-    def refuse(
-        event: str, args: tuple, _events: Any = REFUSED_EVENTS, _modules: Any = REFUSED_MODULES, _fail: Any = fail
-    ) -> None:
+    def refuse(event: str, args: tuple, _events: Any = REFUSED_EVENTS, _fail: Any = fail) -> None:
+        del args
         if event in _events or event[:7] == "ctypes.":
             _fail("refused: " + event)
-        if event == "import" and args[0] in _modules:
-            _fail("refused: import " + args[0])
 
     return refuse
 
@@ -139,15 +136,21 @@ def candidate(source: str, requests: int, answers: int) -> Callable[[Any], None]
     return work
 
 
-def tests(setup: str, source: str, names: Sequence[str], requests: int, answers: int) -> Callable[[Any], None]:
-    """The trusted part: the tests, which call the functions `names` in the other process."""
+def tests(jobs: int, requests: int, answers: int) -> Callable[[Any], None]:
+    """The trusted part: tests, which call the functions of the other process.
+
+    They are read here, from `jobs`: the server that the program is forked from never holds them.
+    """
+    job = calls.receive(jobs)
+    os.close(jobs)
 
     def work(fail: Any) -> None:
-        del fail
         namespace = _namespace()
-        exec(compile(setup, "<setup>", "exec", dont_inherit=True), namespace)
-        namespace.update({name: calls.remote(name, requests, answers) for name in names})
-        exec(compile(source, "<tests>", "exec", dont_inherit=True), namespace)
+        functions = calls.Link(requests, answers, fail).names(job["calls"])
+        namespace.update(functions)
+        exec(compile(job["setup"], "<setup>", "exec", dont_inherit=True), namespace)
+        namespace.update(functions)  # the setup may hold the stub of a function that the tests call
+        exec(compile(job["tests"], "<tests>", "exec", dont_inherit=True), namespace)
 
     return work
 

@@ -13,7 +13,7 @@ import resource
 import signal
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import seccomp
@@ -31,13 +31,10 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVA
     1 << 18,
 )
 MNT_DETACH = 2
-CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+SPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
-LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
-LANDLOCK_READ = 4 | 8  # read a file, read a directory
-# by version: files and directories; links; truncation; devices
-LANDLOCK_FILES = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 4: 0x7FFF, 5: 0xFFFF}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -57,7 +54,7 @@ def prctl(option: int, value: int) -> None:
 # --- namespaces ---------------------------------------------------------------------------------------------
 
 
-def enter_namespaces(base: str, tmp_mb: int) -> int:
+def enter_namespaces(base: str, tmp_mb: int, pipes: Sequence[int]) -> int:
     """Move this process into namespaces of its own, with nothing in them but the standard library and a small tmpfs.
 
     Forks: the caller goes on as process 1 of the new process namespace, and its parent waits for it.
@@ -65,19 +62,19 @@ def enter_namespaces(base: str, tmp_mb: int) -> int:
     Args:
       base: an empty folder to build the new root in; nothing of it remains outside.
       tmp_mb: megabytes of the tmpfs.
+      pipes: descriptors to the client, which the parent closes.
 
     Returns:
       A descriptor of the namespace's `/proc`, which is not mounted any more; -1 if it could not be mounted.
     """
-    root = os.getuid() == 0
-    outer = (os.getuid(), os.getgid())
-    spaces = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
-    try:
-        check(_libc.unshare(spaces), "unshare")
-    except OSError as error:
-        if error.errno != errno.EPERM:
-            raise
-        check(_libc.unshare(spaces | CLONE_NEWUSER), "unshare with a user namespace")
+    root = os.getuid() == 0 and _unshared(SPACES)
+    if not root:
+        if os.getuid() == 0:  # root of a container that may not mount: the programs' uid must not be its own
+            require_open_library()
+            become_nobody()
+            prctl(PR_SET_DUMPABLE, 1)  # else `/proc/self` stays root's, and the maps cannot be written
+        outer = (os.getuid(), os.getgid())
+        check(_libc.unshare(SPACES | CLONE_NEWUSER), "unshare with a user namespace")
         for name, text in (
             ("setgroups", "deny"),
             ("uid_map", f"{NOBODY} {outer[0]} 1"),
@@ -85,10 +82,9 @@ def enter_namespaces(base: str, tmp_mb: int) -> int:
         ):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
-        root = False
     child = os.fork()
     if child:
-        for descriptor in (0, 1):
+        for descriptor in pipes:
             os.close(descriptor)  # the pipes to the client are the child's: they must close with it
         _, status = os.waitpid(child, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
@@ -97,6 +93,15 @@ def enter_namespaces(base: str, tmp_mb: int) -> int:
         become_nobody()
     drop_capabilities()
     return proc
+
+
+def _unshared(spaces: int) -> bool:
+    """Enter namespaces as root, unless that is not allowed."""
+    try:
+        check(_libc.unshare(spaces), "unshare")
+    except PermissionError:
+        return False
+    return True
 
 
 def _build_root(base: str, tmp_mb: int) -> int:
@@ -128,7 +133,7 @@ def _build_root(base: str, tmp_mb: int) -> int:
     if here is None:
         raise OSError(errno.ENOSYS, "no system call numbers of this processor are known here")
     check(_libc.syscall(here.pivot_root, b".", b"."), "pivot_root")
-    check(_libc.umount2(b".", MNT_DETACH), "umount of the old root")
+    unmount(".")  # the old root
     os.chdir("/tmp")
     return proc
 
@@ -142,8 +147,13 @@ def mount_tmp(path: str, megabytes: int) -> None:
 def hide_proc(path: str) -> int:
     """Keep a descriptor of `/proc` and take the mount away, so that only the holder of the descriptor can read it."""
     proc = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    check(_libc.umount2(path.encode(), MNT_DETACH), f"umount {path}")
+    unmount(path)
     return proc
+
+
+def unmount(path: str) -> None:
+    """Take a mount away, whoever still uses it."""
+    check(_libc.umount2(path.encode(), MNT_DETACH), f"umount {path}")
 
 
 def standard_library() -> list[str]:
@@ -167,6 +177,13 @@ def become_nobody() -> None:
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+def require_open_library() -> None:
+    """Raise PermissionError where Python's library is root's alone: as nobody, programs could import nothing."""
+    closed = [path for path in standard_library() if not open_to_nobody(path)]
+    if closed:
+        raise PermissionError(f"programs may not be root's, and only root can read Python in {closed[0]}")
 
 
 def open_to_nobody(path: str) -> bool:
@@ -195,50 +212,26 @@ def harden_server() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
 
-# --- files: Landlock ----------------------------------------------------------------------------------------
-
-
-def landlock_rules(writable: str | None) -> int | None:
-    """Make a rule set: the standard library may be read, `writable` written, and no other file opened.
-
-    Returns:
-      Its descriptor, or None where the kernel has no Landlock.
-    """
-    version = _libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
-    if version < 1:
-        return None
-    handled = LANDLOCK_FILES[min(version, 5)]
-    attributes = struct.pack("<Q", handled)
-    rules = check(_libc.syscall(LANDLOCK_CREATE, attributes, ctypes.c_size_t(8), 0), "landlock_create_ruleset")
-    # the dynamic loader opens a path that a binary names, so system libraries need no rule: they are loaded by now
-    allowed = [(path, LANDLOCK_READ) for path in standard_library()]
-    if writable:
-        allowed.append((writable, handled & ~1))  # all but execute
-    for path, access in allowed:
-        folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        rule = struct.pack("<Qi", access, folder)
-        check(_libc.syscall(LANDLOCK_ADD, rules, 1, rule, 0), f"landlock_add_rule {path}")
-        os.close(folder)
-    return rules
-
-
 # --- one program --------------------------------------------------------------------------------------------
 
 
-def limiter(memory_mb: int, file_mb: int, rules: int | None, *, filtered: bool) -> tuple[Callable[[float], None], list]:
+def limiter(memory_mb: int, file_mb: int, *, filtered: bool) -> tuple[Callable[..., None], list]:
     """Prepare what a forked child calls to shut itself in; everything that takes time is done here, once.
 
     Args:
       memory_mb, file_mb: address space, and the largest file, in megabytes.
-      rules: of `landlock_rules`.
-      filtered: whether to put a filter before the system calls, where this processor's are known.
+      filtered: whether to put a filter before the system calls.
 
     Returns:
-      (shut_in(seconds of wall clock), the names of the layers it applies).
+      (shut_in(seconds of wall clock, whether other processes of this uid may look at it), the layers it applies).
+
+    Raises:
+      OSError: no system calls of this processor are known here.
     """
     here = seccomp.machine() if filtered else None
-    layers = ["landlock"] if rules is not None else []
-    layers += ["seccomp"] if here else []
+    if filtered and here is None:
+        raise OSError(errno.ENOSYS, "no system calls of this processor are known here")
+    layers = ["seccomp"] if here else []
     template = bytearray(seccomp.assemble(here, 0x7ABCDEF1)) if here else bytearray()
     marks = []
     while here and (at := template.find(struct.pack("<I", 0x7ABCDEF1), marks[-1] + 4 if marks else 0)) >= 0:
@@ -258,18 +251,15 @@ def limiter(memory_mb: int, file_mb: int, rules: int | None, *, filtered: bool) 
         # with the filter no process can be made; without it, this is what stops a fork bomb of an ordinary user
         limits.append((resource.RLIMIT_NPROC, 0))
 
-    def shut_in(seconds: float) -> None:
+    def shut_in(seconds: float, seen: bool) -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        prctl(PR_SET_DUMPABLE, 1)  # the server, of the same uid, is to see where this process stands
+        prctl(PR_SET_DUMPABLE, int(seen))
         for which, value in limits:
             hard = resource.getrlimit(which)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(which, (value, value))
         cpu = int(seconds) + 2
         resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
-        if rules is not None:
-            check(_libc.syscall(LANDLOCK_RESTRICT, rules, 0), "landlock_restrict_self")
-            os.close(rules)
         if here:
             for at in marks:
                 template[at : at + 4] = struct.pack("<I", os.getpid())

@@ -13,28 +13,19 @@ import shutil
 import signal
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ...log import UserError
+from . import calls
+from .start import Broken, children, command_of, environment, uid_of
 
-WAYS = ("bubblewrap", "namespaces", "landlock", "none")
-LOCKS = ("landlock", "seccomp", "position")
+WAYS = ("bubblewrap", "namespaces", "none")
+LOCKS = ("seccomp", "position")
 GRACE = 5.0  # seconds over a program's own limit after which its worker counts as broken
-_HERE = Path(__file__).resolve().parent
 _SANDBOXES = itertools.count()
-_START = """
-import sys, types, json
-package = types.ModuleType("jaxmerge_sandbox")
-package.__path__ = [sys.argv[1]]
-sys.modules["jaxmerge_sandbox"] = package
-from jaxmerge_sandbox.server import serve
-serve(json.loads(sys.argv[2]))
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +82,6 @@ class Limits:
     memory_mb: int = 512
     tmp_mb: int = 8
     file_mb: int = 4
-
-
-class Broken(Exception):
-    """A worker that does not answer as it should."""
 
 
 class Sandbox:
@@ -157,6 +144,10 @@ class Sandbox:
                 notes.append(f"{way}: {error}")
                 continue
             leaks = open_doors(worker.facts)
+            if worker.facts["uid"] == 0:
+                worker.kill()
+                notes.append(f"{way}: programs would be root's")
+                continue
             if not leaks or (allow_unsafe and (using or way == "none")):
                 self._workers.append(worker)
                 return way, worker.facts, notes
@@ -165,8 +156,8 @@ class Sandbox:
         raise UserError(
             "sandbox: programs cannot be confined on this machine, and untrusted ones are refused ("
             + "; ".join(notes)
-            + "). Install bubblewrap, or allow user namespaces, or use a kernel with Landlock and seccomp; to run them"
-            " with your own rights all the same, give --unsafe (allow_unsafe=True)"
+            + "). Install bubblewrap, or allow user namespaces; to run them with your own rights all the same, give"
+            " --unsafe (allow_unsafe=True), but not as root"
         )
 
     @property
@@ -248,16 +239,19 @@ class _Worker:
         self.folder: str | None = tempfile.mkdtemp(prefix="jaxmerge-sandbox-")
         self.process: subprocess.Popen | None = None
         self.inside: list[int] = []
+        self.tests = -1
         self.deadline = self.started = time.monotonic()
         null = os.open(os.devnull, os.O_RDWR)
+        theirs, self.tests = os.pipe()
         try:
             config = {"using": way, "base": self.folder, "null": null, "locks": list(locks), "place": place}
+            config["tests"] = theirs
             config |= dataclasses.asdict(limits)
-            command = _command(way, config)
+            command = command_of(way, config)
             with tempfile.TemporaryFile() as errors:
                 self.process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, pass_fds=(null,),
-                    start_new_session=True, cwd="/", env=_environment(),
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, pass_fds=(null, theirs),
+                    start_new_session=True, cwd="/", env=environment(),
                 )  # fmt: skip
                 assert self.process.stdin is not None
                 assert self.process.stdout is not None
@@ -271,23 +265,26 @@ class _Worker:
                     raise Broken(said[-1] if said else str(error)) from None
             if "error" in self.facts:
                 raise Broken(self.facts["error"])
-            self.inside = _children(self.process.pid)
+            self.inside = children(self.process.pid)
+            self.facts["uid"] = uid_of(self.process.pid)
             self._remove_folder()  # the new root was built there, and is a root of its own by now
         except BaseException:
             self.kill()
             raise
         finally:
             os.close(null)
+            os.close(theirs)
 
     def send(self, program: Program) -> None:
         """Hand over one program."""
         self.started = time.monotonic()
         self.deadline = self.started + program.timeout + GRACE
-        text = json.dumps(dataclasses.asdict(program)).encode()
+        job = {"source": program.source, "timeout": program.timeout, "apart": program.tests is not None}
         try:
-            self.requests.write(struct.pack("<I", len(text)) + text)
-            self.requests.flush()
-        except (BrokenPipeError, ValueError) as error:
+            calls.send(self.requests.fileno(), job)
+            if program.tests is not None:  # by a pipe of their own: what the server holds, its programs can look at
+                calls.send(self.tests, {"tests": program.tests, "setup": program.setup, "calls": program.calls})
+        except (calls.Gone, ValueError) as error:
             raise Broken("it has ended") from error
 
     def receive(self, program: Program) -> Verdict:
@@ -331,65 +328,12 @@ class _Worker:
                     with contextlib.suppress(BrokenPipeError):
                         pipe.close()
             self.process = None
+        if self.tests >= 0:
+            os.close(self.tests)
+            self.tests = -1
         self._remove_folder()
 
     def _remove_folder(self) -> None:
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder = None
-
-
-def _children(pid: int) -> list[int]:
-    """Descriptors of a process's children: bubblewrap, killed, is not always let to kill the server it started."""
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return [os.pidfd_open(int(child)) for child in file.read().split()]
-
-
-def _environment() -> dict[str, str]:
-    """What a worker knows of the outside: nothing but how to find its libraries."""
-    kept = {k: os.environ[k] for k in ("LD_LIBRARY_PATH",) if k in os.environ}
-    return {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/tmp", "PYTHONHASHSEED": "0", **kept}
-
-
-def _command(way: str, config: Mapping[str, Any]) -> list[str]:
-    """The command that starts a worker."""
-    if not sys.platform.startswith("linux"):
-        raise Broken("only Linux has the means")
-    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    start = [python, "-P", "-s", "-S", "-B", "-c", _START]
-    if way != "bubblewrap":
-        return [*start, str(_HERE), json.dumps(config)]
-    found = shutil.which("bwrap")
-    if found is None:
-        raise Broken("bwrap is not on the PATH")
-    from .confine import standard_library
-
-    root = os.getuid() == 0
-    command = [found, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--die-with-parent",
-               "--new-session", "--as-pid-1", "--hostname", "sandbox"]  # fmt: skip
-    if root:  # the worker becomes nobody by itself, which a user namespace would only pretend
-        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_SYS_ADMIN"]
-    else:
-        command += ["--unshare-user", "--uid", "65534", "--gid", "65534", "--cap-add", "CAP_SYS_ADMIN"]
-    inside = [*standard_library(), python]
-    for folder in sorted({str(parent) for path in inside for parent in Path(path).parents} - {"/"}):
-        command += ["--perms", "0755", "--dir", folder]  # else they are root's alone, and nobody finds what is below
-    for path in _library_folders():
-        kind = "--symlink" if os.path.islink(path) else "--ro-bind"
-        command += [kind, os.readlink(path) if kind == "--symlink" else path, path]
-    for path in standard_library():
-        command += ["--ro-bind", path, path]
-        for packages in ("site-packages", "dist-packages"):
-            if os.path.isdir(f"{path}/{packages}"):
-                command += ["--tmpfs", f"{path}/{packages}", "--remount-ro", f"{path}/{packages}"]
-    command += ["--ro-bind", python, python, "--ro-bind", str(_HERE), "/sandbox"]
-    command += ["--proc", "/proc", "--perms", "1777", "--size", str(config["tmp_mb"] << 20), "--tmpfs", "/tmp"]
-    command += ["--remount-ro", "/", "--chdir", "/"]
-    return [*command, *start, "/sandbox", json.dumps(config)]
-
-
-def _library_folders() -> list[str]:
-    """Where shared libraries lie, for a sandbox in which Python starts anew."""
-    folders = {str(Path(sys.base_prefix) / "lib")} if sys.base_prefix not in ("/usr", "/") else set()
-    folders |= {path for path in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib") if os.path.isdir(path)}
-    return sorted(folders)

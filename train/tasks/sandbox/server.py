@@ -1,11 +1,14 @@
 """The fork server: one warm Python inside the walls, one fork a program (two with separate tests), one verdict each.
 
 It runs no untrusted code itself; its programs cannot trace it or write to its pipes. Started by `pool.py`, it reads
-jobs from its standard input and writes verdicts to its standard output, and ends when its input does.
+jobs from its standard input and writes verdicts to its standard output, and ends when its input does. Separate tests
+come by a pipe of their own, which it never reads: the process that runs them does, so that no fork of the server, and
+no program, has them in its memory.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import select
@@ -27,8 +30,8 @@ WARM = (
 class Running:
     """A forked child: its pipes, and the stack pointer it had before the program."""
 
-    def __init__(self, pid: int, report: int, gate: int):
-        self.pid, self.report, self.gate = pid, report, gate
+    def __init__(self, pid: int, report: int, gate: int, *, watched: bool):
+        self.pid, self.report, self.gate, self.watched = pid, report, gate, watched
         self.base: int | None = None
 
 
@@ -44,29 +47,28 @@ class Server:
 
         for name in WARM:
             importlib.import_module(name)
-        self.null = int(config["null"])
+        self.null, self.jobs = int(config["null"]), int(config["tests"])
         self.tmp: str | None = None
         layers = [config["using"]]
         self.proc = -1
         match config["using"]:
             case "namespaces":
-                self.proc = confine.enter_namespaces(config["base"], config["tmp_mb"])
+                self.proc = confine.enter_namespaces(config["base"], config["tmp_mb"], (0, 1, self.jobs))
                 self.tmp = "/tmp"
             case "bubblewrap":
                 self.proc = _inside_bubblewrap(confine, config["tmp_mb"])
                 self.tmp = "/tmp"
             case _:
                 self.proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                # a Python that only root can read (under /root) leaves its programs without a standard library
-                if os.getuid() == 0 and all(map(confine.open_to_nobody, confine.standard_library())):
+                if os.getuid() == 0:
+                    confine.require_open_library()
                     confine.become_nobody()
                 confine.drop_capabilities()
                 layers.clear()
         confine.harden_server()
-        rules = confine.landlock_rules(self.tmp) if "landlock" in config["locks"] else None
         filtered = "seccomp" in config["locks"]
-        self.shut_in, inner = confine.limiter(config["memory_mb"], config["file_mb"], rules, filtered=filtered)
-        self.rules = -1 if rules is None else rules
+        self.shut_in: Callable[..., None] | None
+        self.shut_in, inner = confine.limiter(config["memory_mb"], config["file_mb"], filtered=filtered)
         os.dup2(self.null, 2)
         os.dup2(self.null, 0)
         os.dup2(self.null, 1)
@@ -89,21 +91,21 @@ class Server:
         """Run one job; {passed, reason, seconds}."""
         started = time.monotonic()
         seconds = float(job["timeout"])
-        token = os.urandom(16)
+        token = b"" if job["apart"] else os.urandom(16)
         children: list[Running] = []
         shared: list[int] = []
         try:
-            if job.get("tests") is None:
-                children.append(self._start(child.whole(job["source"]), seconds, token, []))
+            if not job["apart"]:
+                children.append(self._start(functools.partial(child.whole, job["source"]), seconds, token, []))
                 passed, reason = self._wait(children, started + seconds, token)
             else:
                 there, asked = os.pipe()
                 answered, back = os.pipe()
                 shared += [there, asked, answered, back]
-                part = child.tests(job.get("setup", ""), job["tests"], job["calls"], asked, answered)
-                children.append(self._start(part, seconds, token, [asked, answered]))
-                part = child.candidate(job["source"], there, back)
-                children.append(self._start(part, seconds, token, [there, back]))
+                make = functools.partial(child.tests, self.jobs, asked, answered)
+                children.append(self._start(make, seconds, b"", [self.jobs, asked, answered], watched=False))
+                make = functools.partial(child.candidate, job["source"], there, back)
+                children.append(self._start(make, seconds, b"", [there, back], watched=False))
                 while shared:
                     os.close(shared.pop())
                 passed, reason = self._wait(children, started + seconds, token)
@@ -115,35 +117,46 @@ class Server:
             reason = f"timed out after {seconds:g} s"
         return {"passed": passed, "reason": "" if passed else reason, "seconds": round(time.monotonic() - started, 6)}
 
-    def _start(self, work: Callable[[Any], None], seconds: float, token: bytes, kept: list[int]) -> Running:
-        """Fork a child and wait until it stands before the program, shut in."""
+    def _start(
+        self, make: Callable[[], Callable[[Any], None]], seconds: float, token: bytes, kept: list[int], *,
+        watched: bool = True,
+    ) -> Running:  # fmt: skip
+        """Fork a child and wait until it stands before the program, shut in.
+
+        Args:
+          make, watched: of `child.main`.
+          seconds: wall clock given to the program, for the limit on processor time.
+          token: proof of the end where the kernel does not tell where a child stands.
+          kept: descriptors the child keeps.
+        """
         report, theirs = os.pipe()
         gate, ours = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
-                _close_all_but({0, 1, 2, theirs, gate, *kept, self.rules})
-                child.main(gate, theirs, self._take(), seconds, token, work)
+                _close_all_but({0, 1, 2, theirs, gate, *kept})
+                child.main(gate, theirs, self._take(seconds, watched), token, make, watched=watched)
             finally:
                 while True:
                     os._exit(70)
         os.close(theirs)
         os.close(gate)
-        running = Running(pid, report, ours)
+        running = Running(pid, report, ours, watched=watched)
         said = os.read(report, 2000)
         if said != child.READY:
             self._clear([running])
             raise RuntimeError(f"a child could not be shut in: {said[1:].decode(errors='replace') or 'it died'}")
-        if self.proc >= 0 and self.offsets is not None:
+        if watched and self.proc >= 0 and self.offsets is not None:
             while (seen := self._standing(pid)) is None:
                 time.sleep(0)
             running.base = seen
         return running
 
-    def _take(self) -> Any:
+    def _take(self, seconds: float, seen: bool) -> Callable[[], None]:
         """In a child: the way to shut itself in, which nothing refers to any more afterwards."""
         shut_in, self.shut_in = self.shut_in, None
-        return shut_in
+        assert shut_in is not None, "a child shuts itself in once"
+        return functools.partial(shut_in, seconds, seen)
 
     def _wait(self, children: list[Running], deadline: float, token: bytes) -> tuple[bool, str]:
         """Open the gates and wait for the first child (the program, or its tests) to end, or the deadline."""
@@ -160,21 +173,24 @@ class Server:
                 return False, "timed out"
             for descriptor, _ in ready:
                 said = os.read(descriptor, 2000)
-                if descriptor == judged.report:
-                    if said[:1] == child.END:
-                        return self._verify(judged, said, token, deadline)
+                if descriptor != judged.report:
+                    poll.unregister(descriptor)
+                    reason = _said(others[0].pid, said)
+                    continue
+                passed, found = False, ""
+                if said[:1] == child.END:
+                    passed, found = self._verify(judged, said, token, deadline)
+                else:
                     found = _said(judged.pid, said)
-                    for (
-                        running
-                    ) in others:  # the tests fail where the untrusted part ended: its reason is the better one
-                        if not reason and select.select([running.report], [], [], 0)[0]:
-                            reason = _said(running.pid, os.read(running.report, 2000))
-                    return False, reason or found
-                poll.unregister(descriptor)
-                reason = _said(others[0].pid, said)
+                for running in others:  # tests fail where the untrusted part ended, whatever they made of it
+                    if not reason and select.select([running.report], [], [], 0)[0]:
+                        reason = _said(running.pid, os.read(running.report, 2000))
+                return passed and not reason, reason or found
 
     def _verify(self, running: Running, said: bytes, token: bytes, deadline: float) -> tuple[bool, str]:
         """Whether a child that says it reached its end stands where only the end leads."""
+        if not running.watched:  # tests, which nobody forges
+            return said == child.END, "" if said == child.END else "left threads running"
         if self.offsets is None:
             if said[:17] != child.END + token:
                 return False, "forged its verdict"
@@ -228,7 +244,7 @@ class Server:
 
     def _offset(self, source: str) -> int | None:
         """How much deeper than at its start a program stands that says END; None if it cannot (no threads here)."""
-        running = self._start(child.whole(source), 5.0, b"", [])
+        running = self._start(functools.partial(child.whole, source), 5.0, b"", [])
         try:
             os.write(running.gate, b"g")
             said = os.read(running.report, 2000) if select.select([running.report], [], [], 5.0)[0] else b""
@@ -244,7 +260,8 @@ class Server:
     def _doors(self) -> dict[str, str]:
         """Have a child try the doors; the error a door was shut with, or "" for an open one."""
         ours, theirs = os.pipe()
-        running = self._start(child.whole(probe.DOORS.format(descriptor=theirs)), 10.0, b"", [theirs])
+        make = functools.partial(child.whole, probe.DOORS.format(descriptor=theirs))
+        running = self._start(make, 10.0, b"", [theirs])
         os.close(theirs)
         try:
             os.write(running.gate, b"g")
@@ -273,6 +290,7 @@ class Server:
 def _inside_bubblewrap(confine: Any, tmp_mb: int) -> int:
     try:
         proc = confine.hide_proc("/proc")
+        confine.unmount("/sandbox")  # the code of this server, which is imported by now
         confine.mount_tmp("/tmp", tmp_mb)  # bubblewrap's own has no limit on the number of files
     except OSError:  # bubblewrap kept the right to mount to itself: its mounts stay as they are
         proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -294,3 +294,12 @@ def test_applied_is_what_peft_merges(tmp_path, case, dtype):
         alike(array, wanted[name], 8.0 if dtype == "float32" else 3.0 if case == "dora" else 1.0)
         changed += not np.array_equal(array, arrays[name])
     assert changed >= 2
+
+
+def test_a_pattern_of_an_adapter_takes_no_time(tmp_path, base):
+    parts = factors(Q, MODULES[Q])
+    slow = adapter_folder(tmp_path / "slow", parts, alpha_pattern={r"(\w+\.?)+!": 9})
+    assert applied(base, slow)
+    odd = adapter_folder(tmp_path / "odd", parts, rank_pattern={"(?=q)q_proj": 9})
+    with pytest.raises(ValueError, match=r"odd/adapter_config.json: rank_pattern: pattern .* cannot be matched safely"):
+        applied(base, odd)
