@@ -52,7 +52,7 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
 def inspect(words: Words, assignments: Words, dry: bool) -> int:
     """Show what is in a checkpoint, or what changed between checkpoints, per layer.
 
-    Of BASE alone: parameters, dtypes and bytes, from the headers of its files.
+    One MODEL is described from the headers of its files: parameters, dtypes and bytes.
 
     For each of MODELS: the size of its change from BASE, cosines, and the share of elements changed.
     MODELS is one, or several with commas between; then it is also shown how well their changes agree.

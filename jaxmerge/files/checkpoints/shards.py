@@ -32,7 +32,8 @@ def open_folder(folder: pathlib.Path) -> tuple[dict[str, Stored], tuple[str, ...
         return check_elements(folder, tensors), notes
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"model {str(folder)!r} holds no *.safetensors; convert it to safetensors first")
+        others = _listed(sorted(file.name for file in folder.glob("*.bin"))) or "neither these nor a *.bin file"
+        raise ValueError(f"model {str(folder)!r} holds no *.safetensors, found {others}; save it as safetensors")
     raise ValueError(f"{folder} holds {[f.name for f in files][:LISTED]} but neither {SINGLE} nor {INDEX}")
 
 
