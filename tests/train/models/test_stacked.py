@@ -30,7 +30,7 @@ def model(name):
 
 def assert_equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+    assert jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b))
 
 
 @pytest.mark.parametrize("name", ["gemma3", "phi3"])
