@@ -20,9 +20,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 LONGEST = (
-    "jaxmerge/test_contract.py", "runtime/test_processes.py", "improve/test_run.py", "search/test_run.py",
-    "learn/test_sft.py", "learn/test_sft_settings.py", "runtime/test_mesh.py", "models/test_families.py",
-    "learn/test_lora.py",
+    "runtime/test_processes.py", "improve/test_run.py", "studies/test_analyse.py", "search/test_run.py",
+    "jaxmerge/test_contract.py", "learn/test_optim.py", "studies/test_sweep.py", "learn/test_sft.py",
+    "learn/test_stay.py", "models/test_stacked.py", "models/test_loss.py", "learn/test_run.py",
+    "learn/test_sft_settings.py", "runtime/test_mesh.py", "models/test_families.py", "learn/test_lora.py",
+    "models/test_lora.py", "improve/test_probes.py", "models/test_smollm2.py",
 )  # fmt: skip
 """Files of minutes: begun first (`make test`), so that no worker is left alone with one at the end."""
 
