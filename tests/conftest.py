@@ -11,7 +11,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Compiled once per checkout: a second `make test` skips most of the XLA time. In the environment, so that the processes
 # which tests start have it too, and no command run in process turns to the user's own.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax-tests"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+# All of them, however small: one takes 35 ms to compile and 2 ms to read, and NumPy-like calls make thousands.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 
@@ -19,9 +20,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 LONGEST = (
-    "jaxmerge/test_contract.py", "runtime/test_processes.py", "improve/test_run.py", "search/test_run.py",
-    "learn/test_sft.py", "learn/test_sft_settings.py", "runtime/test_mesh.py", "models/test_families.py",
-    "learn/test_lora.py",
+    "runtime/test_processes.py", "improve/test_run.py", "studies/test_analyse.py", "search/test_run.py",
+    "jaxmerge/test_contract.py", "learn/test_optim.py", "studies/test_sweep.py", "learn/test_sft.py",
+    "learn/test_stay.py", "models/test_stacked.py", "models/test_loss.py", "learn/test_run.py",
+    "learn/test_sft_settings.py", "runtime/test_mesh.py", "models/test_families.py", "learn/test_lora.py",
+    "models/test_lora.py", "improve/test_probes.py", "models/test_smollm2.py",
 )  # fmt: skip
 """Files of minutes: begun first (`make test`), so that no worker is left alone with one at the end."""
 

@@ -280,13 +280,16 @@ def init(c: ModelConfig, key: jax.Array) -> Params:
     return jax.tree_util.tree_map_with_path(leaf, shapes(c))
 
 
-def init_leaf(c: ModelConfig, key: jax.Array, path: str, shape: tuple[int, ...]) -> jax.Array:
+def draw_normal(scale: float, shape: tuple[int, ...], key: jax.Array, salt: np.uint32) -> jax.Array:
+    return scale * jax.random.normal(jax.random.fold_in(key, salt), shape)
+
+
+def init_leaf(c: ModelConfig, key: jax.Array, path: str, shape: tuple[int, ...], draw=draw_normal) -> jax.Array:
     if path.endswith("norm/weight"):
         return jnp.full(shape, 0.0 if c.unit_offset_norms else 1.0)
     if path.endswith("bias"):
         return jnp.zeros(shape)
-    k = jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))
-    return c.initializer_range * jax.random.normal(k, shape)
+    return draw(c.initializer_range, shape, key, np.uint32(zlib.crc32(path.encode())))
 
 
 def count_up(shape: tuple[int, ...], lengths=None) -> jax.Array:

@@ -30,7 +30,7 @@ from ..runtime.processes import on_first
 from ..runtime.settings import Mesh
 from .characters import EOS_ID, PAD_ID, SYMBOLS, write_tokenizer
 from .config import ModelConfig
-from .decoder import Params, init_leaf, shapes
+from .decoder import Params, draw_normal, init_leaf, shapes
 from .families import FAMILIES
 from .gguf import config_of_file, from_gguf, read_gguf
 from .hf import config_of_folder, load_hf
@@ -167,12 +167,13 @@ def random_model(sizes: dict, mesh: jax.sharding.Mesh, *, seed: int) -> Model:
         write_tokenizer(folder)
         tokenizer = Tokenizer.from_folder(folder)
     fitted = tokenizer.fitted(vocab_size=config.vocab_size, eos_ids=config.eos_token_id, source="model.random")
-    draw, key = jax.jit(init_leaf, static_argnums=(0, 2, 3)), jax.random.key(seed)
+    # One program for each shape and not for each leaf: the path is in an argument.
+    draw, key = jax.jit(draw_normal, static_argnums=(0, 1)), jax.random.key(seed)
 
     def leaf(path, shape):
         # Drawn whole on one device, a leaf at a time: drawn in parts, its last bits would depend on the mesh.
         name = "/".join(entry.key for entry in path)
-        return put(np.asarray(draw(config, key, name, shape.shape)), sharding_of(mesh, name, shape.shape))
+        return put(np.asarray(init_leaf(config, key, name, shape.shape, draw)), sharding_of(mesh, name, shape.shape))
 
     return Model(config, jax.tree_util.tree_map_with_path(leaf, shapes(config)), fitted)
 

@@ -21,14 +21,14 @@ from train.models.decoder import shapes
 from train.models.open import random_model
 from train.models.stacked import stack_layers, unstack_layers
 from train.resolve import build, to_dict
-from train.runtime.mesh import make_mesh
+from train.runtime.mesh import batch_sharding, make_mesh
 from train.runtime.settings import Mesh
 
 ALL = [
     AdamW(), Lion(), Adafactor(min_dim_size_to_factor=8, momentum=0.9), Sgd(momentum=0.9), Muon(), ScheduleFree()
 ]  # fmt: skip
 every = pytest.mark.parametrize("optimizer", ALL, ids=lambda o: o.name)
-TINY = SIZES | {"num_hidden_layers": 2, "initializer_range": 0.3}
+TINY = SIZES | {"initializer_range": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,18 @@ def mesh():
 @pytest.fixture(scope="module")
 def model(mesh):
     return random_model(TINY, mesh, seed=0)
+
+
+@pytest.fixture(scope="module")
+def there():
+    """The model on a mesh of eight devices."""
+    return random_model(TINY, make_mesh(Mesh(data=2, fsdp=2, tensor=2)), seed=0)
+
+
+@pytest.fixture(scope="module")
+def layers(mesh):
+    """Two layers, for what is of stacked ones."""
+    return random_model(TINY | {"num_hidden_layers": 2}, mesh, seed=0).params
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +69,13 @@ def gradients(params, seed=0):
     return jax.tree.map(lambda p: jnp.asarray(r.normal(size=p.shape), jnp.float32), params)
 
 
+@functools.cache
+def update_of(config):
+    return jax.jit(functools.partial(optim.update, config))
+
+
 def updated(config, params, state, grads, good=True, rate=0.01):
-    update = jax.jit(functools.partial(optim.update, config))
-    return update(params, state, grads, rate=jnp.float32(rate), good=jnp.asarray(good))
+    return update_of(config)(params, state, grads, rate=np.float32(rate), good=np.bool_(good))
 
 
 def test_updates_are_adamw_in_float64(model):
@@ -140,35 +156,35 @@ def test_decay_takes_rate_times_decay_whatever_the_optimizer(model, optimizer):
 
 
 @every
-def test_on_a_mesh_the_same_and_the_state_where_its_parameters_lie(model, rows, optimizer):
+def test_on_a_mesh_the_same_and_the_state_where_its_parameters_lie(model, there, rows, optimizer):
     """From shapes alone too: what is like a parameter lies where it lies, before a step and after it."""
-    sharded = make_mesh(Mesh(data=2, fsdp=2, tensor=2))
-    config = config_of(optimizer)
-    there = random_model(TINY, sharded, seed=0)
+    sharded, config = there.params["lm_head"]["weight"].sharding.mesh, config_of(optimizer)
+    one, one_log = tune(model, rows, config, make_mesh(Mesh()))
     where = state_shardings(config, shapes(model.config), sharded)
     step = make_step(there.config, config, compute_of(config, there.config, there.params, sharded, "float32"))
-    batch = {"tokens": rows.tokens[:8], "weights": rows.weights[:8]}
+    batch = jax.device_put({"tokens": rows.tokens[:8], "weights": rows.weights[:8]}, batch_sharding(sharded, 8))
+    numbers = map(np.float32, (1e-3, 0.0, np.inf))  # as `fine_tune` gives them: its program below is this one
+    arguments = (batch, *numbers, None, None)
     state = init_state(config, there.params, sharded)
     for _ in range(2):
         assert jax.tree.structure(state) == jax.tree.structure(where)
         for leaf, place in zip(*map(jax.tree.leaves, (state, where)), strict=True):
             assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
-        state, _ = step(state, batch, jnp.float32(1e-3))
+        state, _ = step(state, *arguments)
     if optimizer.name != "adafactor":
         spread = [x for x in jax.tree.leaves(state.optimizer) if x.sharding.spec == P("tensor", "fsdp")]
         assert spread
-    one, one_log = tune(model, rows, config, make_mesh(Mesh()))
     many, log = tune(there, rows, config, sharded)
     np.testing.assert_allclose([m["loss"] for m in log], [m["loss"] for m in one_log], atol=1e-3)
     for a, b in zip(*map(jax.tree.leaves, (one, many)), strict=True):
         assert float(np.abs(np.asarray(a) - np.asarray(b)).mean()) < 1e-4
 
 
-def test_muon_orthogonalises_the_layers_matrices_and_stacking_changes_nothing(model):
+def test_muon_orthogonalises_the_layers_matrices_and_stacking_changes_nothing(layers):
     """Five Newton-Schulz steps bring singular values near 1; embeddings, head and norms are Adam's."""
     config = config_of(Muon())
     moved = []
-    for params in (model.params, stack_layers(model.params)):
+    for params in (layers, stack_layers(layers)):
         after, state = updated(config, params, optim.start(config, params), gradients(params), rate=1.0)
         moved.append(unstack_layers(jax.tree.map(lambda a, b: np.asarray(a - b), after, params)))
         del state
@@ -184,11 +200,11 @@ def test_muon_orthogonalises_the_layers_matrices_and_stacking_changes_nothing(mo
         np.testing.assert_allclose(np.abs(adams), 1 + 0.9 / 1.9, atol=0.02)
 
 
-def test_muon_is_the_same_of_stacked_layers(model):
+def test_muon_is_the_same_of_stacked_layers(layers):
     config = config_of(Muon())
-    grads = gradients(model.params)
-    plain, _ = updated(config, model.params, optim.start(config, model.params), grads)
-    params = stack_layers(model.params)
+    grads = gradients(layers)
+    plain, _ = updated(config, layers, optim.start(config, layers), grads)
+    params = stack_layers(layers)
     stacked, _ = updated(config, params, optim.start(config, params), stack_layers(grads))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), unstack_layers(stacked), plain)
 
@@ -242,18 +258,18 @@ def test_every_argument_is_read(model, optimizer):
         "adam_b1": 0.5, "adam_b2": 0.5, "adam_eps_root": 0.1, "consistent_rms": 0.2, "weight_lr_power": 0.5,
     }  # fmt: skip
 
-    layer = {
-        "norm": model.params["model"]["norm"],
-        "layers": {"0": {"mlp": model.params["model"]["layers"]["0"]["mlp"]}},
-    }
-    small = {"model": layer}
+    whole = model.params["model"]
+    one = {"up_proj": whole["layers"]["0"]["mlp"]["up_proj"]}
+    small = {"model": {"norm": whole["norm"], "layers": {"0": {"mlp": one}}}}
 
     def end(optimizer):
         config = config_of(optimizer)
         params, state = small, optim.start(config, small)
-        for seed, rate in enumerate((0.01, 0.03)):
-            params, state = updated(config, params, state, gradients(params, seed), rate=rate)
-        return jax.tree.leaves(optim.weights_to_keep(state, params))
+        with jax.disable_jit():  # forty variants have their operations in common, and as programs nothing
+            for seed, rate in enumerate((0.01, 0.03)):
+                given = {"rate": jnp.float32(rate), "good": jnp.bool_(True)}
+                params, state = optim.update(config, params, state, gradients(params, seed), **given)
+        return jax.tree.leaves(jax.tree.map(np.asarray, optim.weights_to_keep(state, params)))
 
     plain = end(base)
     for field in dataclasses.fields(base):

@@ -28,6 +28,9 @@ from train.models.characters import PAD_ID
 from train.models.loss import Compute, loss_sums
 from train.models.open import random_model
 
+SUMS = jax.jit(loss_sums, static_argnums=0)
+
+
 # --- rows and batches ---
 
 
@@ -81,18 +84,17 @@ def test_batches_visit_every_row_once_an_epoch(rows):
 
 def test_the_loss_is_a_sum_over_a_sum(model, rows):
     """Neither rows without weight nor padding tokens nor longer padding change anything."""
-    sums = jax.jit(loss_sums, static_argnums=0)
     some = {"tokens": rows.tokens[:6], "weights": rows.weights[:6]}
-    loss, weight = sums(model.config, model.params, some)
+    loss, weight = SUMS(model.config, model.params, some)
     assert float(weight) == rows.weights[:6].sum()
-    parts = [sums(model.config, model.params, {k: v[i : i + 3] for k, v in some.items()}) for i in (0, 3)]
+    parts = [SUMS(model.config, model.params, {k: v[i : i + 3] for k, v in some.items()}) for i in (0, 3)]
     assert float(loss) == pytest.approx(float(parts[0][0] + parts[1][0]), rel=1e-5)
     rubbish = np.where(np.cumsum(some["weights"][:, ::-1], 1)[:, ::-1] > 0, some["tokens"], 9)  # after the last target
     padded = {
         "tokens": np.pad(rubbish, ((0, 2), (0, 16)), constant_values=7).astype(np.int32),
         "weights": np.pad(some["weights"], ((0, 2), (0, 16))),
     }
-    again = sums(model.config, model.params, padded)
+    again = SUMS(model.config, model.params, padded)
     np.testing.assert_allclose(again, (loss, weight), rtol=1e-5)
 
 
@@ -142,7 +144,7 @@ def test_training_drives_32_examples_under_a_twentieth(rows, mesh):
     config = Sft(learning_rate=4e-3, epochs=140, batch=32, max_length=96)
     tuned, log = tune(model, rows, config, mesh)
     assert log[0]["loss"] > 3
-    loss, weight = loss_sums(model.config, tuned, {"tokens": rows.tokens, "weights": rows.weights})
+    loss, weight = SUMS(model.config, tuned, {"tokens": rows.tokens, "weights": rows.weights})
     assert float(loss / weight) < 0.05
     assert log[-1]["loss"] < 0.05
 
@@ -237,7 +239,7 @@ def test_the_held_out_loss_is_measured_on_rows_not_learnt(model, examples, mesh)
     rows, held = (to_rows(part, config, PAD_ID) for part in (examples[:24], examples[24:]))
     tuned, log = tune(model, rows, config, mesh, held_out=held)
     assert [m["step"] for m in log if "held_out_loss" in m] == [3, 6]
-    loss, weight = loss_sums(model.config, tuned, {"tokens": held.tokens, "weights": held.weights})
+    loss, weight = SUMS(model.config, tuned, {"tokens": held.tokens, "weights": held.weights})
     assert log[-1]["held_out_loss"] == pytest.approx(float(loss / weight), rel=1e-5)
     odd = dataclasses.replace(config, batch=5)  # batches filled up with rows without weight
     assert mean_loss(model.config, tuned, held, odd, Compute(), mesh=mesh) == pytest.approx(
@@ -272,9 +274,8 @@ def test_judging_the_targets_alone_gives_the_same_sums_and_gradients(model):
     dense = {name: values for name, values in sparse.items() if name != "targets"}
     results = []
     for batch in (sparse, dense):
-        (loss, weight), grads = jax.value_and_grad(
-            lambda p, b=batch: loss_sums(model.config, p, jax.tree.map(jnp.asarray, b)), has_aux=True
-        )(model.params)
+        sums = jax.value_and_grad(lambda p, b=batch: loss_sums(model.config, p, b), has_aux=True)
+        (loss, weight), grads = jax.jit(sums)(model.params)
         results.append((float(loss), float(weight), grads))
     assert results[0][:2] == pytest.approx(results[1][:2], rel=1e-5)
     for a, b in zip(jax.tree.leaves(results[0][2]), jax.tree.leaves(results[1][2]), strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,15 +25,18 @@ from train.runtime.settings import Mesh
 TINY = build(
     ModelConfig,
     {
-        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
     },
     "model",
 )  # fmt: skip
 
 
-def models():
-    return init(TINY, jax.random.key(0)), init(TINY, jax.random.key(1))
+TWO_LAYERS = dataclasses.replace(TINY, num_hidden_layers=2)
+
+
+def models(config=TINY):
+    return init(config, jax.random.key(0)), init(config, jax.random.key(1))
 
 
 def examples(count: int = 12) -> list[dict]:
@@ -39,10 +44,10 @@ def examples(count: int = 12) -> list[dict]:
     return [{"tokens": numbers.integers(1, 32, 9).tolist(), "prompt_length": 4, "weight": 1.0} for _ in range(count)]
 
 
-def tune(config: Sft, **more):
-    params, _ = models()
+def tune(config: Sft, model: ModelConfig = TINY, **more):
+    params, _ = models(model)
     return fine_tune(
-        TINY, params, to_rows(examples(), config, 0, seed=0), config, mesh=make_mesh(Mesh()), seed=0, **more
+        model, params, to_rows(examples(), config, 0, seed=0), config, mesh=make_mesh(Mesh()), seed=0, **more
     )
 
 
@@ -122,12 +127,12 @@ def test_a_strong_pull_keeps_the_weights_near_the_anchor():
 
 
 def test_frozen_parameters_keep_their_bits_and_the_rest_moves():
-    base, _ = models()
+    base, _ = models(TWO_LAYERS)
     config = Sft(
         learning_rate=1e-2, epochs=2, batch=4, stay=Stay(freeze=("model/layers/0", "embed_tokens")),
         step=Step(weight_decay=0.1),
     )  # fmt: skip
-    tuned, _ = tune(config)
+    tuned, _ = tune(config, TWO_LAYERS)
     kept = jax.tree.leaves(held(config.stay.freeze, base))
     for was, now, is_kept in zip(jax.tree.leaves(base), jax.tree.leaves(tuned), kept, strict=True):
         assert bool(jnp.all(was == now)) == is_kept

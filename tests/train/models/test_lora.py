@@ -49,7 +49,7 @@ def test_stacked_and_unrolled_adapters_are_the_same():
     stacked = attach(LORA, stack_layers(params), stack_layers(adapter))
     assert relative(logits(config, stacked), logits(config, attach(LORA, params, adapter))) < 1e-4
     again = unstack_layers(stack_layers(adapter))
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again, adapter))
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), again, adapter))
 
 
 def test_gradients_reach_a_and_b_and_no_other():
@@ -83,7 +83,7 @@ def test_no_gradient_of_a_frozen_matrix_is_computed(layout, dtype):
         return forward(config, params, jnp.asarray(IDS), dtype=jnp.dtype(dtype)).sum()
 
     def operations(f, *arguments):
-        return jax.jit(jax.grad(f)).lower(*arguments).compile().cost_analysis()["flops"]
+        return jax.jit(jax.grad(f)).lower(*arguments).cost_analysis()["flops"]  # nothing is compiled for it
 
     whole = operations(loss, params)
     side = operations(lambda a, p: loss(attach(LORA, p, a)), adapter, params)
@@ -199,7 +199,7 @@ def test_adapters_round_trip_bit_for_bit(layout, tmp_path):
     lora, again = load_lora(tmp_path / "a")
     assert (lora.rank, lora.alpha, lora.dropout) == (4, 6.0, 0.0)
     assert jax.tree.structure(again) == jax.tree.structure(adapter)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again, adapter))
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), again, adapter))
     fresh = init_lora(lora, params, KEY)
     assert jax.tree.structure(fresh) == jax.tree.structure(adapter)  # its targets are the modules it had
 
@@ -231,4 +231,4 @@ def test_adapters_have_a_place_on_the_mesh():
     adapter = init_lora(LORA, shapes(config), KEY)
     for tree in (adapter, stack_layers(adapter)):
         placed = jax.device_put(tree, shardings(mesh, tree))
-        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), placed, tree))
+        assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), placed, tree))
