@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -66,16 +67,16 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         kinds = [a for a in args if a is not type(None)]
         return convert(kinds[0] if len(kinds) == 1 else chosen(kinds, value, where), value, where)
     if origin is Literal:
-        if value not in args:
-            raise UserError(f"{where} is {value!r}; it must be one of {', '.join(map(str, args))}")
+        if not any(value == arg and type(value) is type(arg) for arg in args):
+            raise UserError(f"{where} is {value!r:.100}; it must be one of {', '.join(map(str, args))}")
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where} is {value!r}; a list is wanted")
+            raise UserError(f"{where} is {value!r:.100}; a list is wanted")
         return tuple(convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
-            raise UserError(f"{where} is {value!r}; a map is wanted")
+            raise UserError(f"{where} is {value!r:.100}; a map is wanted")
         return {str(k): convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
@@ -84,9 +85,16 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if hint is str and isinstance(value, datetime.date):
         value = value.isoformat()  # YAML reads 2026-01-31 as a date
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise UserError(f"{where} is a number of {len(str(value))} digits; a finite number is wanted") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise UserError(f"{where} is {value!r}; {hint.__name__} is wanted")
+        raise UserError(f"{where} is {value!r:.100}; {hint.__name__} is wanted")
+    if hint is int and not -(2**63) <= value < 2**63:
+        raise UserError(f"{where} is {value!r:.100}; a whole number of 64 bits is wanted")
+    if hint is float and not math.isfinite(value):
+        raise UserError(f"{where} is {value!r}; a finite number is wanted")
     return value
 
 

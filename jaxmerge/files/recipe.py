@@ -240,8 +240,8 @@ class _Parser:
         document = self.document
         modules = self.modules()
         seed = document.get("seed", 0)
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"seed {seed!r} is no integer")
+        if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed is {seed!r:.100}, wanted an integer of 64 bits")
         for key in ("name", "chat_template"):
             if document.get(key) is not None and not isinstance(document[key], str):
                 raise ValueError(f"{key} is {document[key]!r}, wanted text")

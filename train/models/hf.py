@@ -87,6 +87,11 @@ def load_hf(
             if CODES.get(tensor.dtype) not in FLOATS:
                 raise UserError(f"{folder}: {name} is stored as {tensor.dtype}; known: {', '.join(sorted(FLOATS))}")
         found = {name: tensor.shape for name, tensor in tensors.items()}
+        if config.num_hidden_layers > len(tensors):
+            raise UserError(
+                f"{folder}: config.json says num_hidden_layers {config.num_hidden_layers}, and the files hold "
+                f"{len(tensors)} tensors; copy the whole folder"
+            )
         params = place(
             config,
             found,

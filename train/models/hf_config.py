@@ -26,6 +26,7 @@ SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
+MOST_LAYERS = 10_000  # lists with an entry a layer are made of this number before a tensor is looked at
 # Attributes that say nothing about the logits, whatever their value.
 IRRELEVANT = {
     "_attn_implementation", "_from_model_config", "_name_or_path", "attn_implementation",
@@ -153,10 +154,10 @@ def _check_types(given: Mapping[str, Any], source) -> None:
         return lambda x: x is None or fits(x)
 
     def is_whole(x):
-        return is_number(x, int)
+        return is_number(x, int) and abs(x) < 2**31
 
     def is_real(x):
-        return is_number(x, int, float)
+        return is_number(x, int, float) and abs(x) < 1e30  # neither infinite nor NaN
 
     def are(kind, extra=()):
         return lambda x: isinstance(x, list | tuple) and all(isinstance(i, kind) or i in extra for i in x)
@@ -180,10 +181,12 @@ def _check_types(given: Mapping[str, Any], source) -> None:
         "names or null": (("layer_types",), or_null(are(str))),
         "a list of 0 and 1, or null": (("no_rope_layers",), or_null(are((), (0, 1)))),
     }  # fmt: skip
+    if is_whole(layers := given.get("num_hidden_layers")) and layers > MOST_LAYERS:
+        raise UserError(f"{source}: num_hidden_layers is {layers}; expected at most {MOST_LAYERS}")
     for wanted, (names, fits) in expected.items():
         for name in names:
             if (name in given or name in SIZES) and not fits(given.get(name)):
-                raise UserError(f"{source}: {name} is {given.get(name)!r}; expected {wanted}")
+                raise UserError(f"{source}: {name} is {given.get(name)!r:.100}; expected {wanted}")
 
 
 def _token_id(value: int | None) -> int | None:

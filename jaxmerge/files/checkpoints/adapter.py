@@ -264,8 +264,8 @@ def _scale(config: Mapping[str, Any], module: str, rank: int, path: pathlib.Path
     said, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
     if said is not None and said != rank:
         raise ValueError(f"{path}: module {module!r} has rank {rank}, {CONFIG} says {said}; the two do not go together")
-    if not isinstance(alpha, int | float):
-        raise ValueError(f"{path.parent / CONFIG}: lora_alpha is {alpha!r}, wanted a number")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < 1e30:
+        raise ValueError(f"{path.parent / CONFIG}: lora_alpha is {alpha!r:.100}, wanted a finite number")
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 

@@ -287,6 +287,18 @@ def test_wrong_tensors_are_refused_by_name(changes, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("layers", [3, 10_001, 2**40, 1e400])
+def test_layers_that_no_file_holds_are_refused_before_anything_is_built(layers, tmp_path):
+    """Three layers of nine tensors each are read of a file that has two; ten thousand would take minutes to list."""
+    folder = write_folder(tmp_path, BASE)
+    config = json.loads((folder / "config.json").read_text())
+    few = dict(list(load_file(folder / "model.safetensors").items())[:2])
+    save_file(few, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    with pytest.raises(UserError, match="num_hidden_layers"):
+        load_hf(folder)
+
+
 def test_the_finite_check_can_be_left_out(tmp_path):
     _, params = load_hf(write_folder(tmp_path, BASE, **{Q: NAN}), check_finite=False)
     assert jnp.isnan(params["model"]["layers"]["1"]["self_attn"]["q_proj"]["weight"]).all()
