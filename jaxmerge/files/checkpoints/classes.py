@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 # The modules that are `Conv1D`, by model type; from the modelling code of transformers.
@@ -48,6 +48,36 @@ def is_transposed(config: Mapping[str, Any], name: str) -> bool:
     patterns = [CONV1D[kind] for kind in model_types(config) if kind in CONV1D]
     module = name.removesuffix(".weight")
     return any(re.fullmatch(rf"(.*\.)?({pattern})", module) for pattern in patterns)
+
+
+# What files of a model with a head leave out in front of its modules' names, by the embedding that shows it.
+_LEFT_OUT = {"wte.weight": "transformer.", "word_embeddings.weight": "transformer.", "embed_tokens.weight": "model."}
+# Parts of wrapper models as they were published, and as transformers calls them since 4.52.
+_MOVED = (
+    (r"language_model\.model\.", "model.language_model."),
+    (r"language_model\.lm_head\.", "lm_head."),
+    (r"(vision_tower|vision_model|multi_modal_projector|image_newline)(?=\.|$)", r"model.\1"),
+)
+_WITH_HEAD = re.compile("CausalLM|LMHead|ConditionalGeneration")
+
+
+def name_in_memory(name: str, names: Collection[str], config: Mapping[str, Any]) -> str:
+    """Return what a tensor is called in the model that transformers makes of a checkpoint, whose files have `names`.
+
+    Files name tensors as they were saved: a decoder without its head leaves out what stands before its modules in a
+    model with one, and wrapper models were reordered since. Adapters are loaded by the names in memory.
+
+    Example:
+      >>> name_in_memory("h.0.mlp.c_fc.weight", ["wte.weight"], {"architectures": ["GPT2LMHeadModel"]})
+      'transformer.h.0.mlp.c_fc.weight'
+    """
+    kinds = " ".join(str(kind) for kind in config.get("architectures") or [])
+    if not _WITH_HEAD.search(kinds):
+        return name
+    if any(part.startswith("language_model.model.") for part in names):
+        return next((re.sub(f"^{old}", new, name) for old, new in _MOVED if re.match(old, name)), name)
+    front = next((front for embedding, front in _LEFT_OUT.items() if embedding in names), "")
+    return name if name.startswith(("lm_head.", "score.")) else front + name
 
 
 def model_types(config: Mapping[str, Any]) -> list[str]:

@@ -31,7 +31,7 @@ from jaxmerge import where
 from jaxmerge.files import disk, model_card
 from jaxmerge.files.checkpoints import safetensors
 from jaxmerge.files.checkpoints.adapter import CONFIG, WEIGHTS
-from jaxmerge.files.checkpoints.classes import is_embedding, is_transposed
+from jaxmerge.files.checkpoints.classes import is_embedding, is_transposed, name_in_memory
 from jaxmerge.files.checkpoints.heads import tied_pair
 from jaxmerge.files.checkpoints.source import Source, Tensor, read
 from jaxmerge.files.inspect.compare import compare
@@ -114,7 +114,7 @@ def extract_lora(
                 flipped = _flipped(base, name)
                 delta = _delta(base.tensors[name], tuned.tensors[name])
                 a, b, facts = factor(delta.T if flipped else delta, rank, alpha / rank)
-                for key, part in zip(_keys(name), (a, b), strict=True):
+                for key, part in zip(_keys(base, name), (a, b), strict=True):
                     writer.write(key, np.ascontiguousarray(part.astype(DTYPES[dtype])).reshape(-1).view(np.uint8))
                 report[name] = facts | {"relative": sizes[name]["relative"]}
                 if progress is not None:
@@ -181,7 +181,7 @@ def _split(base: Source, changed: Sequence[str], targets: Where | None, save: Wh
             )
     factored = tuple(n for n in changed if n in wanted)
     rest = [n for n in changed if n not in wanted]
-    whole = tuple(n for n in rest if where.matches(save, paths[n]))
+    whole = tuple(n for n in rest if where.matches(save, paths[n]) and _has_own_module(n, factored))
     return Split(factored, whole, tuple(n for n in rest if n not in whole))
 
 
@@ -190,8 +190,20 @@ def _flipped(base: Source, name: str) -> bool:
     return is_embedding(name) or is_transposed(base.config, name)
 
 
-def _keys(name: str) -> tuple[str, str]:
-    module = f"base_model.model.{name.removesuffix('.weight')}"
+def _has_own_module(name: str, factored: Sequence[str]) -> bool:
+    """Whether PEFT can keep a tensor whole: it keeps modules, and none that holds others with an adapter."""
+    module = name.rpartition(".")[0]
+    return bool(module) and not any(
+        other.startswith(f"{module}.") and other != f"{module}.weight" for other in factored
+    )
+
+
+def _in_memory(base: Source, name: str) -> str:
+    return name_in_memory(name, base.tensors, base.config)
+
+
+def _keys(base: Source, name: str) -> tuple[str, str]:
+    module = f"base_model.model.{_in_memory(base, name).removesuffix('.weight')}"
     if is_embedding(name):
         return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
@@ -210,7 +222,7 @@ def _layout(base: Source, tuned: Source, split: Split, rank: int, dtype: np.dtyp
     layout = {}
     for name in split.factored:
         rows, columns = base.tensors[name].shape[:: -1 if _flipped(base, name) else 1]
-        a, b = _keys(name)
+        a, b = _keys(base, name)
         layout |= {a: _Part(dtype, (rank, columns)), b: _Part(dtype, (rows, rank))}
     modules = {name.removesuffix(".weight") for name in split.factored}
     for name in split.whole:
@@ -218,20 +230,20 @@ def _layout(base: Source, tuned: Source, split: Split, rank: int, dtype: np.dtyp
         safetensors.check_dtype(tensor.dtype, name, tensor.where)
         # PEFT keeps the bias of a module that it adapts inside the layer it wraps.
         key = f"{module}.base_layer.bias" if module in modules else name
-        layout[f"base_model.model.{key}"] = _Part(tensor.dtype, tensor.shape, tensor)
+        layout[f"base_model.model.{_in_memory(base, key)}"] = _Part(tensor.dtype, tensor.shape, tensor)
         if (pair := tied_pair(tuned)) is not None and name == pair[0]:
-            layout[f"base_model.model.{pair[1]}"] = _Part(tensor.dtype, tensor.shape, tensor)
+            layout[f"base_model.model.{_in_memory(base, pair[1])}"] = _Part(tensor.dtype, tensor.shape, tensor)
     return layout
 
 
 def _config(base: Source, split: Split, rank: int, alpha: float) -> dict[str, Any]:
-    every = {name.rpartition(".")[0] for name in base.tensors}
-    factored = {name.removesuffix(".weight") for name in split.factored}
-    whole = {name.rpartition(".")[0] for name in split.whole} - factored
+    every = {_in_memory(base, name).rpartition(".")[0] for name in base.tensors}
+    factored = {_in_memory(base, name).removesuffix(".weight") for name in split.factored}
+    whole = {_in_memory(base, name).rpartition(".")[0] for name in split.whole} - factored
     pair = tied_pair(base)
     tied = pair is not None and pair[0] in split.whole
     if pair is not None and tied:
-        whole.add(pair[1].removesuffix(".weight"))
+        whole.add(_in_memory(base, pair[1]).removesuffix(".weight"))
     biases = any(name.rpartition(".")[0] in factored for name in split.whole)
     return {
         "peft_type": "LORA",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import weakref
 
 import jax
@@ -14,7 +15,7 @@ from helpers.goldens.cases import BASE, CASES, LLAMA3, tensor, tokens
 from helpers.tiny_models import config_of, logits, relative, write_folder
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from train.log import UserError
 from train.models.config import RopeScaling

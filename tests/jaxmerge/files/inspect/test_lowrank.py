@@ -167,9 +167,49 @@ def test_targets_embeddings_and_transposed_weights(tmp_path):
     report = lowrank.extract_lora(*sources, tmp_path / "lora", rank=D, targets=["c_attn", "wte"])
     assert set(report["tensors"]) == set(arrays)
     found = load_file(tmp_path / "lora" / adapter.WEIGHTS)
-    assert found["base_model.model.wte.lora_embedding_A"].shape == (D, V)
+    assert found["base_model.model.transformer.wte.lora_embedding_A"].shape == (D, V)
     for name, array in applied(base, tmp_path / "lora").items():
         alike(array, other[name], 8.0)
+
+
+NAMES_IN_MEMORY = {
+    "gpt2 as published": ("GPT2LMHeadModel", "wte", "h.0.mlp.c_fc", "transformer.wte", "transformer.h.0.mlp.c_fc"),
+    "a bare decoder": ("LlamaForCausalLM", "embed_tokens", "layers.0.q", "model.embed_tokens", "model.layers.0.q"),
+    "of its own class": ("LlamaModel", "embed_tokens", "layers.0.q", "embed_tokens", "layers.0.q"),
+    "a wrapper as published": (
+        "Gemma3ForConditionalGeneration", "language_model.model.embed_tokens", "language_model.model.layers.0.q",
+        "model.language_model.embed_tokens", "model.language_model.layers.0.q",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NAMES_IN_MEMORY)
+def test_modules_are_named_as_they_are_in_memory(tmp_path, case):
+    """PEFT passes over what is named as in the files, without an error."""
+    architecture, embedding, matrix, saved, adapted = NAMES_IN_MEMORY[case]
+    arrays = {f"{embedding}.weight": normal(V, D), f"{matrix}.weight": normal(D, D)}
+    changed = {name: array + normal(*array.shape, seed=4) for name, array in arrays.items()}
+    said = {"architectures": [architecture], "model_type": "x"}
+    one, two = folder(tmp_path / "one", arrays, **said), folder(tmp_path / "two", changed, **said)
+    lowrank.extract_lora(open_source(str(one)), open_source(str(two)), tmp_path / "lora", rank=D)
+    keys = set(load_file(tmp_path / "lora" / adapter.WEIGHTS))
+    assert f"base_model.model.{adapted}.lora_A.weight" in keys
+    assert f"base_model.model.{saved}.weight" in keys
+    found = applied(one, tmp_path / "lora")
+    assert all(np.allclose(found[name], array, atol=1e-4) for name, array in changed.items())
+
+
+def test_parameters_that_peft_cannot_keep_alone_are_left_out_and_said(tmp_path):
+    """A parameter beside adapted modules in one module, and one in no module at all."""
+    arrays = {
+        "model.layers.0.self_attn.q.weight": normal(D, D), "model.layers.0.self_attn.sinks": normal(4),
+        "model.layers.0.norm.weight": normal(D), "A_log": normal(3),
+    }  # fmt: skip
+    changed = {name: array + 1 for name, array in arrays.items()}
+    one, two = folder(tmp_path / "one", arrays), folder(tmp_path / "two", changed)
+    report = lowrank.extract_lora(open_source(str(one)), open_source(str(two)), tmp_path / "lora", rank=2)
+    assert set(report["left_out"]) == {"model.layers.0.self_attn.sinks", "A_log"}
+    assert set(report["whole"]) == {"model.layers.0.norm.weight"}
 
 
 def test_extraction_refuses(tmp_path, base):
