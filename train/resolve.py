@@ -91,9 +91,9 @@ def convert(hint: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where} is a number of {len(str(value))} digits; a finite number is wanted") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"{where} is {value!r:.100}; {hint.__name__} is wanted")
-    if hint is int and not -(2**63) <= value < 2**63:
+    if hint is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise UserError(f"{where} is {value!r:.100}; a whole number of 64 bits is wanted")
-    if hint is float and not math.isfinite(value):
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} is {value!r}; a finite number is wanted")
     return value
 

@@ -73,7 +73,7 @@ def try_mutant(name: str, kind: Any, folder: pathlib.Path, seed: int) -> tuple[s
             kind.read(folder)
             verdict = ("read", "")
         except (UserError, ValueError) as error:
-            verdict = _judge(str(error), type(error).__name__, folder, file.read_bytes())
+            verdict = _judge(str(error), type(error).__name__, folder, before + file.read_bytes())
         except Hang:
             verdict = ("hang", file.name)
         except BaseException as error:
@@ -97,7 +97,7 @@ def _judge(message: str, kind: str, folder: pathlib.Path, data: bytes) -> tuple[
         return "long", f"{len(message)} characters: {message[:120]}"
     if "\n" in message.strip():
         return "lines", message[:200]
-    # Plain errors of Python and NumPy name nothing that is in the folder or in the file.
+    # Plain errors of Python and NumPy name nothing that is in the folder, or in the file before or after.
     named = [*(path.name for path in folder.rglob("*")), *re.findall(r"[\w.]{4,}", data.decode(errors="replace"))]
     return ("refused", "") if any(word in message for word in named) else ("unnamed", f"{kind}: {message[:200]}")
 

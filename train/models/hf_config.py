@@ -181,7 +181,7 @@ def _check_types(given: Mapping[str, Any], source) -> None:
         "names or null": (("layer_types",), or_null(are(str))),
         "a list of 0 and 1, or null": (("no_rope_layers",), or_null(are((), (0, 1)))),
     }  # fmt: skip
-    if is_whole(layers := given.get("num_hidden_layers")) and layers > MOST_LAYERS:
+    if isinstance(layers := given.get("num_hidden_layers"), int) and layers > MOST_LAYERS:
         raise UserError(f"{source}: num_hidden_layers is {layers}; expected at most {MOST_LAYERS}")
     for wanted, (names, fits) in expected.items():
         for name in names:

@@ -17,9 +17,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxmerge.files import documents
 from jaxmerge.files.checkpoints import gguf
 
-from ..log import UserError
+from ..log import UserError, mistakes
 from .template import MARKS, compiled, one_line
 
 if TYPE_CHECKING:
@@ -91,10 +92,11 @@ class Tokenizer:
         # Then special tokens that a text spells are ordinary text; tokenizer.json has no place for this.
         backend.encode_special_tokens = bool(attributes.get("split_special_tokens", False))
         named = {**_read_object(folder / "special_tokens_map.json"), **attributes}
-        special = {name: _content(named[name]) for name in SPECIAL if named.get(name)}
+        special = {name: _content(named[name], f"{folder}: {name}") for name in SPECIAL if named.get(name)}
         template = attributes.pop("chat_template", None)
         if (folder / "chat_template.jinja").exists():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            with mistakes():
+                template = documents.read_text(folder / "chat_template.jinja")
         return cls(backend, special, _one_template(template, folder), attributes=attributes)
 
     @classmethod
@@ -370,16 +372,21 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _content(token: str | Mapping[str, Any]) -> str:
-    """A special token stands as a string, or as an object with its settings."""
-    return token if isinstance(token, str) else token["content"]
+def _content(token: Any, where: str) -> str:
+    """A special token stands as a string, or as an object with its settings; `where` names it in errors."""
+    found = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(found, str):
+        raise UserError(f"{where} is {documents.shown(token)}; expected a token, or an object with its content")
+    return found
 
 
 def _one_template(template, folder) -> str | None:
     """Older tokenizers hold a list of named templates; the one called default is meant."""
-    if not isinstance(template, list):
-        return template
-    named = {entry["name"]: entry["template"] for entry in template}
-    if "default" not in named:
-        raise UserError(f"{folder}: chat templates {sorted(named)}, none called 'default'")
-    return named["default"]
+    if isinstance(template, list):
+        named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+        if "default" not in named:
+            raise UserError(f"{folder}: chat templates {sorted(named)!r:.200}, none called 'default'")
+        template = named["default"]
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{folder}: the chat template is {documents.shown(template)}; expected text")
+    return template

@@ -67,14 +67,16 @@ def parse(line: bytes, where: str, *, ours: bool) -> Row:
         row = json.loads(line)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: expected one JSON object a line, found what is not UTF-8 text ({error})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if not ours:
-            raise UserError(f"{where}: no JSON ({error}); found {line.strip()[:60].decode()!r}") from error
+            raise UserError(
+                f"{where}: no JSON ({error}); found {line.strip()[:60].decode(errors='replace')!r}"
+            ) from error
         raise UserError(
             f"{where}: expected one JSON object a line, found {line[:60]!r} ({error}); only a torn last line is mended "
             "by itself: restore the file or start in a new folder"
         ) from error
-    if b"\\ud" in line.lower():
+    if not ours and (b"\\ud" in line.lower() or b"\xed" in line):
         check_text(row, where)
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")

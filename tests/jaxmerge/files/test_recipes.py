@@ -302,7 +302,7 @@ def test_what_is_refused(here, text, words):
 
 def test_a_recipe_that_is_no_text_is_named(here):
     (here / "recipe.yaml").write_bytes("merge_method: linéar".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"recipe\.yaml is no text \(byte 17 is not UTF-8\); give a recipe in YAML"):
+    with pytest.raises(ValueError, match=r"recipe\.yaml is no text: byte 17 is not UTF-8"):
         recipe.read(here / "recipe.yaml")
 
 
