@@ -121,7 +121,7 @@ def run(kinds: list[str], count: int, first: int, workers: int) -> int:
     context.set_forkserver_preload(["fuzz.kinds"])
     totals: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in kinds}
     faults: list[str] = []
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=12) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         jobs = {
             pool.submit(try_batch, name, at, min(BATCH, first + count - at)): name
             for at in range(first, first + count, BATCH)

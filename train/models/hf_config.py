@@ -69,7 +69,7 @@ def config_from_hf(attributes: Mapping[str, Any], *, source: str | os.PathLike[s
       UserError: an unknown family or attribute, or a known one with a value that is not implemented.
     """
     name = attributes.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{source}: model_type {name!r} is not known; known: {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     given = {**COMMON, **family.absent, **attributes}

@@ -85,7 +85,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path}: not a tokenizer ({error})") from error
+            raise UserError(f"{path}: not a tokenizer ({one_line(error)})") from error
         backend.no_truncation()  # a length some trainer left in the file would cut texts in silence
         backend.no_padding()
         attributes = _read_object(folder / "tokenizer_config.json")

@@ -53,7 +53,7 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
         raise ValueError(f"{index} has no weight_map, wanted a map from tensor names to files; copy it again")
     for name, file in placed.items():
         parts = pathlib.PurePosixPath(file).parts if isinstance(file, str) else ()
-        if not parts or not file.isprintable() or parts[0] == "/" or ".." in parts:
+        if not parts or not file.isprintable() or len(file) > 255 or parts[0] == "/" or ".." in parts:
             raise ValueError(
                 f"{index}: tensor {name!r} is said to lie in {file!r:.100}, wanted the name of a file in this folder"
             )
