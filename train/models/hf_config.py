@@ -70,7 +70,7 @@ def config_from_hf(attributes: Mapping[str, Any], *, source: str | os.PathLike[s
     """
     name = attributes.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"{source}: model_type {name!r} is not known; known: {', '.join(FAMILIES)}")
+        raise UserError(f"{source}: model_type {name!r:.80} is not known; known: {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     given = {**COMMON, **family.absent, **attributes}
     _refuse_unknown(given, family, source)
