@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from typing import Any
@@ -60,19 +61,24 @@ def _change(document: Any, rng: random.Random) -> Any:
     """Replace, drop, rename or double a value somewhere in a document."""
     places = list(_places(document))
     if not places:
-        return rng.choice(VALUES)
+        return _value(rng)
     holder, key = rng.choice(places)
     kind = rng.randrange(6)
     if kind <= 2:
-        holder[key] = rng.choice(VALUES)
+        holder[key] = _value(rng)
     elif kind == 3:
         del holder[key]
     elif isinstance(holder, dict):
-        value = holder.pop(key) if kind == 4 else holder[key]
+        value = holder.pop(key) if kind == 4 else copy.deepcopy(holder[key])
         holder[rng.choice((f"{key}_x", key[:-1], key.upper(), "x", ""))] = value
     else:
-        holder.insert(key, holder[key])
+        holder.insert(key, copy.deepcopy(holder[key]))
     return document
+
+
+def _value(rng: random.Random) -> Any:
+    """One of VALUES, never the very list or object: later damage would change it for all."""
+    return copy.deepcopy(rng.choice(VALUES))
 
 
 def _places(document: Any) -> list[tuple[Any, Any]]:

@@ -98,7 +98,7 @@ def _judge(message: str, kind: str, folder: pathlib.Path, data: bytes) -> tuple[
     if "\n" in message.strip():
         return "lines", message[:200]
     # Plain errors of Python and NumPy name nothing that is in the folder, or in the file before or after.
-    named = [*(path.name for path in folder.rglob("*")), *re.findall(r"[\w.]{4,}", data.decode(errors="replace"))]
+    named = [*(path.name for path in folder.rglob("*")), *re.findall(r"[\w.]{2,}", data.decode(errors="replace"))]
     return ("refused", "") if any(word in message for word in named) else ("unnamed", f"{kind}: {message[:200]}")
 
 

@@ -62,7 +62,7 @@ class Tokenizer:
     date: datetime.date = dataclasses.field(default_factory=datetime.date.today)
 
     def __post_init__(self):
-        unknown = [f"{name} {token!r}" for name, token in self.special.items() if self._id(token) is None]
+        unknown = [f"{name} {token!r:.60}" for name, token in self.special.items() if self._id(token) is None]
         if unknown:
             raise UserError(f"tokenizer: {', '.join(unknown)} not in its vocabulary of {self.vocab_size} tokens")
         if not self.eos_ids and "eos_token" in self.special:
@@ -108,7 +108,12 @@ class Tokenizer:
             gguf.check_tokenizer(metadata, source=source)
         except ValueError as error:
             raise UserError(str(error)) from error
-        backend = tokenizers.Tokenizer.from_str(json.dumps(gguf.tokenizer_json(metadata)))
+        try:
+            backend = tokenizers.Tokenizer.from_str(json.dumps(gguf.tokenizer_json(metadata)))
+        except KeyError as error:
+            raise UserError(f"{source}: the metadata lack {error}, so there is no tokenizer in the file") from error
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{source}: not a tokenizer ({one_line(error)})") from error
         return cls(backend, gguf.special_tokens(metadata), metadata.get("tokenizer.chat_template"))
 
     # --- text and ids ---

@@ -97,7 +97,7 @@ def _unmatched(path: pathlib.Path, source: Source, config: Mapping[str, Any], ke
     kind = "" if task in ("CAUSAL_LM", "None") else f"; the adapter is for {task}, whose head this model may lack"
     return (
         f"{path}: {len(keys)} tensors fit no tensor of {source.name!r}: {shown}{kind}; give the model that the "
-        f"adapter was trained on ({config.get('base_model_name_or_path') or 'its config does not say which'})"
+        f"adapter was trained on ({config.get('base_model_name_or_path') or 'its config does not say which'!s:.200})"
     )
 
 
@@ -141,14 +141,14 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"adapter {str(folder)!r} has no {CONFIG}; give the folder of a PEFT LoRA adapter")
     config = read_json(path)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, only 'LORA' is known here")
+        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r:.80}, only 'LORA' is known here")
     for key in _UNKNOWN_KINDS:
         if config.get(key):
-            raise ValueError(f"{path}: {key}={config[key]!r} is not known here; merge the adapter with PEFT first")
+            raise ValueError(f"{path}: {key}={config[key]!r:.80} is not known here; merge the adapter with PEFT first")
     start = str(config.get("init_lora_weights", ""))
     if start.lower().startswith(_CHANGE_BASE):
         raise ValueError(
-            f"{path}: init_lora_weights={start!r} changed the base's weights too, so the adapter does not fit the "
+            f"{path}: init_lora_weights={start!r:.80} changed the base's weights too, so the adapter does not fit the "
             "base as it is stored; convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     return config
@@ -263,7 +263,9 @@ def _scale(config: Mapping[str, Any], module: str, rank: int, path: pathlib.Path
 
     said, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
     if said is not None and said != rank:
-        raise ValueError(f"{path}: module {module!r} has rank {rank}, {CONFIG} says {said}; the two do not go together")
+        raise ValueError(
+            f"{path}: module {module!r} has rank {rank}, {CONFIG} says {said!r:.80}; the two do not go together"
+        )
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < 1e30:
         raise ValueError(f"{path.parent / CONFIG}: lora_alpha is {alpha!r:.100}, wanted a finite number")
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

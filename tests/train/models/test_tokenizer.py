@@ -193,3 +193,24 @@ def test_whatever_a_template_does_is_one_line(tmp_path, template, words, monkeyp
         Tokenizer.from_folder(folder).chat([{"role": "user", "content": "x"}])
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"eos_token": 3}, "eos_token is 3; expected a token"),
+        ({"eos_token": {"name": "x"}}, r"eos_token is \{.*; expected a token"),
+        ({"chat_template": 5}, "the chat template is 5; expected text"),
+        ({"chat_template": [{"name": "default"}, 3]}, None),
+        ({"chat_template": [3]}, "none called 'default'"),
+        ({"eos_token": "y" * 5000}, "eos_token 'yyy"),
+    ],
+)
+def test_settings_of_another_kind_are_refused_in_one_short_line(tmp_path, said, message):
+    write_folder(tmp_path, byte_level(), **said)
+    if message is None:
+        assert Tokenizer.from_folder(tmp_path).chat_template is None
+        return
+    with pytest.raises(UserError, match=message) as error:
+        Tokenizer.from_folder(tmp_path)
+    assert len(str(error.value)) < 500
