@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import logging
 import multiprocessing
 import os
 import pathlib
@@ -43,7 +44,10 @@ def try_batch(name: str, first: int, count: int) -> list[tuple[int, str, str]]:
     """Read mutants of one kind; (seed, what happened, detail)."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from fuzz.kinds import KINDS
+    from train.log import set_quiet
 
+    set_quiet(True)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what Orbax says of every damaged checkpoint
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, _ring)
     kind = KINDS[name]
