@@ -44,6 +44,7 @@ def try_batch(name: str, first: int, count: int) -> list[tuple[int, str, str]]:
     """Read mutants of one kind; (seed, what happened, detail)."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from fuzz.kinds import KINDS
+
     from train.log import set_quiet
 
     set_quiet(True)
