@@ -49,6 +49,14 @@ def names(folder):
 # --- signals ---
 
 
+@pytest.fixture(autouse=True)
+def started_from_a_terminal():
+    """A process that a shell started in the background ignores Ctrl-C, and so do the tests in it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_ends_on_one_line(verb, number, monkeypatch, capsys):
