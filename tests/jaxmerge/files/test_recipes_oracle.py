@@ -247,7 +247,8 @@ dtype: float32
 
 @pytest.mark.parametrize("case", ["linear", "ties", "slerp", "multislerp", "slices of slices"])
 def test_bfloat16_from_float32(here, oracle, case):
-    """`dtype: float32, out_dtype: bfloat16`: to one step of bfloat16, and that in a value of 500 at most."""
+    """`dtype: float32, out_dtype: bfloat16`: to one step of bfloat16, and that in a value of 250 at most."""
+    # Sums of bfloat16 often lie halfway between two of them, and a processor's kernels decide float32's last place.
     text = CASES[case]
     # Of magnitudes that are equal, as many are of bfloat16 deltas, its TIES keeps which its sort likes: not compared.
     stored = np.float32 if case == "ties" else ml_dtypes.bfloat16
@@ -256,7 +257,7 @@ def test_bfloat16_from_float32(here, oracle, case):
         text = text.replace(f"model: {name}", f"model: half-{name}")
     wanted = oracle(text + "dtype: float32\nout_dtype: bfloat16\n")
     differ = equal(merged(text + "dtype: float32\nout_dtype: bfloat16\n"), wanted)
-    assert differ <= sum(array.size for array in wanted.values()) // 500
+    assert differ <= sum(array.size for array in wanted.values()) // 250
 
 
 def test_a_stack_of_44_layers(here, oracle):
