@@ -161,10 +161,8 @@ class Requests:
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
         """log p of whole texts, in windows of the model's length; every token is scored once."""
-        encoded = [self.encode(text) for text in texts]
-        # Windows begin with the prefix themselves.
-        bare = [tokens[1:] if tokens[:1] == [self.prefix] else tokens for tokens in encoded]
-        windows = [list(self.windows(tokens)) for tokens in bare]
+        # As in lm-eval, a window's prefix stands before the BOS that the tokenizer puts: that BOS is scored too.
+        windows = [list(self.windows(self.encode(text))) for text in texts]
         scored = iter(self.score([pair for text in windows for pair in text]))
         return [sum(next(scored).logprob for _ in text) for text in windows]
 
