@@ -239,7 +239,7 @@ def check_files(folder: pathlib.Path) -> None:
         elif found != size:
             problem = f"has {found} bytes, expected {size!r:.40}: it is truncated or was changed"
         elif _checksum(path)[1] != digest:
-            problem = f"has other contents than were written (SHA-256 differs from {digest[:12]}…)"
+            problem = f"has other contents than were written (SHA-256 differs from {digest[:12]!r}…)"
         else:
             continue
         raise UserError(f"{path}: {problem}. {again}")
