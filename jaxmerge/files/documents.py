@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -102,6 +102,16 @@ def shown(value: Any, most: int = 60) -> str:
             return f"{name} of {len(value)}"
     text = json.dumps(value, default=str, ensure_ascii=True)
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def some(names: Sequence[str], most: int) -> str:
+    """List names for a message, at most so many, and how many more there are.
+
+    Example:
+      >>> some(["a", "b", "c"], 2)
+      'a, b and 1 more'
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _line(error: Exception) -> str:

@@ -19,7 +19,7 @@ import yaml
 from jaxmerge.contract import Rule
 from jaxmerge.files.checkpoints.hub import is_hub_name
 from jaxmerge.files.checkpoints.source import Source
-from jaxmerge.files.documents import read_json
+from jaxmerge.files.documents import parse_yaml, read_json
 from jaxmerge.rules import as_text, plain
 
 FILE = "README.md"
@@ -27,6 +27,7 @@ TAG = "jaxmerge"
 MAX_FRONT = 1 << 16  # characters of a card in which its front matter must end
 CACHED = re.compile(r"(?:^|/)models--([^/]+?)--([^/]+)")  # how the hub's client calls the folder of a model
 UNSTATED = "not stated"
+RANDOM = "random weights"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,11 @@ def ingredient(name: str, folders: Iterable[pathlib.Path] = ()) -> Ingredient:
     return Ingredient("+".join(shown), tuple(hub for hub in hubs if hub), tuple(dict.fromkeys(found)))
 
 
+def origin(path: str) -> Ingredient:
+    """Describe the model that a training began with, "" if with random weights."""
+    return ingredient(path, [pathlib.Path(path)] if pathlib.Path(path).is_dir() else []) if path else Ingredient(RANDOM)
+
+
 def ingredient_of(source: Source) -> Ingredient:
     """Describe an open checkpoint; one that was made here of models of the hub, and lies only here, by these too."""
     found = ingredient(source.name, [source.folder, *(file.parent for file in source.files)])
@@ -145,10 +151,10 @@ def front_matter(path: pathlib.Path) -> Mapping[str, Any]:
         with open(path, encoding="utf-8") as file:
             text = file.read(MAX_FRONT)
         found = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-        front = yaml.safe_load(found[1]) if found else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        documents = parse_yaml(found[1], path) if found else []
+    except (OSError, ValueError):
         return {}
-    return front if isinstance(front, Mapping) else {}
+    return documents[0] if documents and isinstance(documents[0], Mapping) else {}
 
 
 def common_licence(ingredients: Sequence[Ingredient]) -> str | None:

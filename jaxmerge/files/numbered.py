@@ -154,20 +154,18 @@ def _spread_experts(changed: dict[str, Any], part: Mapping[str, Any], order: Ord
 
 def _in_step(order: Order, periods: set[int]) -> bool:
     """Whether every layer is where it was in one common period."""
-    return len(periods) == 1 and all(layer % period == j % period for period in periods for j, layer in _placed(order))
-
-
-def _placed(order: Order) -> list[tuple[int, int]]:
-    return [(j, layer) for j, (_, layer) in enumerate(order.layers)]
+    (period, *others) = periods
+    return not others and all(layer % period == j % period for j, (_, layer) in enumerate(order.layers))
 
 
 def _check_periods(changed: Mapping[str, Any], part: Mapping[str, Any], order: Order) -> None:
     for key, listed in PERIODS.items():
         value = part.get(key)
-        periods = {order.value(model, key, value) for model, _ in order.layers if type(value) is int}
-        if type(value) is not int or periods <= {0, 1} or isinstance(changed.get(listed), list):
+        if type(value) is not int or isinstance(changed.get(listed), list):
             continue
-        if not _in_step(order, {period for period in periods if type(period) is int and period > 0}):
+        periods = {order.value(model, key, value) for model, _ in order.layers}
+        told_apart = {period for period in periods if type(period) is int and period > 0}
+        if not periods <= {0, 1} and not (told_apart and _in_step(order, told_apart)):
             raise ValueError(_refusal(key, value, "the layers would not be where they were in that period"))
 
 
@@ -176,7 +174,8 @@ def _fill(changed: dict[str, Any], part: Mapping[str, Any], order: Order, count_
     kind = part.get("model_type")
     if not isinstance(kind, str):
         return
-    was = {model: _filled(order.parts[model], count_key, order.counts[model]) for model, _ in order.layers}
+    models = dict.fromkeys(model for model, _ in order.layers)
+    was = {model: _filled(order.parts[model], count_key, order.counts[model]) for model in models}
     then = _filled(changed, count_key, len(order.layers))
     if then is None or None in was.values():
         if any(key in part for key in (*PERIODS, "layer_types", "sliding_window")):

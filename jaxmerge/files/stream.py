@@ -130,11 +130,17 @@ class _Work:
         named = dict.fromkeys(name for of in recipes for name in of.sources)
         self.models = {name: open_source(name) for name in named if not self._is_stage(name)}
         self.later = [name for name in named if self._is_stage(name)]
-        self.before = stamps(file for source in self.models.values() for file in _read_files(source))
+        read = {file for source in self.models.values() for file in _read_files(source)}
+        self.before = stamps(read | self._later_files())
         self.notes: list[str] = []  # of all plans so far: those of stages are the result's too
 
     def _is_stage(self, name: str) -> bool:
         return name.partition("+")[0] in self.stages
+
+    def _later_files(self) -> set[pathlib.Path]:
+        """The files of adapters that are applied to what a stage makes."""
+        folders = {find_adapter(adapter, name) for name in self.later for adapter in name.split("+")[1:]}
+        return {file for folder in folders for name in (CONFIG, WEIGHTS) if (file := folder / name).exists()}
 
     def _open(self, name: str) -> Source:
         if not self._is_stage(name):
@@ -146,8 +152,7 @@ class _Work:
     def digest(self) -> str:
         """Digest all that decides the result, known before any of it is made: recipe, settings, what is read."""
         files = {file for source in self.models.values() for file in source.files}
-        adapters = {find_adapter(adapter, name) for name in self.later for adapter in name.split("+")[1:]}
-        files |= {folder / name for folder in adapters for name in (CONFIG, WEIGHTS) if (folder / name).exists()}
+        files |= self._later_files()
         beside = {name: (source.config, _digests(source.companions())) for name, source in self.models.items()}
         for name in (of.tokenizer.source for of in self.recipes if of.tokenizer is not None):
             if name not in ("union", "base") and name not in self.models and not self._is_stage(name):
@@ -215,8 +220,7 @@ class _Work:
                 writer.finish()
             check_unchanged(self.before)
             plan.companions(journal.result)
-            record |= {"command": self.digest, "report": report}
-            record |= {"compat": settings.compat, "allow": list(settings.allow)}
+            record |= {"command": self.digest, "report": report, "compat": settings.compat, "allow": [*settings.allow]}
             card.write(journal.result, record, [journal.done[job.name] for job in plan.jobs])
         return report | {"notes": [*self.notes, *journal.notes]}
 

@@ -18,7 +18,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from jaxmerge.files import engine, recipe
 from jaxmerge.files import plan as planning
 from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import Source, Tensor, read
-from jaxmerge.files.documents import parse_yaml, read_json
+from jaxmerge.files.documents import parse_yaml, read_json, some
 from jaxmerge.files.plan import Job
 from jaxmerge.rules import RULES
 
@@ -281,12 +281,8 @@ def table(report: Mapping[str, Any]) -> str:
         ("not in the recipe", report["extra"]),
         ("not replayed (too large, or random elsewhere)", report["skipped"]),
     ):
-        lines += [f"  {name}: {_some(tensors)}"] if tensors else []
+        lines += [f"  {name}: {some(tensors, 4)}"] if tensors else []
     return "\n".join(lines)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def as_json(report: Mapping[str, Any]) -> str:

@@ -72,10 +72,8 @@ def inspect(words: Words, assignments: Words, dry: bool) -> int:
         sources = [open_source(name) for name in (words[0], *words[1].split(","))]
         found = compare(*sources, progress=advance)
     say(table(found))
-    for path, text in ((settings.picture, lambda: svg(found)), (settings.json, lambda: json.dumps(found, indent=1))):
-        if path:
-            write_durably(Path(path), text())
-            say(path)
+    write_report(settings.picture, lambda: svg(found))
+    write_report(settings.json, lambda: json.dumps(found, indent=1))
     return 0
 
 
@@ -88,9 +86,7 @@ def _show_contents(name: str, settings: InspectOptions) -> int:
     with own_errors():
         found = describe(open_source(name))
     say(contents(found))
-    if settings.json:
-        write_durably(Path(settings.json), json.dumps(found, indent=1))
-        say(settings.json)
+    write_report(settings.json, lambda: json.dumps(found, indent=1))
     return 0
 
 
@@ -106,17 +102,8 @@ def verify(words: Words, assignments: Words, dry: bool) -> int:
     start_jax()
     from jaxmerge.files import verify as verifying
 
-    from ..log import progress
-
     try:
-        with contextlib.ExitStack() as stack:
-            bars: list[Any] = []
-
-            def advance(done: int, total: int, tensor: str) -> None:
-                if not bars:
-                    bars.append(stack.enter_context(progress("verify", total=total, unit="tensors")))
-                bars[0].advance(done - bars[0].done, note=tensor)
-
+        with progress_in_tensors("verify") as advance:
             report = verifying.verify(words[0], of=settings.of, everything=settings.all, progress=advance)
     except verifying.Unsure as error:
         say(f"jaxmerge verify: cannot tell: {error}")
@@ -125,9 +112,7 @@ def verify(words: Words, assignments: Words, dry: bool) -> int:
         say(f"jaxmerge verify: {error}")
         return verifying.UNREADABLE
     say(verifying.table(report))
-    if settings.json:
-        write_durably(Path(settings.json), verifying.as_json(report))
-        say(settings.json)
+    write_report(settings.json, lambda: verifying.as_json(report))
     return report["code"]
 
 
@@ -142,17 +127,8 @@ def extract_lora(words: Words, assignments: Words, dry: bool) -> int:
     from jaxmerge.files.checkpoints.open import open_source
     from jaxmerge.files.inspect.lowrank import extract_lora as extract
 
-    from ..log import progress
-
     start_jax()
-    with own_errors(), contextlib.ExitStack() as stack:
-        bars: list[Any] = []
-
-        def advance(done: int, total: int, tensor: str) -> None:
-            if not bars:
-                bars.append(stack.enter_context(progress("extract", total=total, unit="tensors")))
-            bars[0].advance(done - bars[0].done, note=tensor)
-
+    with own_errors(), progress_in_tensors("extract") as advance:
         base, tuned = open_source(words[0]), open_source(words[1])
         report = extract(base, tuned, words[2], progress=advance, **dataclasses.asdict(settings))
     say(f"rank {report['rank']}: {format_percent(report['explained'])} of the change (squared norm) in the matrices")
@@ -169,6 +145,29 @@ def own_errors() -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(str(error.args[0] if isinstance(error, KeyError) else error)) from error
+
+
+def write_report(path: str | None, text: Callable[[], str]) -> None:
+    """Write what was found to a file, if one is wanted, and say where it is."""
+    if path:
+        write_durably(Path(path), text())
+        say(path)
+
+
+@contextlib.contextmanager
+def progress_in_tensors(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Yield a callback of tensors done, tensors in all, and a tensor's name: a bar, drawn at the first call."""
+    from ..log import progress
+
+    with contextlib.ExitStack() as stack:
+        bars: list[Any] = []
+
+        def advance(done: int, total: int, tensor: str) -> None:
+            if not bars:
+                bars.append(stack.enter_context(progress(title, total=total, unit="tensors")))
+            bars[0].advance(done - bars[0].done, note=tensor)
+
+        yield advance
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmerge.files import model_card
-from jaxmerge.files.model_card import Card, Ingredient, ingredient
+from jaxmerge.files.model_card import Card, origin
 
 from ..log import format_percent
 from ..report.rows import DOMAIN_NAMES, format_interval, pooled_rows
@@ -70,8 +70,3 @@ def accuracies(rows: Rows, base: Rows) -> str:
 def pooled(rows: Rows) -> list[dict[str, Any]]:
     """The rows over all families, of one model."""
     return pooled_rows([{**row, "method": "", "round": 0} for row in rows])
-
-
-def origin(path: str) -> Ingredient:
-    """The model a run began with, as a card names it."""
-    return ingredient(path, [Path(path)] if Path(path).is_dir() else []) if path else Ingredient("random weights")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmerge.files import model_card
-from jaxmerge.files.model_card import Card, Ingredient, ingredient
+from jaxmerge.files.model_card import Card, Ingredient
 
 
 def write_cards(folder: Path, name: str, path: str, record: Mapping[str, Any], settings: str) -> None:
@@ -20,7 +20,7 @@ def write_cards(folder: Path, name: str, path: str, record: Mapping[str, Any], s
       record: of the committed training.
       settings: the run's own, in YAML.
     """
-    base = ingredient(path, [Path(path)] if Path(path).is_dir() else []) if path else Ingredient("random weights")
+    base = model_card.origin(path)
     for place, adapter in ((folder / "hf", False), (folder / "adapter", True)):
         if place.is_dir() and not (place / model_card.FILE).exists():
             model_card.write_card(place, trained_card(place, name, base, record, settings, adapter=adapter))

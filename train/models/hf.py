@@ -37,6 +37,7 @@ from .stacked import unstack_layers
 
 # --- reading -----------------------------------------------------------------------------------------------
 
+LISTED = 8  # names in a message
 FLOATS = {"F64", "F32", "F16", "BF16"}
 # Buffers that Llama 1 and 2 conversions stored; they follow from the config.
 COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -104,10 +105,6 @@ def load_hf(
     return config, params
 
 
-def _some(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def place(
     config: ModelConfig,
     found: Mapping[str, tuple[int, ...]],
@@ -135,7 +132,7 @@ def place(
         ],
     }
     if any(complaints.values()):
-        listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in complaints.items() if names)
+        listed = "; ".join(f"{kind}: {documents.some(names, LISTED)}" for kind, names in complaints.items() if names)
         raise UserError(f"{source}: the tensors do not fit the config; {listed}")
 
     params: Params = {}
@@ -150,7 +147,9 @@ def place(
             finite[name] = _all_finite(leaf)
     bad = [name for name, good in jax.device_get(finite).items() if not good]
     if bad:
-        raise UserError(f"{source}: NaN or infinity in {_some(bad)}; damaged, or the training diverged")
+        raise UserError(
+            f"{source}: NaN or infinity in {documents.some(bad, LISTED)}; damaged, or the training diverged"
+        )
     return params
 
 
@@ -205,7 +204,7 @@ def save_hf(
     have, want = ({n: tuple(leaf.shape) for n, leaf in named(tree)} for tree in (params, shapes(config)))
     if have != want:
         differ = [name for name in {**want, **have} if have.get(name) != want.get(name)]
-        raise UserError(f"{folder}: the parameters do not fit the config: {_some(differ)}")
+        raise UserError(f"{folder}: the parameters do not fit the config: {documents.some(differ, LISTED)}")
     # Every process takes part in reading an array that is spread over their devices; the first one writes.
     with new_folder(folder) if first else contextlib.nullcontext(folder) as temporary:
         stored = np.dtype(dtype).name

@@ -24,14 +24,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxmerge.files.checkpoints import safetensors
 from jaxmerge.files.checkpoints.adapted import Adapted, Renamed, Replaced, Shifted
 from jaxmerge.files.checkpoints.classes import is_transposed, model_types
-from jaxmerge.files.checkpoints.heads import is_head, tied_pair, untied
-from jaxmerge.files.checkpoints.source import Source, Tensor, read
-from jaxmerge.files.documents import read_json
+from jaxmerge.files.checkpoints.heads import have_same_bits, is_head, tied_pair, untied
+from jaxmerge.files.checkpoints.source import Source, Tensor
+from jaxmerge.files.documents import read_json, some
 from jaxmerge.files.patterns import matches_module
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -92,11 +91,10 @@ def apply(source: Source, adapter: pathlib.Path) -> Source:
 
 
 def _unmatched(path: pathlib.Path, source: Source, config: Mapping[str, Any], keys: list[str]) -> str:
-    shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
     task = str(config.get("task_type"))
     kind = "" if task in ("CAUSAL_LM", "None") else f"; the adapter is for {task}, whose head this model may lack"
     return (
-        f"{path}: {len(keys)} tensors fit no tensor of {source.name!r}: {shown}{kind}; give the model that the "
+        f"{path}: {len(keys)} tensors fit no tensor of {source.name!r}: {some(keys, 4)}{kind}; give the model that the "
         f"adapter was trained on ({config.get('base_model_name_or_path') or 'its config does not say which'!s:.200})"
     )
 
@@ -297,15 +295,9 @@ def _settle_head(
         del tensors[head]
         return source.config, ()
     own = tensors[head]
-    if isinstance(own, Replaced) and isinstance(embedding, Replaced) and _same(own.tensor, embedding.tensor):
+    if isinstance(own, Replaced) and isinstance(embedding, Replaced) and have_same_bits(own.tensor, embedding.tensor):
         del tensors[head]
         return source.config, ()
     which = "embedding" if own is lent else "head" if not changed else "embedding and the head"
     note = f"{adapter} adapts the {which} of {source.name}, which were tied; now they are apart"
     return untied(source.config), (note,)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two stored tensors have the same bits."""
-    same = (a.dtype, a.shape) == (b.dtype, b.shape)
-    return same and np.array_equal(read(a).reshape(-1).view(np.uint8), read(b).reshape(-1).view(np.uint8))

@@ -58,7 +58,13 @@ _MOVED = (
     (r"language_model\.lm_head\.", "lm_head."),
     (r"(vision_tower|vision_model|multi_modal_projector|image_newline)(?=\.|$)", r"model.\1"),
 )
-_WITH_HEAD = re.compile("CausalLM|LMHead|ConditionalGeneration")
+# Classes of models with a head over the vocabulary, by what their names contain.
+_WITH_HEAD = re.compile("CausalLM|LMHead|ConditionalGeneration|MaskedLM|PreTraining|DoubleHeads")
+
+
+def says_head(config: Mapping[str, Any]) -> bool:
+    """Say whether a config's `architectures` are of models with a head over the vocabulary."""
+    return any(_WITH_HEAD.search(str(kind)) for kind in config.get("architectures") or [])
 
 
 def name_in_memory(name: str, names: Collection[str], config: Mapping[str, Any]) -> str:
@@ -71,8 +77,7 @@ def name_in_memory(name: str, names: Collection[str], config: Mapping[str, Any])
       >>> name_in_memory("h.0.mlp.c_fc.weight", ["wte.weight"], {"architectures": ["GPT2LMHeadModel"]})
       'transformer.h.0.mlp.c_fc.weight'
     """
-    kinds = " ".join(str(kind) for kind in config.get("architectures") or [])
-    if not _WITH_HEAD.search(kinds):
+    if not says_head(config):
         return name
     if any(part.startswith("language_model.model.") for part in names):
         return next((re.sub(f"^{old}", new, name) for old, new in _MOVED if re.match(old, name)), name)

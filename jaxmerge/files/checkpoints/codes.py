@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from jaxmerge.files.checkpoints.source import Tensor, fill_by_rows, read
+from jaxmerge.files.checkpoints.source import MadeByRows, Tensor, read
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # AWQ's k-th nibble of a word is this one of its eight columns
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -22,7 +22,7 @@ FP4_BLOCK = 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Made:
+class _Made(MadeByRows):
     """A float32 tensor that is made of others when it is read."""
 
     name: str
@@ -30,27 +30,8 @@ class _Made:
     parts: tuple[Tensor, ...]
 
     @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.float32)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape) * 4
-
-    @property
     def where(self) -> str:
         return " and ".join(dict.fromkeys(part.where for part in self.parts))
-
-    @property
-    def chunked(self) -> bool:
-        return True
-
-    def read_into(self, buffer: np.ndarray, start: int = 0) -> None:
-        """Fill `buffer` (uint8, C order) with the bytes from byte `start` of the tensor on."""
-        fill_by_rows(self, buffer, start, self._rows)
-
-    def _rows(self, first: int, last: int) -> np.ndarray:
-        raise NotImplementedError
 
 
 def _read_rows(tensor: Tensor, first: int, last: int) -> np.ndarray:

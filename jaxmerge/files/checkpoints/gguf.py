@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmerge.files.checkpoints.source import Source, Tensor, fill_by_rows
+from jaxmerge.files.checkpoints.source import MadeByRows, Source, Tensor
 
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 INNER = {
@@ -67,7 +66,7 @@ def read_file(path: pathlib.Path) -> tuple[dict[str, Any], list[Any]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantised:
+class Quantised(MadeByRows):
     """A tensor of a GGUF file in float32; heads: of q and k, whose rows are stored in another order."""
 
     name: str
@@ -77,24 +76,8 @@ class Quantised:
     heads: int | None
 
     @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.float32)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape) * 4
-
-    @property
     def where(self) -> str:
         return str(self.file)
-
-    @property
-    def chunked(self) -> bool:
-        return True
-
-    def read_into(self, buffer: np.ndarray, start: int = 0) -> None:
-        """Fill `buffer` (uint8, C order) with the bytes from byte `start` of the tensor on."""
-        fill_by_rows(self, buffer, start, self._rows)
 
     def _rows(self, first: int, last: int) -> np.ndarray:
         from gguf.quants import dequantize

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmerge.files.checkpoints.classes import says_head
 from jaxmerge.files.checkpoints.source import BLOCK_BYTES, Source, Tensor
 
 TIE = "tie_word_embeddings"
@@ -28,8 +29,6 @@ FAMILIES = (
     (r"(bert|electra|distilbert|mpnet)\.embeddings\.word_embeddings\.weight", "cls.predictions.decoder.weight"),
     (r"(roberta|xlm-roberta|camembert|esm)\.embeddings\.word_embeddings\.weight", "lm_head.decoder.weight"),
 )  # fmt: skip
-# Classes of models with a head over the vocabulary, by what their names contain.
-_WITH_HEAD = re.compile("CausalLM|LMHead|ConditionalGeneration|MaskedLM|PreTraining|DoubleHeads")
 
 
 def find_embedding(names: Collection[str]) -> tuple[str, str] | None:
@@ -59,8 +58,7 @@ def tied_pair(source: Source) -> tuple[str, str] | None:
     """
     found = find_embedding(source.tensors)
     config = source.config
-    architectures = config.get("architectures") or []
-    headless = bool(architectures) and not any(_WITH_HEAD.search(str(name)) for name in architectures)
+    headless = bool(config.get("architectures")) and not says_head(config)
     if found is None or found[1] in source.tensors or headless or not _says_tied(config, bool(config)):
         return None
     return found
@@ -91,7 +89,7 @@ def drop_tied_head(name: str, tensors: dict[str, Tensor], config: Mapping[str, A
     if found is None or found[1] not in tensors or not _says_tied(config, default=False):
         return ()
     embedding, head = found
-    if not _equal(tensors[head], tensors[embedding]):
+    if not have_same_bits(tensors[head], tensors[embedding]):
         raise ValueError(
             f"{name}: config.json says {TIE}, but {head} differs from {embedding}; set it to false to merge both, or "
             "remove the head"
@@ -100,8 +98,8 @@ def drop_tied_head(name: str, tensors: dict[str, Tensor], config: Mapping[str, A
     return (f"{name}: {head} is tied to the embedding and stored twice; written once",)
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bits, a chunk at a time."""
+def have_same_bits(a: Tensor, b: Tensor) -> bool:
+    """Say whether two tensors are of one dtype and shape and hold the same bits; they are read a chunk at a time."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     step = BLOCK_BYTES if a.chunked and b.chunked else max(a.size, 1)

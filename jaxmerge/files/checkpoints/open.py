@@ -7,14 +7,13 @@ import functools
 import pathlib
 from collections.abc import Mapping
 
+from jaxmerge.files.checkpoints import adapter as adapters
 from jaxmerge.files.checkpoints import hub, safetensors, shards
 from jaxmerge.files.checkpoints.beside import companions_of
 from jaxmerge.files.checkpoints.heads import drop_tied_head
 from jaxmerge.files.checkpoints.quantised import dequantise
 from jaxmerge.files.checkpoints.source import Source, Tensor, nothing
 from jaxmerge.files.documents import read_json
-
-ADAPTER = "adapter_config.json"
 
 
 def open_source(name: str) -> Source:
@@ -124,7 +123,7 @@ def _file(name: str, path: pathlib.Path) -> Source:
 
 
 def _check_no_adapter(name: str, folder: pathlib.Path) -> None:
-    if not (folder / "config.json").exists() and (folder / ADAPTER).exists():
+    if not (folder / "config.json").exists() and (folder / adapters.CONFIG).exists():
         raise ValueError(f"model {name!r} is an adapter, without the model it adapts; write it as 'model+adapter'")
 
 
@@ -144,8 +143,6 @@ def _described(
 
 def _open_adapted(name: str) -> Source:
     base, _, adapter = name.rpartition("+")
-    from jaxmerge.files.checkpoints import adapter as adapters
-
     folder = find_adapter(adapter, name)
     return dataclasses.replace(adapters.apply(open_source(base), folder), name=name)
 

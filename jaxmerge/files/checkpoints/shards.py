@@ -8,10 +8,9 @@ not name is left out. Where a folder holds more than what is read, a note says s
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
 
 from jaxmerge.files.checkpoints.safetensors import INDEX, SINGLE, Stored, read_header
-from jaxmerge.files.documents import read_json
+from jaxmerge.files.documents import read_json, some
 
 LISTED = 3  # names in a message
 
@@ -32,7 +31,7 @@ def open_folder(folder: pathlib.Path) -> tuple[dict[str, Stored], tuple[str, ...
         return check_elements(folder, tensors), notes
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        others = _listed(sorted(file.name for file in folder.glob("*.bin"))) or "neither these nor a *.bin file"
+        others = some(sorted(file.name for file in folder.glob("*.bin")), LISTED) or "neither these nor a *.bin file"
         raise ValueError(f"model {str(folder)!r} holds no *.safetensors, found {others}; save it as safetensors")
     raise ValueError(f"{folder} holds {[f.name for f in files][:LISTED]} but neither {SINGLE} nor {INDEX}")
 
@@ -43,7 +42,9 @@ def _beside(folder: pathlib.Path) -> tuple[str, ...]:
     others += [INDEX] if (folder / INDEX).exists() else []
     if not others:
         return ()
-    return (f"{folder} holds {SINGLE}, which is read, and {_listed(others)}, left over from an earlier save: not read",)
+    return (
+        f"{folder} holds {SINGLE}, which is read, and {some(others, LISTED)}, left over from an earlier save: not read",
+    )
 
 
 def _read_index(index: pathlib.Path) -> dict[str, str]:
@@ -77,7 +78,7 @@ def _open_shards(folder: pathlib.Path, placed: dict[str, str]) -> tuple[dict[str
         )
     if not unnamed:
         return tensors, ()
-    return tensors, (f"{folder}: {_listed(unnamed)} are not where {INDEX} says, or not in it: left out",)
+    return tensors, (f"{folder}: {some(unnamed, LISTED)} are not where {INDEX} says, or not in it: left out",)
 
 
 def check_elements(folder: pathlib.Path, tensors: dict[str, Stored]) -> dict[str, Stored]:
@@ -85,12 +86,7 @@ def check_elements(folder: pathlib.Path, tensors: dict[str, Stored]) -> dict[str
     empty = [name for name, tensor in tensors.items() if tensor.shape == (0,)]
     if empty:
         raise ValueError(
-            f"{folder}: {len(empty)} of {len(tensors)} tensors have no elements, {_listed(empty)}: saved from a "
+            f"{folder}: {len(empty)} of {len(tensors)} tensors have no elements, {some(empty, LISTED)}: saved from a "
             "training that kept them in parts (DeepSpeed ZeRO-3); gather them first, with its zero_to_fp32.py"
         )
     return tensors
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more

@@ -8,9 +8,10 @@ time. Kinds of model: a Hugging Face folder of safetensors, a GGUF file, an Orba
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -72,6 +73,32 @@ def fill_by_rows(tensor: Tensor, buffer: np.ndarray, start: int, rows: Callable[
         made = made[: buffer.size - done]
         buffer[done : done + made.size] = made
         done += made.size
+
+
+class MadeByRows:
+    """A float32 tensor whose rows are made when they are read; a subclass has `name`, `shape`, `where` and `_rows`."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * 4
+
+    @property
+    def chunked(self) -> bool:
+        return True
+
+    def read_into(self, buffer: np.ndarray, start: int = 0) -> None:
+        """Fill `buffer` (uint8, C order) with the bytes from byte `start` of the tensor on."""
+        fill_by_rows(cast(Tensor, self), buffer, start, self._rows)
+
+    def _rows(self, first: int, last: int) -> np.ndarray:
+        """Make rows [first, last)."""
+        raise NotImplementedError
 
 
 def nothing() -> Mapping[str, bytes]:
