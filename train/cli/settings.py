@@ -72,7 +72,8 @@ class VerifyOptions:
     """Keys of `jaxmerge verify`."""
 
     of: str | None = None
-    """The folder is compared with this recipe, or with `BASE+ADAPTER`; null takes the recipe in the folder."""
+    """The folder is compared with this recipe, with `BASE+ADAPTER`, or with a checkpoint of a run; null takes the
+    recipe in the folder, or the run that it is of."""
     all: bool = False
     """Every element of every tensor is replayed, not a sample."""
     json: str | None = None

@@ -20,6 +20,7 @@ from ..runtime.journal import Journal
 from ..runtime.processes import on_first
 from ..runtime.settings import Mesh
 from .card import exported_card, run_card
+from .origin import write_origin
 from .plan import BASE, Outcome, Plan, plan
 from .session import Session
 from .settings import Improve
@@ -36,7 +37,7 @@ def export(run: str, out: str, *, method: str | None = None, number: int | None 
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype={dtype!r}; choose float32, bfloat16 or float16")
-    place = Path(out)
+    place, found = Path(out), None
     if method is None:
         model = open_model(run)
         card = functools.partial(exported_card, place, run)
@@ -46,6 +47,8 @@ def export(run: str, out: str, *, method: str | None = None, number: int | None 
         card = functools.partial(found.card, place)
     save_hf(out, model.config, model.params, dtype=jnp.dtype(dtype), tokenizer_from=model.tokenizer)
     on_first(lambda: write_card(place, card()))
+    if found is not None and found.outcome.model != BASE:
+        on_first(write_origin, place, found.root, found.outcome.model)
 
 
 @dataclasses.dataclass(frozen=True)

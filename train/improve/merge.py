@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 import jaxmerge
 
@@ -67,6 +68,11 @@ def complement(alpha: Any) -> Any:
     if isinstance(alpha, Mapping):
         return {pattern: complement(a) for pattern, a in alpha.items()}
     return [1.0 - a for a in alpha] if isinstance(alpha, list | tuple) else 1.0 - alpha
+
+
+def key_of(key: jax.Array, round: int) -> jax.Array:
+    """The key of the random masks of a round's merge, from that of the run."""
+    return jax.random.fold_in(jax.random.fold_in(key, round), np.uint32(0xDA2E))
 
 
 def running_average(models: Sequence[Params]) -> Params:

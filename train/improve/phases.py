@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 import jaxmerge
 
@@ -198,8 +197,8 @@ def merge(session: Session, phase: Phase, folder: Path) -> Row:
     anchor = combine.running_average(
         [session.weights.get(m) for role, m in phase.inputs.items() if role.startswith("anchor")]
     )
-    key = jax.random.fold_in(jax.random.fold_in(session.key, phase.round), np.uint32(0xDA2E))
-    reference = None if config.reference == "anchor" else read_reference(session, config.reference)
+    key = combine.key_of(session.key, phase.round)
+    reference = None if config.reference == "anchor" else read_reference(session.weights, config.reference)
 
     def merged(alpha):
         try:
