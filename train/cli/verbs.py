@@ -77,7 +77,8 @@ def sft(words: Words, assignments: Words, dry: bool) -> int:
     """Fine-tune or pretrain a model on examples, or resume the unfinished run in its folder.
 
     Without a config, DATA is JSON lines (messages, prompt and completion, Alpaca, GSM8K, MBPP, multiple choice: told
-    by their keys) or the folder of a TFDS version, and OUT is the folder of the run.
+    by their keys), the folder of a TFDS version or a dataset of the hub (hf:ORG/NAME/SUBSET), and OUT is the folder of
+    the run.
     """
     del dry
     place, others = split(assignments, Place)
@@ -143,12 +144,13 @@ def evaluate(words: Words, assignments: Words, dry: bool) -> int:
 
     CONFIG is one of `improve`: its tasks and evaluation blocks are read, and its keys are taken (`improve --help`).
     FILE is JSON lines (GSM8K, multiple choice, problem and answer, MBPP: told by their keys), the folder of a TFDS
-    version, or the word humaneval; then these keys are taken.
+    version, a dataset of the hub (hf:ORG/NAME/SUBSET:SPLIT), or the word humaneval; then these keys are taken.
     """
     del dry
     result, others = split(assignments, Result)
     check_file(result.out)
-    if words[1] == "humaneval" or Path(words[1]).suffix in (".jsonl", ".json") or Path(words[1]).is_dir():
+    file = Path(words[1]).suffix in (".jsonl", ".json") or Path(words[1]).is_dir() or words[1].startswith("hf:")
+    if words[1] == "humaneval" or file:
         settings = options(others, QuestionOptions)
         start_jax(settings)
         from ..evaluate.run import examine
