@@ -22,6 +22,7 @@ from ..studies.settings import AnalyseOptions
 from .files import extract_lora, inspect, merge, verify
 from .flags import MERGEKIT
 from .settings import (
+    DataOptions,
     Experiment,
     ExportOptions,
     ExtractOptions,
@@ -94,6 +95,26 @@ def sft(words: Words, assignments: Words, dry: bool) -> int:
     from ..learn.run import finetune
 
     finetune(config, name=out.name if len(words) == 3 and out else Path(words[0]).stem, out=out)
+    return 0
+
+
+def data(words: Words, assignments: Words, dry: bool) -> int:
+    """Show what a file or a dataset of the hub would become: examples, lengths, what is learnt, what is cut.
+
+    PATH is what `sft` and `evaluate` take: JSON lines, the folder of a TFDS version, or hf:ORG/NAME/SUBSET:SPLIT. What
+    is learnt stands in ⟦ ⟧. With model= lengths are in tokens and the chat template is shown.
+    """
+    del dry
+    settings = options(assignments, DataOptions)
+    from ..learn.look import look
+    from ..learn.settings import Data, Sft
+
+    read = Data(
+        path=words[0], format=settings.format, split=settings.split, ignore=settings.ignore, learn=settings.learn,
+        chat_template=settings.chat_template,
+    )  # fmt: skip
+    limits = Sft(max_length=settings.max_length, overlong=settings.overlong)
+    look(read, limits, model=settings.model, examples=settings.examples)
     return 0
 
 
@@ -297,6 +318,7 @@ TABLE = (
     Verb("inspect", (("MODEL",), ("BASE", "MODELS")), inspect, (InspectOptions,), extra="files"),
     Verb("extract-lora", (("BASE", "TUNED", "OUT"),), extract_lora, (ExtractOptions,), extra="files"),
     Verb("sft", (CONFIG, ("MODEL", "DATA", "OUT")), sft, (Place, Finetune), resumes=True),
+    Verb("data", (("PATH",),), data, (DataOptions,)),
     Verb("sample", (("MODEL", "PROMPTS", "OUT"),), sample, (SampleOptions,)),
     Verb("evaluate", (("MODEL", "CONFIG"), ("MODEL", "FILE")), evaluate, (Result, QuestionOptions), also=(Improve,)),
     Verb("harness", (("MODEL", "TASKS"),), harness, (Result, HarnessOptions)),

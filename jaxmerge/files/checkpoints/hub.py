@@ -20,11 +20,14 @@ def is_hub_name(name: str) -> bool:
     return bool(HUB_NAME.fullmatch(name)) and not name.endswith(".gguf")
 
 
-def fetch(name: str) -> pathlib.Path:
+def fetch(name: str, *, weights: bool = True) -> pathlib.Path:
     """Return the folder of `org/name` or `org/name@revision`: downloaded with a bar, or as it lies in the cache.
 
     The client asks the hub whether its copy is the newest; where the hub cannot be reached, what is in the cache is
     taken.
+
+    Args:
+      weights: whether they are fetched too; without them come the config and the tokenizer, a few MB.
 
     Raises:
       ValueError: it is neither there nor in the cache, or may not be read; says what the client said.
@@ -37,11 +40,12 @@ def fetch(name: str) -> pathlib.Path:
             "pip install huggingface_hub"
         ) from None
     model, _, revision = name.partition("@")
+    wanted = [pattern for pattern in WANTED if weights or pattern != "*.safetensors"]
     # The error of the library that the client asks with, which was another one in each of its major versions.
     connection = cast(type[Exception], errors.HfHubHTTPError.__mro__[1])
     try:
         found = snapshot_download(
-            model, revision=revision or None, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+            model, revision=revision or None, allow_patterns=wanted, ignore_patterns=list(UNWANTED)
         )
     except (OSError, connection, errors.HFValidationError) as error:
         reason = " ".join(str(error).split())[:200]
