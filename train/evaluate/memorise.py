@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..tasks import Question, Suite
+from ..tasks.code import MbppTask
 from ..tasks.local import LocalTask
 from ..tasks.suite import draw_seed
 from ..tasks.task import normalise, question_id
@@ -49,7 +50,7 @@ def twins(suite: Suite, questions: Sequence[Question], *, seed: int = 0, draws: 
     found: dict[str, Question] = {}
     for question in questions:
         task = suite.tasks[question.family]
-        if isinstance(task, LocalTask):
+        if isinstance(task, LocalTask | MbppTask):
             continue
         spec = next(s for s in suite.specs if (s.family, s.domain) == (question.family, question.domain))
         key = (question.family, question.domain, repr(sorted(spec.args.items())))

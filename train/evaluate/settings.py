@@ -66,7 +66,7 @@ class QuestionOptions:
     """gsm8k: the answer is the last number (flexible), or the one after the last `####` or `The answer is`
     (strict)."""
     split: str = "train"
-    """This split of a TFDS version is asked, in place of a file."""
+    """This split of a TFDS version or of a dataset on the hub is asked."""
     samples: int = 0
     """This many samples of each question are drawn beside the greedy answer, for pass@k with k up to this; 0 draws
     none."""

@@ -10,6 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
+from ..data.hub import pin
 from ..learn.settings import Sft
 from ..runtime.folder import check_resumable, check_same_config, content, fingerprint, write_config
 from ..runtime.journal import Journal
@@ -36,6 +37,7 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
       UserError: the folder holds a run of another config, or a phase met a mistake of the user's.
     """
     folder = out or Path("runs") / f"{name}-{fingerprint(content(config))}"
+    config = pin(config, folder, on_first)
     on_first(check_same_config, folder, config)
     finished = on_first(summary.read_finished, folder)
     if finished is not None:
