@@ -168,9 +168,9 @@ def write(folder: pathlib.Path, out: pathlib.Path) -> None:
     Arrays go from the mapped file to the checkpoint a few at a time: memory is about twice the largest.
     """
     stored, _ = shards.open_folder(folder)
-    tree = _nested({name: _mapped(tensor) for name, tensor in stored.items()})
+    tree = nest({name: _mapped(tensor) for name, tensor in stored.items()})
     with disk.new_folder(out, sum(tensor.size for tensor in stored.values())) as partial:
-        _save(tree, partial / "weights")
+        write_tree(tree, partial / "weights")
         (partial / "model").mkdir()
         write_companions(partial / "model", companions_of(folder))
         for name, place in (("config.json", partial / "model"), *((name, partial) for name in SAID)):
@@ -184,7 +184,7 @@ def _mapped(tensor: safetensors.Stored) -> np.ndarray:
     return np.asarray(raw).view(tensor.dtype).reshape(tensor.shape)
 
 
-def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def nest(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Dotted names to nested dictionaries."""
     tree: dict[str, Any] = {}
     for name, array in arrays.items():
@@ -200,7 +200,8 @@ def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return tree
 
 
-def _save(tree: dict[str, Any], path: pathlib.Path) -> None:
+def write_tree(tree: dict[str, Any], path: pathlib.Path) -> None:
+    """Write nested dictionaries of NumPy arrays as a checkpoint."""
     try:
         import orbax.checkpoint as ocp
     except ImportError:
