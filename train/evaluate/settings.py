@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from ..generate.settings import COLDEST, Settings
 from ..log import UserError
 from ..resolve import at_least
 from ..runtime.settings import Distributed, Mesh
+
+
+def is_questions(name: str) -> bool:
+    """Whether a name is of questions (a file, a TFDS version, humaneval), and not of a config."""
+    return name == "humaneval" or Path(name).suffix in (".jsonl", ".json") or Path(name).is_dir()
 
 
 @dataclasses.dataclass(frozen=True)
