@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from jaxmerge import install
+
 from ..log import UserError
 from . import cot, letters, numbers, wording
 from .task import Prompt, Question, Unjudged
@@ -212,7 +214,7 @@ def mathematics() -> tuple[Any, Any]:
         from math_verify import parse, verify
     except ImportError as error:
         raise UserError(
-            f"tasks: comparing free-form answers needs math-verify ({error}); pip install 'jaxmerge[math]'"
+            f"tasks: comparing free-form answers needs math-verify ({error}); {install.extra('math')}"
         ) from error
     return parse, verify
 

@@ -6,6 +6,7 @@ import pathlib
 import re
 from typing import cast
 
+from jaxmerge import install
 from jaxmerge.files.checkpoints.beside import CODE, COMPANIONS
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -34,7 +35,7 @@ def fetch(name: str) -> pathlib.Path:
     except ImportError:
         raise ValueError(
             f"{name}: no such folder here, and huggingface_hub is not installed, which downloads models; "
-            "pip install huggingface_hub"
+            f"{install.extra('files')}"
         ) from None
     model, _, revision = name.partition("@")
     # The error of the library that the client asks with, which was another one in each of its major versions.
