@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxmerge import install
+
 Point = tuple[float, ...]
 Candidate = dict[str, Any]
 Trial = dict[str, Any]
@@ -200,7 +202,9 @@ def cma_es(space: Space, *, seed: int = 0, generations: int = 10, population: in
     try:
         from cmaes import CMA  # pyright: ignore[reportMissingImports]  (optional)
     except ImportError:
-        raise ImportError("strategy 'cma_es' needs the package cmaes, which is not here: pip install cmaes") from None
+        raise ImportError(
+            f"strategy 'cma_es' needs the package cmaes, which is not here: {install.extra('search')}"
+        ) from None
     d = len(space.start)
     mean, cube = np.array(space.to_unit(space.start)), np.array([[0.0, 1.0]] * d)
     optimizer = CMA(mean=mean, sigma=sigma, bounds=cube, seed=seed, population_size=population)

@@ -9,7 +9,7 @@ import json
 import shlex
 from pathlib import Path
 
-from ..evaluate.settings import HarnessOptions, QuestionOptions
+from ..evaluate.settings import HarnessOptions, QuestionOptions, is_questions
 from ..generate.settings import SampleOptions
 from ..improve.settings import Improve
 from ..learn.settings import Finetune
@@ -170,8 +170,7 @@ def evaluate(words: Words, assignments: Words, dry: bool) -> int:
     del dry
     result, others = split(assignments, Result)
     check_file(result.out)
-    file = Path(words[1]).suffix in (".jsonl", ".json") or Path(words[1]).is_dir() or words[1].startswith("hf:")
-    if words[1] == "humaneval" or file:
+    if is_questions(words[1]):
         settings = options(others, QuestionOptions)
         start_jax(settings)
         from ..evaluate.run import examine
@@ -289,6 +288,18 @@ def doctor(words: Words, assignments: Words, dry: bool) -> int:
     return print_checks(diagnose())
 
 
+def configs(words: Words, assignments: Words, dry: bool) -> int:
+    """List the configs that come with the code, each with the command that runs it and what it is for.
+
+    Where a verb wants a CONFIG, the name of one of them is enough: jaxmerge improve quickstart
+    """
+    del words, assignments, dry
+    from .configs import listing
+
+    print(listing())
+    return 0
+
+
 def completion(words: Words, assignments: Words, dry: bool) -> int:
     """Print a script that completes verbs, keys and files in a shell.
 
@@ -327,6 +338,7 @@ TABLE = (
     Verb("search", (CONFIG, ("MODEL", "QUESTIONS", "OUT")), search, (Place, SearchRun), resumes=True),
     Verb("results", ((),), results, (ResultsOptions,)),
     Verb("analyse", (("RUN",),), analyse, (AnalyseOptions,)),
+    Verb("configs", ((),), configs),
     Verb("doctor", ((),), doctor),
     Verb("completion", (("SHELL",),), completion),
 )

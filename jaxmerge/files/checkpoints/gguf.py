@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmerge import install
 from jaxmerge.files.checkpoints.source import MadeByRows, Source, Tensor
 
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -54,7 +55,7 @@ def read_file(path: pathlib.Path) -> tuple[dict[str, Any], list[Any]]:
     try:
         import gguf
     except ImportError:
-        raise ValueError(f"{path}: GGUF files need the package gguf; pip install 'jaxmerge[train]'") from None
+        raise ValueError(f"{path}: GGUF files need the package gguf; {install.extra('train')}") from None
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a GGUF file")
     try:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import cast
 
+from jaxmerge import install
 from jaxmerge.files.checkpoints import shards
 from jaxmerge.files.checkpoints.beside import CODE, COMPANIONS
 from jaxmerge.files.checkpoints.safetensors import INDEX, SINGLE, Stored, entries_of
@@ -95,7 +96,7 @@ def _asked(name: str) -> Iterator[None]:
     except ImportError:
         raise ValueError(
             f"{name}: no such folder here, and huggingface_hub is not installed, which downloads models; "
-            "pip install huggingface_hub"
+            f"{install.extra('files')}"
         ) from None
     # The error of the library that the client asks with, which was another one in each of its major versions.
     connection = cast(type[Exception], errors.HfHubHTTPError.__mro__[1])
