@@ -12,7 +12,7 @@ import json
 import platform
 import subprocess
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +130,20 @@ def provenance(command: str, devices: int) -> dict[str, Any]:
     """What made a result: versions, device, command, commit."""
     device = jax.devices()[0]
     return {
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "versions": {"python": platform.python_version()} | versions(PACKAGES),
         "device": f"{device.platform} × {devices} ({device.device_kind})",
         "command": command,
         "commit": commit(),
     }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def commit() -> str | None:

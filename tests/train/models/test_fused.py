@@ -112,7 +112,7 @@ def test_splash_lowers_for_tpus(window, packed):
 
 @pytest.mark.parametrize(("window", "packed", "T"), [(None, False, 256), (100, True, 256), (None, True, 255)])
 def test_cudnn_lowers_for_gpus(window, packed, T, monkeypatch):
-    """255 positions, as a packed row of 256 tokens has: with segments, cuDNN's backward pass takes even lengths only."""
+    """A packed row of 256 tokens has 255 positions, and with segments cuDNN's backward pass takes even lengths only."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
