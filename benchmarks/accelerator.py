@@ -67,6 +67,8 @@ def be_section(name: str, size: str, platform: str) -> None:
             tell(**figure._asdict())
     except Skip as reason:
         tell(skipped=str(reason))
+    except ModuleNotFoundError as error:
+        tell(skipped=first_line(error))
     except Exception as error:  # told to the parent, which goes on with the next section
         import traceback
 

@@ -88,8 +88,8 @@ def size_of(name: str, platform: str) -> Size:
     return Size(
         model=model_of("llama-3.2-1b"), dtype="bfloat16", rows=(8, 4, 2, 1), length=2048,
         steps=(
-            ("stacked", "none", "auto"), ("unrolled", "none", "auto"), ("stacked", "full", "auto"),
-            ("stacked", "none", "xla"),
+            ("stacked", "none", "auto"), ("stacked", "full", "auto"), ("stacked", "full", "xla"),
+            ("unrolled", "none", "auto"),
         ),
         rules=tuple(memory.COEFFICIENTS), attention=((16, 1024), (4, 4096)), slots=128, sequences=512, prompt=64,
         new=(16, 256), copied=1 << 30, product=8192, improved=widths(hidden=1024, layers=12, heads=16), questions=256,

@@ -284,10 +284,10 @@ def test_products_are_of_float32_on_every_device(name):
 def test_a_gpu_gives_what_the_cpu_gives(name):
     if jax.default_backend() != "gpu":
         pytest.skip(f"needs a GPU, this is {jax.default_backend()}")
-    models, base = inputs(name)
+    models, base = inputs(name, shapes=TINY)
     found = jax.jit(lambda m, b: call(name, m, b))(models, base)
     with jax.default_device(jax.devices("cpu")[0]):
-        models, base = inputs(name)
+        models, base = inputs(name, shapes=TINY)
         wanted = jax.jit(lambda m, b: call(name, m, b))(models, base)
     assert {leaf.device.platform for leaf in jax.tree.leaves(found)} == {"gpu"}
     close(found, wanted, ulps=TOLERANCE.get(name, 4))
