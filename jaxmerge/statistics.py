@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxmerge import order, tree, where
@@ -67,6 +68,10 @@ def fisher(
     )
 
 
+# By default GPUs multiply float32 in TF32 and TPUs in bfloat16.
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
 def _regmean(x: Operands, *, damping: Array) -> Array:
     first = x.models[0]
     mean = sum(x.models[1:], start=first) / len(x.models)
@@ -77,9 +82,9 @@ def _regmean(x: Operands, *, damping: Array) -> Array:
     total = sum(kept[1:], start=kept[0])
     # A feature never seen has no row in the sum: a ridge far under the mean keeps the system solvable.
     total = total + diagonal * (1e-6 * jnp.trace(total) / total.shape[0] + 1e-30)
-    pulled = sum(((m - mean) @ g for m, g in zip(x.models, kept, strict=True)), start=jnp.zeros_like(first))
+    pulled = sum((_product(m - mean, g) for m, g in zip(x.models, kept, strict=True)), start=jnp.zeros_like(first))
     # The inverse of [in, in] on every device, for the rows of `pulled` may be sharded.
-    return mean + pulled @ jnp.linalg.inv(total)
+    return mean + _product(pulled, jnp.linalg.inv(total))
 
 
 @requires(symmetric=True)

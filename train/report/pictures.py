@@ -98,7 +98,7 @@ def panels(run: Run, grouped: Mapping[str, list[Line]], *, name: str, note: str 
     values = [v for group in grouped.values() for line in group for v in line.loose.values()]
     if not points:
         return ""
-    high = max(a for a, _ in points), 1.05 * max(*values, *(b for _, b in points))
+    high = max(a for a, _ in points), 1.05 * max([*values, *(b for _, b in points)])
     style = looks([*methods(run), *(m for m in grouped if m not in methods(run))])
     drawn = [
         lines(

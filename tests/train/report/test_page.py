@@ -243,6 +243,16 @@ def test_unfinished_run_says_so_and_shows_what_is_there(tmp_path):
     assert "half" in page
 
 
+def test_a_training_of_one_step_has_its_point(tmp_path):
+    """One method, one round, one step: a single number to scale the axis by."""
+    folder = write_run(tmp_path / "short")
+    phases = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:-1]]
+    tuned = next(p for p in phases if p["kind"] == "sft")
+    kept = [p for p in phases if p["kind"] != "sft"] + [{**tuned, "loss": [[1, 0.5]]}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in kept))
+    assert "Training loss" in write_report(folder).read_text()
+
+
 @pytest.mark.parametrize("keep", ["config.yaml", "metrics.jsonl", "summary.json"])
 def test_any_one_file_is_enough(tmp_path, keep):
     folder = write_run(tmp_path / "run")
