@@ -48,12 +48,14 @@ def render(run: Run) -> str:
         ("again", "Doing it again", sections.again(run)),
     ]
     body = [section for section in body if section[2]]
+    # A page that no running program writes again need not be loaded again.
+    watched = not run.finished and bool(run.summary.get("planned"))
     last = run.phases[-1].get("phase", "unnamed") if run.phases else "none yet"
     return page(
         "run.html", css=css(methods=sum(isinstance(look.fill, int) for look in run.looks.values())), name=run.name,
         said="" if search else part("said", verdict=said, looks=run.looks),
         facts=part("facts", rows=about.facts(run)), whole=about.whole(run),
-        finished=run.finished, last=last, sections=body, refresh=None if run.finished else REFRESH,
+        finished=run.finished, last=last, sections=body, refresh=REFRESH if watched else None,
     )  # fmt: skip
 
 

@@ -138,7 +138,7 @@ def panels(run: Run, grouped: Mapping[tuple[str, ...], list[Line]], *, name: str
     if not points:
         return ""
     values = [b for _, b in points] + [v for line in every for v in line.loose.values()]
-    options |= {"high": (max(a for a, _ in points), 1.05 * max(values))}
+    options |= {"first": min(a for a, _ in points), "high": (max(a for a, _ in points), 1.05 * max(values))}
     drawn = []
     # What methods have in common stands before what is a method's own.
     order = sorted(grouped, key=lambda methods: (run.methods.index(methods[0]), -len(methods)))

@@ -95,6 +95,7 @@ def lines(
     y_title: str,
     zero: bool = True,
     high: Point | None = None,
+    first: float = 0.0,
     rules: Sequence[tuple[float, str]] = (),
     x_marks: Sequence[tuple[float, str]] = (),
     form: Callable[[float], str] = short,
@@ -107,6 +108,7 @@ def lines(
     Args:
       zero: the y axis begins at 0 (or below it, where values do).
       high: ends of both axes, for several pictures on one scale; the values' own by default.
+      first: where the x axis begins if `high` says where it ends.
       rules: x values to mark with a dotted rule, with their names.
       x_marks: x values with what is written under them, in place of round numbers.
       one: a colour for all lines and the title, the older lines thinner; each line has its own by default.
@@ -114,7 +116,8 @@ def lines(
     drawn = [dataclasses.replace(line, label=shorten(line.label, NAME, 12)) for line in drawn]
     columns = list(dict.fromkeys(key for line in drawn for key in line.loose))
     xs = [x for line in drawn for x, _ in line.points] + [x for x, _ in rules]
-    x_low, x_high = (0.0, high[0] or 1.0) if high else (min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1)
+    x_low, x_high = (first, high[0]) if high else (min(xs), max(xs))
+    x_high = x_high if x_high > x_low else x_low + 1
     y_low, y_high = (0.0, high[1] or 1.0) if high else _heights(drawn, zero=zero)
     y_ticks = [(v, form(v)) for v in ticks(y_low, y_high, count=4)]
     left = max(44.0, max(text_width(label, 12) for _, label in y_ticks) + 8)

@@ -28,6 +28,11 @@ class Verdict:
     meaning: str = ""
     """What is called beyond chance; empty where nothing is compared."""
 
+    @property
+    def brackets(self) -> bool:
+        """Whether there are intervals in the sentences."""
+        return any("[" in words for sentence in self.sentences for words, method in sentence if method is None)
+
 
 def format_points(value: float, digits: int = 1) -> str:
     """Write a difference of shares in percentage points, with its sign.
@@ -87,7 +92,10 @@ def verdict(pairs: Sequence[Row], rows: Sequence[Row], *, finished: bool = True)
         return Verdict([[(_nothing_compared(rows), None)]])
     sure = {m: cells for m, cells in against_base.items() if any(map(is_beyond_chance, cells.values()))}
     unsure = {m: cells for m, cells in against_base.items() if m not in sure}
-    sentences = [sentence(method, cells) for method, cells in sure.items()]
+    # The round is said where it is not the same for all.
+    rounds = {method: next(iter(cells.values())).get("round") for method, cells in against_base.items()}
+    after = {m: f" after round {n}" if len(set(rounds.values())) > 1 else "" for m, n in rounds.items()}
+    sentences = [sentence(method, cells, after[method]) for method, cells in sure.items()]
     if not sure:
         sentences.append([(_nothing_sure(against_base), None)])
     elif unsure:
@@ -101,7 +109,7 @@ def verdict(pairs: Sequence[Row], rows: Sequence[Row], *, finished: bool = True)
     return Verdict(sentences, _meaning(found))
 
 
-def sentence(method: str, cells: Mapping[str, Row]) -> list[Words]:
+def sentence(method: str, cells: Mapping[str, Row], after: str = "") -> list[Words]:
     r"""Say what one method gained and lost against the base, and what may be chance.
 
     Example:
@@ -116,7 +124,7 @@ def sentence(method: str, cells: Mapping[str, Row]) -> list[Words]:
         for domain, p in cells.items()
         if not is_beyond_chance(p)
     ]
-    return [(method, method), (f" {' and '.join(sure)}{''.join(unsure)}.", None)]
+    return [(method, method), (f"{after} {' and '.join(sure)}{''.join(unsure)}.", None)]
 
 
 def _changed(domain: str, p: Row) -> str:

@@ -163,3 +163,13 @@ def test_a_fine_tuning_of_one_step_is_drawn(tmp_path):
 
     change_phases(folder, shorten)
     assert len(pictures(section(write_report(folder).read_text(), "training"))) == 2
+
+
+def test_the_axis_of_steps_begins_with_the_first_step(tmp_path):
+    folder = write_run(tmp_path / "run")
+    change_phases(folder, lambda p: p.update(loss=[[i, 1 / i] for i in range(1, 5)]) if "loss" in p else None)
+    for panel in pictures(section(write_report(folder).read_text(), "training")):
+        marks = sorted(float(c.get("cx")) for c in panel.iter("circle"))
+        axis = next(float(t.get("x")) for t in panel.iter("text") if t.text == "1")
+        assert marks[0] == pytest.approx(axis, abs=1), "the first point stands where the axis begins"
+        assert "0" not in {t.text for t in panel.iter("text") if t.get("text-anchor") == "middle"}

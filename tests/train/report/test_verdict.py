@@ -41,6 +41,7 @@ def test_nothing_beyond_chance_is_said_so():
     pairs = [pair(m, d, 2.8, -6.8, 12.2, n=72) for m in ("plain", "imm") for d in ("id", "ood")]
     expected = "does not differ from the base beyond chance in domain (72 questions) or out of domain (72 questions)."
     assert said(pairs[:2]) == [f"plain {expected}"]
+    assert not verdict(pairs, ROWS).brackets
     assert said(pairs) == [f"No method differs{expected.removeprefix('does not differ')}"]
     assert said([*pairs, pair("expo", "id", 20, 16, 24)])[1:] == ["plain and imm changed nothing beyond chance."]
 
@@ -59,8 +60,8 @@ def test_the_last_round_and_the_test_questions_speak():
         pair("plain", "harder", 33, 30, 36, round=2),
     ]  # fmt: skip
     assert said(pairs) == [
-        "plain gained 9.0 points in domain [5.0, 13.0].",
-        "imm gained 4.0 points in domain [1.0, 7.0].",
+        "plain after round 2 gained 9.0 points in domain [5.0, 13.0].",
+        "imm after round 1 gained 4.0 points in domain [1.0, 7.0].",
     ]
     validation = [{**p, "split": "validation"} for p in pairs[1:2]]
     assert said(validation) == ["plain gained 9.0 points in domain [5.0, 13.0]."]

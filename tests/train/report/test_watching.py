@@ -60,6 +60,10 @@ def test_a_run_of_an_older_version_has_no_bar(tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps({k: v for k, v in summary.items() if k not in ("planned", "left")}))
     assert "phases are done" not in write_report(folder).read_text()
+    (folder / "summary.json").unlink()
+    page = write_report(folder).read_text()
+    assert "Unfinished run" in page
+    assert "http-equiv" not in page, "nobody will write this page again"
 
 
 def test_every_prefix_of_a_run_has_a_page_and_no_method_changes_its_colour(tmp_path):
