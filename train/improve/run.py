@@ -56,6 +56,7 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
         journal.reconcile(phase.name for phase in todo.phases)
         session = Session(config, journal, todo, outcomes, name=name, command=command)
         redo_lost(session)
+        on_first(summary.write, session, finished=False)
         run_phases(session)
         found = on_first(summary.write, session, finished=True)
         if not quiet:
@@ -64,20 +65,24 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
 
 
 def run_phases(session: Session) -> None:
-    """Compute and commit what is not committed; let go of weights after their last use."""
+    """Compute and commit what is not committed; let go of weights after their last use.
+
+    After each phase the page is written again: it can be watched.
+    """
     for index, phase in enumerate(session.todo.phases):
         check()
         if session.journal.committed(phase.name) is None:
             start = time.perf_counter()
             record = STEPS[phase.kind](session, phase, session.journal.folder(phase.name))
+            seconds = time.perf_counter() - start
             session.journal.commit(
                 phase.name,
                 {"kind": phase.kind, "round": phase.round, "method": phase.method}
                 | ({"shared_by": phase.shared_by} if phase.shared_by else {})
-                | {"seconds": time.perf_counter() - start, **record},
+                | {"seconds": seconds, **record},
             )
-            if phase.kind == "evaluate":
-                on_first(summary.write, session, finished=False)
+            found = on_first(summary.write, session, finished=False)
+            summary.tell_progress(found, phase.name, seconds)
         if phase.kind == "sft":
             on_first(shutil.rmtree, session.weights.folder(phase.name) / "state", ignore_errors=True)
         session.weights.release({p.name for p in session.todo.phases if session.todo.last_use(p.name) > index})
