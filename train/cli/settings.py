@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from ..log import UserError
 from ..resolve import at_least
 from ..studies.settings import Sweep
 
@@ -107,7 +108,19 @@ class ExportOptions:
     round: int | None = None
     """The model that this round ended with is written; null takes the last round."""
     dtype: Dtype = "float32"
-    """The weights are written in this precision."""
+    """The weights of a Hugging Face folder are written in this precision."""
+    format: Literal["hf", "gguf"] = "hf"
+    """With hf, a Hugging Face folder is written; with gguf, a folder with one GGUF file for llama.cpp."""
+    type: Literal["q8_0", "f16", "bf16"] | None = None
+    """The matrices of a GGUF file are stored in this type; null takes q8_0."""
+    pre: str | None = None
+    """The GGUF file names this pre-tokenizer of llama.cpp; null finds the name of those that are known here."""
+
+    def __post_init__(self):
+        if self.format == "hf" and (given := [k for k in ("type", "pre") if getattr(self, k) is not None]):
+            raise UserError(f"export.{given[0]} is of GGUF files; add format=gguf")
+        if self.format == "gguf" and self.dtype != "float32":
+            raise UserError(f"export.dtype={self.dtype} is of Hugging Face folders; with format=gguf give type=")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -207,7 +207,7 @@ def harness(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def export(words: Words, assignments: Words, dry: bool) -> int:
-    """Write a run's model as a Hugging Face folder.
+    """Write a run's model as a Hugging Face folder, or as a GGUF file for llama.cpp.
 
     RUN is the folder of a run; without method= it may be any MODEL, a GGUF file for example.
     """
@@ -217,8 +217,9 @@ def export(words: Words, assignments: Words, dry: bool) -> int:
     start_jax()
     from ..improve.export import export as go
 
-    go(words[0], words[1], method=settings.method, number=settings.round, dtype=settings.dtype)
-    say(words[1])
+    gguf = (settings.type or "q8_0") if settings.format == "gguf" else None
+    which = {"method": settings.method, "number": settings.round}
+    say(str(go(words[0], words[1], **which, dtype=settings.dtype, gguf=gguf, pre=settings.pre)))
     return 0
 
 

@@ -96,6 +96,8 @@ def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
     local = pathlib.Path(text or "(empty path)").expanduser()
     if local.is_file() and local.suffix != ".gguf":
         raise UserError(f"{local}: expected a Hugging Face folder or a .gguf file, found a {local.suffix} file")
+    if local.is_dir() and not (local / "config.json").exists() and len(files := list(local.glob("*.gguf"))) == 1:
+        return files[0]
     if local.is_dir() and not (local / "config.json").exists():
         # A run's folder is resolved by its checkpoints before it comes here.
         raise UserError(f"{local}: neither a Hugging Face folder (it has no config.json) nor a finished run")
