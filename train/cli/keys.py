@@ -26,7 +26,15 @@ from ..runtime.settings import Distributed, Mesh
 from ..search.settings import SearchRun
 from ..studies.settings import AnalyseOptions, Sweep
 from ..tasks.settings import FamilySpec
-from .settings import ExportOptions, ExtractOptions, InspectOptions, MergeOptions, ResultsOptions, VerifyOptions
+from .settings import (
+    ExportOptions,
+    ExtractOptions,
+    InspectOptions,
+    MergeOptions,
+    PushOptions,
+    ResultsOptions,
+    VerifyOptions,
+)
 
 HEAD = """# Keys of a config
 
@@ -47,7 +55,8 @@ ABOUT = {
     "verify": (VerifyOptions, "`jaxmerge verify OUT`."),
     "inspect": (InspectOptions, "`jaxmerge inspect MODEL`, `jaxmerge inspect BASE MODELS`."),
     "extract-lora": (ExtractOptions, "`jaxmerge extract-lora BASE TUNED OUT`."),
-    "export": (ExportOptions, "`jaxmerge export RUN OUT`."),
+    "export": (ExportOptions, "`jaxmerge export RUN OUT`; see [sharing.md](sharing.md)."),
+    "push": (PushOptions, "`jaxmerge push FOLDER NAME`; see [sharing.md](sharing.md)."),
     "results": (ResultsOptions, "`jaxmerge results`."),
 }  # fmt: skip
 

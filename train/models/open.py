@@ -195,7 +195,8 @@ def open_model(path: str, mesh: jax.sharding.Mesh | None = None) -> Model:
     """A model from anything that holds one: what `load_model` reads, or a checkpoint of a run."""
     local = Path(path)
     root = next((p for p in (local, *local.parents) if (p / "model" / "config.json").is_file()), None)
-    if not local.is_dir() or (local / "config.json").is_file() or root is None:
+    whole = local.is_dir() and ((local / "config.json").is_file() or any(local.glob("*.gguf")))
+    if not local.is_dir() or whole or root is None:
         return load_model(path, sharding=None if mesh is None else functools.partial(sharding_of, mesh))
     # A merge written as Orbax has one model, in `weights`; a run has many, in `checkpoints`.
     if local == root and not (local / "weights" / "_METADATA").is_file():
