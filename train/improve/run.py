@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ..learn.settings import Sft
@@ -19,6 +20,7 @@ from ..runtime.stop import check
 from . import summary
 from .phases import STEPS
 from .plan import check_sampled, plan
+from .rounds import follow_rounds
 from .session import Session
 from .settings import Improve
 
@@ -54,15 +56,16 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
         journal.reconcile(phase.name for phase in todo.phases)
         session = Session(config, journal, todo, outcomes, name=name, command=command)
         redo_lost(session)
-        run_phases(session)
+        with follow_rounds(session) as send:
+            run_phases(session, send)
         found = on_first(summary.write, session, finished=True)
         if not quiet:
             summary.show(found, folder)
     return folder
 
 
-def run_phases(session: Session) -> None:
-    """Compute and commit what is not committed; let go of weights after their last use."""
+def run_phases(session: Session, send: Callable[[], None]) -> None:
+    """Compute and commit what is not committed; let go of weights after their last use; send metrics as they come."""
     for index, phase in enumerate(session.todo.phases):
         check()
         if session.journal.committed(phase.name) is None:
@@ -76,6 +79,7 @@ def run_phases(session: Session) -> None:
             )
             if phase.kind == "evaluate":
                 on_first(summary.write, session, finished=False)
+                send()
         if phase.kind == "sft":
             on_first(shutil.rmtree, session.weights.folder(phase.name) / "state", ignore_errors=True)
         session.weights.release({p.name for p in session.todo.phases if session.todo.last_use(p.name) > index})
