@@ -2,11 +2,11 @@
 
     python tests/newcomer/hour.py FOLDER
 
-It clones the repository, builds the wheel, installs it in a new environment in another folder, runs the quickstart there,
-reads its report, merges two of its models by a recipe, pushes the merge to a hub that is played on this machine, writes
-the run's model as GGUF, pushes that too, and reads it back with the gguf package. Every step is what a reader of the
-documentation types; nothing of the checkout is in reach of the commands. About 20 minutes on two cores, most of it the
-quickstart; needs git and a package index. Steps that are done are not done again in the same FOLDER.
+It clones the repository, builds the wheel, installs it in a new environment in another folder, runs the quickstart
+there, reads its report, merges two of its models by a recipe, pushes the merge to a hub that is played on this machine,
+writes the run's model as GGUF, pushes that too, and reads it back with the gguf package. Every step is what a reader of
+the documentation types; nothing of the checkout is in reach of the commands. About 20 minutes on two cores, most of
+them the quickstart's; needs git and a package index. Steps that are done are not done again in the same FOLDER.
 """
 
 from __future__ import annotations
