@@ -182,6 +182,19 @@ def usage(folder: pathlib.Path, name: str) -> str:
     return "\n".join(["```python", f"from transformers import {', '.join(kinds)}", "", *lines, "```"])
 
 
+def gguf_usage(file: str, name: str) -> str:
+    """Return how a GGUF file is run with llama.cpp, and how transformers reads it."""
+    return f"""```sh
+llama-cli -m {file}
+```
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}", gguf_file="{file}")
+```"""
+
+
 def adapter_usage(name: str, base: Ingredient) -> str:
     """Return how an adapter is loaded with PEFT, and how it is merged here."""
     model = base.hub[0] if base.hub else f"path/of/{base.name}"

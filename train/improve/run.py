@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ..data.hub import pin
@@ -20,6 +21,7 @@ from ..runtime.stop import check
 from . import summary
 from .phases import STEPS
 from .plan import check_sampled, plan
+from .rounds import follow_rounds
 from .session import Session
 from .settings import Improve
 
@@ -57,17 +59,18 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
         session = Session(config, journal, todo, outcomes, name=name, command=command)
         redo_lost(session)
         on_first(summary.write, session, finished=False)
-        run_phases(session)
+        with follow_rounds(session) as send:
+            run_phases(session, send)
         found = on_first(summary.write, session, finished=True)
         if not quiet:
             summary.show(found, folder)
     return folder
 
 
-def run_phases(session: Session) -> None:
+def run_phases(session: Session, send: Callable[[], None]) -> None:
     """Compute and commit what is not committed; let go of weights after their last use.
 
-    After each phase the page is written again: it can be watched.
+    After each phase the page is written again, so that it can be watched; after an evaluation metrics are sent.
     """
     for index, phase in enumerate(session.todo.phases):
         check()
@@ -83,6 +86,8 @@ def run_phases(session: Session) -> None:
             )
             found = on_first(summary.write, session, finished=False)
             summary.tell_progress(found, phase.name, seconds)
+            if phase.kind == "evaluate":
+                send()
         if phase.kind == "sft":
             on_first(shutil.rmtree, session.weights.folder(phase.name) / "state", ignore_errors=True)
         session.weights.release({p.name for p in session.todo.phases if session.todo.last_use(p.name) > index})

@@ -103,7 +103,7 @@ def open_tokenizer(path: str) -> Tokenizer:
 
 def run_of(path: pathlib.Path) -> pathlib.Path | None:
     """The folder of the run, or of the merge written as Orbax, that a folder of weights lies in; None elsewhere."""
-    if not path.is_dir() or (path / "config.json").is_file():
+    if not path.is_dir() or (path / "config.json").is_file() or any(path.glob("*.gguf")):
         return None
     return next((p for p in (path, *path.parents) if (p / "model" / "config.json").is_file()), None)
 
@@ -116,6 +116,8 @@ def resolve(path: str | os.PathLike[str], *, weights: bool = True) -> pathlib.Pa
     local = pathlib.Path(text or "(empty path)").expanduser()
     if local.is_file() and local.suffix != ".gguf":
         raise UserError(f"{local}: expected a Hugging Face folder or a .gguf file, found a {local.suffix} file")
+    if local.is_dir() and not (local / "config.json").exists() and len(files := list(local.glob("*.gguf"))) == 1:
+        return files[0]
     if local.is_dir() and not (local / "config.json").exists():
         # A run's folder is resolved by its checkpoints before it comes here.
         raise UserError(f"{local}: neither a Hugging Face folder (it has no config.json) nor a finished run")
