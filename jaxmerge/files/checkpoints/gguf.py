@@ -154,7 +154,7 @@ def hf_name(name: str) -> str:
 # --- config.json ---
 
 
-def config_of(metadata: Mapping[str, Any], names: Iterable[str], *, source) -> dict[str, Any]:
+def config_of(metadata: Mapping[str, Any], names: Iterable[str], *, source: object) -> dict[str, Any]:
     """The config.json of a Llama-architecture GGUF.
 
     Args:
@@ -240,7 +240,7 @@ def companions_of(metadata: Mapping[str, Any], config: Mapping[str, Any], *, wit
     return found
 
 
-def check_tokenizer(metadata: Mapping[str, Any], *, source) -> None:
+def check_tokenizer(metadata: Mapping[str, Any], *, source: object) -> None:
     """Raise unless the tokenizer can be rebuilt."""
     for key, known in (("ggml.model", TOKENIZERS), ("ggml.pre", PRE_TOKENIZERS)):
         if metadata.get(f"tokenizer.{key}") not in known:
