@@ -88,24 +88,34 @@ def test_notebooks_are_stored_as_they_ran(path):
     assert str(ROOT) not in path.read_text()
 
 
+def as_script(path: pathlib.Path) -> str:
+    """The code cells of a notebook, one after another; a line `!jaxmerge …` is a command that must exit 0."""
+    lines = ["import shlex, subprocess, sys"]
+    for cell in json.loads(path.read_text())["cells"]:
+        for line in "".join(cell["source"]).splitlines() if cell["cell_type"] == "code" else []:
+            if line.startswith("!jaxmerge "):
+                words = f"shlex.split({line.removeprefix('!jaxmerge ')!r})"
+                line = f"subprocess.run([sys.executable, '-m', 'jaxmerge.train.cli', *{words}], check=True)"
+            lines.append(line)
+    return "\n".join([*lines, ""])
+
+
 @pytest.mark.skipif(not os.environ.get("FULL"), reason="FULL=1 runs the notebooks: minutes")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run(path, tmp_path):
-    """Cell after cell in one process, in a copy of what a checkout has; a line `!command` is a command that must exit 0."""
-    code = []
-    for cell in json.loads(path.read_text())["cells"]:
-        if cell["cell_type"] == "code":
-            for line in "".join(cell["source"]).splitlines():
-                command = line.removeprefix("!jaxmerge ")
-                if command != line:
-                    line = f"run([sys.executable, '-m', 'train.cli', *shlex.split({command!r})], check=True)"
-                code.append(line)
+    """In a process of its own, in a folder with the packages as an install has them and the configs of a checkout."""
+    package = tmp_path / "jaxmerge"
+    package.mkdir()
+    for source in (ROOT / "jaxmerge").iterdir():
+        (package / source.name).symlink_to(source)
+    (package / "train").symlink_to(ROOT / "train")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    folder = tmp_path / "docs" / "tutorials"
+    folder.mkdir(parents=True)
     script = tmp_path / "notebook.py"
-    script.write_text("import shlex, sys\nfrom subprocess import run\n" + "\n".join(code) + "\n")
-    for name in ("configs", "train", "jaxmerge"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    script.write_text(as_script(path))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "XLA_FLAGS": ""}
     done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, script], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
