@@ -83,8 +83,8 @@ def running_average(models: Sequence[Params]) -> Params:
 def layer_alphas(importance: Sequence[float], change: Sequence[float], span: Sequence[float]) -> list[float]:
     r"""α of each layer: the first of `span` where merging must protect most, the last where it need not.
 
-    A layer's score is :math:`I_l C_l`, what moving all its weights by the relative change C_l costs to first order:
-    :math:`\sum_w |w\, \partial L/\partial w| \cdot \lVert\Delta\rVert / \lVert\theta\rVert`. α falls with its rank.
+    A layer's score is $I_l C_l$, what moving all its weights by the relative change C_l costs to first order:
+    $\sum_w |w\, \partial L/\partial w| \cdot \lVert\Delta\rVert / \lVert\theta\rVert$. α falls with its rank.
 
     Args:
       importance: I_l [L], Taylor's, of the anchor on held-out reasoning text. change: C_l [L] of the tuned model.

@@ -1,4 +1,4 @@
-r"""LoRA: frozen weights with a low-rank side path, :math:`y = W x + \frac{\alpha}{r} B A x`.
+r"""LoRA: frozen weights with a low-rank side path, $y = W x + \frac{\alpha}{r} B A x$.
 
 Training goes through the side path, never through W + s·B·A: with the sum, autodiff forms ∂L/∂W of the whole
 matrix on the way to A and B, a third of a step's work and a matrix of memory a weight, and dropout of the side's
