@@ -112,7 +112,7 @@ def digest_of(folder: pathlib.Path) -> str:
 
 
 def merge_cycles(place: pathlib.Path, rng: random.Random, kills: int, tally: Tally) -> Iterator[None]:
-    """The first step makes what is compared with, and each after it is one merge, killed, gone on with here and compared."""
+    """The first step makes what is compared with; each after it is one merge, killed, gone on with here, compared."""
     from jaxmerge.files import merge
     from jaxmerge.files.journal import count_done
 
@@ -157,7 +157,7 @@ def files_of(run: pathlib.Path) -> set[str]:
 
 
 def run_cycles(place: pathlib.Path, rng: random.Random, kills: int, tally: Tally) -> Iterator[None]:
-    """The first step makes what is compared with, and each after it is one run, killed, gone on with and compared."""
+    """The first step makes what is compared with; each after it is one run, killed, gone on with, compared."""
     words = ("improve", str(ROOT / "configs/tiny.yaml"))
     whole(place, *words, "out=compile")  # so that what is timed finds its programs compiled
     seconds = whole(place, *words, "out=whole")
