@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tpu import hlo, layout, paper, topologies
+from tpu import hlo, layout, topologies
 from tpu.aot import main, plan_of
 from tpu.compile import Compiled, examine, out_of_memory
 from tpu.layout import Axes, Plan, advice, needed, settle
@@ -18,6 +18,7 @@ from tpu.presets import PRESETS, model_of
 from tpu.programs import PROGRAMS
 from tpu.table import HEAD, ROWS, line_of
 from tpu.topologies import CHIPS, GIB, read
+from train.improve import paper
 from train.log import UserError
 from train.models.open import random_config
 from train.runtime.mesh import make_mesh
@@ -106,7 +107,8 @@ def test_other_topologies_are_refused(name, match):
 def test_presets_have_the_published_numbers_of_parameters():
     published = {
         "smollm2-135m": 134_515_008, "llama-3.2-1b": 1_235_814_400, "llama-3.1-8b": 8_030_261_248,
-        "llama-3.1-70b": 70_553_706_496, "qwen3-8b": 8_190_735_360,
+        "llama-3.1-70b": 70_553_706_496, "qwen3-8b": 8_190_735_360, "qwen2.5-0.5b": 494_032_768,
+        "qwen2.5-1.5b": 1_543_714_304, "qwen2.5-7b": 7_615_616_512, "gemma-2-2b": 2_614_341_888,
     }  # fmt: skip
     assert {name: paper.parameters(model_of(name)) for name in PRESETS} == published
     with pytest.raises(UserError, match=r"model is 'llama-8b': no such file or folder, nor a preset; did you mean"):
