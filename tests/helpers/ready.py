@@ -9,14 +9,19 @@ from typing import Any
 
 import jax
 
+from helpers import ROOT
 from helpers.line_cases import CHOICES, GSM8K, MBPP
 from helpers.played_hub import PlayedHub, as_lines, as_parquet
 from helpers.tiny_tokenizers import CHATML, byte_level
 from tpu.presets import PRESETS
+from train.improve.budget import models_beside
+from train.improve.plan import plan
+from train.improve.settings import Improve
 from train.models.decoder import init
 from train.models.hf import save_hf
 from train.models.hf_config import config_from_hf
 from train.models.tokenizer import Tokenizer
+from train.resolve import load
 
 MODELS = {
     "qwen2.5-0.5b-gsm8k": ("Qwen/Qwen2.5-0.5B-Instruct", "qwen2.5-0.5b"),
@@ -26,7 +31,34 @@ MODELS = {
     "mbpp-search": ("google/gemma-2-2b-it", "gemma-2-2b"),
 }
 """Config → its model on the hub, and that model's preset."""
+_SPREAD = ["mesh.fsdp=8", "mesh.gather_to_decode=true"]
+SLICES: dict[str, dict[str, tuple[str, str, list[str]]]] = {
+    "qwen2.5-0.5b-gsm8k": {"v5e-8": ("TPU v5e", "v5e:2x4", _SPREAD)},
+    "llama-3.2-1b-gsm8k": {"v5e-8": ("TPU v5e", "v5e:2x4", _SPREAD)},
+    "qwen2.5-7b-gsm8k": {
+        "v5e-16": ("TPU v5e", "v5e:4x4", []),
+        "v5p-8": ("TPU v5p", "v5p:2x2x1", ["mesh.fsdp=4", "mesh.tensor=1"]),
+    },
+    "exme-instruct": {"v5e-8": ("TPU v5e", "v5e:2x4", _SPREAD)},
+    "mbpp-search": {"v5e-8": ("TPU v5e", "v5e:2x4", _SPREAD)},
+}
+"""Config → slice that its head names → its device, its topology, and the keys of the command there."""
 Rows = Sequence[dict[str, Any]]
+
+
+def path_of(name: str) -> str:
+    return str(ROOT / "configs" / f"{name}.yaml")
+
+
+def to_compile(name: str, where: str) -> list[str]:
+    """The words with which `tpu.aot` compiles the step of a config for a slice."""
+    _, topology, keys = SLICES[name][where]
+    config = load(Improve, path_of(name), keys)
+    sft, axes = config.sft, {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor")}
+    plain = {"batch": sft.batch, "micro_batch": sft.micro_batch, "length": sft.max_length, "remat": sft.step.remat}
+    beside = models_beside(config, plan(config)[0])["sft"]
+    about = {"topology": topology, "model": MODELS[name][1], "layers": sft.step.layers, "beside": beside}
+    return [f"{key}={value}" for key, value in (about | plain | {f"mesh.{a}": n for a, n in axes.items()}).items()]
 
 
 def numbered(row: dict[str, Any], key: str, count: int, mark: str) -> Rows:

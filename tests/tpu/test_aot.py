@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.ready import SLICES, to_compile
 
 from tpu import hlo, layout, topologies
 from tpu.aot import main, plan_of
@@ -322,6 +323,12 @@ class TestCompiler:
         assert 0 < found["bytes_per_device"] < found["hbm_bytes"]
         assert bool(found["collectives"]) == (step != "merge")
         assert found["bytes_per_device"] == pytest.approx(found["paper_bytes_per_device"], rel=1.0)
+
+    @pytest.mark.parametrize(("name", "where"), [(n, where) for n, slices in SLICES.items() for where in slices])
+    def test_the_step_of_a_ready_config_fits_its_slice(self, name, where):
+        code, found, error = command("step=sft", *to_compile(name, where))
+        assert code == 0, error
+        assert found["fits"]
 
     def test_what_is_too_large_says_so(self):
         code, found, error = command("topology=v5e:2x2", "model=llama-3.1-8b")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from helpers import ROOT
 from helpers.played_hub import played_hub
-from helpers.ready import MODELS, serve, serve_small
+from helpers.ready import MODELS, SLICES, path_of, serve, serve_small
 
 from tpu.presets import model_of
 from train.cli import __main__ as cli
@@ -19,15 +19,6 @@ from train.improve.plan import plan
 from train.improve.settings import Improve
 from train.resolve import load
 
-SLICES = {
-    "qwen2.5-0.5b-gsm8k": {"v5e-8": ("TPU v5e", ["mesh.fsdp=8", "mesh.gather_to_decode=true"])},
-    "llama-3.2-1b-gsm8k": {"v5e-8": ("TPU v5e", ["mesh.fsdp=8", "mesh.gather_to_decode=true"])},
-    "qwen2.5-7b-gsm8k": {"v5e-16": ("TPU v5e", []), "v5p-8": ("TPU v5p", ["mesh.fsdp=4", "mesh.tensor=1"])},
-    "exme-instruct": {"v5e-8": ("TPU v5e", ["mesh.fsdp=8", "mesh.gather_to_decode=true"])},
-    "mbpp-search": {"v5e-8": ("TPU v5e", ["mesh.fsdp=8", "mesh.gather_to_decode=true"])},
-}
-"""Config → slice that its head names → its device, and the keys of the command there."""
-
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
@@ -35,10 +26,6 @@ def full(tmp_path_factory):
     with played_hub(tmp_path_factory.mktemp("cache")) as hub:
         serve(hub)
         yield hub
-
-
-def path_of(name: str) -> str:
-    return str(ROOT / "configs" / f"{name}.yaml")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -67,7 +54,7 @@ def test_a_plan_needs_the_models_config_alone(full, name, capsys):
 
 @pytest.mark.parametrize(("name", "where"), [(name, where) for name, slices in SLICES.items() for where in slices])
 def test_a_slice_of_the_head_has_room(name, where):
-    device, keys = SLICES[name][where]
+    device, _, keys = SLICES[name][where]
     config, model = load(Improve, path_of(name), keys), model_of(MODELS[name][1])
     found = budget.memory(config, model, plan(config)[0], read=200)
     needed = {kind: sum(parts.values()) for kind, parts in found.items()}
