@@ -17,7 +17,7 @@ import zipfile
 import pytest
 from helpers import ROOT
 
-# As after a plain `pip install jaxmerge`: the standard library, pip, jax and what jax needs are found, and nothing else.
+# As after a plain `pip install jaxmerge`: the standard library, pip, jax and what jax needs are found, nothing else.
 JAX_ALONE = """
 import sys
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
