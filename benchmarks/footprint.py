@@ -5,10 +5,10 @@
   slots=64                of sampling, each with a cache of `length` tokens
   devices=1               GPUs that the run is spread over: mesh.fsdp
 
-GB of one GPU; nothing is loaded, downloaded or compiled. `state` is what is held whatever the batch: the model that the
-round started from, the weights, their gradients and Adam's two moments, all float32. The columns after it add activations
-and the head by the arithmetic of docs/scale.md, with `model.dtype=bfloat16 sft.step.layers=stacked`; the last one says
-which GPUs have the memory for sampling and for fine-tuning with remat=full.
+GB of one GPU; nothing is loaded, downloaded or compiled. `state` is what is held whatever the batch: the model that a
+round started from, the weights, their gradients and Adam's two moments, all float32. The columns after it add what is
+computed and the head, by the arithmetic of docs/scale.md, with `model.dtype=bfloat16 sft.step.layers=stacked`; the last
+one says which GPUs have the memory for sampling and for fine-tuning with remat=full.
 """
 
 from __future__ import annotations
