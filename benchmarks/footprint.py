@@ -5,10 +5,10 @@
   slots=64                of sampling, each with a cache of `length` tokens
   devices=1               GPUs that the run is spread over: mesh.fsdp
 
-GB of one GPU; nothing is loaded, downloaded or compiled. `state` is what is held whatever the batch: the model that a
-round started from, the weights, their gradients and Adam's two moments, all float32. The columns after it add what is
-computed and the head, by the arithmetic of docs/scale.md, with `model.dtype=bfloat16 sft.step.layers=stacked`; the last
-one says which GPUs have the memory for sampling and for fine-tuning with remat=full.
+GB of one GPU; nothing is loaded, downloaded or compiled. `state` is what `--dry-run` prints for fine-tuning: the model
+that the round started from, the weights, their gradients and Adam's two moments, all float32. The columns after it add
+activations and the head by the arithmetic of tpu/paper.py, with `model.dtype=bfloat16 sft.step.layers=stacked`; the
+last one says which GPUs have the memory for sampling and for fine-tuning with remat=full.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tpu.layout import FULL, Axes, Plan, needed, paper
+from tpu.layout import FULL, Axes, Plan, needed
+from tpu.paper import masters, parameters
 from tpu.presets import model_of
 
 OPTIONS = {
@@ -49,7 +50,7 @@ def row(name: str, rows: int, length: int, slots: int, devices: int) -> str:
 
     full = gigabytes("sft", remat="full")
     columns = (
-        5 * paper.masters(model, {"fsdp": devices, "tensor": 1}) / 1e9,
+        5 * masters(model, {"fsdp": devices, "tensor": 1}) / 1e9,
         gigabytes("sft", remat="none"),
         full,
         gigabytes("sft", remat="full", masters="bfloat16"),
@@ -58,7 +59,7 @@ def row(name: str, rows: int, length: int, slots: int, devices: int) -> str:
     most = max(full, columns[-1])
     fitting = next((f"{size} GB" for size in GPUS if most <= FULL * size), "none")
     cells = " | ".join(f"{value:.1f}" for value in columns)
-    return f"| {name} | {paper.parameters(model) / 1e6:,.0f} M | {cells} | {fitting} |"
+    return f"| {name} | {parameters(model) / 1e6:,.0f} M | {cells} | {fitting} |"
 
 
 def main(words: list[str]) -> None:
