@@ -38,7 +38,7 @@ def fisher(
     weights: PerModel = 1.0,
     floor: Coefficient = 1e-6,
 ) -> PyTree:
-    r"""Average by information: :math:`\sum_i w_i F_i \theta_i / \sum_i w_i F_i`, element by element.
+    r"""Average by information: $\sum_i w_i F_i \theta_i / \sum_i w_i F_i$, element by element.
 
     Args:
       models: N models.
@@ -98,9 +98,9 @@ def regmean(
     grams: Sequence[Mapping[str, Array]],
     damping: Coefficient = 0.1,
 ) -> PyTree:
-    r"""Merge linear layers so that outputs change least: :math:`W = (\sum_i W_i G_i)(\sum_i G_i)^{-1}`.
+    r"""Merge linear layers so that outputs change least: $W = (\sum_i W_i G_i)(\sum_i G_i)^{-1}$.
 
-    With W [out, in], as Hugging Face keeps it, and :math:`G_i = X_i^\top X_i` [in, in] of the layer's inputs
+    With W [out, in], as Hugging Face keeps it, and $G_i = X_i^\top X_i$ [in, in] of the layer's inputs
     under model i. Leaves without a Gram matrix are averaged.
 
     Args:
@@ -152,7 +152,7 @@ def grafting(
     stacked: Sequence[str] = (),
     mask: PyTree,
 ) -> PyTree:
-    r"""Graft a part of the tuned model onto the base: :math:`\theta_b + \gamma \odot \tau`.
+    r"""Graft a part of the tuned model onto the base: $\theta_b + \gamma \odot \tau$.
 
     Args:
       models: [tuned].
