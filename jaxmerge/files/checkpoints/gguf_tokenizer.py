@@ -102,7 +102,14 @@ def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
     """The tokens with a role, as tokenizer_config.json names them."""
     tokens = metadata["tokenizer.ggml.tokens"]
     places = {role: f"tokenizer.ggml.{name}_token_id" for role, name in ROLES.items()}
-    return {role: tokens[metadata[place]] for role, place in places.items() if place in metadata}
+    found = {}
+    for role, place in places.items():
+        if place in metadata:
+            i = metadata[place]
+            if type(i) is not int or not 0 <= i < len(tokens):
+                raise ValueError(f"{place} is {i!r:.40}; expected the id of one of its {len(tokens)} tokens")
+            found[role] = tokens[i]
+    return found
 
 
 def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
