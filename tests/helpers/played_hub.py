@@ -1,158 +1,159 @@
-"""The Hugging Face hub, played by a server of this process: what its own client asks of it to make and fill a model.
+"""A server in this process that plays the Hugging Face hub: models and datasets, revisions, closed doors.
 
-Models are made, files are sent by git or by LFS, commits are kept; tokens and names have owners, as on the hub.
+with played_hub(tmp_path / "cache") as hub:
+    hub.add("datasets/org/name", {"data/train.jsonl": b"…"})
+    …                                                   # what asks the hub asks this one
+    hub.offline()                                       # from here on there is no network
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import dataclasses
 import hashlib
+import http.server
+import io
 import json
-import re
 import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import urllib.parse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
-SMALL = 10  # bytes above which a file goes by LFS, whatever its name
-
-
-@dataclasses.dataclass
-class Repository:
-    """One model: whether it is private, its files at the newest commit, and what each commit said."""
-
-    private: bool
-    files: dict[str, bytes] = dataclasses.field(default_factory=dict)
-    commits: list[list[dict[str, Any]]] = dataclasses.field(default_factory=list)
+import pyarrow
+from pyarrow import parquet
 
 
-@dataclasses.dataclass
-class Hub:
-    """tokens: token → the names it may write to. stored: objects sent by LFS. broken: LFS uploads fail."""
+class PlayedHub:
+    """What the server serves.
 
-    tokens: dict[str, tuple[str, ...]]
-    repositories: dict[str, Repository] = dataclasses.field(default_factory=dict)
-    stored: dict[str, bytes] = dataclasses.field(default_factory=dict)
-    asked: list[str] = dataclasses.field(default_factory=list)
-    broken: bool = False
-    url: str = ""
+    Attributes:
+      repos: `models/ORG/NAME` or `datasets/ORG/NAME` → revision → (commit, file → bytes); a commit is a revision too.
+      closed: the same names → `gated` or `private`.
+      asked: every request, as `METHOD path`.
+    """
 
-    def answer(self, method: str, path: str, token: str, body: bytes) -> tuple[int, Any]:
-        """The status and the JSON of a request."""
-        self.asked.append(f"{method} {path}")
-        if method == "PUT":
-            return self._store(path, body)
-        if token not in self.tokens:
-            return 401, {"error": "Invalid username or password."}
-        if path == "/api/validate-yaml":
-            return 200, {"errors": [], "warnings": []}
-        if path == "/api/repos/create":
-            return self._create(json.loads(body), token)
-        found = re.fullmatch(r"/(?:api/models/)?([^/]+/[^/.]+)(?:\.git)?/(.*)", path)
-        name, rest = (found[1], found[2]) if found else ("", "")
-        if name not in self.repositories:
-            return 404, {"error": "Repository not found"}
-        if rest.startswith("tree/"):
-            return 200, [{"type": "file", "path": p, "size": len(c), "oid": "0"} for p, c in self._of(name).items()]
-        if name.partition("/")[0] not in self.tokens[token]:
-            return 403, {"error": "Forbidden: you must have write access"}
-        if rest.startswith("preupload/"):
-            files = json.loads(body)["files"]
-            modes = [{"path": f["path"], "uploadMode": self._mode(f), "shouldIgnore": False} for f in files]
-            return 200, {"files": modes}
-        if rest == "info/lfs/objects/batch":
-            return 200, {"transfer": "basic", "objects": [self._action(o) for o in json.loads(body)["objects"]]}
-        if rest.startswith("commit/"):
-            return self._commit(name, [json.loads(line) for line in body.splitlines()])
-        return 404, {"error": f"the played hub has no {path}"}
+    def __init__(self, url: str):
+        self.url = url
+        self.repos: dict[str, dict[str, tuple[str, Mapping[str, bytes]]]] = {}
+        self.closed: dict[str, str] = {}
+        self.asked: list[str] = []
 
-    def _of(self, name: str) -> dict[str, bytes]:
-        return self.repositories[name].files
+    def add(self, name: str, files: Mapping[str, bytes | str], revision: str = "main") -> str:
+        """Put files there as what `revision` now is; the commit. What it was before stays under its commit."""
+        files = {".gitattributes": "", **files}  # every repository has it
+        kept = {path: data.encode() if isinstance(data, str) else data for path, data in files.items()}
+        total = hashlib.sha1(repr((name, sorted(kept.items()))).encode()).hexdigest()
+        self.repos.setdefault(name, {})[revision] = self.repos[name][total] = (total, kept)
+        return total
 
-    def _create(self, asked: dict[str, Any], token: str) -> tuple[int, Any]:
-        name = f"{asked['organization']}/{asked['name']}"
-        if name in self.repositories:
-            return 409, {"error": "You already created this model repo", "url": f"{self.url}/{name}"}
-        if asked["organization"] not in self.tokens[token]:
-            return 403, {"error": "You don't have the rights to create a model under this namespace"}
-        self.repositories[name] = Repository(asked.get("visibility") == "private")
-        return 200, {"url": f"{self.url}/{name}", "name": name}
+    def offline(self) -> None:
+        """Take the network away, as HF_HUB_OFFLINE=1 does, and forget what this process has been told."""
+        from huggingface_hub import constants
 
-    @staticmethod
-    def _mode(file: dict[str, Any]) -> str:
-        return "lfs" if file["path"].endswith((".safetensors", ".gguf")) and file["size"] > SMALL else "regular"
+        constants.HF_HUB_OFFLINE = True
+        forget()
 
-    def _action(self, asked: dict[str, Any]) -> dict[str, Any]:
-        there = {"oid": asked["oid"], "size": asked["size"]}
-        upload = {"upload": {"href": f"{self.url}/lfs/{asked['oid']}", "header": {}}}
-        return there if asked["oid"] in self.stored else {**there, "actions": upload}
 
-    def _store(self, path: str, body: bytes) -> tuple[int, Any]:
-        oid = path.rpartition("/")[2]
-        if self.broken:
-            return 400, {"error": "the store is closed today"}
-        if hashlib.sha256(body).hexdigest() != oid:
-            return 422, {"error": "another content than was announced"}
-        self.stored[oid] = body
-        return 200, {}
+def forget() -> None:
+    from train.data import hub
+    from train.tasks import code, local
 
-    def _commit(self, name: str, lines: list[dict[str, Any]]) -> tuple[int, Any]:
-        repository = self.repositories[name]
-        for line in lines:
-            value = line["value"]
-            if line["key"] == "file":
-                repository.files[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                repository.files[value["path"]] = self.stored[value["oid"]]
-            elif line["key"] == "deletedFile":
-                del repository.files[value["path"]]
-        repository.commits.append(lines)
-        oid = f"{len(repository.commits):040x}"
-        return 200, {"success": True, "commitOid": oid, "commitUrl": f"{self.url}/{name}/commit/{oid}"}
+    for remembered in (hub.dataset_of, code.read_mbpp, local.read):
+        remembered.cache_clear()
+
+
+def as_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The rows as a file of parquet, which has every key in every row."""
+    buffer, keys = io.BytesIO(), dict.fromkeys(key for row in rows for key in row)
+    parquet.write_table(pyarrow.Table.from_pylist([{key: row.get(key) for key in keys} for row in rows]), buffer)
+    return buffer.getvalue()
+
+
+def as_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The rows as JSON lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 @contextlib.contextmanager
-def played_hub(**tokens: tuple[str, ...]) -> Iterator[Hub]:
-    """A hub at a port of this machine; tokens: token → the names it may write to."""
-    hub = Hub(tokens)
+def played_hub(cache: Path) -> Iterator[PlayedHub]:
+    """Serve a hub to this process, with a cache of its own."""
+    from huggingface_hub import constants
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def _any(self) -> None:
-            chunked = self.headers.get("Transfer-Encoding") == "chunked"
-            body = self._chunks() if chunked else self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-            status, answer = hub.answer(self.command, self.path.partition("?")[0], token, body)
-            text = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-
-        def _chunks(self) -> bytes:
-            parts = []
-            while size := int(self.rfile.readline(), 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-            return b"".join(parts)
-
-        do_GET = do_POST = do_PUT = _any
-
-        def log_message(self, format: str, *args: Any) -> None:
-            del format, args
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    server.hub = PlayedHub(url)  # type: ignore[attr-defined]  # the handler reads it
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    places: dict[str, Any] = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(cache)}
+    forget()
     try:
-        yield hub
+        with mock.patch.multiple(constants, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_PROGRESS_BARS=True, **places):
+            yield server.hub  # type: ignore[attr-defined]
     finally:
+        forget()
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """The few addresses of the hub that its client asks for to download."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        hub: PlayedHub = self.server.hub  # type: ignore[attr-defined]
+        path = urllib.parse.urlsplit(self.path).path
+        hub.asked.append(f"{self.command} {urllib.parse.unquote(path)}")
+        parts = path.strip("/").split("/")
+        api = parts[0] == "api"
+        if api:
+            parts = parts[1:]
+        elif parts[0] != "datasets":
+            parts = ["models", *parts]
+        name, rest = "/".join(parts[:3]), [urllib.parse.unquote(part) for part in parts[3:]]
+        repo = hub.repos.get(name)
+        if hub.closed.get(name) == "private" or repo is None:
+            return self.refuse(401, "RepoNotFound")
+        if hub.closed.get(name) == "gated" and not (api and rest[:1] == ["revision"]):
+            return self.refuse(403, "GatedRepo")
+        revision = rest[1] if len(rest) > 1 else "main"
+        if revision not in repo:
+            return self.refuse(404, "RevisionNotFound")
+        commit, files = repo[revision]
+        if api and rest[:1] == ["tree"]:
+            entries = [{"type": "file", "path": p, "size": len(d), "oid": digest(d)} for p, d in files.items()]
+            return self.send(json.dumps(entries).encode(), commit)
+        if api:
+            about = {"id": "/".join(parts[1:3]), "sha": commit, "siblings": [{"rfilename": p} for p in files]}
+            return self.send(json.dumps(about).encode(), commit)
+        data = files.get("/".join(rest[2:]))
+        if data is None:
+            return self.refuse(404, "EntryNotFound", commit)
+        return self.send(data, commit, ETag=f'"{digest(data)}"')
+
+    def send(self, data: bytes, commit: str, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        told = {"Content-Length": str(len(data)), "X-Repo-Commit": commit, **headers}
+        for key, value in told.items():
+            if value:
+                self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def refuse(self, status: int, code: str, commit: str = "") -> None:
+        self.send(b"{}", commit, status, **{"X-Error-Code": code})
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()

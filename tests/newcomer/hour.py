@@ -23,7 +23,7 @@ import venv
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
-from helpers.played_hub import Hub, played_hub  # noqa: E402  # the checkout's own, wherever this is started from
+from helpers.hub_uploads import Hub, played_hub  # noqa: E402  # the checkout's own, wherever this is started from
 
 RECIPE = """merge_method: linear
 models:

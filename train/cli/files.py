@@ -133,6 +133,8 @@ def _show_contents(name: str, settings: InspectOptions) -> int:
 def verify(words: Words, assignments: Words, dry: bool) -> int:
     """Say, tensor by tensor, whether a folder is what its recipe makes of its inputs.
 
+    OUT may also be the folder of a run of improve, one of its checkpoints, or a model that `export RUN OUT method=…`
+    wrote: it is compared with what the run's merge makes of the checkpoints of that round.
     Of large tensors a sample of elements is replayed where the method works element by element.
     Exits with 0 where all is right, 1 where something is not, 2 where it cannot be told, 3 where OUT cannot be read.
     """
@@ -140,19 +142,31 @@ def verify(words: Words, assignments: Words, dry: bool) -> int:
     settings = options(assignments, VerifyOptions)
     check_file(settings.json)
     start_jax()
-    from jaxmerge.files import verify as verifying
+    from jaxmerge.files.verdict import UNREADABLE, UNSURE, Unsure, as_json, table
+    from jaxmerge.files.verify import verify as verify_merge
+
+    from ..improve.origin import origin_of
 
     try:
+        origin = origin_of(words[0], settings.of)
         with progress_in_tensors("verify") as advance:
-            report = verifying.verify(words[0], of=settings.of, everything=settings.all, progress=advance)
-    except verifying.Unsure as error:
+            if origin is None:
+                report = verify_merge(words[0], of=settings.of, everything=settings.all, progress=advance)
+            else:
+                from ..improve.verify import verify as verify_run
+
+                report = verify_run(words[0], origin, everything=settings.all, progress=advance)
+    except Unsure as error:
         say(f"jaxmerge verify: cannot tell: {error}")
-        return verifying.UNSURE
-    except ValueError as error:
+        return UNSURE
+    except (ValueError, UserError) as error:
         say(f"jaxmerge verify: {error}")
-        return verifying.UNREADABLE
-    say(verifying.table(report))
-    write_report(settings.json, lambda: verifying.as_json(report))
+        return UNREADABLE
+    for part in report.get("models", [report]):
+        say(table(part))
+    for name, reason in report.get("unsure", {}).items():
+        say(f"{name}: cannot tell: {reason}")
+    write_report(settings.json, lambda: as_json(report))
     return report["code"]
 
 

@@ -27,6 +27,7 @@ from ..search.settings import SearchRun
 from ..studies.settings import AnalyseOptions, Sweep
 from ..tasks.settings import FamilySpec
 from .settings import (
+    DataOptions,
     ExportOptions,
     ExtractOptions,
     InspectOptions,
@@ -47,6 +48,7 @@ ABOUT = {
     "sweep": (Sweep, "The `sweep:` block that makes an `improve` config an [experiment](experiments.md)."),
     "sft": (Finetune, "`jaxmerge sft CONFIG`, or `MODEL DATA OUT`, which are `model.path`, `data.path`, `out`."),
     "search": (SearchRun, "`jaxmerge search CONFIG`: see [search.md](search.md)."),
+    "data": (DataOptions, "`jaxmerge data PATH`; see [data.md](data.md)."),
     "sample": (SampleOptions, "`jaxmerge sample MODEL PROMPTS OUT`."),
     "evaluate": (QuestionOptions, "`jaxmerge evaluate MODEL FILE`; with a `CONFIG` its keys are those of `improve`."),
     "harness": (HarnessOptions, "`jaxmerge harness MODEL TASKS`."),

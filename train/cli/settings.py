@@ -78,6 +78,34 @@ class MergeOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Keys of `jaxmerge data`."""
+
+    model: str | None = None
+    """The tokenizer and the chat template are those of this model, of which no weights are read; null counts
+    characters."""
+    examples: int = 5
+    """This many examples are shown, from all over the file."""
+    split: str = "train"
+    """This split of a TFDS version or of a dataset on the hub is read."""
+    format: str | None = None
+    """The lines have this format; null tells it by their keys."""
+    ignore: tuple[str, ...] = ()
+    """These keys of the lines are passed over; other unknown keys are errors."""
+    learn: Literal["assistant", "last", "each"] = "assistant"
+    """These turns of a conversation are learnt, as `data.learn` of `sft` has it."""
+    chat_template: str = ""
+    """Conversations are rendered with this Jinja file in place of the model's own template."""
+    max_length: int = 512
+    """What is longer, in tokens, is counted as left out or cut, as `sft.max_length` would."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """Longer examples are left out (drop), or cut (truncate)."""
+
+    def __post_init__(self):
+        at_least(self, "data", examples=0, max_length=2)
+
+
+@dataclasses.dataclass(frozen=True)
 class InspectOptions:
     """Keys of `jaxmerge inspect`."""
 
@@ -92,7 +120,8 @@ class VerifyOptions:
     """Keys of `jaxmerge verify`."""
 
     of: str | None = None
-    """The folder is compared with this recipe, or with `BASE+ADAPTER`; null takes the recipe in the folder."""
+    """The folder is compared with this recipe, with `BASE+ADAPTER`, or with a checkpoint of a run; null takes the
+    recipe in the folder, or the run that it is of."""
     all: bool = False
     """Every element of every tensor is replayed, not a sample."""
     json: str | None = None

@@ -9,7 +9,7 @@ import json
 import shlex
 from pathlib import Path
 
-from ..evaluate.settings import HarnessOptions, QuestionOptions
+from ..evaluate.settings import HarnessOptions, QuestionOptions, is_questions
 from ..generate.settings import SampleOptions
 from ..improve.settings import Improve
 from ..learn.settings import Finetune
@@ -22,6 +22,7 @@ from ..studies.settings import AnalyseOptions
 from .files import check_push, extract_lora, inspect, merge, push, push_folder, verify
 from .flags import MERGEKIT
 from .settings import (
+    DataOptions,
     Experiment,
     ExportOptions,
     ExtractOptions,
@@ -78,7 +79,8 @@ def sft(words: Words, assignments: Words, dry: bool) -> int:
     """Fine-tune or pretrain a model on examples, or resume the unfinished run in its folder.
 
     Without a config, DATA is JSON lines (messages, prompt and completion, Alpaca, GSM8K, MBPP, multiple choice: told
-    by their keys) or the folder of a TFDS version, and OUT is the folder of the run.
+    by their keys), the folder of a TFDS version or a dataset of the hub (hf:ORG/NAME/SUBSET), and OUT is the folder of
+    the run.
     """
     del dry
     place, others = split(assignments, Place)
@@ -94,6 +96,26 @@ def sft(words: Words, assignments: Words, dry: bool) -> int:
     from ..learn.run import finetune
 
     finetune(config, name=out.name if len(words) == 3 and out else Path(words[0]).stem, out=out)
+    return 0
+
+
+def data(words: Words, assignments: Words, dry: bool) -> int:
+    """Show what a file or a dataset of the hub would become: examples, lengths, what is learnt, what is cut.
+
+    PATH is what `sft` and `evaluate` take: JSON lines, the folder of a TFDS version, or hf:ORG/NAME/SUBSET:SPLIT. What
+    is learnt stands in ⟦ ⟧. With model= lengths are in tokens and the chat template is shown.
+    """
+    del dry
+    settings = options(assignments, DataOptions)
+    from ..learn.look import look
+    from ..learn.settings import Data, Sft
+
+    read = Data(
+        path=words[0], format=settings.format, split=settings.split, ignore=settings.ignore, learn=settings.learn,
+        chat_template=settings.chat_template,
+    )  # fmt: skip
+    limits = Sft(max_length=settings.max_length, overlong=settings.overlong)
+    look(read, limits, model=settings.model, examples=settings.examples)
     return 0
 
 
@@ -144,12 +166,12 @@ def evaluate(words: Words, assignments: Words, dry: bool) -> int:
 
     CONFIG is one of `improve`: its tasks and evaluation blocks are read, and its keys are taken (`improve --help`).
     FILE is JSON lines (GSM8K, multiple choice, problem and answer, MBPP: told by their keys), the folder of a TFDS
-    version, or the word humaneval; then these keys are taken.
+    version, a dataset of the hub (hf:ORG/NAME/SUBSET:SPLIT), or the word humaneval; then these keys are taken.
     """
     del dry
     result, others = split(assignments, Result)
     check_file(result.out)
-    if words[1] == "humaneval" or Path(words[1]).suffix in (".jsonl", ".json") or Path(words[1]).is_dir():
+    if is_questions(words[1]):
         settings = options(others, QuestionOptions)
         start_jax(settings)
         from ..evaluate.run import examine
@@ -271,6 +293,18 @@ def doctor(words: Words, assignments: Words, dry: bool) -> int:
     return print_checks(diagnose())
 
 
+def configs(words: Words, assignments: Words, dry: bool) -> int:
+    """List the configs that come with the code, each with the command that runs it and what it is for.
+
+    Where a verb wants a CONFIG, the name of one of them is enough: jaxmerge improve quickstart
+    """
+    del words, assignments, dry
+    from .configs import listing
+
+    print(listing())
+    return 0
+
+
 def completion(words: Words, assignments: Words, dry: bool) -> int:
     """Print a script that completes verbs, keys and files in a shell.
 
@@ -300,6 +334,7 @@ TABLE = (
     Verb("inspect", (("MODEL",), ("BASE", "MODELS")), inspect, (InspectOptions,), extra="files"),
     Verb("extract-lora", (("BASE", "TUNED", "OUT"),), extract_lora, (ExtractOptions,), extra="files"),
     Verb("sft", (CONFIG, ("MODEL", "DATA", "OUT")), sft, (Place, Finetune), resumes=True),
+    Verb("data", (("PATH",),), data, (DataOptions,)),
     Verb("sample", (("MODEL", "PROMPTS", "OUT"),), sample, (SampleOptions,)),
     Verb("evaluate", (("MODEL", "CONFIG"), ("MODEL", "FILE")), evaluate, (Result, QuestionOptions), also=(Improve,)),
     Verb("harness", (("MODEL", "TASKS"),), harness, (Result, HarnessOptions)),
@@ -309,6 +344,7 @@ TABLE = (
     Verb("search", (CONFIG, ("MODEL", "QUESTIONS", "OUT")), search, (Place, SearchRun), resumes=True),
     Verb("results", ((),), results, (ResultsOptions,)),
     Verb("analyse", (("RUN",),), analyse, (AnalyseOptions,)),
+    Verb("configs", ((),), configs),
     Verb("doctor", ((),), doctor),
     Verb("completion", (("SHELL",),), completion),
 )

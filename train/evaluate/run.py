@@ -14,40 +14,46 @@ from ..generate.settings import Settings
 from ..log import UserError, format_percent, progress, say
 from ..models.open import Model, open_model
 from ..report.rows import print_table
-from ..runtime.jsonl import Row, numbered_jsonl
+from ..runtime.jsonl import Row
 from ..runtime.mesh import make_mesh
 from ..runtime.settings import Mesh
 from ..tasks import STOP_STRINGS, FamilySpec, Question, Suite, build_suite
 from ..tasks.cot import STOP
-from ..tasks.local import LOCAL
+from ..tasks.local import LOCAL, TASK_OF
 from ..tasks.settings import Tasks
 from ..tasks.suite import task_of
 from . import accuracy, choices
 from .answer import ask, is_right, right, tell_pass_rates
 from .settings import Evaluation, QuestionOptions
 
-TASK_OF = {"gsm8k": "gsm8k", "choices": "choice", "problem": "problem", "mbpp": "mbpp"}
 PROGRAMS = ("mbpp", "humaneval")
 """Tasks whose answers are run (docs/code.md)."""
 
 
-def examine(path: str, source: Path, options: QuestionOptions) -> dict[str, Any]:
+def opened(model: Model | str, mesh: Mesh) -> tuple[Model, str]:
+    """A model from what names it, or as it is in memory, and what it is called."""
+    if isinstance(model, str):
+        return open_model(model, make_mesh(mesh)), model
+    return model, getattr(model, "path", None) or "model"
+
+
+def examine(path: Model | str, source: Path, options: QuestionOptions) -> dict[str, Any]:
     """Ask a model every question of `source`; print the accuracy, return it with every answer.
 
     Multiple choice is also scored by likelihood (acc, acc_norm), which needs no chat template.
     """
     suite = open_suite(source, options)
     questions = list(suite.all)
-    model = open_model(path, make_mesh(options.mesh))
+    model, name = opened(path, options.mesh)
     family = suite.specs[0].family
     asked = family != "choice" or model.tokenizer.has_chat_template
     if family != "choice" and not asked_plainly(options, family) and not model.tokenizer.has_chat_template:
         way = "prompt=cot" if family == "gsm8k" else "a model with one"
-        raise UserError(f"{path}: this model has no chat template to ask {family} questions with; take {way}")
-    result: dict[str, Any] = {"name": path, "finished": True, "rows": [], "paired": []}
+        raise UserError(f"{name}: this model has no chat template to ask {family} questions with; take {way}")
+    result: dict[str, Any] = {"name": name, "finished": True, "rows": [], "paired": []}
     result["majority"] = [] if family in PROGRAMS else suite.majority_baselines()
     if asked:
-        result |= answer(model, suite, questions, options, name=Path(path).name)
+        result |= answer(model, suite, questions, options, name=Path(name).name)
         print_table(result)
         if options.samples:
             more = dataclasses.replace(
@@ -73,8 +79,10 @@ def asked_plainly(options: QuestionOptions, family: str) -> bool:
 
 
 def open_suite(source: Path, options: QuestionOptions) -> Suite:
-    """The questions of a file or of the folder of a TFDS version, each once."""
+    """The questions of a file, of the folder of a TFDS version or of a dataset on the hub, each once."""
     from ..data.formats import detect
+    from ..data.hub import is_hub, one_split
+    from ..data.rows import is_rows, read_rows
 
     family = options.task
     if str(source) == "humaneval":
@@ -82,9 +90,9 @@ def open_suite(source: Path, options: QuestionOptions) -> Suite:
             raise UserError(f"task={family}: humaneval is a task of its own; leave task= out")
         family = "humaneval"
     if family is None:
-        if source.is_dir():
+        if not is_rows(source):
             raise UserError(f"{source}: a TFDS version does not say how answers are judged; set task=")
-        lines = numbered_jsonl(source)
+        lines = read_rows(source, options.split)
         form = detect(lines[0][1]) if lines else ""
         if form not in TASK_OF:
             raise UserError(
@@ -93,12 +101,13 @@ def open_suite(source: Path, options: QuestionOptions) -> Suite:
         family = TASK_OF[form]
     if family != "gsm8k" and (options.prompt, options.extract) != ("chat", "flexible"):
         raise UserError(f"prompt= and extract= are of gsm8k questions; these are judged as {family}: leave them out")
+    split = {"split": one_split(source, options.split) if is_hub(source) else options.split}
     if family in PROGRAMS:
-        args = {} if family == "humaneval" else {"path": str(source)}
+        args = {} if family == "humaneval" else {"path": str(source), **split}
         task = task_of(family, "instruct")
     else:
         settings = {key: getattr(options, key) for key in LOCAL[family].settings}
-        args = {"path": str(source), "split": options.split, **settings}
+        args = {"path": str(source), **split, **settings}
         task = LOCAL[family](family)
     count = len({text for text, *_ in task.draw(args, 0, 0)})
     count = min(count, options.limit or count)
@@ -144,24 +153,24 @@ def settings_of(options: QuestionOptions, family: str) -> Settings:
 
 
 def evaluate_model(
-    path: str, tasks: Tasks, evaluation: Evaluation, *, mesh: Mesh, dtype: str, seed: int
+    path: Model | str, tasks: Tasks, evaluation: Evaluation, *, mesh: Mesh, dtype: str, seed: int
 ) -> dict[str, Any]:
     """Rows of accuracy of a model on the questions of `tasks`; printed as a table.
 
     Args:
-      path: anything that `open_model` reads.
+      path: anything that `open_model` reads, or a model.
       mesh: where it is decoded. dtype: operands of its products. seed: of the samples for pass@k.
     """
     suite = build_suite(tasks.families, seed=tasks.seed, style=tasks.style)
     questions = [q for split in evaluation.splits for q in suite.questions(split)]
     if not questions:
         raise UserError(f"evaluation.splits={list(evaluation.splits)}: no family has such questions")
-    model = open_model(path, make_mesh(mesh))
+    model, name = opened(path, mesh)
     shots = tasks.few_shot
     stop = evaluation.stop + (STOP_STRINGS if shots else ())
     settings = evaluation.settings(dtype=dtype, gather=mesh.gather_to_decode, stop=stop)
-    rows, _ = answer_once(model, suite, questions, settings, seed=seed, name=Path(path).name, shots=shots)
-    result = {"name": path, "finished": True, "rows": rows, "paired": [], "majority": suite.majority_baselines()}
+    rows, _ = answer_once(model, suite, questions, settings, seed=seed, name=Path(name).name, shots=shots)
+    result = {"name": name, "finished": True, "rows": rows, "paired": [], "majority": suite.majority_baselines()}
     print_table(result)
     if evaluation.samples:
         sampled = evaluation.sampling(settings)

@@ -21,6 +21,7 @@ from ..runtime.journal import Journal
 from ..runtime.processes import on_first
 from ..runtime.settings import Mesh
 from .card import exported_card, run_card
+from .origin import write_origin
 from .plan import BASE, Outcome, Plan, plan
 from .session import Session
 from .settings import Improve
@@ -51,7 +52,7 @@ def export(
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype={dtype!r}; choose float32, bfloat16 or float16")
-    place = Path(out)
+    place, found = Path(out), None
     if method is None:
         model = open_model(run)
         card = functools.partial(exported_card, place, run)
@@ -65,6 +66,8 @@ def export(
     else:
         written = save_gguf(out, model.config, model.params, model.tokenizer, type=gguf, pre=pre)
     on_first(lambda: write_card(place, card()))
+    if found is not None and found.outcome.model != BASE:
+        on_first(write_origin, place, found.root, found.outcome.model)
     return written
 
 

