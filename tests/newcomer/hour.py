@@ -119,7 +119,7 @@ def install(folder: pathlib.Path) -> pathlib.Path:
 def quickstart(jaxmerge: pathlib.Path, clone: pathlib.Path, work: pathlib.Path) -> pathlib.Path:
     """Run the quickstart; the folder of its run."""
     # A wheel without configs needs the clone's file.
-    named = " configs " in run([jaxmerge, "--help"], work)
+    named = "jaxmerge configs" in run([jaxmerge, "--help"], work)
     config = "quickstart" if named else clone / "configs" / "quickstart.yaml"
     printed = run([jaxmerge, "improve", config, "out=run"], work)
     assert (work / printed.split()[-1]).resolve() == (work / "run").resolve(), printed[-500:]

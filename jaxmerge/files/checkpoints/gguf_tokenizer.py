@@ -8,6 +8,7 @@ does, in the words of tokenizer.json; so a name is found by what a tokenizer doe
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -86,7 +87,7 @@ def find_pre(state: Mapping[str, Any]) -> str | None:
 # --- from metadata to tokenizer.json ---
 
 
-def check_tokenizer(metadata: Mapping[str, Any], *, source) -> None:
+def check_tokenizer(metadata: Mapping[str, Any], *, source: pathlib.Path | str) -> None:
     """Raise unless the tokenizer can be rebuilt."""
     kind = metadata.get("tokenizer.ggml.model")
     wanted = [("ggml.model", TOKENIZERS)] + ([] if kind == "llama" else [("ggml.pre", tuple(PRE_TOKENIZERS))])
