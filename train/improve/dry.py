@@ -93,6 +93,8 @@ def show_minutes(config: Improve, model: ModelConfig, suite: Suite, todo: Plan) 
         f"minutes on {count} of a device, about and at most, by data sheets: products at {budget.TRAINING:.0%} of the "
         f"peak, memory at {budget.DECODING:.0%} of its bandwidth; links, compiling and loading are not counted:"
     )
+    if any(method.probe is not None and method.probe.search for method in config.methods.values()):
+        say("nor is what the searches of probes evaluate:")
     say(f"  {'':16} {'sampling':>15} {'training':>15} {'evaluating':>15} {'in all':>15}")
     for name, device in DEVICES.items():
         spent = budget.by_kind([(phase, budget.seconds(config, model, w, device)) for phase, w in work])
