@@ -66,7 +66,9 @@ else:  # a type checker that saw `__getattr__` would take every name for one tha
         try:
             return metadata.version("jaxmerge")
         except metadata.PackageNotFoundError:
-            reason = "jaxmerge is not installed, so it has no version; run pip install -e . in the checkout"
+            from jaxmerge.install import extra
+
+            reason = f"jaxmerge is not installed, so it has no version; {extra()}"
             raise AttributeError(reason, name="__version__") from None
 
     _OWN = {"TYPE_CHECKING", "_HEAD", "_OWN", "_Package", "_load", "_version", "Any", "importlib", "sys", "types"}

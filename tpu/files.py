@@ -131,7 +131,7 @@ def installed_by(package: str, at: str, requirements: Sequence[str]) -> str:
     for requirement in requirements:
         if re.sub("[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower() in wanted:
             return f"from {requirement}, which the task installs"
-    command = PACKAGES.get(package, f"the package that provides {package}")
+    command = PACKAGES.get(package, f"the package that provides {package}").removeprefix("--no-deps ")
     raise UserError(f"{at}: the task does not install it; add it to PACKAGES in the task ({command})")
 
 

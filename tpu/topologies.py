@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxmerge import install
 from train.improve.devices import DEVICES
 from train.log import UserError
 from train.resolve import nearest
@@ -110,8 +111,8 @@ def _of_machine(accelerator: str) -> Topology:
 def require_libtpu() -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "compiling for a TPU needs its compiler, the package libtpu (about 600 MB, no TPU needed): pip install "
-            "libtpu"
+            "compiling for a TPU needs its compiler, the package libtpu (about 600 MB, no TPU needed): "
+            f"{install.extra('tpu-aot')}"
         )
 
 

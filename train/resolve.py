@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeVar
 from .log import UserError
 
 T = TypeVar("T")
+SHIPPED = Path(__file__).parents[1] / "configs"
+"""The configs that come with the code: in a checkout `configs/` beside `train/`, once installed `jaxmerge/configs/`."""
 FINISH_WITH = "finish_with"
 """Metadata of a field that came later: the commit that finishes runs begun without it, which compute otherwise."""
 
@@ -130,13 +132,31 @@ def to_dict(config: Any) -> Any:
     return plain(config)
 
 
+def shipped(name: str, *, folder: bool = False) -> Path | None:
+    """The config `quickstart`, or the folder `configs/miniature`, that comes with the code; None if there is none."""
+    inside = Path(name.removeprefix("configs/"))
+    if inside.is_absolute() or ".." in inside.parts or not inside.parts:
+        return None
+    if folder:
+        return SHIPPED / inside if (SHIPPED / inside).is_dir() else None
+    return next((p for p in (SHIPPED / inside, SHIPPED / f"{inside}.yaml") if p.is_file()), None)
+
+
+def shipped_names() -> list[str]:
+    """The names of the configs that come with the code: `quickstart`, `experiments/frontier`."""
+    files = sorted(SHIPPED.glob("*.yaml")) + sorted(SHIPPED.glob("*/*.yaml"))
+    return [file.relative_to(SHIPPED).with_suffix("").as_posix() for file in files]
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a config: one map of keys."""
+    """Read a config, one map of keys: of a file here, else of one that comes with the code."""
     from jaxmerge.files import documents
 
+    if not path.is_file() and (found := shipped(path.as_posix())) is not None:
+        path = found
     if not path.exists():
-        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such config{nearest(str(path), near) if near else ''}")
+        near = [*sorted(str(p) for p in path.parent.glob("*.yaml") if path.parent.is_dir()), *shipped_names()]
+        raise UserError(f"{path}: no such config{nearest(str(path), near)}")
     try:
         found = documents.read_yaml(path)
     except ValueError as error:
@@ -156,20 +176,25 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
         path, sign, text = assignment.partition("=")
         if not sign or not path:
             raise UserError(f"{assignment!r}: overrides are written key=value, e.g. rounds=3 merge.alpha=0.6")
-        *parents, last = path.split(".")
-        node = values
-        for parent in parents:
-            if node.get(parent) is None:
-                node[parent] = {}
-            node = node[parent]
-            if not isinstance(node, dict):
-                raise UserError(f"{assignment!r}: {parent} holds {node!r}, not a map of keys")
+        place = place_of(values, path, repr(assignment))
         try:
             found = documents.parse_yaml(text, repr(assignment))
         except ValueError as error:
             raise UserError(str(error)) from None
-        node[last] = found[0] if found else None
+        place[path.rpartition(".")[2]] = found[0] if found else None
     return values
+
+
+def place_of(values: dict[str, Any], path: str, where: str) -> dict[str, Any]:
+    """The map that holds the last part of a key `a.b.c`; intermediate maps are made."""
+    node = values
+    for parent in path.split(".")[:-1]:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise UserError(f"{where}: {parent} holds {node!r}, not a map of keys")
+    return node
 
 
 def load(cls: type[T], path: str | Path, assignments: Sequence[str] = ()) -> T:

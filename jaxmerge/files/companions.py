@@ -108,19 +108,20 @@ def contents(donor: Source, config: Mapping[str, Any], template: str | None) -> 
     """Return the companions of the result, file name → content."""
     files = dict(donor.companions())
     if config:
-        files["config.json"] = _json(config)
+        files["config.json"] = as_json(config)
     if template is not None:
         files.pop("chat_template.json", None)
         files[TEMPLATE_FILE] = template.encode()
         if TOKENIZER_CONFIG in files:
             # Readers that do not know the file of its own look here.
-            files[TOKENIZER_CONFIG] = _json(
+            files[TOKENIZER_CONFIG] = as_json(
                 {**parse_json(files[TOKENIZER_CONFIG], f"{donor.name}: {TOKENIZER_CONFIG}"), "chat_template": template}
             )
     return files
 
 
-def _json(value: Mapping[str, Any]) -> bytes:
+def as_json(value: Mapping[str, Any]) -> bytes:
+    """Write what a JSON file of a model holds."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 

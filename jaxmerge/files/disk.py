@@ -91,6 +91,26 @@ def new_folder(out: pathlib.Path, wanted_bytes: int = 0) -> Iterator[pathlib.Pat
 
 
 @contextmanager
+def new_file(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a temporary name beside `out`; the file written there becomes `out` when the block ends well."""
+    check_name(out)
+    if out.exists():
+        raise DiskError(f"{out} exists already; give another name, or remove it")
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        sync(partial)
+        partial.rename(out)
+        sync(out.parent)
+    except OSError as error:
+        why = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else error.strerror
+        raise DiskError(f"cannot write {out}: {why}; nothing was kept") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[bool]:
     """Hold the lock of a folder, if it is free and its file system has locks; yield whether it is held."""
     handle = os.open(folder, os.O_RDONLY)

@@ -18,7 +18,7 @@ from jaxmerge.contract import check_compat
 from jaxmerge.files import agree, companions, layers, operands, vocabulary
 from jaxmerge.files.checkpoints import safetensors
 from jaxmerge.files.checkpoints.beside import is_weights, write_companions
-from jaxmerge.files.checkpoints.source import Source, Tensor
+from jaxmerge.files.checkpoints.source import Source, Tensor, main_dtype
 from jaxmerge.files.methods import COPY, METHODS, REQUIRED, Method, Number, resolve
 from jaxmerge.files.operands import Draft, Operand
 from jaxmerge.files.recipe import Module, Recipe, Slice
@@ -135,7 +135,11 @@ def make(
         raise ValueError(f"the recipe merges no tensor: {counts}; give models with weights")
     donor = sources[recipe.donor] if vocabulary is None else vocabulary.apply(sources[recipe.donor])
     config, more = companions.config(
-        donor.config, planner.stacks, recipe, dtype=_main_dtype(jobs), rows=planner.matching.rows
+        donor.config,
+        planner.stacks,
+        recipe,
+        dtype=main_dtype((job.out_dtype, job.size) for job in jobs),
+        rows=planner.matching.rows,
     )
     notes += more
     if vocabulary is None:
@@ -322,12 +326,3 @@ class _Planner:
         if wanted and not (0 <= value < 1 or (value == 1 and wanted.endswith("]"))):
             raise ValueError(f"tensor {name!r}: {parameter}{of} is {value}, wanted a share in {wanted}")
         return value
-
-
-def _main_dtype(jobs: Sequence[Job]) -> np.dtype | None:
-    """Return the floating dtype that most bytes of the result have."""
-    sizes: dict[np.dtype, int] = {}
-    for job in jobs:
-        if jnp.issubdtype(job.out_dtype, jnp.floating):
-            sizes[job.out_dtype] = sizes.get(job.out_dtype, 0) + job.size
-    return max(sizes, key=lambda dtype: sizes[dtype], default=None)

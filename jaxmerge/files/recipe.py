@@ -29,8 +29,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -55,7 +57,7 @@ from jaxmerge.files.tokens import Options
 from jaxmerge.files.tokens import parse as parse_tokenizer
 from jaxmerge.rules import RULES
 
-__all__ = ["IGNORED", "METHODS", "REQUIRED", "Entry", "Method", "Module", "Recipe", "Slice", "parse", "read"]
+__all__ = ["IGNORED", "METHODS", "REQUIRED", "Entry", "Method", "Module", "Recipe", "Slice", "parse", "read", "written"]
 FLOATS = {str(dtype): dtype for dtype in DTYPES.values() if jnp.issubdtype(dtype, jnp.floating)}
 
 
@@ -138,27 +140,48 @@ class Recipe:
         return self.base or self.sources[0]
 
 
-def read(path: pathlib.Path, *, compat: str | None = None) -> list[Recipe]:
-    """Read and check a recipe file.
+def read(
+    source: pathlib.Path | Mapping[str, Any] | Sequence[Mapping[str, Any]], *, compat: str | None = None
+) -> list[Recipe]:
+    """Read and check a recipe.
 
     Relative paths of models are relative to the current folder.
 
     Args:
-      path: the YAML file.
+      source: the YAML file, or what it would hold: a dictionary, or a list of them for stages.
       compat: "mergekit" takes what mergekit takes: what it ignores in silence becomes a note, not an error.
 
     Returns:
       One recipe, or the stages of several documents in the order to run them; the last is the result.
     """
-    text = read_text(path)
-    documents = parse_yaml(text, path)
+    text = read_text(source) if isinstance(source, pathlib.Path) else written(source)
+    documents = parse_yaml(text, source if isinstance(source, pathlib.Path) else "the recipe")
     try:
         if len(documents) == 1:
             return [parse(documents[0], text, compat=compat)]
         *before, last = _in_order([parse(document, compat=compat) for document in documents])
         return [*before, dataclasses.replace(last, text=text)]  # it is the recipe of the result
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{source}: {error}" if isinstance(source, pathlib.Path) else str(error)) from None
+
+
+def written(source: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
+    """Write a recipe that is given as data as the YAML file that says the same.
+
+    Example:
+      >>> print(written({"merge_method": "linear", "models": [{"model": pathlib.Path("a")}]}), end="")
+      merge_method: linear
+      models:
+      - model: a
+    """
+    documents = [source] if isinstance(source, Mapping) else source
+    try:
+        plain = json.loads(json.dumps(documents, default=os.fspath))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"the recipe holds what YAML cannot ({error}); give dictionaries, lists, texts, numbers and paths"
+        ) from None
+    return yaml.safe_dump_all(plain, sort_keys=False, allow_unicode=True)
 
 
 def parse(document: Any, text: str = "", *, compat: str | None = None) -> Recipe:

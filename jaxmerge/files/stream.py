@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -20,8 +21,9 @@ from typing import Any
 import jax
 import xxhash
 
-from jaxmerge.files import card, disk, engine, recipe, vocabulary
+from jaxmerge.files import card, disk, engine, vocabulary
 from jaxmerge.files import plan as planning
+from jaxmerge.files import recipe as recipes
 from jaxmerge.files.checkpoints import orbax, safetensors
 from jaxmerge.files.checkpoints.adapter import CONFIG, WEIGHTS
 from jaxmerge.files.checkpoints.beside import companion_paths
@@ -51,8 +53,8 @@ class Settings:
 
 
 def merge(
-    recipe_path: str | pathlib.Path,
-    out: str | pathlib.Path,
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    out: str | os.PathLike[str],
     *,
     progress: Progress | None = None,
     seed: int | None = None,
@@ -69,7 +71,8 @@ def merge(
     whole, nothing is merged again.
 
     Args:
-      recipe_path: a YAML recipe (see `jaxmerge.files.recipe`), of one document or of stages.
+      recipe: a YAML file (see `jaxmerge.files.recipe`), or what it would hold: a dictionary, or a list of them for
+        stages.
       out: folder to make; it appears under its name only when whole.
       progress: called after every piece with bytes read so far, bytes to read, and the tensor's name.
       seed: overrides the recipe's seed.
@@ -78,7 +81,8 @@ def merge(
       max_shard_bytes: size above which the result is split into shards.
       device: "cpu", "gpu" or "tpu", where the arithmetic runs; by default jax's.
       format: of the result, "safetensors" or "orbax".
-      dry_run: check everything and return the plan, without reading a tensor or writing a file.
+      dry_run: check everything and return the plan, without reading a tensor or writing a file; of the hub's models the
+        headers are fetched alone.
 
     Returns:
       {"out", "merge_method", "tensors", "bytes_in", "bytes_out", "bytes_memory", "files", "seconds", "notes"}.
@@ -92,13 +96,14 @@ def merge(
     if format not in FORMATS:
         raise ValueError(f"format={format!r}, wanted one of {', '.join(FORMATS)}")
     settings = Settings(compat, tuple(allow), max_shard_bytes, _device(device), seed, format, dry_run)
-    recipes = recipe.read(pathlib.Path(recipe_path), compat=compat)
-    if dry_run and len(recipes) > 1:
+    of = pathlib.Path(recipe) if isinstance(recipe, str | os.PathLike) else recipe
+    documents = recipes.read(of, compat=compat)
+    if dry_run and len(documents) > 1:
         raise ValueError("a dry run needs the models of every stage, which the stages before make; run it without")
     between = out.absolute().parent / f".{out.name}.stages"
-    work = _Work(recipes, between, settings, progress)
+    work = _Work(documents, between, settings, progress)
     if dry_run:
-        report = work.merge(recipes[-1], out)
+        report = work.merge(documents[-1], out)
     else:
         report = _earlier(out, work.digest)
         if report is None:
@@ -128,7 +133,9 @@ class _Work:
         self.recipes, self.between, self.settings, self.progress = recipes, between, settings, progress
         self.stages = {str(of.name): between / "stages" / str(of.name) for of in recipes[:-1]}
         named = dict.fromkeys(name for of in recipes for name in of.sources)
-        self.models = {name: open_source(name) for name in named if not self._is_stage(name)}
+        self.models = {
+            name: open_source(name, headers_only=settings.dry_run) for name in named if not self._is_stage(name)
+        }
         self.later = [name for name in named if self._is_stage(name)]
         read = {file for source in self.models.values() for file in _read_files(source)}
         self.before = stamps(read | self._later_files())
@@ -157,7 +164,7 @@ class _Work:
         for name in (of.tokenizer.source for of in self.recipes if of.tokenizer is not None):
             if name not in ("union", "base") and name not in self.models and not self._is_stage(name):
                 beside[name] = ({}, _digests(vocabulary.companions_at(name)))
-        of, texts = self.settings, [recipe.text for recipe in self.recipes]
+        of, texts = self.settings, [document.text for document in self.recipes]
         said = [texts, of.compat, sorted(of.allow), of.max_shard_bytes, of.device.platform, of.seed, of.format]
         read = [[stamp(file) for file in sorted(files)], beside]
         return xxhash.xxh3_128_hexdigest(json.dumps([said, card.versions(), read], sort_keys=True).encode())

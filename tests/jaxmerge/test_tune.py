@@ -337,7 +337,9 @@ def test_errors_name_what_was_found_and_wanted(monkeypatch):
     with pytest.raises(ValueError, match="the search is over"):
         search.tell(1.0, 0.1)
     monkeypatch.setitem(sys.modules, "cmaes", None)
-    with pytest.raises(ImportError, match="needs the package cmaes, which is not here: pip install cmaes"):
+    with pytest.raises(
+        ImportError, match=r"needs the package cmaes, which is not here: .*pip install 'jaxmerge\[search\]'"
+    ):
         Search(SPACE, "cma_es")
 
 

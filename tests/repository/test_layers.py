@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT
 
 SHELVES = (
-    {"cli"},
+    {"cli", "api"},
     {"studies"},
     {"improve"},
     {"search"},

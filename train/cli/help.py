@@ -10,6 +10,7 @@ from .words import Verb
 
 HEAD = "jaxmerge: self-improve, extrapolate and merge language models on a JAX mesh"
 FOOT = """\
+CONFIG is a YAML file, or the name of one that `jaxmerge configs` lists.
 MODEL is a Hugging Face folder, a GGUF file, package:NAME/FILE.gguf, a checkpoint of a run, or a hub name.
 `jaxmerge VERB --help` lists the keys of a verb with their types, defaults and meanings; docs/config.md lists them all.
 """

@@ -32,6 +32,7 @@ from .settings import (
     ExtractOptions,
     InspectOptions,
     MergeOptions,
+    PushOptions,
     ResultsOptions,
     VerifyOptions,
 )
@@ -56,7 +57,8 @@ ABOUT = {
     "verify": (VerifyOptions, "`jaxmerge verify OUT`."),
     "inspect": (InspectOptions, "`jaxmerge inspect MODEL`, `jaxmerge inspect BASE MODELS`."),
     "extract-lora": (ExtractOptions, "`jaxmerge extract-lora BASE TUNED OUT`."),
-    "export": (ExportOptions, "`jaxmerge export RUN OUT`."),
+    "export": (ExportOptions, "`jaxmerge export RUN OUT`; see [sharing.md](sharing.md)."),
+    "push": (PushOptions, "`jaxmerge push FOLDER NAME`; see [sharing.md](sharing.md)."),
     "results": (ResultsOptions, "`jaxmerge results`."),
 }  # fmt: skip
 

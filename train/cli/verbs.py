@@ -9,7 +9,7 @@ import json
 import shlex
 from pathlib import Path
 
-from ..evaluate.settings import HarnessOptions, QuestionOptions
+from ..evaluate.settings import HarnessOptions, QuestionOptions, is_questions
 from ..generate.settings import SampleOptions
 from ..improve.settings import Improve
 from ..learn.settings import Finetune
@@ -19,7 +19,7 @@ from ..runtime.disk import check_file, check_folder, write_durably
 from ..runtime.start import start_jax
 from ..search.settings import SearchRun
 from ..studies.settings import AnalyseOptions
-from .files import extract_lora, inspect, merge, verify
+from .files import check_push, extract_lora, inspect, merge, push, push_folder, verify
 from .flags import MERGEKIT
 from .settings import (
     DataOptions,
@@ -29,6 +29,7 @@ from .settings import (
     InspectOptions,
     MergeOptions,
     Place,
+    PushOptions,
     Result,
     ResultsOptions,
     VerifyOptions,
@@ -170,8 +171,7 @@ def evaluate(words: Words, assignments: Words, dry: bool) -> int:
     del dry
     result, others = split(assignments, Result)
     check_file(result.out)
-    file = Path(words[1]).suffix in (".jsonl", ".json") or Path(words[1]).is_dir() or words[1].startswith("hf:")
-    if words[1] == "humaneval" or file:
+    if is_questions(words[1]):
         settings = options(others, QuestionOptions)
         start_jax(settings)
         from ..evaluate.run import examine
@@ -230,18 +230,22 @@ def harness(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def export(words: Words, assignments: Words, dry: bool) -> int:
-    """Write a run's model as a Hugging Face folder.
+    """Write a run's model as a Hugging Face folder, or as a GGUF file for llama.cpp.
 
     RUN is the folder of a run; without method= it may be any MODEL, a GGUF file for example.
     """
     del dry
     settings = options(assignments, ExportOptions)
     check_folder(Path(words[1]))
+    check_push(settings.push)
     start_jax()
     from ..improve.export import export as go
+    from ..runtime.processes import on_first
 
-    go(words[0], words[1], method=settings.method, number=settings.round, dtype=settings.dtype)
-    say(words[1])
+    gguf = (settings.type or "q8_0") if settings.format == "gguf" else None
+    which = {"method": settings.method, "number": settings.round}
+    say(str(go(words[0], words[1], **which, dtype=settings.dtype, gguf=gguf, pre=settings.pre)))
+    on_first(push_folder, Path(words[1]), settings.push, private=settings.private)
     return 0
 
 
@@ -289,6 +293,18 @@ def doctor(words: Words, assignments: Words, dry: bool) -> int:
     return print_checks(diagnose())
 
 
+def configs(words: Words, assignments: Words, dry: bool) -> int:
+    """List the configs that come with the code, each with the command that runs it and what it is for.
+
+    Where a verb wants a CONFIG, the name of one of them is enough: jaxmerge improve quickstart
+    """
+    del words, assignments, dry
+    from .configs import listing
+
+    print(listing())
+    return 0
+
+
 def completion(words: Words, assignments: Words, dry: bool) -> int:
     """Print a script that completes verbs, keys and files in a shell.
 
@@ -323,10 +339,12 @@ TABLE = (
     Verb("evaluate", (("MODEL", "CONFIG"), ("MODEL", "FILE")), evaluate, (Result, QuestionOptions), also=(Improve,)),
     Verb("harness", (("MODEL", "TASKS"),), harness, (Result, HarnessOptions)),
     Verb("export", (("RUN", "OUT"),), export, (ExportOptions,)),
+    Verb("push", (("FOLDER", "NAME"),), push, (PushOptions,), extra="files"),
     Verb("report", (("RUN",),), report),
     Verb("search", (CONFIG, ("MODEL", "QUESTIONS", "OUT")), search, (Place, SearchRun), resumes=True),
     Verb("results", ((),), results, (ResultsOptions,)),
     Verb("analyse", (("RUN",),), analyse, (AnalyseOptions,)),
+    Verb("configs", ((),), configs),
     Verb("doctor", ((),), doctor),
     Verb("completion", (("SHELL",),), completion),
 )

@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxmerge import install
 from jaxmerge.files import documents
 from jaxmerge.files.disk import sync
 
@@ -149,7 +150,7 @@ def _import_tfds() -> Any:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise UserError(
-            f"writing and reading datasets needs tensorflow-datasets ({error}); pip install 'jaxmerge[train]'"
+            f"writing and reading datasets needs tensorflow-datasets ({error}); {install.extra('train')}"
         ) from error
     return tfds
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import jax
 
+from jaxmerge import install
+
 from ..generate.rollout import Prompt, rollout
 from ..generate.score import encode_pair, score
 from ..generate.settings import Settings
@@ -79,7 +81,7 @@ def load(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"evaluating with EleutherAI's harness needs lm-eval ({error}); pip install 'jaxmerge[harness]'"
+            f"evaluating with EleutherAI's harness needs lm-eval ({error}); {install.extra('harness')}"
         ) from error
 
 

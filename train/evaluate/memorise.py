@@ -1,6 +1,6 @@
 r"""LiMem, a score of memorisation: training questions that are solved, and not solved any more once changed a little.
 
-:math:`\mathrm{LiMem} = \mathrm{Acc} \cdot (1 - \mathrm{CR})`: Acc is the share of training questions solved, CR (the
+$\mathrm{LiMem} = \mathrm{Acc} \cdot (1 - \mathrm{CR})$: Acc is the share of training questions solved, CR (the
 consistency ratio) the share of these whose perturbed twin is solved too (Xie et al., "On Memorization of Large
 Language Models in Logical Reasoning", https://arxiv.org/abs/2410.23123).
 

@@ -30,23 +30,30 @@ PROGRAMS = ("mbpp", "humaneval")
 """Tasks whose answers are run (docs/code.md)."""
 
 
-def examine(path: str, source: Path, options: QuestionOptions) -> dict[str, Any]:
+def opened(model: Model | str, mesh: Mesh) -> tuple[Model, str]:
+    """A model from what names it, or as it is in memory, and what it is called."""
+    if isinstance(model, str):
+        return open_model(model, make_mesh(mesh)), model
+    return model, getattr(model, "path", None) or "model"
+
+
+def examine(path: Model | str, source: Path, options: QuestionOptions) -> dict[str, Any]:
     """Ask a model every question of `source`; print the accuracy, return it with every answer.
 
     Multiple choice is also scored by likelihood (acc, acc_norm), which needs no chat template.
     """
     suite = open_suite(source, options)
     questions = list(suite.all)
-    model = open_model(path, make_mesh(options.mesh))
+    model, name = opened(path, options.mesh)
     family = suite.specs[0].family
     asked = family != "choice" or model.tokenizer.has_chat_template
     if family != "choice" and not asked_plainly(options, family) and not model.tokenizer.has_chat_template:
         way = "prompt=cot" if family == "gsm8k" else "a model with one"
-        raise UserError(f"{path}: this model has no chat template to ask {family} questions with; take {way}")
-    result: dict[str, Any] = {"name": path, "finished": True, "rows": [], "paired": []}
+        raise UserError(f"{name}: this model has no chat template to ask {family} questions with; take {way}")
+    result: dict[str, Any] = {"name": name, "finished": True, "rows": [], "paired": []}
     result["majority"] = [] if family in PROGRAMS else suite.majority_baselines()
     if asked:
-        result |= answer(model, suite, questions, options, name=Path(path).name)
+        result |= answer(model, suite, questions, options, name=Path(name).name)
         print_table(result)
         if options.samples:
             more = dataclasses.replace(
@@ -146,24 +153,24 @@ def settings_of(options: QuestionOptions, family: str) -> Settings:
 
 
 def evaluate_model(
-    path: str, tasks: Tasks, evaluation: Evaluation, *, mesh: Mesh, dtype: str, seed: int
+    path: Model | str, tasks: Tasks, evaluation: Evaluation, *, mesh: Mesh, dtype: str, seed: int
 ) -> dict[str, Any]:
     """Rows of accuracy of a model on the questions of `tasks`; printed as a table.
 
     Args:
-      path: anything that `open_model` reads.
+      path: anything that `open_model` reads, or a model.
       mesh: where it is decoded. dtype: operands of its products. seed: of the samples for pass@k.
     """
     suite = build_suite(tasks.families, seed=tasks.seed, style=tasks.style)
     questions = [q for split in evaluation.splits for q in suite.questions(split)]
     if not questions:
         raise UserError(f"evaluation.splits={list(evaluation.splits)}: no family has such questions")
-    model = open_model(path, make_mesh(mesh))
+    model, name = opened(path, mesh)
     shots = tasks.few_shot
     stop = evaluation.stop + (STOP_STRINGS if shots else ())
     settings = evaluation.settings(dtype=dtype, gather=mesh.gather_to_decode, stop=stop)
-    rows, _ = answer_once(model, suite, questions, settings, seed=seed, name=Path(path).name, shots=shots)
-    result = {"name": path, "finished": True, "rows": rows, "paired": [], "majority": suite.majority_baselines()}
+    rows, _ = answer_once(model, suite, questions, settings, seed=seed, name=Path(name).name, shots=shots)
+    result = {"name": name, "finished": True, "rows": rows, "paired": [], "majority": suite.majority_baselines()}
     print_table(result)
     if evaluation.samples:
         sampled = evaluation.sampling(settings)

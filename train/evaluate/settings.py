@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from ..generate.settings import COLDEST, Settings
 from ..log import UserError
 from ..resolve import at_least
 from ..runtime.settings import Distributed, Mesh
+
+
+def is_questions(name: str) -> bool:
+    """Whether a name is of questions (a file, a TFDS version, a dataset of the hub, humaneval), and not of a config."""
+    if name == "humaneval" or name.startswith("hf:"):
+        return True
+    return Path(name).suffix in (".jsonl", ".json") or Path(name).is_dir()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..models.tokenizer import Tokenizer
 from ..runtime.jsonl import numbered_jsonl, write_jsonl
 from ..runtime.mesh import make_mesh
 from ..runtime.processes import on_first
-from .rollout import Prompt, rollout
+from .rollout import Prompt, Sample, batched, rollout
 from .settings import SampleOptions
 
 
@@ -24,26 +25,14 @@ def sample_file(path: str, source: Path, out: Path, options: SampleOptions) -> i
     """Generate for every line of `source`; the answers appear in `out` only when all are there."""
     numbered = numbered_jsonl(source)
     lines = [line for _, line in numbered]
+    places = [f"{source}:{number}" for number, _ in numbered]
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such folder; make it first")
     model = open_model(path, make_mesh(options.mesh))
-    date = datetime.date.fromisoformat(options.date or on_first(lambda: datetime.date.today().isoformat()))
-    model = dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, date=date))
-    prompts = [to_prompt(model, line, options.chat, f"{source}:{number}") for number, line in numbered]
-    settings = options.settings(dtype=options.dtype, gather=options.mesh.gather_to_decode)
-    with progress("sample", total=len(prompts) * options.samples, unit="samples") as bar:
-        samples = rollout(
-            model.config,
-            model.params,
-            model.tokenizer,
-            prompts,
-            settings,
-            jax.random.key(options.seed),
-            on_sample=lambda tokens: bar.advance(1),
-        )
+    with progress("sample", total=len(lines) * options.samples, unit="samples") as bar:
+        samples = generate(model, lines, places, options, on_sample=lambda tokens: bar.advance(1))
     rows = []
-    for i, line in enumerate(lines):
-        mine = samples[i * options.samples : (i + 1) * options.samples]
+    for line, mine in zip(lines, samples, strict=True):
         fields: dict[str, list[Any]] = {
             "text": [s.text for s in mine],
             "tokens": [list(s.tokens) for s in mine],
@@ -54,6 +43,36 @@ def sample_file(path: str, source: Path, out: Path, options: SampleOptions) -> i
         rows.append({**line, **{name: values[0] if single else values for name, values in fields.items()}})
     on_first(write_jsonl, out, rows)
     return len(rows)
+
+
+def generate(
+    model: Model,
+    lines: Sequence[dict[str, Any]],
+    places: Sequence[str],
+    options: SampleOptions,
+    *,
+    on_sample: Callable[[int], None] = lambda tokens: None,
+) -> list[list[Sample]]:
+    """Generate `options.samples` completions of each line {"prompt"} or {"messages"}.
+
+    Args:
+      places: what an error calls each line.
+      on_sample: called with the length of each completion as it ends.
+    """
+    date = datetime.date.fromisoformat(options.date or on_first(lambda: datetime.date.today().isoformat()))
+    model = dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, date=date))
+    prompts = [to_prompt(model, line, options.chat, place) for line, place in zip(lines, places, strict=True)]
+    settings = options.settings(dtype=options.dtype, gather=options.mesh.gather_to_decode)
+    samples = rollout(
+        model.config,
+        model.params,
+        model.tokenizer,
+        prompts,
+        settings,
+        jax.random.key(options.seed),
+        on_sample=on_sample,
+    )
+    return [list(mine) for mine in batched(samples, options.samples)]
 
 
 def to_prompt(model: Model, line: dict[str, Any], chat: bool | None, where: str) -> Prompt:

@@ -213,7 +213,7 @@ class Watch:
     evaluate_every: int = 50
     """The held-out loss is measured after this many steps each, and at the end."""
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """The metrics of every step are also sent there."""
+    """The metrics of every step are also sent there; `improve` sends those of every round too."""
     trace_from: int = 0
     """A profiler trace of `trace/` begins with this step, counted from 1; 0 traces nothing."""
     trace_steps: int = 3

@@ -201,10 +201,7 @@ def save_hf(
     """
     folder, params = pathlib.Path(folder), unstack_layers(params)
     first = is_first_process()
-    have, want = ({n: tuple(leaf.shape) for n, leaf in named(tree)} for tree in (params, shapes(config)))
-    if have != want:
-        differ = [name for name in {**want, **have} if have.get(name) != want.get(name)]
-        raise UserError(f"{folder}: the parameters do not fit the config: {documents.some(differ, LISTED)}")
+    check_fit(config, params, str(folder))
     # Every process takes part in reading an array that is spread over their devices; the first one writes.
     with new_folder(folder) if first else contextlib.nullcontext(folder) as temporary:
         stored = np.dtype(dtype).name
@@ -216,6 +213,14 @@ def save_hf(
         if tokenizer_from is not None:
             on_first(tokenizer_from.save, temporary)
     broadcast(None)
+
+
+def check_fit(config: ModelConfig, params: Params, where: str) -> None:
+    """Refuse parameters whose names or shapes are not those of a config; the layers are apart."""
+    have, want = ({n: tuple(leaf.shape) for n, leaf in named(tree)} for tree in (params, shapes(config)))
+    if have != want:
+        differ = [name for name in {**want, **have} if have.get(name) != want.get(name)]
+        raise UserError(f"{where}: the parameters do not fit the config: {documents.some(differ, LISTED)}")
 
 
 def _write_tensors(folder: pathlib.Path, params: Params, dtype, max_shard_bytes: int) -> None:

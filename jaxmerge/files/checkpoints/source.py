@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, cast
 
+import jax.numpy as jnp
 import numpy as np
 
 BLOCK_BYTES = 1 << 24  # scratch of tensors that are made row by row, of two tied heads compared
@@ -99,6 +100,15 @@ class MadeByRows:
     def _rows(self, first: int, last: int) -> np.ndarray:
         """Make rows [first, last)."""
         raise NotImplementedError
+
+
+def main_dtype(tensors: Iterable[tuple[np.dtype, int]]) -> np.dtype | None:
+    """Return the floating dtype that most bytes have, of tensors given as (dtype, bytes); None without one."""
+    sizes: dict[np.dtype, int] = {}
+    for dtype, size in tensors:
+        if jnp.issubdtype(dtype, jnp.floating):
+            sizes[dtype] = sizes.get(dtype, 0) + size
+    return max(sizes, key=lambda dtype: sizes[dtype], default=None)
 
 
 def nothing() -> Mapping[str, bytes]:

