@@ -6,9 +6,9 @@
   devices=1               GPUs that the run is spread over: mesh.fsdp
 
 GB of one GPU; nothing is loaded, downloaded or compiled. `state` is the model that the round started from, the weights,
-their gradients and Adam's two moments, all float32. The columns after it add activations and the head by the arithmetic of
-train/improve/paper.py, with `model.dtype=bfloat16 sft.step.layers=stacked`; the last one says which GPUs have the memory
-for sampling and for fine-tuning with remat=full. `--dry-run` reckons the same for a config.
+their gradients and Adam's two moments, all float32. The columns after it add activations and the head by the arithmetic
+of train/improve/paper.py, with `model.dtype=bfloat16 sft.step.layers=stacked`; the last one says which GPUs have the
+memory for sampling and for fine-tuning with remat=full. `--dry-run` reckons the same for a config.
 """
 
 from __future__ import annotations
