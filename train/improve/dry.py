@@ -89,9 +89,11 @@ def show_minutes(config: Improve, model: ModelConfig, suite: Suite, todo: Plan) 
     read = budget.prompt_tokens(list(suite.all), config.tasks.few_shot)
     needed = max(sum(parts.values()) for parts in budget.memory(config, model, todo, read).values())
     count = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+    searched = any(method.probe is not None and method.probe.search for method in config.methods.values())
+    left = ["links", "compiling", "loading", *(["what the searches of probes evaluate"] if searched else [])]
     say(
         f"minutes on {count} of a device, about and at most, by data sheets: products at {budget.TRAINING:.0%} of the "
-        f"peak, memory at {budget.DECODING:.0%} of its bandwidth; links, compiling and loading are not counted:"
+        f"peak, memory at {budget.DECODING:.0%} of its bandwidth; not counted: {', '.join(left)}"
     )
     say(f"  {'':16} {'sampling':>15} {'training':>15} {'evaluating':>15} {'in all':>15}")
     for name, device in DEVICES.items():
