@@ -28,4 +28,4 @@ lint:
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf .venv .venv-oracle .venv-skypilot .cache .pytest_cache .ruff_cache build dist jaxmerge.egg-info
+	rm -rf .venv .venv-oracle .venv-skypilot .venv-docs .cache .pytest_cache .ruff_cache build dist jaxmerge.egg-info

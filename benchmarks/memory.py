@@ -27,6 +27,7 @@ COEFFICIENTS: dict[str, dict[str, Any]] = {
     "interpolate": {"t": 0.3},
     "task_arithmetic": {"scale": 0.7},
     "extrapolate": {"alpha": 0.4},
+    "imm": {"alpha": 0.5},
     "slerp": {"t": 0.3},
     "dare": {"density": 0.5},
     "ties": {"density": 0.2},
@@ -51,15 +52,17 @@ def inputs(shape: tuple[int, int], dtype: str) -> tuple[list[jax.Array], jax.Arr
     return [(base + 0.1 * move).astype(dtype) for move in moves], base.astype(dtype)
 
 
-def prepare(name: str, models: list[jax.Array], base: jax.Array) -> Case:
-    """Compile a rule for these inputs."""
+def prepare(name: str, models: list[Any], base: Any, **more: Any) -> Case:
+    """Compile a rule for these trees; `more` is given to it, as `stacked=…` is.
+
+    As many models are taken as the rule takes; two without a base for rules of two.
+    """
     rule = jaxmerge.rule(name)
-    # As many models as the rule takes; two without a base for rules of two.
-    trees = [{"w": model} for model in models[: rule.needs.most]]
-    keywords: dict[str, Any] = dict(COEFFICIENTS[name])
-    if rule.needs.key != "none":
+    trees = models[: rule.needs.most]
+    keywords: dict[str, Any] = COEFFICIENTS[name] | more
+    if rule.needs.key == "required":
         keywords |= {"key": jax.random.key(1), "names": ["a", "b", "c"][: len(trees)]}
-    arguments = (trees, {"w": base}) if rule.needs.base == "required" else (trees,)
+    arguments = (trees, base) if rule.needs.base == "required" else (trees,)
 
     def call(trees: list[Any], base: Any = None) -> Any:
         return rule(trees, base=base, **keywords)
@@ -68,7 +71,7 @@ def prepare(name: str, models: list[jax.Array], base: jax.Array) -> Case:
     compiled = jax.jit(call).lower(*arguments).compile()
     seconds = time.perf_counter() - start
     analysis = compiled.memory_analysis()
-    moved = sum(leaf.nbytes for leaf in jax.tree.leaves(arguments)) + base.nbytes
+    moved = sum(leaf.nbytes for leaf in jax.tree.leaves((arguments, base)))
     return Case(lambda: compiled(*arguments), moved, analysis.temp_size_in_bytes if analysis else 0, seconds)
 
 
@@ -115,7 +118,8 @@ def main(arguments: list[str]) -> None:
         mesh = jax.make_mesh((int(options["devices"]),), ("x",))
         place = jax.NamedSharding(mesh, jax.P("x"))
         *models, base = jax.device_put([*models, base], place)
-    cases = {name: prepare(name, models, base) for name in dict.fromkeys(names)}
+    trees = [{"w": model} for model in models]
+    cases = {name: prepare(name, trees, {"w": base}) for name in dict.fromkeys(names)}
     cases["copy"] = copies([*models, base])
     seconds = measure(cases, int(options["repeats"]))
     bandwidth = cases["copy"].moved / seconds["copy"]

@@ -1,4 +1,4 @@
-r"""Linear rules: every result is a weighted sum of the inputs, :math:`\theta = \sum_i c_i \theta_i`."""
+r"""Linear rules: every result is a weighted sum of the inputs, $\theta = \sum_i c_i \theta_i$."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def interpolate(
     stacked: Sequence[str] = (),
     t: Coefficient = 0.5,
 ) -> PyTree:
-    r"""Move from the first model to the second: :math:`(1-t)\,\theta_a + t\,\theta_b`.
+    r"""Move from the first model to the second: $(1-t)\,\theta_a + t\,\theta_b$.
 
     Args:
       models: [a, b].
@@ -67,7 +67,7 @@ def average(
     weights: PerModel | None = None,
     normalize: bool = True,
 ) -> PyTree:
-    r"""Average the models: :math:`\sum_i w_i \theta_i / \sum_i w_i`.
+    r"""Average the models: $\sum_i w_i \theta_i / \sum_i w_i$.
 
     Args:
       models: N pytrees.
@@ -75,7 +75,7 @@ def average(
       stacked: containers whose leaves have a leading layer axis.
       weights: one a model, or one for all (the default: uniform). Each a number, a list over depth, or a
         dict pattern → value. Concrete ones that sum to zero at a leaf, but for rounding, are an error.
-      normalize: divide by the sum of the weights; False gives :math:`\sum_i w_i \theta_i`.
+      normalize: divide by the sum of the weights; False gives $\sum_i w_i \theta_i$.
 
     Returns:
       Parameters with the structure, shapes, dtypes and shardings of the first model.
@@ -133,7 +133,7 @@ def task_arithmetic(
     scale: Coefficient = 1.0,
     normalize: bool = False,
 ) -> PyTree:
-    r"""Add task vectors to the base: :math:`\theta_b + \lambda \sum_i w_i (\theta_i - \theta_b)`.
+    r"""Add task vectors to the base: $\theta_b + \lambda \sum_i w_i (\theta_i - \theta_b)$.
 
     Args:
       models: N tuned models.
@@ -180,7 +180,7 @@ def extrapolate(
     stacked: Sequence[str] = (),
     alpha: Coefficient,
 ) -> PyTree:
-    r"""Move past the tuned model, away from the base (ExPO): :math:`\theta_t + \alpha(\theta_t - \theta_b)`.
+    r"""Move past the tuned model, away from the base (ExPO): $\theta_t + \alpha(\theta_t - \theta_b)$.
 
     Args:
       models: [tuned].
@@ -221,7 +221,7 @@ def extrapolation_merge(
 ) -> PyTree:
     r"""Extrapolate each model from the base, then average (ExMe).
 
-    :math:`\sum_i \lambda_i (\theta_i + \alpha_i(\theta_i - \theta_b))`, :math:`\lambda = w / \sum w`; for two models,
+    $\sum_i \lambda_i (\theta_i + \alpha_i(\theta_i - \theta_b))$, $\lambda = w / \sum w$; for two models,
     weights [β, 1 − β].
 
     If the task vectors lie on one line (one model is the base, or they are collinear) the result is plain
@@ -271,7 +271,7 @@ def passthrough(
     stacked: Sequence[str] = (),
     scale: Coefficient = 1.0,
 ) -> PyTree:
-    r"""Take the one model as it is, times a scale: :math:`c\,\theta`. Of use in recipes that stack layers.
+    r"""Take the one model as it is, times a scale: $c\,\theta$. Of use in recipes that stack layers.
 
     Args:
       models: [model].

@@ -47,7 +47,7 @@ def _sum(terms: list[Array]) -> Array:
 
 
 def weighted_sum(deltas: tuple[Array, ...], weights: Array, *, normalize: bool) -> Array:
-    r"""Return :math:`\sum_i w_i d_i`, divided by :math:`\sum_i w_i` if `normalize`.
+    r"""Return $\sum_i w_i d_i$, divided by $\sum_i w_i$ if `normalize`.
 
     Weights that sum to zero, but for rounding, are divided by 1, as in mergekit.
     """
@@ -61,7 +61,7 @@ def weighted_sum(deltas: tuple[Array, ...], weights: Array, *, normalize: bool) 
 def _disjoint(
     deltas: tuple[Array, ...], weights: Array, votes: list[Array], normalize: bool, floor: float = 0.0
 ) -> Array:
-    r"""Return :math:`\sum_i M_i w_i d_i` (over :math:`\sum_i M_i w_i`), M where the vote has the elected sign."""
+    r"""Return $\sum_i M_i w_i d_i$ (over $\sum_i M_i w_i$), M where the vote has the elected sign."""
     # A tie elects plus; a trimmed element, zero, never agrees; NaN is outvoted by nobody, but seen.
     elected = jnp.where(_sum(votes) >= 0, 1.0, -1.0).astype(deltas[0].dtype)
     agree = [~(vote * elected <= 0) for vote in votes]
@@ -75,8 +75,8 @@ def _disjoint(
 def elect_sign(deltas: tuple[Array, ...], weights: Array, *, normalize: bool) -> Array:
     r"""Elect each element's sign by the weighted deltas; sum (or average) those that agree (mergekit's TIES).
 
-    :math:`s = \mathrm{sign}\sum_i w_i d_i`, :math:`M_i = [\mathrm{sign}(w_i d_i) = s]`,
-    :math:`\sum_i M_i w_i d_i / \sum_i M_i w_i`.
+    $s = \mathrm{sign}\sum_i w_i d_i$, $M_i = [\mathrm{sign}(w_i d_i) = s]$,
+    $\sum_i M_i w_i d_i / \sum_i M_i w_i$.
     """
     return _disjoint(deltas, weights, [w * d for w, d in zip(weights, deltas, strict=True)], normalize)
 
@@ -92,7 +92,7 @@ def _energies(deltas: tuple[Array, ...]) -> Array:
 
 
 def elect_sign_by_energy(deltas: Deltas, weights: Array, *, normalize: bool) -> Array:
-    r"""Weigh each model by its share of :math:`\mathrm{mean}(d_i^2)`, then elect unweighted and average (SCE).
+    r"""Weigh each model by its share of $\mathrm{mean}(d_i^2)$, then elect unweighted and average (SCE).
 
     Independent of the scale of the deltas: the shares are taken after dividing by the largest.
     """

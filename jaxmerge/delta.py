@@ -1,7 +1,7 @@
 r"""Rules of task vectors: sparsify → rescale → consensus → add.
 
 TIES, DARE, DELLA, breadcrumbs and SCE are all
-:math:`\theta_b + \lambda\,\mathrm{consensus}_i(w_i, \mathrm{rescale}(\mathrm{sparsify}(\theta_i - \theta_b)))`.
+$\theta_b + \lambda\,\mathrm{consensus}_i(w_i, \mathrm{rescale}(\mathrm{sparsify}(\theta_i - \theta_b)))$.
 Each rule here says of which parts; `jaxmerge.sparse` computes the formula, and `delta_rule` makes rules of other parts.
 """
 
@@ -32,7 +32,7 @@ def dare(
     normalize: bool = False,
     rescale: Rescale = "inverse",
 ) -> PyTree:
-    r"""Drop and rescale (DARE): :math:`\theta_b + \lambda \sum_i w_i\, m_i \odot \tau_i / q_i`.
+    r"""Drop and rescale (DARE): $\theta_b + \lambda \sum_i w_i\, m_i \odot \tau_i / q_i$.
 
     m is drawn from Bernoulli(q). In expectation this is task arithmetic. The mask of a leaf depends on the key, the
     leaf's path and the model's name, on nothing else; without `names` models are named by position, so that order
@@ -45,7 +45,8 @@ def dare(
       names: N distinct names of the models, for their masks; without them models are named by position.
       stacked: containers whose leaves have a leading layer axis.
       density: q = 1 − p, the keep probability, one a model or one for all; 1 keeps all.
-      weights, scale: w, one a model or one for all; λ.
+      weights: $w_i$, one a model or one for all.
+      scale: $\lambda$, which the sum is multiplied by.
       normalize: divide the sum by Σw, by 1 where that is zero.
       rescale: "inverse" divides by the keep probability (the paper's); "l1" keeps the L1 norm of the tensor
         (mergekit's); None leaves what is kept as it is.
@@ -81,7 +82,7 @@ def dare_ties(
 ) -> PyTree:
     r"""Drop and rescale (DARE), then sum the deltas that agree with the elected sign (TIES).
 
-    :math:`\theta_b + \lambda \sum_i M_i w_i\, m_i \odot \tau_i / q_i` with the masks m of `dare` and the election M of
+    $\theta_b + \lambda \sum_i M_i w_i\, m_i \odot \tau_i / q_i$ with the masks m of `dare` and the election M of
     `ties`.
 
     Args:
@@ -91,7 +92,8 @@ def dare_ties(
       names: N distinct names of the models, for their masks; without them models are named by position.
       stacked: containers whose leaves have a leading layer axis.
       density: q, the keep probability, one a model or one for all.
-      weights, scale: w, one a model or one for all; λ.
+      weights: $w_i$, one a model or one for all.
+      scale: $\lambda$, which the sum is multiplied by.
       normalize: average those that agree, in place of their sum.
       rescale: "inverse" divides by the keep probability (the paper's); "l1" keeps the L1 norm of the tensor
         (mergekit's); None leaves what is kept as it is.
@@ -121,8 +123,8 @@ def ties(
 ) -> PyTree:
     r"""Trim, elect sign, disjoint mean (TIES).
 
-    :math:`\theta_b + \lambda \sum_i M_i w_i d_i / \sum_i M_i w_i`, with :math:`d_i` the k = max(1, ⌊density·n⌋) largest
-    of :math:`\tau_i`, :math:`s = \mathrm{sign}\sum_i w_i d_i`, and M where sign(w d) = s. The election is by weighted
+    $\theta_b + \lambda \sum_i M_i w_i d_i / \sum_i M_i w_i$, with $d_i$ the k = max(1, ⌊density·n⌋) largest
+    of $\tau_i$, $s = \mathrm{sign}\sum_i w_i d_i$, and M where sign(w d) = s. The election is by weighted
     deltas, as mergekit's; the paper's is `delta_rule(trim(), None, elect_sign_unweighted, normalize=True)`.
     Equal magnitudes at the cut: the lower flat index is kept.
 
@@ -132,7 +134,8 @@ def ties(
       key, names: not used.
       stacked: containers whose leaves have a leading layer axis.
       density: share kept, one a model or one for all; the paper's 0.2.
-      weights, scale: w, one a model or one for all; λ.
+      weights: $w_i$, one a model or one for all.
+      scale: $\lambda$, which the sum is multiplied by.
       normalize: False leaves the sum undivided.
       rescale: "l1" keeps the L1 norm of the tensor; None leaves what is kept as it is.
 
@@ -168,7 +171,7 @@ def della(
 ) -> PyTree:
     r"""Drop by rank, rescale, elect sign, average (DELLA).
 
-    :math:`\theta_b + \lambda \sum_i M_i w_i d_i / \sum_i M_i w_i` with :math:`d_i = m_i \odot \tau_i / p_i`.
+    $\theta_b + \lambda \sum_i M_i w_i d_i / \sum_i M_i w_i$ with $d_i = m_i \odot \tau_i / p_i$.
     The keep probability p of an element runs from density − epsilon (smallest magnitude of its row, the last
     axis) to density + epsilon (largest); kept ones are divided by it. M is the election of `ties`.
 
@@ -180,7 +183,8 @@ def della(
       stacked: containers whose leaves have a leading layer axis.
       density: the mean keep probability, one a model or one for all.
       epsilon: how far the keep probability goes from density at either end of a row, one a model or one for all.
-      weights, scale: w, one a model or one for all; λ.
+      weights: $w_i$, one a model or one for all.
+      scale: $\lambda$, which the sum is multiplied by.
       normalize: False leaves the sum undivided.
       rescale: "inverse" divides by the keep probability (the paper's); "l1" keeps the L1 norm of the tensor
         (mergekit's); None leaves what is kept as it is.
@@ -211,7 +215,7 @@ def della_linear(
 ) -> PyTree:
     r"""Drop by rank and rescale as `della`, then the weighted sum.
 
-    :math:`\theta_b + \lambda \sum_i w_i\, m_i \odot \tau_i / p_i` with the keep probabilities p of `della`.
+    $\theta_b + \lambda \sum_i w_i\, m_i \odot \tau_i / p_i$ with the keep probabilities p of `della`.
 
     Args:
       models: N tuned models.
@@ -221,7 +225,8 @@ def della_linear(
       stacked: containers whose leaves have a leading layer axis.
       density: the mean keep probability, one a model or one for all.
       epsilon: how far the keep probability goes from density at either end of a row, one a model or one for all.
-      weights, scale: w, one a model or one for all; λ.
+      weights: $w_i$, one a model or one for all.
+      scale: $\lambda$, which the sum is multiplied by.
       normalize: divide the sum by Σw, by 1 where that is zero.
       rescale: "inverse" divides by the keep probability (the paper's); "l1" keeps the L1 norm of the tensor
         (mergekit's); None leaves what is kept as it is.
@@ -252,7 +257,7 @@ def breadcrumbs(
 ) -> PyTree:
     r"""Drop the largest and the smallest of each delta, then the weighted sum (model breadcrumbs).
 
-    :math:`\theta_b + \lambda \sum_i w_i d_i`: of the n elements of :math:`\tau_i` the ⌊gamma·n⌋ largest magnitudes go,
+    $\theta_b + \lambda \sum_i w_i d_i$: of the n elements of $\tau_i$ the ⌊gamma·n⌋ largest magnitudes go,
     the next ⌊density·n⌋ stay (fewer outliers go where density + gamma > 1).
 
     Args:
@@ -262,7 +267,8 @@ def breadcrumbs(
       stacked: containers whose leaves have a leading layer axis.
       density: share kept, one a model or one for all.
       gamma: share of the largest magnitudes that is dropped first, one a model or one for all.
-      weights, scale: w, one a model or one for all; λ.
+      weights: $w_i$, one a model or one for all.
+      scale: $\lambda$, which the sum is multiplied by.
       normalize: divide the sum by Σw, by 1 where that is zero.
       rescale: "l1" keeps the L1 norm of the tensor; None leaves what is kept as it is.
 
@@ -292,7 +298,7 @@ def breadcrumbs_ties(
 ) -> PyTree:
     r"""Drop the largest and the smallest as `breadcrumbs`, then sum the deltas that agree with the elected sign.
 
-    :math:`\theta_b + \lambda \sum_i M_i w_i d_i` with the election M of `ties`.
+    $\theta_b + \lambda \sum_i M_i w_i d_i$ with the election M of `ties`.
 
     Args:
       models: N tuned models.
@@ -301,7 +307,8 @@ def breadcrumbs_ties(
       stacked: containers whose leaves have a leading layer axis.
       density: share kept, one a model or one for all.
       gamma: share of the largest magnitudes that is dropped first, one a model or one for all.
-      weights, scale: w, one a model or one for all; λ.
+      weights: $w_i$, one a model or one for all.
+      scale: $\lambda$, which the sum is multiplied by.
       normalize: average those that agree, in place of their sum.
       rescale: "l1" keeps the L1 norm of the tensor; None leaves what is kept as it is.
 
@@ -331,7 +338,7 @@ def sce(
 ) -> PyTree:
     r"""Select by variance, calculate weights, erase minorities (SCE).
 
-    :math:`\theta_b + \lambda \sum_i M_i v_i d_i / \sum_i M_i v_i`: keep the ⌊select_topk·m⌋ elements of largest
+    $\theta_b + \lambda \sum_i M_i v_i d_i / \sum_i M_i v_i$: keep the ⌊select_topk·m⌋ elements of largest
     variance over the models (m: of nonzero variance); weigh each model by its share of mean(d²), v; elect the sign by
     the unweighted deltas, M; average those that agree.
 
@@ -341,7 +348,8 @@ def sce(
       key, names: not used.
       stacked: containers whose leaves have a leading layer axis.
       select_topk: share kept, of the elements on which the models differ.
-      weights, scale: factors of v, one a model or one for all; λ.
+      weights: factors of $v_i$, one a model or one for all.
+      scale: $\lambda$, which the sum is multiplied by.
       normalize: False leaves the sum undivided.
       rescale: "l1" keeps the L1 norm of the tensor; None leaves what is kept as it is.
       compat: "mergekit" brings back its absolute floors (uniform weights for small deltas).

@@ -1,6 +1,6 @@
 r"""ExMe searched: extrapolate each of n checkpoints by its own α, merge them by β, all chosen on validation data.
 
-:math:`\theta = \sum_i \lambda_i (\theta_i + \alpha_i (\theta_i - \theta_b))`, for two checkpoints λ = (β, 1 − β).
+$\theta = \sum_i \lambda_i (\theta_i + \alpha_i (\theta_i - \theta_b))$, for two checkpoints λ = (β, 1 − β).
 
 Lin et al., "Extrapolation Merging", https://arxiv.org/abs/2503.04834
 """
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jaxmerge import arithmetic
-from jaxmerge.strategies import Ask, Candidate, Float, Space, Strategy, Trial, golden, named, within, worth
+from jaxmerge.strategies import Ask, Candidate, Float, Space, Steps, Strategy, Trial, golden, named, within, worth
 from jaxmerge.tree import PyTree, merged_leaves
 from jaxmerge.tune import LINE, Result, judge_line, search_merge
 
@@ -34,7 +34,7 @@ def exme_space(count: int, *, alpha: tuple[float, float] = (-0.5, 1.5), size: in
 
 
 def exme_weights(betas: Sequence[Any]) -> list[Any]:
-    r"""Split 1 into weights: :math:`\lambda_i = \beta_i \prod_{j<i} (1 - \beta_j)`, and what is left for the last.
+    r"""Split 1 into weights: $\lambda_i = \beta_i \prod_{j<i} (1 - \beta_j)$, and what is left for the last.
 
     Example:
       >>> exme_weights([0.5, 0.5]), exme_weights([])
@@ -78,7 +78,7 @@ def _alone(space: Space, i: int, alpha: float = 0.0) -> Candidate:
     return {f"alpha_{j + 1}": alpha if j == i else 0.0 for j in range(_count(space))} | weights
 
 
-def staged(space: Space, *, along: Strategy = golden):
+def staged(space: Space, *, along: Strategy = golden) -> Steps:
     """The paper's order: each α with its checkpoint alone, then the betas with the alphas kept; by `along`."""
     chosen = {name: f.start for name, f in space.floats.items()}
     stages = [([f"alpha_{i + 1}"], _alone(space, i)) for i in range(_count(space))]

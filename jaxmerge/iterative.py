@@ -49,10 +49,10 @@ def imm(
     drop: Coefficient = 0.0,
     reference: PyTree | None = None,
 ) -> PyTree:
-    r"""Merge a round's tuned model with its anchor: :math:`(1-\alpha)\,\theta_0 + \alpha\,\theta_t`.
+    r"""Merge a round's tuned model with its anchor: $(1-\alpha)\,\theta_0 + \alpha\,\theta_t$.
 
     With drop p > 0 each element of the deltas from the reference r is dropped with probability p and the
-    rest divided by 1 − p (DARE): :math:`r + (1-\alpha)\,D(\theta_0 - r) + \alpha\,D(\theta_t - r)`. The
+    rest divided by 1 − p (DARE): $r + (1-\alpha)\,D(\theta_0 - r) + \alpha\,D(\theta_t - r)$. The
     expectation is the formula above. In the authors' instructions p = 0.2 and α = 1/2.
 
     Args:

@@ -73,7 +73,7 @@ class Operands(NamedTuple):
 
     @property
     def deltas(self) -> tuple[Array, ...]:
-        r""":math:`\tau_i = \theta_i - \theta_b` of each model."""
+        r"""$\tau_i = \theta_i - \theta_b$ of each model."""
         assert self.base is not None
         return tuple(model - self.base for model in self.models)
 

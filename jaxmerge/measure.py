@@ -17,7 +17,7 @@ from jaxmerge.tree import Array, PyTree
 
 
 def layer_squares(params: PyTree, *, stacked: Sequence[str] = ()) -> dict[str, Array]:
-    r"""Return :math:`\sum \theta^2` of each layer group, float32 (); stacked leaves count layer by layer."""
+    r"""Return $\sum \theta^2$ of each layer group, float32 (); stacked leaves count layer by layer."""
     total: dict[str, Array] = {}
     for path, leaf in tree.named_leaves(params).items():
         if not tree.is_merged(leaf):
@@ -36,7 +36,7 @@ def layer_squares(params: PyTree, *, stacked: Sequence[str] = ()) -> dict[str, A
 
 
 def change(tuned: PyTree, base: PyTree, *, stacked: Sequence[str] = ()) -> dict[str, Array]:
-    r"""Return :math:`\|\theta_l - \theta_{0,l}\|_F / \|\theta_{0,l}\|_F` of each layer group l, float32 ().
+    r"""Return $\|\theta_l - \theta_{0,l}\|_F / \|\theta_{0,l}\|_F$ of each layer group l, float32 ().
 
     A group is the path up to its first integer component (`model/layers/3`), else the parent path
     (`model/embed_tokens`, `model/norm`, `lm_head`). A group whose base is zero gives 0 if it did not move,
@@ -54,7 +54,7 @@ def change(tuned: PyTree, base: PyTree, *, stacked: Sequence[str] = ()) -> dict[
 
 
 def norms(params: PyTree, *, stacked: Sequence[str] = ()) -> dict[str, Array]:
-    r"""Return :math:`\|\theta_l\|_F` of each layer group l, float32 ()."""
+    r"""Return $\|\theta_l\|_F$ of each layer group l, float32 ()."""
     return {group: jnp.sqrt(square) for group, square in layer_squares(params, stacked=stacked).items()}
 
 

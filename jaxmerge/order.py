@@ -92,7 +92,7 @@ def _inverse_by_sort(order: Array) -> Array:
 
 
 def share(value: Any, n: int, *, name: str, least: int = 0) -> Any:
-    r"""Turn a density into a count, :math:`\lfloor density \cdot n \rfloor`, taken on the host in float64.
+    r"""Turn a density into a count, $\lfloor density \cdot n \rfloor$, taken on the host in float64.
 
     At least `least` for a positive density, n for 1 and above. In float32 the floor can differ by one: a
     traced density, which only the device sees, is taken in float32.
@@ -133,7 +133,7 @@ def fraction(value: Any, n: int, *, name: str) -> Any:
 
 
 def share_of(ratio: Array, count: Array) -> Array:
-    r"""Return :math:`\lfloor p\,m/q \rfloor` in uint32 without overflow: p·(m div q) + p·(m mod q) div q."""
+    r"""Return $\lfloor p\,m/q \rfloor$ in uint32 without overflow: p·(m div q) + p·(m mod q) div q."""
     p, q = ratio[0], ratio[1]
     return p * (count // q) + p * (count % q) // q
 

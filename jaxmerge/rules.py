@@ -11,6 +11,9 @@ from collections.abc import Iterable, Mapping
 from jaxmerge import arithmetic, delta, iterative, selection, spherical, statistics, stock
 from jaxmerge.contract import Rule, nearest
 
+FORMULA = re.compile(r"\$(.+?)\$", re.DOTALL)
+"""A formula of a docstring: Markdown mathematics, LaTeX between dollars."""
+
 
 class Rules(dict[str, Rule]):
     """A dict of rules that prints as a table, and says of a name that it lacks which is the nearest."""
@@ -74,7 +77,7 @@ def row(name: str, rule: Rule) -> tuple[str, str, str, str]:
       ('interpolate', '2 models', '(1−t) θ_a + t θ_b', '')
     """
     text = inspect.getdoc(rule) or ""
-    formula = re.search(r":math:`(.*?)`", text, re.DOTALL)
+    formula = FORMULA.search(text)
     return name, str(rule.needs), plain(formula[1]) if formula else "", paper(text)
 
 
@@ -135,4 +138,4 @@ def families(rules: Mapping[str, Rule]) -> str:
 
 def as_text(line: str) -> str:
     """Write a line of a docstring as text: its formulas too."""
-    return re.sub(r":math:`(.*?)`", lambda found: plain(found[1]), line)
+    return FORMULA.sub(lambda found: plain(found[1]), line)

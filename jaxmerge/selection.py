@@ -31,7 +31,7 @@ def nearswap(
     stacked: Sequence[str] = (),
     t: Coefficient,
 ) -> PyTree:
-    r"""Take over what is near the base, hold back what is far: :math:`\theta_b + \mathrm{clip}(t/|\tau|, 0, 1)\,\tau`.
+    r"""Take over what is near the base, hold back what is far: $\theta_b + \mathrm{clip}(t/|\tau|, 0, 1)\,\tau$.
 
     No element moves by more than t.
 
@@ -53,9 +53,9 @@ def nearswap(
 
 
 def divergence(x: Array, b: Array) -> Array:
-    r"""Return :math:`\mathrm{KL}(\mathrm{softmax}\,x\,\|\,\mathrm{softmax}\,b)` of the last axis, kept as 1.
+    r"""Return $\mathrm{KL}(\mathrm{softmax}\,x\,\|\,\mathrm{softmax}\,b)$ of the last axis, kept as 1.
 
-    With q = softmax b and u = (x − b) − log Σ q e^{x−b} it is :math:`\sum q\,(u e^u - e^u + 1)`: every term is
+    With q = softmax b and u = (x − b) − log Σ q e^{x−b} it is $\sum q\,(u e^u - e^u + 1)$: every term is
     ≥ 0, so that nothing cancels where x is near b.
     """
     q = jax.nn.softmax(b, axis=-1)
@@ -91,8 +91,8 @@ def arcee_fusion(
 ) -> PyTree:
     r"""Take over the outliers of importance.
 
-    :math:`\theta_b + [I \ge \mathrm{median}\,I + 1.5\,\mathrm{IQR}\,I]\,\tau` with the importance
-    :math:`I = |\tau|\cdot\mathrm{KL}_{row}`. The divergence is that of the rows' softmax (last axis), model from base,
+    $\theta_b + [I \ge \mathrm{median}\,I + 1.5\,\mathrm{IQR}\,I]\,\tau$ with the importance
+    $I = |\tau|\cdot\mathrm{KL}_{row}$. The divergence is that of the rows' softmax (last axis), model from base,
     in a form that float32 can hold; quartiles are exact order statistics of the whole tensor.
 
     Args:
@@ -132,7 +132,7 @@ def ram(
 ) -> PyTree:
     r"""Average what several models changed, keep whole what one alone changed (reinforced agent merging).
 
-    :math:`\theta_b + \sum_i M_i \tau_i / \sum_i M_i` with :math:`M_i = [|\tau_i| > \epsilon]`: the mean is over the
+    $\theta_b + \sum_i M_i \tau_i / \sum_i M_i$ with $M_i = [|\tau_i| > \epsilon]$: the mean is over the
     models that changed an element.
 
     Args:
@@ -167,8 +167,8 @@ def ramplus_tl(
 ) -> PyTree:
     r"""As `ram`, with what one model alone changed made up for its shared part, tensor by tensor.
 
-    :math:`\theta_b + \sum_i M_i s_i \tau_i / \sum_i M_i`. Where one model alone changed an element,
-    :math:`s_i = 1 + r\,\mathrm{clip}(\mathrm{shared}/\mathrm{unique}, 0, \alpha)`, of the counts of elements that it
+    $\theta_b + \sum_i M_i s_i \tau_i / \sum_i M_i$. Where one model alone changed an element,
+    $s_i = 1 + r\,\mathrm{clip}(\mathrm{shared}/\mathrm{unique}, 0, \alpha)$, of the counts of elements that it
     changed with and without others; elsewhere 1.
 
     Args:
@@ -177,7 +177,8 @@ def ramplus_tl(
       key, names: not used.
       stacked: containers whose leaves have a leading layer axis.
       epsilon: absolute, in units of the weights: what is no more is no change.
-      r, alpha: of s; alpha is the largest ratio of shared to unique that counts.
+      r: how far $s_i$ goes beyond 1.
+      alpha: the largest ratio of shared to unique elements that counts.
 
     References:
       https://arxiv.org/abs/2601.13572

@@ -1,6 +1,6 @@
 r"""The formula of the delta family, and rules made of parts: sparsify → rescale → consensus → add.
 
-:math:`\theta_b + \lambda\,\mathrm{consensus}_i(w_i, \mathrm{rescale}(\mathrm{sparsify}(\theta_i - \theta_b)))`.
+$\theta_b + \lambda\,\mathrm{consensus}_i(w_i, \mathrm{rescale}(\mathrm{sparsify}(\theta_i - \theta_b)))$.
 The named rules of it are in `jaxmerge.delta`.
 """
 
@@ -87,7 +87,7 @@ def delta_rule(
     name: str = "delta_rule",
     doc: str | None = None,
 ) -> Rule:
-    r"""Make a rule :math:`\theta_b + \lambda\,\mathrm{consensus}_i(w_i, \mathrm{rescale}(\mathrm{sparsify}(\tau_i)))`.
+    r"""Make a rule $\theta_b + \lambda\,\mathrm{consensus}_i(w_i, \mathrm{rescale}(\mathrm{sparsify}(\tau_i)))$.
 
     Args:
       sparsify: `trim`, `two_sided_trim`, `drop`, `rank_drop`, `variance_select`, or None to keep all.

@@ -215,7 +215,7 @@ def expected(kept: Array, probability: Array | None) -> Array:
 
 
 def l1_factor(kept: Array, delta: Array) -> Array:
-    r"""Return :math:`\|\delta\|_1 / \|\mathrm{kept}\|_1` of the tensor, 1 where nothing is kept ("l1", mergekit's)."""
+    r"""Return $\|\delta\|_1 / \|\mathrm{kept}\|_1$ of the tensor, 1 where nothing is kept ("l1", mergekit's)."""
     before, after = passes.sums([jnp.abs(delta), jnp.abs(kept)])
     return jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
 

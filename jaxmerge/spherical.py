@@ -1,7 +1,7 @@
 r"""Rules on the sphere: each tensor is one vector (or its rows are), direction and length merged apart.
 
-Where a tensor is one vector, all these results lie in the span of the inputs, :math:`\sum_i c_i v_i`, and the
-coefficients follow from the inner products :math:`v_i \cdot v_j` alone. So a rule is one pass for the inner products,
+Where a tensor is one vector, all these results lie in the span of the inputs, $\sum_i c_i v_i$, and the
+coefficients follow from the inner products $v_i \cdot v_j$ alone. So a rule is one pass for the inner products,
 arithmetic on N numbers (ten steps of a Karcher mean cost nothing), and one pass for the sum.
 """
 
@@ -38,7 +38,7 @@ def _root(square: Array) -> Array:
 
 
 def _length(products: Array, coefficients: Array) -> Array:
-    r"""Return :math:`\|\sum_i c_i v_i\|` of vectors with these inner products."""
+    r"""Return $\|\sum_i c_i v_i\|$ of vectors with these inner products."""
     # At least zero, whatever was rounded where the vectors cancel; NaN stays NaN.
     square = (coefficients[:, None] * products * coefficients[None]).sum()
     return _root(jnp.where(square < 0, 0, square))
@@ -49,7 +49,7 @@ def _combine(coefficients: Array, vectors: Sequence[Array]) -> Array:
 
 
 def _arc(a: Array, b: Array, t: Array, cosine: Array, linear: Array) -> Array:
-    r"""Return :math:`[\sin((1-t)\Omega)\,a + \sin(t\Omega)\,b] / \sin\Omega`, linear where told so."""
+    r"""Return $[\sin((1-t)\Omega)\,a + \sin(t\Omega)\,b] / \sin\Omega$, linear where told so."""
     # The branch not taken must be finite too, or its derivative is NaN.
     omega = jnp.arccos(jnp.where(linear, 0, cosine))
     sine = jnp.sin(omega)
@@ -87,7 +87,7 @@ def slerp(
 ) -> PyTree:
     r"""Interpolate two models on the sphere.
 
-    :math:`[\sin((1-t)\Omega)\,\theta_a + \sin(t\Omega)\,\theta_b]/\sin\Omega`. Ω is the angle between
+    $[\sin((1-t)\Omega)\,\theta_a + \sin(t\Omega)\,\theta_b]/\sin\Omega$. Ω is the angle between
     the two tensors; linear where they are almost parallel, abs(cos Ω) > 0.9995.
     A tensor of zeros has no direction: it counts as orthogonal, as in mergekit.
 
@@ -136,11 +136,11 @@ def nuslerp(
 ) -> PyTree:
     r"""Spherical interpolation by weights, of two models or of their task vectors.
 
-    :math:`[\sin((1-t)\Omega)\,\theta_a + \sin(t\Omega)\,\theta_b]/\sin\Omega` with :math:`t = w_2/(w_1 + w_2)`.
+    $[\sin((1-t)\Omega)\,\theta_a + \sin(t\Omega)\,\theta_b]/\sin\Omega$ with $t = w_2/(w_1 + w_2)$.
 
     Args:
       models: [a, b].
-      base: with one, :math:`\theta_b + \mathrm{slerp}(\tau_1, \tau_2)`.
+      base: with one, $\theta_b + \mathrm{slerp}(\tau_1, \tau_2)$.
       key, names: not used.
       stacked: containers whose leaves have a leading layer axis.
       weights: one a model; only their ratio counts.
@@ -186,8 +186,8 @@ def multislerp(
 ) -> PyTree:
     r"""Barycentre on the sphere, in the tangent space at the weighted mean direction.
 
-    :math:`(m\,\cos\|v\| + v\,\sin\|v\|/\|v\|) \sum_i w_i\|\theta_i\|` with :math:`u_i` unit,
-    :math:`m = \mathrm{unit}\sum w_i u_i`, :math:`v = \sum w_i(u_i - (u_i\cdot m)m)`; of the task vectors if there is a
+    $(m\,\cos\|v\| + v\,\sin\|v\|/\|v\|) \sum_i w_i\|\theta_i\|$ with $u_i$ unit,
+    $m = \mathrm{unit}\sum w_i u_i$, $v = \sum w_i(u_i - (u_i\cdot m)m)$; of the task vectors if there is a
     base.
     Directions that balance out exactly have no mean: their linear mean is taken.
 
@@ -261,7 +261,7 @@ def karcher(
 ) -> PyTree:
     r"""Karcher (Riemannian) mean of the directions, times the mean length.
 
-    :math:`m\,\mathrm{mean}_i\|\theta_i\|`, iterating :math:`m \leftarrow \exp_m(\mathrm{mean}_i \log_m u_i)` until the
+    $m\,\mathrm{mean}_i\|\theta_i\|$, iterating $m \leftarrow \exp_m(\mathrm{mean}_i \log_m u_i)$ until the
     step is under `tol`. Models of norm zero count in the length, not in the direction.
 
     Args:

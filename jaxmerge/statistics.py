@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxmerge import order, tree, where
@@ -37,7 +38,7 @@ def fisher(
     weights: PerModel = 1.0,
     floor: Coefficient = 1e-6,
 ) -> PyTree:
-    r"""Average by information: :math:`\sum_i w_i F_i \theta_i / \sum_i w_i F_i`, element by element.
+    r"""Average by information: $\sum_i w_i F_i \theta_i / \sum_i w_i F_i$, element by element.
 
     Args:
       models: N models.
@@ -67,6 +68,10 @@ def fisher(
     )
 
 
+# By default GPUs multiply float32 in TF32 and TPUs in bfloat16.
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
 def _regmean(x: Operands, *, damping: Array) -> Array:
     first = x.models[0]
     mean = sum(x.models[1:], start=first) / len(x.models)
@@ -77,9 +82,9 @@ def _regmean(x: Operands, *, damping: Array) -> Array:
     total = sum(kept[1:], start=kept[0])
     # A feature never seen has no row in the sum: a ridge far under the mean keeps the system solvable.
     total = total + diagonal * (1e-6 * jnp.trace(total) / total.shape[0] + 1e-30)
-    pulled = sum(((m - mean) @ g for m, g in zip(x.models, kept, strict=True)), start=jnp.zeros_like(first))
+    pulled = sum((_product(m - mean, g) for m, g in zip(x.models, kept, strict=True)), start=jnp.zeros_like(first))
     # The inverse of [in, in] on every device, for the rows of `pulled` may be sharded.
-    return mean + pulled @ jnp.linalg.inv(total)
+    return mean + _product(pulled, jnp.linalg.inv(total))
 
 
 @requires(symmetric=True)
@@ -93,9 +98,9 @@ def regmean(
     grams: Sequence[Mapping[str, Array]],
     damping: Coefficient = 0.1,
 ) -> PyTree:
-    r"""Merge linear layers so that outputs change least: :math:`W = (\sum_i W_i G_i)(\sum_i G_i)^{-1}`.
+    r"""Merge linear layers so that outputs change least: $W = (\sum_i W_i G_i)(\sum_i G_i)^{-1}$.
 
-    With W [out, in], as Hugging Face keeps it, and :math:`G_i = X_i^\top X_i` [in, in] of the layer's inputs
+    With W [out, in], as Hugging Face keeps it, and $G_i = X_i^\top X_i$ [in, in] of the layer's inputs
     under model i. Leaves without a Gram matrix are averaged.
 
     Args:
@@ -147,7 +152,7 @@ def grafting(
     stacked: Sequence[str] = (),
     mask: PyTree,
 ) -> PyTree:
-    r"""Graft a part of the tuned model onto the base: :math:`\theta_b + \gamma \odot \tau`.
+    r"""Graft a part of the tuned model onto the base: $\theta_b + \gamma \odot \tau$.
 
     Args:
       models: [tuned].

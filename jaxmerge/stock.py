@@ -51,9 +51,9 @@ def model_stock(
     filter_wise: bool = False,
     compat: Literal["mergekit"] | None = None,
 ) -> PyTree:
-    r"""Go from the base towards the mean as far as the task vectors agree: :math:`\theta_b + t\,\bar\tau`.
+    r"""Go from the base towards the mean as far as the task vectors agree: $\theta_b + t\,\bar\tau$.
 
-    :math:`t = N c / (1 + (N-1) c)` with c the mean cosine between pairs of task vectors, of each tensor.
+    $t = N c / (1 + (N-1) c)$ with c the mean cosine between pairs of task vectors, of each tensor.
 
     Args:
       models: N ≥ 2 tuned models.

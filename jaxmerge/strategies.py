@@ -31,7 +31,9 @@ class Ask(NamedTuple):
     points: list[Point]
 
 
-Strategy = Callable[..., Generator[Ask, list[Trial], list[str] | None]]
+Steps = Generator[Ask, list[Trial], list[str] | None]
+"""A strategy at work: it asks for trials, is sent them, and returns notes."""
+Strategy = Callable[..., Steps]
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,12 @@ def worth(trial: Trial) -> float:
     return -math.inf if trial["score"] is None else trial["score"]
 
 
-def listed(space: Space, *, points: Sequence[Point], kind: str = "listed"):
+def listed(space: Space, *, points: Sequence[Point], kind: str = "listed") -> Steps:
     """Measure just these points."""
     yield Ask(kind, [tuple(float(x) for x in point) for point in points])
 
 
-def grid(space: Space, *, points: int | Mapping[str, Sequence[float]] = 5):
+def grid(space: Space, *, points: int | Mapping[str, Sequence[float]] = 5) -> Steps:
     """Measure every combination of `points` values a coefficient, ends included, or of {name: values}."""
     if isinstance(points, Mapping):
         if set(points) != set(space.names):
@@ -135,7 +137,9 @@ def grid(space: Space, *, points: int | Mapping[str, Sequence[float]] = 5):
     yield Ask("grid", candidates)
 
 
-def coordinate(space: Space, *, points: int = 5, rounds: int = 1, shrink: float = 0.5, along: Strategy | None = None):
+def coordinate(
+    space: Space, *, points: int = 5, rounds: int = 1, shrink: float = 0.5, along: Strategy | None = None
+) -> Steps:
     """One coefficient after the other, in the space's order, the others kept: `points` values each.
 
     Each further round looks at `shrink` times the range of the one before, around the best so far.
@@ -149,7 +153,7 @@ def coordinate(space: Space, *, points: int = 5, rounds: int = 1, shrink: float 
             point = yield from within(line, space, {d: (low, high)}, point, "golden" if along else "coordinate")
 
 
-def golden(space: Space, *, tolerance: float = 0.05, rounds: int = 1):
+def golden(space: Space, *, tolerance: float = 0.05, rounds: int = 1) -> Steps:
     """Golden section, coefficient after coefficient, until a bracket is `tolerance` of its range.
 
     Right where the score rises to one peak and falls; on a plateau it keeps to the side nearer the start.
@@ -176,7 +180,9 @@ def _section(space: Space, *, tolerance: float):
             (at_y,) = map(worth, (yield Ask("golden", [(y,)])))
 
 
-def within(strategy: Strategy, space: Space, free: Mapping[int, tuple[float, float]], point: Point, kind: str):
+def within(
+    strategy: Strategy, space: Space, free: Mapping[int, tuple[float, float]], point: Point, kind: str
+) -> Generator[Ask, list[Trial], Point]:
     """Run `strategy` over some dimensions {d: bounds}, the others held at `point`; return the best point."""
     inner = strategy(Space({str(d): Float(*bounds, start=point[d]) for d, bounds in free.items()}))
     known: dict[Point, Trial] = {}
@@ -197,7 +203,9 @@ def within(strategy: Strategy, space: Space, free: Mapping[int, tuple[float, flo
         return max(known, key=lambda p: (worth(known[p]), -space.change(p)))
 
 
-def cma_es(space: Space, *, seed: int = 0, generations: int = 10, population: int | None = None, sigma: float = 0.3):
+def cma_es(
+    space: Space, *, seed: int = 0, generations: int = 10, population: int | None = None, sigma: float = 0.3
+) -> Steps:
     """CMA-ES, by the library cmaes; `sigma`, its first step, is a share of each coefficient's range."""
     try:
         from cmaes import CMA  # pyright: ignore[reportMissingImports]  (optional)
@@ -218,7 +226,7 @@ def cma_es(space: Space, *, seed: int = 0, generations: int = 10, population: in
             return
 
 
-def gradient(space: Space, *, steps: int = 50, rate: float = 0.1):
+def gradient(space: Space, *, steps: int = 50, rate: float = 0.1) -> Steps:
     """Climb the gradient by Adam, projected onto the bounds; for `descend`, whose trials carry a "gradient".
 
     With every range scaled to 1 and g the gradient there: u ← clip(u + r·m̂/√v̂, 0, 1), r from `rate` to 0 on a cosine.

@@ -213,7 +213,7 @@ def cast(tree: PyTree, dtype: Any) -> PyTree:
 
 
 def task_vector(tuned: PyTree, base: PyTree) -> dict[str, Array]:
-    r"""Return :math:`\tau = \theta_t - \theta_b` as `{path: float32 array}` over the floating leaves.
+    r"""Return $\tau = \theta_t - \theta_b$ as `{path: float32 array}` over the floating leaves.
 
     Example:
       >>> task_vector({"w": jnp.array([3.0])}, {"w": jnp.array([1.0])})
@@ -233,7 +233,7 @@ def _widen(leaf: Any) -> Array:
 
 
 def dot(a: PyTree, b: PyTree) -> Array:
-    r"""Return :math:`\langle a, b \rangle` over all floating leaves, in float32, shape ().
+    r"""Return $\langle a, b \rangle$ over all floating leaves, in float32, shape ().
 
     Example:
       >>> float(dot({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 4.0])}))
@@ -249,5 +249,5 @@ def dot(a: PyTree, b: PyTree) -> Array:
 
 
 def norm(tree: PyTree) -> Array:
-    r"""Return the Frobenius norm :math:`\|\theta\|_F` over all floating leaves, in float32, shape ()."""
+    r"""Return the Frobenius norm $\|\theta\|_F$ over all floating leaves, in float32, shape ()."""
     return jnp.sqrt(dot(tree, tree))

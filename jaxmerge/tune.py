@@ -52,7 +52,14 @@ class Search:
       trials: of the same search, from its journal: they are taken as told.
     """
 
-    def __init__(self, space: Any, strategy: str | Strategy, *, safe: Sequence[Candidate] = (), trials=()):
+    def __init__(
+        self,
+        space: Any,
+        strategy: str | Strategy,
+        *,
+        safe: Sequence[Candidate] = (),
+        trials: Sequence[Trial] = (),
+    ):
         self.space = Space(space)
         self.trials: list[Trial] = []
         self.notes: list[str] = []
@@ -83,7 +90,9 @@ class Search:
         """The coefficients to measure now, to be told in this order; none when the search is over."""
         return [self.space.pack(point) for point in self._new()]
 
-    def tell(self, score: Any, seconds: float, *, gradient: Candidate | None = None, recorded: Trial | None = None):
+    def tell(
+        self, score: Any, seconds: float, *, gradient: Candidate | None = None, recorded: Trial | None = None
+    ) -> Trial:
         """Enter the measurement of `candidates[0]`, higher is better; return its trial. `recorded`: of a journal."""
         number, new = len(self.trials), self._new()
         if recorded is not None:
@@ -218,13 +227,14 @@ def descend(
     trials: Sequence[Trial] = (),
     on_trial: Callable[[Trial], None] | None = None,
 ) -> Result:
-    r"""Search by :math:`\partial L(\mathrm{merge}(c)) / \partial c`, `jax.grad` through merge and loss, one program.
+    r"""Search by $\partial L(\mathrm{merge}(c)) / \partial c$, `jax.grad` through merge and loss, one program.
 
     Scores are −loss; trials carry the "gradient" of the score. Memory holds the models, a candidate, and its gradient.
 
     Args:
+      merge, space, safe, trials, on_trial: as in `search_merge`.
       loss: params → scalar, differentiable, on validation data. The arrays it closes over become arguments.
-      others: as in `search_merge`.
+      strategy: a name of STRATEGIES whose trials use the gradient, or such a strategy.
     """
     inner = merge.merge if isinstance(merge, Compiled) else merge
     program = Compiled(lambda **c: jax.value_and_grad(lambda c: loss(inner(**c)))(c), space)
@@ -267,11 +277,13 @@ class Monotone:
 LINE = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def judge_line(points: Sequence[float], scores: Sequence[float], *, questions: int | None = None, tolerance=0.0):
-    r"""Say whether scores never fall: :math:`s_j \ge s_i - \epsilon_{ij}` for all i < j, not of neighbours alone.
+def judge_line(
+    points: Sequence[float], scores: Sequence[float], *, questions: int | None = None, tolerance: float = 0.0
+) -> Monotone:
+    r"""Say whether scores never fall: $s_j \ge s_i - \epsilon_{ij}$ for all i < j, not of neighbours alone.
 
     ε is `tolerance`; or with `questions` n, for accuracies, 1.64 standard errors of the difference of two binomials,
-    :math:`1.64 \sqrt{(p_i(1-p_i) + p_j(1-p_j)) / n}` with p = (n s + 1) / (n + 2): a fall that equal models show in one
+    $1.64 \sqrt{(p_i(1-p_i) + p_j(1-p_j)) / n}$ with p = (n s + 1) / (n + 2): a fall that equal models show in one
     case of twenty is no evidence. The same questions at every point make the true error smaller: ε is generous.
     """
     if questions is not None and not all(0 <= s <= 1 for s in scores if math.isfinite(s)):

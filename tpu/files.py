@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxmerge.files.checkpoints.hub import is_hub_name
+from train.data import hub
 from train.improve.settings import Improve
 from train.log import UserError
 from train.models.open import PACKAGES
@@ -101,6 +102,9 @@ def place_of(name: Named, root: Path, mounts: Sequence[str] = (), packages: Sequ
     if any(path.is_relative_to(mount) for mount in mounts):
         return "from the bucket that is mounted there; not looked at"
     bucket = f", or put it into the bucket and give {mounts[0]}/…" if mounts else ""
+    if name.kind == "file" and hub.is_hub(name.path):
+        hub.parse(name.path)
+        return "from the hub"
     if "://" in name.path:
         raise UserError(f"{at}: jaxmerge reads files, not addresses; copy it into {root}{bucket}")
     if name.kind == "model" and name.path.startswith("package:"):

@@ -1,6 +1,6 @@
 """Cloud TPU generations that run as TPU VMs: which software a machine gets, and how many hosts a slice has.
 
-TPU7x is not here: it runs on Google Kubernetes Engine alone (README.md, "TPU7x").
+TPU7x is not here: it runs on Google Kubernetes Engine alone (docs/tpu.md, "Google Kubernetes Engine").
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def read(accelerator: str) -> Slice:
     """
     name, _, size = accelerator.partition("-")
     if re.fullmatch("(tpu)?7x|tpu7x|v7x?", name):
-        raise UserError(f"accelerator is {accelerator!r}; TPU7x runs on GKE alone: see tpu/README.md, TPU7x")
+        raise UserError(f"accelerator is {accelerator!r}; TPU7x runs on GKE alone: see docs/tpu.md")
     name = SYNONYMS.get(name, name)
     if name not in GENERATIONS:
         raise UserError(f"accelerator is {accelerator!r}; no such generation{nearest(name, list(GENERATIONS))}")

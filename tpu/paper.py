@@ -33,9 +33,9 @@ def masters(model: ModelConfig, mesh: Shape, copies: int = 1) -> float:
 def sft_memory(model: ModelConfig, plan: Any, mesh: Shape) -> dict[str, float]:
     r"""Bytes of a device while it takes a step.
 
-    State :math:`(m + 8)P/ft` (m 4 or 2 bytes of a master, Adam's moments), gradients :math:`4P/ft`; of each layer what
-    the backward pass starts from, :math:`4LRTD`, and with less remat the results of its products; one layer at work;
-    and the head, whole but for `tensor`: :math:`VD/t` in the operands' type, and its gradient twice in float32 (what
+    State $(m + 8)P/ft$ (m 4 or 2 bytes of a master, Adam's moments), gradients $4P/ft$; of each layer what
+    the backward pass starts from, $4LRTD$, and with less remat the results of its products; one layer at work;
+    and the head, whole but for `tensor`: $VD/t$ in the operands' type, and its gradient twice in float32 (what
     is there and what a chunk adds).
     """
     P, ways, t = parameters(model), mesh["fsdp"] * mesh["tensor"], mesh["tensor"]
@@ -56,7 +56,7 @@ def sft_memory(model: ModelConfig, plan: Any, mesh: Shape) -> dict[str, float]:
 
 
 def decode_memory(model: ModelConfig, plan: Any, mesh: Shape) -> dict[str, float]:
-    r"""Bytes of a device while it decodes: weights :math:`2P/ft`, caches :math:`4\,L\,(n/df)\,(K/t)\,S\,H`.
+    r"""Bytes of a device while it decodes: weights $2P/ft$, caches $4\,L\,(n/df)\,(K/t)\,S\,H$.
 
     And where weights lie over fsdp, the matrices that are whole while they are used: the table looked up in, the
     head, a layer.
@@ -83,7 +83,7 @@ MEMORY = {"sft": sft_memory, "decode": decode_memory, "merge": merge_memory}
 
 
 def flops(model: ModelConfig, plan: Any) -> float:
-    r"""Operations of all devices together: of a step :math:`6PT` and attention, of a decoded token :math:`2P`."""
+    r"""Operations of all devices together: of a step $6PT$ and attention, of a decoded token $2P$."""
     if plan.step == "merge":
         return 3.0 * parameters(model)
     if plan.step == "sft":
@@ -97,8 +97,8 @@ def sft_traffic(model: ModelConfig, plan: Any, mesh: Shape) -> float:
     r"""Bytes that reach a device in a step.
 
     Over fsdp: a layer's weights forward, again for remat, again backward, in the operands' type, and their gradients
-    in float32: :math:`(3w + 4)P/t` a micro-batch. Over data the gradients once more, :math:`8P/ft`. Over tensor four
-    sums of activations a layer (two forward, two backward; two more with remat), each twice :math:`4RTD`.
+    in float32: $(3w + 4)P/t$ a micro-batch. Over data the gradients once more, $8P/ft$. Over tensor four
+    sums of activations a layer (two forward, two backward; two more with remat), each twice $4RTD$.
     """
     f, t, d = mesh["fsdp"], mesh["tensor"], mesh["data"]
     parts = plan.batch // (plan.micro_batch or plan.batch)

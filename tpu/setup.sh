@@ -55,7 +55,7 @@ YAML
 if [ "${HOSTS:-1}" -gt 1 ]; then
   # Only there is renaming a folder one step, which is how a phase and a checkpoint are committed.
   gcloud storage buckets describe "gs://$BUCKET" --raw --format='value(hierarchicalNamespace.enabled)' | grep -qi true \
-    || fail "gs://$BUCKET has no hierarchical namespace, which several hosts need; make one that has (tpu/README.md)"
+    || fail "gs://$BUCKET has no hierarchical namespace, which several hosts need; make one that has (docs/tpu.md)"
   mount_bucket
 fi
 

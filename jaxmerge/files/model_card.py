@@ -20,7 +20,7 @@ from jaxmerge.contract import Rule
 from jaxmerge.files.checkpoints.hub import is_hub_name
 from jaxmerge.files.checkpoints.source import Source
 from jaxmerge.files.documents import parse_yaml, read_json
-from jaxmerge.rules import as_text, plain
+from jaxmerge.rules import FORMULA, as_text, plain
 
 FILE = "README.md"
 TAG = "jaxmerge"
@@ -182,6 +182,19 @@ def usage(folder: pathlib.Path, name: str) -> str:
     return "\n".join(["```python", f"from transformers import {', '.join(kinds)}", "", *lines, "```"])
 
 
+def gguf_usage(file: str, name: str) -> str:
+    """Return how a GGUF file is run with llama.cpp, and how transformers reads it."""
+    return f"""```sh
+llama-cli -m {file}
+```
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}", gguf_file="{file}")
+```"""
+
+
 def adapter_usage(name: str, base: Ingredient) -> str:
     """Return how an adapter is loaded with PEFT, and how it is merged here."""
     model = base.hub[0] if base.hub else f"path/of/{base.name}"
@@ -199,7 +212,7 @@ In a recipe of `jaxmerge merge` the adapted model is `{model}+path/of/{name}`.""
 def describe_rule(rule: Rule) -> str:
     """Return what a rule does: the first sentence of its docstring, its formula, and the papers."""
     text = inspect.getdoc(rule) or ""
-    formula = re.search(r":math:`(.*?)`", text, re.DOTALL)
+    formula = FORMULA.search(text)
     papers = re.search(r"References:\n((?:[ \t]+\S.*(?:\n|$))+)", text)
     lines = [as_text(text.partition("\n")[0])]
     if formula and plain(formula[1]) not in lines[0]:

@@ -39,7 +39,9 @@ FILLED = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type
 # Strings with a letter a layer.
 LETTERS = ("hybrid_override_pattern",)
 # What no config can say of another order.
-FIXED = ("num_kv_shared_layers", "linear_attn_config")
+FIXED = ("num_kv_shared_layers", "linear_attn_config", "num_sparse_encoder_layers", "num_sparse_decoder_layers")
+# Every how many layers experts come, and the layers that have none all the same.
+SPARSE, DENSE = "decoder_sparse_step", "mlp_only_layers"
 FUTURE = "num_nextn_predict_layers"  # layers behind the last that predict tokens further ahead
 
 
@@ -56,13 +58,27 @@ class Order:
     counts: Mapping[str, int]
     had: int
 
-    @property
-    def is_as_it_was(self) -> bool:
-        return [layer for _, layer in self.layers] == list(range(self.had))
+    def is_as_it_was(self, part: Mapping[str, Any]) -> bool:
+        """Whether every layer is where it was, and of the kind that the config that is rewritten says."""
+        if [layer for _, layer in self.layers] != list(range(self.had)):
+            return False
+        keys = {*NUMBERS, *STARTS, *PERIODS, *FILLED, *LETTERS, *FIXED, SPARSE}
+        models = {model for model, _ in self.layers}
+        return all(self.value(model, key, part.get(key)) == part.get(key) for model in models for key in keys)
 
     def value(self, model: str, key: str, default: Any) -> Any:
         """What a model's own config has under a key, else the config that is rewritten."""
         return self.parts[model].get(key, default)
+
+    def numbers(self, model: str, key: str, default: Any) -> list[Any]:
+        """A list of a model's config; null is none."""
+        own = self.value(model, key, default)
+        if own is not None and not isinstance(own, list):
+            raise self.mistake(model, key, own, "a list of numbers of layers")
+        return own or []
+
+    def mistake(self, model: str, key: str, value: Any, wanted: str) -> ValueError:
+        return ValueError(f"model {model!r}: config.json says {key}: {value!r:.80}, wanted {wanted}; mend it there")
 
 
 def rewrite(part: Mapping[str, Any], order: Order, count_key: str, notes: list[str]) -> dict[str, Any]:
@@ -79,13 +95,13 @@ def rewrite(part: Mapping[str, Any], order: Order, count_key: str, notes: list[s
     """
     changed = {**part, count_key: len(order.layers)}
     _drop_future(changed, order, notes)
-    if order.is_as_it_was:
+    if order.is_as_it_was(part):
         return changed
     for key, value in part.items():
         if key in FIXED and value:
             raise ValueError(_refusal(key, value, "no other order of layers can be said with it"))
         if key in NUMBERS and isinstance(value, list):
-            held = [order.value(model, key, value) or [] for model, _ in order.layers]
+            held = [order.numbers(model, key, value) for model, _ in order.layers]
             changed[key] = [j for j, (_, layer) in enumerate(order.layers) if layer in held[j]]
         elif isinstance(value, list) and len(value) == order.had > 0:
             changed[key] = [_entry(order, key, model, layer, value) for model, layer in order.layers]
@@ -102,8 +118,9 @@ def rewrite(part: Mapping[str, Any], order: Order, count_key: str, notes: list[s
 def _entry(order: Order, key: str, model: str, layer: int, value: Any) -> Any:
     """What a list has for a layer of a model: that model's own entry, if it has such a list."""
     own = order.value(model, key, value)
-    fits = isinstance(own, list | str) and layer < len(own)
-    return own[layer] if fits else value[min(layer, len(value) - 1)]
+    if own is not None and not isinstance(own, type(value)):
+        raise order.mistake(model, key, own, f"a {'list' if isinstance(value, list) else 'text'} as the others have")
+    return own[layer] if own is not None and layer < len(own) else value[min(layer, len(value) - 1)]
 
 
 def _refusal(key: str, value: Any, why: str) -> str:
@@ -129,7 +146,11 @@ def _start(order: Order, part: Mapping[str, Any], key: str, value: int) -> int:
     """Return how many layers at the start are now of the first kind."""
     if key == "max_window_layers" and not part.get("use_sliding_window"):
         return value
-    first = [layer < order.value(model, key, value) for model, layer in order.layers]
+    starts = {model: order.value(model, key, value) for model, _ in order.layers}
+    for model, start in starts.items():
+        if type(start) is not int:
+            raise order.mistake(model, key, start, "a whole number")
+    first = [layer < starts[model] for model, layer in order.layers]
     count = first.index(False) if False in first else len(first)
     if any(first[count:]):
         where = [j for j, is_first in enumerate(first) if is_first]
@@ -140,16 +161,21 @@ def _start(order: Order, part: Mapping[str, Any], key: str, value: int) -> int:
 
 def _spread_experts(changed: dict[str, Any], part: Mapping[str, Any], order: Order) -> None:
     """Say layer by layer which have experts, where `decoder_sparse_step` said it by a period."""
-    key, listed = "decoder_sparse_step", "mlp_only_layers"
-    steps = {order.value(model, key, part.get(key, 1)) for model, _ in order.layers}
-    if steps <= {1} or _in_step(order, {int(step) for step in steps}):
+    steps = [order.value(model, SPARSE, part.get(SPARSE, 1)) for model, _ in order.layers]
+    if all(type(step) is int and step for step in steps) and (set(steps) == {1} or _in_step(order, set(steps))):
         return
-    dense = []
-    for j, (model, layer) in enumerate(order.layers):
-        step, only = order.value(model, key, part.get(key, 1)), order.value(model, listed, part.get(listed)) or []
-        if (layer + 1) % step or layer in only:
-            dense.append(j)
-    changed |= {key: 1, listed: dense}
+    dense = [j for j, (model, layer) in enumerate(order.layers) if not _has_experts(order, part, model, layer)]
+    changed |= {SPARSE: 1, DENSE: dense}
+
+
+def _has_experts(order: Order, part: Mapping[str, Any], model: str, layer: int) -> bool:
+    """Decide as transformers does, which divides by the step where a layer may have experts."""
+    if layer in order.numbers(model, DENSE, part.get(DENSE)) or order.value(model, "num_experts", 1) == 0:
+        return False
+    step = order.value(model, SPARSE, part.get(SPARSE, 1))
+    if type(step) is not int or step == 0:
+        raise order.mistake(model, SPARSE, step, "a whole number but 0: it divides l + 1 where layer l has experts")
+    return (layer + 1) % step == 0
 
 
 def _in_step(order: Order, periods: set[int]) -> bool:
@@ -163,9 +189,11 @@ def _check_periods(changed: Mapping[str, Any], part: Mapping[str, Any], order: O
         value = part.get(key)
         if type(value) is not int or isinstance(changed.get(listed), list):
             continue
-        periods = {order.value(model, key, value) for model, _ in order.layers}
+        periods = [order.value(model, key, value) for model, _ in order.layers]
         told_apart = {period for period in periods if type(period) is int and period > 0}
-        if not periods <= {0, 1} and not (told_apart and _in_step(order, told_apart)):
+        all_alike = all(type(period) is int and period in (0, 1) for period in periods)
+        in_step = len(set(map(repr, periods))) == 1 and told_apart and _in_step(order, told_apart)
+        if not (all_alike or in_step):
             raise ValueError(_refusal(key, value, "the layers would not be where they were in that period"))
 
 

@@ -1,4 +1,4 @@
-"""Regular expressions of strangers' files, matched in time linear in the text: by RE2, in place of Python's `re`.
+"""Regular expressions of strangers' files and configs, matched in time linear in the text: by RE2, not Python's `re`.
 
 RE2 has no lookaround and no back-references. A pattern is taken only if Python reads it too, and if the two mean the
 same by it, so that what is accepted matches what the library that wrote the file would match.
@@ -31,11 +31,21 @@ def matches_module(pattern: object, module: str, where: str) -> bool:
       >>> [matches_module(r"layers\\.[01]\\.q", name, "x") for name in ("m.layers.1.q", "m.layers.1.q.v")]
       [True, False]
     """
-    return _compiled(pattern, where).fullmatch(module) is not None
+    return _compiled(pattern, where, r"(?:.*\.)?(?:{})").fullmatch(module) is not None
+
+
+def is_found(pattern: object, text: str, where: str) -> bool:
+    """Whether `pattern` is found anywhere in a text, as `re.search` finds it; errors as of `matches_module`.
+
+    Example:
+      >>> is_found("_proj$", "model/layers/3/self_attn/q_proj", "lora.targets")
+      True
+    """
+    return _compiled(pattern, where, "{}").search(text) is not None
 
 
 @functools.lru_cache(maxsize=4096)
-def _compiled(pattern: object, where: str):
+def _compiled(pattern: object, where: str, whole: str):
     import re2
 
     shown = repr(pattern) if len(str(pattern)) <= 60 else f"{str(pattern)[:60]!r}…"
@@ -52,7 +62,7 @@ def _compiled(pattern: object, where: str):
     try:
         if _DIFFERENT.search(pattern):
             raise re2.error("it means something else to other programs; write {0,n} for {,n}, and no [: in a set")
-        return re2.compile(rf"(?:.*\.)?(?:{pattern})", options)
+        return re2.compile(whole.replace("{}", pattern), options)
     except re2.error as error:
         said = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
         raise ValueError(

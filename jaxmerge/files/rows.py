@@ -13,9 +13,9 @@ from jaxmerge.files.checkpoints.source import BLOCK_BYTES, Tensor, fill_by_rows,
 
 @dataclasses.dataclass(frozen=True)
 class Gathered:
-    r"""Row t is the mean of row :math:`i_p(t)` over the parts p where that is not negative; zero without any.
+    r"""Row t is the mean of row $i_p(t)$ over the parts p where that is not negative; zero without any.
 
-    parts: tensors of alike rows, and of each the row numbers :math:`i_p`. used: rows that are made so; another one
+    parts: tensors of alike rows, and of each the row numbers $i_p$. used: rows that are made so; another one
     is the mean of all those (https://nlp.stanford.edu/~johnhew/vocab-expansion.html). Means are of float32 (float64
     where the dtype is), a row of one part is copied bit for bit where the dtypes agree.
     """

@@ -81,7 +81,8 @@ def merge(
       max_shard_bytes: size above which the result is split into shards.
       device: "cpu", "gpu" or "tpu", where the arithmetic runs; by default jax's.
       format: of the result, "safetensors" or "orbax".
-      dry_run: check everything and return the plan, without reading a tensor or writing a file.
+      dry_run: check everything and return the plan, without reading a tensor or writing a file; of the hub's models the
+        headers are fetched alone.
 
     Returns:
       {"out", "merge_method", "tensors", "bytes_in", "bytes_out", "bytes_memory", "files", "seconds", "notes"}.
@@ -132,7 +133,9 @@ class _Work:
         self.recipes, self.between, self.settings, self.progress = recipes, between, settings, progress
         self.stages = {str(of.name): between / "stages" / str(of.name) for of in recipes[:-1]}
         named = dict.fromkeys(name for of in recipes for name in of.sources)
-        self.models = {name: open_source(name) for name in named if not self._is_stage(name)}
+        self.models = {
+            name: open_source(name, headers_only=settings.dry_run) for name in named if not self._is_stage(name)
+        }
         self.later = [name for name in named if self._is_stage(name)]
         read = {file for source in self.models.values() for file in _read_files(source)}
         self.before = stamps(read | self._later_files())

@@ -1,11 +1,11 @@
 r"""What a merge did to a tensor, summed up chunk by chunk while its numbers are at hand.
 
-With the deltas :math:`\tau_i = \theta_i - \theta_r` from the reference (the base, else the first model):
+With the deltas $\tau_i = \theta_i - \theta_r$ from the reference (the base, else the first model):
 
-  delta      [:math:`\|\tau_i\|`, …] of each model but the reference
-  cosine     [[i, j, :math:`\cos(\tau_i, \tau_j)`], …], null where a delta is zero
+  delta      [$\|\tau_i\|$, …] of each model but the reference
+  cosine     [[i, j, $\cos(\tau_i, \tau_j)$], …], null where a delta is zero
   conflict   share of elements in which two deltas have opposite signs
-  result     :math:`\|\theta - \theta_r\|` of the result θ as it is written
+  result     $\|\theta - \theta_r\|$ of the result θ as it is written
   changed    share of its elements that are unlike the reference's: what a sparse rule kept
   sampled    share of the elements that all this was taken from: 1, or of large tensors an eighth
 
@@ -36,8 +36,8 @@ LARGE = 2**18  # elements of a chunk from which it is sampled
 def sums(reference: Array, others: Sequence[Array], result: Array, count: Any, *, dtype: Any = None) -> list[Array]:
     r"""Return the sums over one chunk of [n] elements, of which the first `count` are real.
 
-    In order: whether all is finite, the elements counted, :math:`\tau_i \cdot \tau_j` for i ≤ j, conflicts,
-    :math:`\|\theta - \theta_r\|^2`, changed. `dtype`: what floating inputs are cast to before they are merged.
+    In order: whether all is finite, the elements counted, $\tau_i \cdot \tau_j$ for i ≤ j, conflicts,
+    $\|\theta - \theta_r\|^2$, changed. `dtype`: what floating inputs are cast to before they are merged.
     """
     wider = wide(result.dtype)
     n = reference.shape[0]

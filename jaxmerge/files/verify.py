@@ -1,24 +1,14 @@
 r"""Say of a folder, tensor by tensor, whether it is what its recipe makes: `jaxmerge verify OUT`.
 
 The recipe is replayed on a sample: of a rule that works element by element on runs of elements, of another on whole
-tensors, the largest of them left out unless all are asked for. With r the reference (the base, else the first model),
-w what the recipe gives and g what the folder has, the strength is the least-squares c of g − r ≈ c·(w − r):
-
-    right            ‖g − w‖ is no more than rounding
-    not applied      g is r
-    wrong strength   g − r is c·(w − r), but for rounding, and c is not 1
-    transposed       g is wᵀ, or g − r is (w − r)ᵀ
-    different        none of these
-    missing          no tensor of that name; another name that it may have gone to is given
+tensors, the largest of them left out unless all are asked for. `verdict.py` says what is then told of a tensor.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -28,32 +18,13 @@ from jaxmerge.files import engine, recipe
 from jaxmerge.files import plan as planning
 from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import Source, Tensor, read
-from jaxmerge.files.documents import parse_yaml, read_json, some
+from jaxmerge.files.documents import parse_yaml, read_json
 from jaxmerge.files.plan import Job
+from jaxmerge.files.verdict import Triple, Unsure, Verdict, elsewhere, judge, judge_shape, runs, summarise
 from jaxmerge.rules import RULES
 
-RIGHT, WRONG, UNSURE, UNREADABLE = 0, 1, 2, 3  # exit codes
-RUN, RUNS = 4096, 16  # elements of a run, runs of a tensor
 WHOLE = 1 << 26  # elements of a tensor that is replayed whole unless all are asked for
-ROUNDED = 4.0  # times the rounding of the result's dtype
-CLOSE = 1e-3  # share of the change that may be the arithmetic's
-SAME = 0.05  # how far from 1 a strength is another one
 Progress = Callable[[int, int, str], None]
-
-
-class Unsure(ValueError):
-    """What a folder was made of is not known, or is no longer there."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What became of a tensor. strength: c, where it can be told. error: ‖g − w‖/‖w − r‖. detail: what to look at."""
-
-    tensor: str
-    verdict: str
-    strength: float | None = None
-    error: float | None = None
-    detail: str = ""
 
 
 def verify(
@@ -93,13 +64,7 @@ def verify(
             skipped.append(job.name)
         else:
             verdicts.append(_judge(job, made, seed, everything))
-    counts: dict[str, int] = {}
-    for verdict in verdicts:
-        counts[verdict.verdict] = counts.get(verdict.verdict, 0) + 1
-    wrong = [verdict for verdict in verdicts if verdict.verdict != "right"]
-    extra = sorted(set(made.tensors) - {job.name for job in jobs})
-    code = WRONG if wrong or extra else UNSURE if skipped else RIGHT
-    return {"out": str(out), "tensors": counts, "wrong": wrong, "skipped": skipped, "extra": extra, "code": code}
+    return summarise(str(out), verdicts, skipped, sorted(set(made.tensors) - {job.name for job in jobs}))
 
 
 def _replayable(folder: pathlib.Path, of: str | pathlib.Path | None) -> tuple[tuple[Job, ...], int, bool]:
@@ -139,61 +104,28 @@ def _is_sampled(job: Job) -> bool:
 def _judge(job: Job, made: Source, seed: int, everything: bool) -> Verdict:
     found = made.tensors.get(job.name)
     if found is None:
-        return Verdict(job.name, "missing", detail=_elsewhere(job, made))
+        return Verdict(job.name, "missing", detail=elsewhere(job.name, job.shape, made.tensors))
+
+    def whole() -> Triple:
+        return _whole(job, found, seed)
+
     if tuple(found.shape) != tuple(job.shape):
-        turned = len(job.shape) == 2 and tuple(found.shape) == tuple(job.shape[::-1])
-        if not turned:
-            return Verdict(job.name, "different", detail=f"shape {list(found.shape)}, wanted {list(job.shape)}")
-        sums = _Sums()
-        sums.add(*_whole(job, found, seed, turned=True))
-        return Verdict(job.name, "transposed" if sums.is_right(found.dtype) else "different", error=sums.error)
-    sums = _Sums()
-    runs = _runs(job, everything) if _is_sampled(job) else None
-    for got, wanted, reference in [_whole(job, found, seed)] if runs is None else _replay(job, found, seed, runs):
-        sums.add(got, wanted, reference)
-    name, strength = sums.verdict(found.dtype)
-    if name == "different" and len(job.shape) == 2 and job.shape[0] == job.shape[1]:
-        got, wanted, reference = (np.asarray(a).astype(np.float64) for a in _whole(job, found, seed))
-        for turned in (wanted.T, reference + (wanted - reference).T):  # all of it, or the change alone
-            whole = _Sums()
-            whole.add(got, turned, reference)
-            if whole.is_right(found.dtype):
-                return Verdict(job.name, "transposed", error=sums.error)
-    return Verdict(job.name, name, strength, sums.error)
+        return judge_shape(job.name, found.shape, job.shape, found.dtype, whole)
+    sampled = _replay(job, found, seed, runs(math.prod(job.shape), everything)) if _is_sampled(job) else [whole()]
+    return judge(job.name, job.shape, found.dtype, sampled, whole)
 
 
-def _elsewhere(job: Job, made: Source) -> str:
-    """Name tensors that end alike: the same module, with other words in front."""
-    end = ".".join(job.name.split(".")[-4:])
-    alike = [name for name in made.tensors if name.endswith(end) and tuple(made.tensors[name].shape) == job.shape]
-    return f"the folder has {alike[0]} instead" if alike else "nothing in the folder has a name like it"
-
-
-def _runs(job: Job, everything: bool) -> Iterator[tuple[int, int]]:
-    """First element and count of each run: all of a small tensor, of a large one as many runs from end to end."""
-    count = math.prod(job.shape)
-    if everything or count <= RUN * RUNS:
-        yield from ((start, min(RUN, count - start)) for start in range(0, count, RUN))
-        return
-    yield from ((round(i * (count - RUN) / (RUNS - 1)), RUN) for i in range(RUNS))
-
-
-Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-def _replay(job: Job, found: Tensor, seed: int, runs: Iterator[tuple[int, int]]) -> Iterator[Triple]:
+def _replay(job: Job, found: Tensor, seed: int, places: Iterator[tuple[int, int]]) -> Iterator[Triple]:
     """What the folder has, what the recipe gives, and the reference, run by run."""
     reference = _reference(job)
-    for start, count in runs:
+    for start, count in places:
         wanted = _merged(job, [_run_of(i.tensor, start, count) for i in job.operands], seed)
         yield _run_of(found, start, count), wanted, _or_zeros(reference, wanted, start)
 
 
-def _whole(job: Job, found: Tensor, seed: int, *, turned: bool = False) -> Triple:
-    got = read(found)
+def _whole(job: Job, found: Tensor, seed: int) -> Triple:
     wanted = _merged(job, [read(i.tensor) for i in job.operands], seed)
-    reference = _or_zeros(_reference(job), wanted, 0).reshape(wanted.shape)
-    return (got.T if turned else got), wanted, reference
+    return read(found), wanted, _or_zeros(_reference(job), wanted, 0).reshape(wanted.shape)
 
 
 def _reference(job: Job) -> Tensor | None:
@@ -223,68 +155,3 @@ def _run_of(tensor: Tensor, start: int, count: int) -> np.ndarray:
     buffer = np.empty(count * tensor.dtype.itemsize, np.uint8)
     tensor.read_into(buffer, start * tensor.dtype.itemsize)
     return buffer.view(tensor.dtype)
-
-
-class _Sums:
-    """Squares and products of what is compared, over all runs of a tensor."""
-
-    def __init__(self) -> None:
-        self.off = self.moved = self.change = self.along = self.size = 0.0
-
-    def add(self, got: np.ndarray, wanted: np.ndarray, reference: np.ndarray) -> None:
-        g, w, r = (np.asarray(array).astype(np.float64).reshape(-1) for array in (got, wanted, reference))
-        self.off += float(np.sum((g - w) ** 2))
-        self.moved += float(np.sum((g - r) ** 2))
-        self.change += float(np.sum((w - r) ** 2))
-        self.along += float(np.sum((g - r) * (w - r)))
-        self.size += float(np.sum(w**2))
-
-    @property
-    def error(self) -> float | None:
-        return math.sqrt(self.off / self.change) if self.change else None
-
-    def _allowed(self, dtype: np.dtype) -> float:
-        """The largest ‖g − w‖ that is rounding: of the result's dtype, and of another order of sums."""
-        ulp = float(jax.numpy.finfo(dtype).eps) if engine.is_float(dtype) else 0.0
-        return ROUNDED * ulp * math.sqrt(self.size) + CLOSE * math.sqrt(self.change)
-
-    def is_right(self, dtype: np.dtype) -> bool:
-        return math.sqrt(self.off) <= self._allowed(dtype)
-
-    def verdict(self, dtype: np.dtype) -> tuple[str, float | None]:
-        allowed = self._allowed(dtype)
-        strength = self.along / self.change if self.change else None
-        noticeable = math.sqrt(self.change) > 4 * allowed
-        if noticeable and math.sqrt(self.moved) <= allowed:
-            return "not applied", 0.0
-        if math.sqrt(self.off) <= allowed:
-            return "right", strength
-        # What is left of g − r beyond its part along w − r.
-        across = math.sqrt(max(self.moved - self.along**2 / self.change, 0.0)) if self.change else math.inf
-        if noticeable and strength is not None and across <= allowed and abs(strength - 1) > SAME:
-            return "wrong strength", strength
-        return "different", strength
-
-
-def table(report: Mapping[str, Any]) -> str:
-    """Write a result of `verify` for a terminal: the counts, and a line for each tensor that is not right."""
-    counts = ", ".join(f"{count} {name}" for name, count in report["tensors"].items()) or "no tensor compared"
-    lines = [f"{report['out']}: {counts}"]
-    for verdict in report["wrong"]:
-        facts = [verdict.detail] if verdict.detail else []
-        if verdict.verdict == "wrong strength":
-            facts.append(f"strength {verdict.strength:.3g}")
-        if verdict.error is not None:
-            facts.append(f"off by {verdict.error:.3g} of the change")
-        lines.append(f"  {verdict.verdict}: {verdict.tensor}" + (f" ({'; '.join(facts)})" if facts else ""))
-    for name, tensors in (
-        ("not in the recipe", report["extra"]),
-        ("not replayed (too large, or random elsewhere)", report["skipped"]),
-    ):
-        lines += [f"  {name}: {some(tensors, 4)}"] if tensors else []
-    return "\n".join(lines)
-
-
-def as_json(report: Mapping[str, Any]) -> str:
-    """Write a result of `verify` as JSON."""
-    return json.dumps({**report, "wrong": [dataclasses.asdict(verdict) for verdict in report["wrong"]]}, indent=1)

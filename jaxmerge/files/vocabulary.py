@@ -255,7 +255,7 @@ def _result(
 
 def companions_at(source: str) -> Mapping[str, bytes]:
     """Read the companions of a tokenizer's source that is none of the models: a folder of a tokenizer, or a model."""
-    path = find(source)
+    path = find(source, weights=False)
     if path is not None and (path / "tokenizer.json").exists():
         return companions_of(path)
     return open_source(source).companions()

@@ -6,7 +6,8 @@ import gguf
 import numpy as np
 
 from helpers.tiny_tokenizers import byte_level, gguf_metadata
-from jaxmerge.files.checkpoints.gguf import INNER, OUTER
+from jaxmerge.files.checkpoints.gguf import permute
+from jaxmerge.files.checkpoints.gguf_config import INNER, OUTER
 from train.models.hf import named
 
 
@@ -17,11 +18,6 @@ def gguf_name(name: str) -> str:
         return f"{back[stem]}.{leaf}"
     _, _, layer, kind = stem.split(".", 3)
     return f"blk.{layer}.{back[kind]}.{leaf}"
-
-
-def permute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order, the inverse of `unpermute`."""
-    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def write_gguf(path, config, params, *, kind=gguf.GGMLQuantizationType.F32, keys=(), drop=(), arch="llama", **extra):

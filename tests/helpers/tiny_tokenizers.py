@@ -7,7 +7,7 @@ import json
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from jaxmerge.files.checkpoints.gguf import CONTROL
+from jaxmerge.files.checkpoints.gguf_tokenizer import CONTROL
 from train.models.tokenizer import Tokenizer
 
 CHATS = [
@@ -153,6 +153,20 @@ def metaspace(kind: str = "prepend", *, add_eos: bool = False) -> tokenizers.Tok
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>" if add_eos else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
+    return backend
+
+
+def pieces(*, prefix: bool = True) -> tokenizers.Tokenizer:
+    """SentencePiece's BPE as tokenizer.json has it: tokens by rank, and every pair that a token can be merged of."""
+    state = json.loads(metaspace().to_str())
+    known = {token: i for token, i in state["model"]["vocab"].items() if i > 258}
+    pairs = {token: [(token[:n], token[n:]) for n in range(1, len(token))] for token in known}
+    merges = [pair for token in known for pair in pairs[token] if pair[0] in known and pair[1] in known]
+    state["model"]["merges"] = [list(pair) for pair in merges]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    if not prefix:  # as Gemma's
+        backend.normalizer = normalizers.Replace(" ", "▁")
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return backend
 
 

@@ -270,6 +270,30 @@ def test_stacked_equals_unstacked(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_products_are_of_float32_on_every_device(name):
+    """Where nothing is said, GPUs multiply float32 in TF32 and TPUs in bfloat16."""
+    models, base = inputs(name, shapes=TINY)
+    program = jax.jit(lambda m, b: call(name, m, b)).lower(models, base).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line] == []
+    assert bool(products) == (name == "regmean")  # elsewhere inner products are sums
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_gives_what_the_cpu_gives(name):
+    if jax.default_backend() != "gpu":
+        pytest.skip(f"needs a GPU, this is {jax.default_backend()}")
+    models, base = inputs(name, shapes=TINY)
+    found = jax.jit(lambda m, b: call(name, m, b))(models, base)
+    with jax.default_device(jax.devices("cpu")[0]):
+        models, base = inputs(name, shapes=TINY)
+        wanted = jax.jit(lambda m, b: call(name, m, b))(models, base)
+    assert {leaf.device.platform for leaf in jax.tree.leaves(found)} == {"gpu"}
+    close(found, wanted, ulps=TOLERANCE.get(name, 4))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_errors_name_the_leaf(name):
     models, base = inputs(name, shapes=TINY)
     needs = RULES[name].needs

@@ -147,7 +147,7 @@ def test_rules_print_as_a_table():
 def test_a_new_rule_is_in_the_table_and_in_its_family_by_its_entry_alone(monkeypatch):
     @jaxmerge.requires(base="required")
     def sign_mean(models, *, base=None, key=None, names=None, stacked=(), scale: float = 1.0):
-        r"""Add signs: :math:`\theta_b + \lambda \sum_i \mathrm{sign}\,\tau_i`."""
+        r"""Add signs: $\theta_b + \lambda \sum_i \mathrm{sign}\,\tau_i$."""
         return base
 
     monkeypatch.setitem(REGISTRY, "sign_mean", sign_mean)

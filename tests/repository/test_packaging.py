@@ -17,7 +17,7 @@ import zipfile
 import pytest
 from helpers import ROOT
 
-# As after a plain `pip install jaxmerge`: the standard library, pip, jax and what jax needs are found, nothing else.
+# As after a plain `pip install jaxmerge`: only the standard library, pip, jax and what jax needs are found.
 JAX_ALONE = """
 import sys
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder

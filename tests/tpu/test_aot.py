@@ -106,7 +106,8 @@ def test_other_topologies_are_refused(name, match):
 def test_presets_have_the_published_numbers_of_parameters():
     published = {
         "smollm2-135m": 134_515_008, "llama-3.2-1b": 1_235_814_400, "llama-3.1-8b": 8_030_261_248,
-        "llama-3.1-70b": 70_553_706_496, "qwen3-8b": 8_190_735_360,
+        "llama-3.1-70b": 70_553_706_496, "qwen3-8b": 8_190_735_360, "qwen2.5-0.5b": 494_032_768,
+        "qwen2.5-7b": 7_615_616_512,
     }  # fmt: skip
     assert {name: paper.parameters(model_of(name)) for name in PRESETS} == published
     with pytest.raises(UserError, match=r"model is 'llama-8b': no such file or folder, nor a preset; did you mean"):

@@ -13,11 +13,12 @@ import yaml
 from helpers import ROOT
 
 from tpu import machines
+from tpu.check import check
 from train.runtime.peers import LOST
 from train.runtime.stop import STOPPED
 
 CHECKOUT = ROOT
-PAGE = (CHECKOUT / "tpu/README.md").read_text()
+PAGE = (CHECKOUT / "docs/tpu.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
 TASK = yaml.safe_load((CHECKOUT / "tpu/skypilot.yaml").read_text())
 
@@ -108,6 +109,26 @@ def test_the_commands_are_bash_and_name_files_that_there_are(block):
         assert (CHECKOUT / name).is_file(), name
     for module in re.findall(r"python -m (tpu\.\w+)", block):
         assert (CHECKOUT / f"{module.replace('.', '/')}.py").is_file(), module
+
+
+def test_the_page_shows_lines_that_are_printed():
+    """Of the first ten minutes: what `tpu.check` says of the page's job, and what scripts and programs say."""
+    (section,) = re.findall(r"## The first ten minutes\n(.*?)\n## ", PAGE, re.DOTALL)
+    shown = [line.split("`")[1] for line in section.splitlines() if re.match(r"\| [\d–?]+ \| `", line)]
+    said = check(re.findall(r"JOB='(.*?)'", PAGE)[0].split(), CHECKOUT)
+    setup = (CHECKOUT / "tpu/setup.sh").read_text()
+    programs = "".join((CHECKOUT / f"train/{name}.py").read_text() for name in ("improve/phases", "learn/sft"))
+    for line in shown:
+        start, *rest = line.split("…")
+        if line.startswith("setup: "):
+            assert start.removeprefix("setup: ").replace("NAME", "$BUCKET").split(" is mounted")[0].strip() in setup
+        elif "device(s)" in line:
+            assert " M parameters on {session.mesh.size} device(s)" in programs
+        elif line.startswith("attention: "):
+            assert 'say(f"attention: {how.attention}")' in programs
+        elif not line.startswith(("base/", "round-1/")):
+            assert any(found.startswith(start) and all(part in found for part in rest) for found in said), line
+    assert len(shown) >= 8
 
 
 def test_the_page_packs_what_tpu_check_says_travels(tmp_path):

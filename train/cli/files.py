@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from ..log import UserError, format_percent, say
 from ..runtime.disk import check_file, check_folder, write_durably
 from ..runtime.start import start_jax
-from .settings import ExtractOptions, InspectOptions, MergeOptions, VerifyOptions
+from .settings import ExtractOptions, InspectOptions, MergeOptions, PushOptions, VerifyOptions
 from .words import Words, options
 
 
@@ -23,6 +24,7 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
     --dry-run checks everything, prints sizes and memory and stops.
     """
     settings = dataclasses.asdict(options(assignments, MergeOptions))
+    where, private = settings.pop("push"), settings.pop("private")
     settings["allow"] = [word for words_allowed in settings["allow"] for word in words_allowed.split(",")]
     from jaxmerge.files.disk import check_name
     from jaxmerge.files.journal import count_done
@@ -30,6 +32,7 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
     out = Path(words[1])
     with own_errors():
         check_name(out)
+    check_push(where)
     start_jax()
     from jaxmerge.files import merge as merge_files
 
@@ -46,7 +49,44 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
     if dry:
         say(f"buffers and the largest result take {plan['bytes_memory'] / 1e9:.2f} GB of memory")
     say(words[1])
+    if not dry:
+        push_folder(out, where, private=private)
     return 0
+
+
+def push(words: Words, assignments: Words, dry: bool) -> int:
+    """Put a folder that `merge` or `export` wrote on the Hugging Face hub, in one commit with its card.
+
+    The token is HF_TOKEN, or that of `hf auth login`. What an attempt that failed has sent is not sent again.
+    """
+    del dry
+    push_folder(Path(words[0]), words[1], private=options(assignments, PushOptions).private)
+    return 0
+
+
+def check_push(name: str | None) -> None:
+    """Raise unless there is nothing to push, or a name and a token for it; asked before the work it is for."""
+    if name is not None:
+        from jaxmerge.files import publish
+
+        with own_errors():
+            publish.check(name)
+
+
+def push_folder(folder: Path, name: str | None, *, private: bool) -> None:
+    """Put a folder on the hub under `name`, if there is one, and say where it is."""
+    if name is None:
+        return
+    from jaxmerge.files import publish
+
+    try:
+        say(publish.push(folder, name, private=private))
+    except ValueError as error:
+        print(file=sys.stderr)  # the client's bar leaves its line open
+        again = f"jaxmerge push {folder} {name}{' private=true' if private else ''}"
+        raise UserError(
+            f"{error}. The folder is whole; to try again: {again}" if folder.is_dir() else str(error)
+        ) from error
 
 
 def inspect(words: Words, assignments: Words, dry: bool) -> int:
@@ -93,6 +133,8 @@ def _show_contents(name: str, settings: InspectOptions) -> int:
 def verify(words: Words, assignments: Words, dry: bool) -> int:
     """Say, tensor by tensor, whether a folder is what its recipe makes of its inputs.
 
+    OUT may also be the folder of a run of improve, one of its checkpoints, or a model that `export RUN OUT method=…`
+    wrote: it is compared with what the run's merge makes of the checkpoints of that round.
     Of large tensors a sample of elements is replayed where the method works element by element.
     Exits with 0 where all is right, 1 where something is not, 2 where it cannot be told, 3 where OUT cannot be read.
     """
@@ -100,19 +142,31 @@ def verify(words: Words, assignments: Words, dry: bool) -> int:
     settings = options(assignments, VerifyOptions)
     check_file(settings.json)
     start_jax()
-    from jaxmerge.files import verify as verifying
+    from jaxmerge.files.verdict import UNREADABLE, UNSURE, Unsure, as_json, table
+    from jaxmerge.files.verify import verify as verify_merge
+
+    from ..improve.origin import origin_of
 
     try:
+        origin = origin_of(words[0], settings.of)
         with progress_in_tensors("verify") as advance:
-            report = verifying.verify(words[0], of=settings.of, everything=settings.all, progress=advance)
-    except verifying.Unsure as error:
+            if origin is None:
+                report = verify_merge(words[0], of=settings.of, everything=settings.all, progress=advance)
+            else:
+                from ..improve.verify import verify as verify_run
+
+                report = verify_run(words[0], origin, everything=settings.all, progress=advance)
+    except Unsure as error:
         say(f"jaxmerge verify: cannot tell: {error}")
-        return verifying.UNSURE
-    except ValueError as error:
+        return UNSURE
+    except (ValueError, UserError) as error:
         say(f"jaxmerge verify: {error}")
-        return verifying.UNREADABLE
-    say(verifying.table(report))
-    write_report(settings.json, lambda: verifying.as_json(report))
+        return UNREADABLE
+    for part in report.get("models", [report]):
+        say(table(part))
+    for name, reason in report.get("unsure", {}).items():
+        say(f"{name}: cannot tell: {reason}")
+    write_report(settings.json, lambda: as_json(report))
     return report["code"]
 
 

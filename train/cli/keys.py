@@ -26,7 +26,16 @@ from ..runtime.settings import Distributed, Mesh
 from ..search.settings import SearchRun
 from ..studies.settings import AnalyseOptions, Sweep
 from ..tasks.settings import FamilySpec
-from .settings import ExportOptions, ExtractOptions, InspectOptions, MergeOptions, ResultsOptions, VerifyOptions
+from .settings import (
+    DataOptions,
+    ExportOptions,
+    ExtractOptions,
+    InspectOptions,
+    MergeOptions,
+    PushOptions,
+    ResultsOptions,
+    VerifyOptions,
+)
 
 HEAD = """# Keys of a config
 
@@ -39,6 +48,7 @@ ABOUT = {
     "sweep": (Sweep, "The `sweep:` block that makes an `improve` config an [experiment](experiments.md)."),
     "sft": (Finetune, "`jaxmerge sft CONFIG`, or `MODEL DATA OUT`, which are `model.path`, `data.path`, `out`."),
     "search": (SearchRun, "`jaxmerge search CONFIG`: see [search.md](search.md)."),
+    "data": (DataOptions, "`jaxmerge data PATH`; see [data.md](data.md)."),
     "sample": (SampleOptions, "`jaxmerge sample MODEL PROMPTS OUT`."),
     "evaluate": (QuestionOptions, "`jaxmerge evaluate MODEL FILE`; with a `CONFIG` its keys are those of `improve`."),
     "harness": (HarnessOptions, "`jaxmerge harness MODEL TASKS`."),
@@ -47,7 +57,8 @@ ABOUT = {
     "verify": (VerifyOptions, "`jaxmerge verify OUT`."),
     "inspect": (InspectOptions, "`jaxmerge inspect MODEL`, `jaxmerge inspect BASE MODELS`."),
     "extract-lora": (ExtractOptions, "`jaxmerge extract-lora BASE TUNED OUT`."),
-    "export": (ExportOptions, "`jaxmerge export RUN OUT`."),
+    "export": (ExportOptions, "`jaxmerge export RUN OUT`; see [sharing.md](sharing.md)."),
+    "push": (PushOptions, "`jaxmerge push FOLDER NAME`; see [sharing.md](sharing.md)."),
     "results": (ResultsOptions, "`jaxmerge results`."),
 }  # fmt: skip
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from ..log import UserError
 from ..resolve import at_least
 from ..studies.settings import Sweep
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def pushed(options: MergeOptions | ExportOptions, verb: str) -> None:
+    """Raise where something is to be private that is not pushed."""
+    if options.private and options.push is None:
+        raise UserError(f"{verb}.private is of what is put on the hub; add push=ORG/NAME")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +43,14 @@ class Experiment:
 
 
 @dataclasses.dataclass(frozen=True)
+class PushOptions:
+    """Keys of `jaxmerge push`."""
+
+    private: bool = False
+    """The hub's repository is made private; one that is there stays as it is."""
+
+
+@dataclasses.dataclass(frozen=True)
 class MergeOptions:
     """Keys of `jaxmerge merge`."""
 
@@ -52,9 +67,42 @@ class MergeOptions:
     """The arithmetic runs on this kind of device (cpu, gpu, tpu); null leaves the choice to jax."""
     max_shard_bytes: int = 5_000_000_000
     """A file of the result holds at most this many bytes, unless one tensor is larger."""
+    push: str | None = None
+    """The result is also put on the Hugging Face hub under this name, ORG/NAME; null keeps it here."""
+    private: bool = False
+    """The hub's repository is made private; one that is there stays as it is."""
 
     def __post_init__(self):
         at_least(self, "merge", max_shard_bytes=1)
+        pushed(self, "merge")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Keys of `jaxmerge data`."""
+
+    model: str | None = None
+    """The tokenizer and the chat template are those of this model, of which no weights are read; null counts
+    characters."""
+    examples: int = 5
+    """This many examples are shown, from all over the file."""
+    split: str = "train"
+    """This split of a TFDS version or of a dataset on the hub is read."""
+    format: str | None = None
+    """The lines have this format; null tells it by their keys."""
+    ignore: tuple[str, ...] = ()
+    """These keys of the lines are passed over; other unknown keys are errors."""
+    learn: Literal["assistant", "last", "each"] = "assistant"
+    """These turns of a conversation are learnt, as `data.learn` of `sft` has it."""
+    chat_template: str = ""
+    """Conversations are rendered with this Jinja file in place of the model's own template."""
+    max_length: int = 512
+    """What is longer, in tokens, is counted as left out or cut, as `sft.max_length` would."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """Longer examples are left out (drop), or cut (truncate)."""
+
+    def __post_init__(self):
+        at_least(self, "data", examples=0, max_length=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +120,8 @@ class VerifyOptions:
     """Keys of `jaxmerge verify`."""
 
     of: str | None = None
-    """The folder is compared with this recipe, or with `BASE+ADAPTER`; null takes the recipe in the folder."""
+    """The folder is compared with this recipe, with `BASE+ADAPTER`, or with a checkpoint of a run; null takes the
+    recipe in the folder, or the run that it is of."""
     all: bool = False
     """Every element of every tensor is replayed, not a sample."""
     json: str | None = None
@@ -107,7 +156,24 @@ class ExportOptions:
     round: int | None = None
     """The model that this round ended with is written; null takes the last round."""
     dtype: Dtype = "float32"
-    """The weights are written in this precision."""
+    """The weights of a Hugging Face folder are written in this precision."""
+    format: Literal["hf", "gguf"] = "hf"
+    """With hf, a Hugging Face folder is written; with gguf, a folder with one GGUF file for llama.cpp."""
+    type: Literal["q8_0", "f16", "bf16"] | None = None
+    """The matrices of a GGUF file are stored in this type; null takes q8_0."""
+    pre: str | None = None
+    """The GGUF file names this pre-tokenizer of llama.cpp; null finds the name of those that are known here."""
+    push: str | None = None
+    """What is written is also put on the Hugging Face hub under this name, ORG/NAME; null keeps it here."""
+    private: bool = False
+    """The hub's repository is made private; one that is there stays as it is."""
+
+    def __post_init__(self):
+        if self.format == "hf" and (given := [k for k in ("type", "pre") if getattr(self, k) is not None]):
+            raise UserError(f"export.{given[0]} is of GGUF files; add format=gguf")
+        if self.format == "gguf" and self.dtype != "float32":
+            raise UserError(f"export.dtype={self.dtype} is of Hugging Face folders; with format=gguf give type=")
+        pushed(self, "export")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,15 +19,17 @@ from ..runtime.disk import check_file, check_folder, write_durably
 from ..runtime.start import start_jax
 from ..search.settings import SearchRun
 from ..studies.settings import AnalyseOptions
-from .files import extract_lora, inspect, merge, verify
+from .files import check_push, extract_lora, inspect, merge, push, push_folder, verify
 from .flags import MERGEKIT
 from .settings import (
+    DataOptions,
     Experiment,
     ExportOptions,
     ExtractOptions,
     InspectOptions,
     MergeOptions,
     Place,
+    PushOptions,
     Result,
     ResultsOptions,
     VerifyOptions,
@@ -77,7 +79,8 @@ def sft(words: Words, assignments: Words, dry: bool) -> int:
     """Fine-tune or pretrain a model on examples, or resume the unfinished run in its folder.
 
     Without a config, DATA is JSON lines (messages, prompt and completion, Alpaca, GSM8K, MBPP, multiple choice: told
-    by their keys) or the folder of a TFDS version, and OUT is the folder of the run.
+    by their keys), the folder of a TFDS version or a dataset of the hub (hf:ORG/NAME/SUBSET), and OUT is the folder of
+    the run.
     """
     del dry
     place, others = split(assignments, Place)
@@ -93,6 +96,26 @@ def sft(words: Words, assignments: Words, dry: bool) -> int:
     from ..learn.run import finetune
 
     finetune(config, name=out.name if len(words) == 3 and out else Path(words[0]).stem, out=out)
+    return 0
+
+
+def data(words: Words, assignments: Words, dry: bool) -> int:
+    """Show what a file or a dataset of the hub would become: examples, lengths, what is learnt, what is cut.
+
+    PATH is what `sft` and `evaluate` take: JSON lines, the folder of a TFDS version, or hf:ORG/NAME/SUBSET:SPLIT. What
+    is learnt stands in ⟦ ⟧. With model= lengths are in tokens and the chat template is shown.
+    """
+    del dry
+    settings = options(assignments, DataOptions)
+    from ..learn.look import look
+    from ..learn.settings import Data, Sft
+
+    read = Data(
+        path=words[0], format=settings.format, split=settings.split, ignore=settings.ignore, learn=settings.learn,
+        chat_template=settings.chat_template,
+    )  # fmt: skip
+    limits = Sft(max_length=settings.max_length, overlong=settings.overlong)
+    look(read, limits, model=settings.model, examples=settings.examples)
     return 0
 
 
@@ -143,7 +166,7 @@ def evaluate(words: Words, assignments: Words, dry: bool) -> int:
 
     CONFIG is one of `improve`: its tasks and evaluation blocks are read, and its keys are taken (`improve --help`).
     FILE is JSON lines (GSM8K, multiple choice, problem and answer, MBPP: told by their keys), the folder of a TFDS
-    version, or the word humaneval; then these keys are taken.
+    version, a dataset of the hub (hf:ORG/NAME/SUBSET:SPLIT), or the word humaneval; then these keys are taken.
     """
     del dry
     result, others = split(assignments, Result)
@@ -207,18 +230,22 @@ def harness(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def export(words: Words, assignments: Words, dry: bool) -> int:
-    """Write a run's model as a Hugging Face folder.
+    """Write a run's model as a Hugging Face folder, or as a GGUF file for llama.cpp.
 
     RUN is the folder of a run; without method= it may be any MODEL, a GGUF file for example.
     """
     del dry
     settings = options(assignments, ExportOptions)
     check_folder(Path(words[1]))
+    check_push(settings.push)
     start_jax()
     from ..improve.export import export as go
+    from ..runtime.processes import on_first
 
-    go(words[0], words[1], method=settings.method, number=settings.round, dtype=settings.dtype)
-    say(words[1])
+    gguf = (settings.type or "q8_0") if settings.format == "gguf" else None
+    which = {"method": settings.method, "number": settings.round}
+    say(str(go(words[0], words[1], **which, dtype=settings.dtype, gguf=gguf, pre=settings.pre)))
+    on_first(push_folder, Path(words[1]), settings.push, private=settings.private)
     return 0
 
 
@@ -307,10 +334,12 @@ TABLE = (
     Verb("inspect", (("MODEL",), ("BASE", "MODELS")), inspect, (InspectOptions,), extra="files"),
     Verb("extract-lora", (("BASE", "TUNED", "OUT"),), extract_lora, (ExtractOptions,), extra="files"),
     Verb("sft", (CONFIG, ("MODEL", "DATA", "OUT")), sft, (Place, Finetune), resumes=True),
+    Verb("data", (("PATH",),), data, (DataOptions,)),
     Verb("sample", (("MODEL", "PROMPTS", "OUT"),), sample, (SampleOptions,)),
     Verb("evaluate", (("MODEL", "CONFIG"), ("MODEL", "FILE")), evaluate, (Result, QuestionOptions), also=(Improve,)),
     Verb("harness", (("MODEL", "TASKS"),), harness, (Result, HarnessOptions)),
     Verb("export", (("RUN", "OUT"),), export, (ExportOptions,)),
+    Verb("push", (("FOLDER", "NAME"),), push, (PushOptions,), extra="files"),
     Verb("report", (("RUN",),), report),
     Verb("search", (CONFIG, ("MODEL", "QUESTIONS", "OUT")), search, (Place, SearchRun), resumes=True),
     Verb("results", ((),), results, (ResultsOptions,)),

@@ -11,6 +11,7 @@ order of the file. Its name holds a digest of what it was made from, so that a c
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -25,10 +26,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from ..log import UserError
-from ..runtime.jsonl import numbered_jsonl
-from . import versions
+from . import hub, versions
 from .formats import read_row
 from .records import Record, columns, from_columns
+from .rows import read_rows
 from .tfds_sets import SETS, read_set
 
 Text = tfds.features.Text
@@ -111,6 +112,28 @@ class JsonLines(Records, skip_registration=True):
         return {"train": read_records(self._path, self._format, ignore=self._ignore)}
 
 
+class HubRows(Records, skip_registration=True):
+    """Examples of a dataset on the hub: a split of a subset at a commit."""
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        data_dir: str | os.PathLike[str],
+        split: str = "train",
+        format: str | None = None,
+        ignore: Collection[str] = (),
+    ):
+        found = dataclasses.replace(hub.parse(path), split=hub.one_split(path, split))
+        commit = hub.dataset_of(found.repo, found.revision).commit
+        self._path, self._format, self._ignore = str(dataclasses.replace(found, revision=commit)), format, tuple(ignore)
+        self.origin = {"dataset": self._path, "format": format or "auto"}
+        super().__init__(f"{snake(found.stem)}_{fingerprint([self.origin, sorted(self._ignore)])}", data_dir)
+
+    def records(self) -> dict[str, Sequence[Record]]:
+        return {"train": read_records(self._path, self._format, ignore=self._ignore)}
+
+
 # --- preparing and reading ---------------------------------------------------------------------------------
 
 
@@ -134,15 +157,15 @@ def prepare(builder: Records) -> pathlib.Path:
 
 
 def read_records(
-    path: str | os.PathLike[str], format: str | None = None, *, ignore: Collection[str] = ()
+    path: str | os.PathLike[str], format: str | None = None, *, ignore: Collection[str] = (), split: str = "train"
 ) -> list[Record]:
-    """Records of a JSONL file, in order; an error names the file and the line."""
+    """Records of a JSONL file or of a dataset on the hub, in order; an error names the line or row."""
     records = []
-    for number, row in numbered_jsonl(path):
+    for place, row in read_rows(path, split):
         try:
             records.append(read_row(row, format, ignore=ignore))
         except UserError as error:
-            raise UserError(f"{path}:{number}: {error}") from error
+            raise UserError(f"{place}: {error}") from error
     if not records:
         raise UserError(f"{path}: no examples")
     return records

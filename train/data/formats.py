@@ -22,7 +22,10 @@ from ..runtime.jsonl import Row
 from .records import Record, letter_index, turns
 
 # Keys that say where a line came from and change nothing about what it teaches.
-PROVENANCE = frozenset({"id", "uuid", "source", "source_file", "task_id", "dataset", "category", "subject", "level"})
+PROVENANCE = frozenset({
+    "id", "uuid", "unique_id", "source", "source_file", "task_id", "dataset", "category", "subject", "level",
+    "question_concept",
+})  # fmt: skip
 
 _CALCULATION = re.compile(r"<<[^<>]*>>")
 _THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{2,3}(?!\d))")
@@ -108,7 +111,7 @@ def _text(row: Row, *names: str, default: str | None = None) -> str:
 
 def _id(row: Row) -> str:
     """The line's own name, if it has one."""
-    return str(next((row[key] for key in ("id", "uuid", "task_id") if row.get(key) is not None), ""))
+    return str(next((row[key] for key in ("id", "uuid", "unique_id", "task_id") if row.get(key) is not None), ""))
 
 
 def prompt(row: Row) -> Record:

@@ -16,13 +16,13 @@ Matrix = list[list[float | None]]
 
 
 def agreement(deltas: Sequence[Params]) -> tuple[Matrix, Matrix]:
-    r"""Compare task vectors :math:`\tau_i` pairwise, over all parameters together.
+    r"""Compare task vectors $\tau_i$ pairwise, over all parameters together.
 
     Args:
-      deltas: N trees of one structure, :math:`\tau_i = \theta_i - \theta_0` or what one round added.
+      deltas: N trees of one structure, $\tau_i = \theta_i - \theta_0$ or what one round added.
 
     Returns:
-      (cosine, conflict), N × N each. cosine is :math:`\tau_i \cdot \tau_j / (\|\tau_i\| \|\tau_j\|)`; conflict is
+      (cosine, conflict), N × N each. cosine is $\tau_i \cdot \tau_j / (\|\tau_i\| \|\tau_j\|)$; conflict is
       the share of opposite signs among the elements that both change, TIES's reason to elect signs (Yadav et al.,
       https://arxiv.org/abs/2306.01708). None where one is not defined.
     """

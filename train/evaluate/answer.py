@@ -109,6 +109,38 @@ def is_right(rows: Sequence[Row]) -> dict[str, float]:
     return {id: float(count) for id, count in right(rows).items()}
 
 
+SHOWN, SHOWN_OF_FAMILY = 12, 2
+"""Answers that a record keeps for the report, in all and of a family in a domain."""
+
+
+def to_show(questions: Sequence[Question], rows: Sequence[Row]) -> list[Row]:
+    """Choose answers that a report shows: to the first questions of each family, whatever became of them.
+
+    Test questions are taken, or those of another split where a family has no such ones. The choice looks at the
+    questions alone, so that all models of a run are seen with the same.
+
+    Args:
+      questions: those that were asked.
+      rows: of `ask`, one a question.
+
+    Returns:
+      Rows {question_id, family, domain, question, answer, text, score}; `answer` is the expected one.
+    """
+    groups: dict[tuple[str, str], list[Question]] = {}
+    for q in sorted(questions, key=lambda q: q.split != "test"):
+        groups.setdefault((q.domain, q.family), []).append(q)
+    # By turns, so that of many families each is seen once before one is seen twice.
+    chosen = [group[i] for i in range(SHOWN_OF_FAMILY) for group in groups.values() if i < len(group)][:SHOWN]
+    said = {row["question_id"]: row for row in rows}
+    return [
+        {
+            "question_id": q.id, "family": q.family, "domain": q.domain, "question": q.text, "answer": q.answer,
+            "text": said[q.id]["text"], "score": said[q.id]["score"],
+        }
+        for q in chosen
+    ]  # fmt: skip
+
+
 def tell_pass_rates(questions: Sequence[Question], right: Mapping[str, int], samples: int) -> list[dict[str, Any]]:
     """pass@k of each family, said and returned."""
     rows = accuracy.pass_rates(questions, right, samples)

@@ -1,4 +1,4 @@
-r"""How far weights have moved, :math:`\|\theta - \theta_0\|_F / \|\theta_0\|_F`, by layer and by kind of matrix."""
+r"""How far weights have moved, $\|\theta - \theta_0\|_F / \|\theta_0\|_F$, by layer and by kind of matrix."""
 
 from __future__ import annotations
 

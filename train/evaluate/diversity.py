@@ -63,9 +63,9 @@ def grouped(rows: Sequence[Mapping[str, Any]], questions: Mapping[str, Question]
 
 
 def answer_entropy(answers: Sequence[str | None]) -> float:
-    r"""Return :math:`-\sum_a p_a \log_2 p_a`, bits, over the shares of the answers given; "none" is one of them.
+    r"""Return $-\sum_a p_a \log_2 p_a$, bits, over the shares of the answers given; "none" is one of them.
 
-    0 where all samples agree, :math:`\log_2 n` where no two do. As an estimate of the model's own entropy it is low by
+    0 where all samples agree, $\log_2 n$ where no two do. As an estimate of the model's own entropy it is low by
     about (answers − 1)/(2 n ln 2).
 
     Example:
@@ -101,7 +101,7 @@ def diversity(found: Mapping[str, Answered], *, seed: int = 0) -> dict[str, Any]
 def pass_at_k(n: int, c: int, k: int) -> float:
     r"""Estimate the chance that one of k samples is right, without bias, from n samples of which c are.
 
-    :math:`1 - \binom{n-c}{k} / \binom{n}{k} = 1 - \prod_{i=n-c+1}^{n} (1 - k/i)`.
+    $1 - \binom{n-c}{k} / \binom{n}{k} = 1 - \prod_{i=n-c+1}^{n} (1 - k/i)$.
 
     Example:
       >>> pass_at_k(4, 1, 1), pass_at_k(4, 2, 3)

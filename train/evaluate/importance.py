@@ -62,7 +62,7 @@ def skip_importance(
     dtype: str = "float32",
     on_layer: Callable[[], None] = lambda: None,
 ) -> tuple[list[float], float]:
-    r"""Measure importance by ablation, :math:`I_l = \mathrm{NLL}(\theta \text{ without } l) - \mathrm{NLL}(\theta)`.
+    r"""Measure importance by ablation, $I_l = \mathrm{NLL}(\theta \text{ without } l) - \mathrm{NLL}(\theta)$.
 
     Args:
       given: batches of held-out text.
@@ -82,7 +82,7 @@ def skip_importance(
 
 
 def taylor_importance(loss: Loss, params: Params, given: Sequence[Batch]) -> dict[str, float]:
-    r"""Measure importance to first order, :math:`I_g = \sum_{w \in g} |w \cdot \partial L/\partial w|`.
+    r"""Measure importance to first order, $I_g = \sum_{w \in g} |w \cdot \partial L/\partial w|$.
 
     Each term is the first-order change of the loss L if w were set to 0.
 

@@ -23,7 +23,7 @@ FLAT = 1e-3
 def along_line(
     loss: Loss, base: Params, tuned: Params, coefficients: Sequence[float], given: Mapping[str, Sequence[Batch]]
 ) -> dict[str, list[float]]:
-    r"""Measure the mean loss of :math:`\theta_0 + \lambda(\theta_t - \theta_0)` for each λ, compiled once.
+    r"""Measure the mean loss of $\theta_0 + \lambda(\theta_t - \theta_0)$ for each λ, compiled once.
 
     Args:
       coefficients: λ: 0 is the base, 1 the tuned model, beyond 1 extrapolates (ExPO with α = λ − 1).
@@ -48,7 +48,7 @@ def over_points(
     points: Sequence[tuple[float, float]],
     given: Mapping[str, Sequence[Batch]],
 ) -> dict[str, list[float]]:
-    r"""Measure the mean loss of :math:`\theta_0 + u d_1 + v d_2` for each (u, v); u and v are traced."""
+    r"""Measure the mean loss of $\theta_0 + u d_1 + v d_2$ for each (u, v); u and v are traced."""
 
     @jax.jit
     def sums(base, directions, u, v, batch):
@@ -75,8 +75,8 @@ class Plane:
 def plane(base: Params, models: Mapping[str, Params]) -> Plane | None:
     r"""Find the plane of the base, the first model, and the model farthest off the line through these two.
 
-    :math:`d_1 = \tau_1`; :math:`d_2` is the part of that other model's :math:`\tau` orthogonal to :math:`d_1`, scaled
-    to :math:`\|\tau_1\|`. Every model is then projected, and the rest reported.
+    $d_1 = \tau_1$; $d_2$ is the part of that other model's $\tau$ orthogonal to $d_1$, scaled
+    to $\|\tau_1\|$. Every model is then projected, and the rest reported.
 
     Returns:
       None where all models lie on one line through the base, as base, tuned, merged and extrapolated do in the first

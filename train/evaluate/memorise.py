@@ -1,6 +1,6 @@
 r"""LiMem, a score of memorisation: training questions that are solved, and not solved any more once changed a little.
 
-:math:`\mathrm{LiMem} = \mathrm{Acc} \cdot (1 - \mathrm{CR})`: Acc is the share of training questions solved, CR (the
+$\mathrm{LiMem} = \mathrm{Acc} \cdot (1 - \mathrm{CR})$: Acc is the share of training questions solved, CR (the
 consistency ratio) the share of these whose perturbed twin is solved too (Xie et al., "On Memorization of Large
 Language Models in Logical Reasoning", https://arxiv.org/abs/2410.23123).
 
@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..tasks import Question, Suite
+from ..tasks.code import MbppTask
 from ..tasks.local import LocalTask
 from ..tasks.suite import draw_seed
 from ..tasks.task import normalise, question_id
@@ -49,7 +50,7 @@ def twins(suite: Suite, questions: Sequence[Question], *, seed: int = 0, draws: 
     found: dict[str, Question] = {}
     for question in questions:
         task = suite.tasks[question.family]
-        if isinstance(task, LocalTask):
+        if isinstance(task, LocalTask | MbppTask):
             continue
         spec = next(s for s in suite.specs if (s.family, s.domain) == (question.family, question.domain))
         key = (question.family, question.domain, repr(sorted(spec.args.items())))

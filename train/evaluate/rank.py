@@ -24,7 +24,7 @@ def singular_values(matrix: np.ndarray) -> np.ndarray:
 
 
 def effective_rank(values: np.ndarray) -> float:
-    r"""Return :math:`\exp(-\sum_i p_i \ln p_i)`, :math:`p_i = \sigma_i / \sum_j \sigma_j`; 0 of a zero matrix.
+    r"""Return $\exp(-\sum_i p_i \ln p_i)$, $p_i = \sigma_i / \sum_j \sigma_j$; 0 of a zero matrix.
 
     Example:
       >>> effective_rank(np.array([2.0, 2.0, 0.0]))
@@ -41,7 +41,7 @@ def effective_rank(values: np.ndarray) -> float:
 
 
 def stable_rank(values: np.ndarray) -> float:
-    r"""Return :math:`\|\Delta\|_F^2 / \|\Delta\|_2^2 = \sum_i \sigma_i^2 / \sigma_1^2`; 0 of a zero matrix.
+    r"""Return $\|\Delta\|_F^2 / \|\Delta\|_2^2 = \sum_i \sigma_i^2 / \sigma_1^2$; 0 of a zero matrix.
 
     Example:
       >>> stable_rank(np.array([2.0, 2.0, 1.0]))

@@ -14,19 +14,18 @@ from ..generate.settings import Settings
 from ..log import UserError, format_percent, progress, say
 from ..models.open import Model, open_model
 from ..report.rows import print_table
-from ..runtime.jsonl import Row, numbered_jsonl
+from ..runtime.jsonl import Row
 from ..runtime.mesh import make_mesh
 from ..runtime.settings import Mesh
 from ..tasks import STOP_STRINGS, FamilySpec, Question, Suite, build_suite
 from ..tasks.cot import STOP
-from ..tasks.local import LOCAL
+from ..tasks.local import LOCAL, TASK_OF
 from ..tasks.settings import Tasks
 from ..tasks.suite import task_of
 from . import accuracy, choices
 from .answer import ask, is_right, right, tell_pass_rates
 from .settings import Evaluation, QuestionOptions
 
-TASK_OF = {"gsm8k": "gsm8k", "choices": "choice", "problem": "problem", "mbpp": "mbpp"}
 PROGRAMS = ("mbpp", "humaneval")
 """Tasks whose answers are run (docs/code.md)."""
 
@@ -80,8 +79,10 @@ def asked_plainly(options: QuestionOptions, family: str) -> bool:
 
 
 def open_suite(source: Path, options: QuestionOptions) -> Suite:
-    """The questions of a file or of the folder of a TFDS version, each once."""
+    """The questions of a file, of the folder of a TFDS version or of a dataset on the hub, each once."""
     from ..data.formats import detect
+    from ..data.hub import is_hub, one_split
+    from ..data.rows import is_rows, read_rows
 
     family = options.task
     if str(source) == "humaneval":
@@ -89,9 +90,9 @@ def open_suite(source: Path, options: QuestionOptions) -> Suite:
             raise UserError(f"task={family}: humaneval is a task of its own; leave task= out")
         family = "humaneval"
     if family is None:
-        if source.is_dir():
+        if not is_rows(source):
             raise UserError(f"{source}: a TFDS version does not say how answers are judged; set task=")
-        lines = numbered_jsonl(source)
+        lines = read_rows(source, options.split)
         form = detect(lines[0][1]) if lines else ""
         if form not in TASK_OF:
             raise UserError(
@@ -100,12 +101,13 @@ def open_suite(source: Path, options: QuestionOptions) -> Suite:
         family = TASK_OF[form]
     if family != "gsm8k" and (options.prompt, options.extract) != ("chat", "flexible"):
         raise UserError(f"prompt= and extract= are of gsm8k questions; these are judged as {family}: leave them out")
+    split = {"split": one_split(source, options.split) if is_hub(source) else options.split}
     if family in PROGRAMS:
-        args = {} if family == "humaneval" else {"path": str(source)}
+        args = {} if family == "humaneval" else {"path": str(source), **split}
         task = task_of(family, "instruct")
     else:
         settings = {key: getattr(options, key) for key in LOCAL[family].settings}
-        args = {"path": str(source), "split": options.split, **settings}
+        args = {"path": str(source), **split, **settings}
         task = LOCAL[family](family)
     count = len({text for text, *_ in task.draw(args, 0, 0)})
     count = min(count, options.limit or count)

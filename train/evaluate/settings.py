@@ -13,8 +13,10 @@ from ..runtime.settings import Distributed, Mesh
 
 
 def is_questions(name: str) -> bool:
-    """Whether a name is of questions (a file, a TFDS version, humaneval), and not of a config."""
-    return name == "humaneval" or Path(name).suffix in (".jsonl", ".json") or Path(name).is_dir()
+    """Whether a name is of questions (a file, a TFDS version, a dataset of the hub, humaneval), and not of a config."""
+    if name == "humaneval" or name.startswith("hf:"):
+        return True
+    return Path(name).suffix in (".jsonl", ".json") or Path(name).is_dir()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ class QuestionOptions:
     """gsm8k: the answer is the last number (flexible), or the one after the last `####` or `The answer is`
     (strict)."""
     split: str = "train"
-    """This split of a TFDS version is asked, in place of a file."""
+    """This split of a TFDS version or of a dataset on the hub is asked."""
     samples: int = 0
     """This many samples of each question are drawn beside the greedy answer, for pass@k with k up to this; 0 draws
     none."""

@@ -54,7 +54,7 @@ def batches(texts: Sequence[Text], pad_id: int = 0, *, rows: int = ROWS) -> list
 
 
 def mean_loss(loss: Loss, params: Params, given: Sequence[Batch]) -> float:
-    r"""Return :math:`\sum_b \ell_b / \sum_b w_b` over batches: the mean of tokens, not of batches."""
+    r"""Return $\sum_b \ell_b / \sum_b w_b$ over batches: the mean of tokens, not of batches."""
     sums = [loss(params, batch) for batch in given]
     return total(sums)
 

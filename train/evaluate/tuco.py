@@ -1,7 +1,7 @@
 r"""TuCo, the tuning contribution: how much of what a tuned model adds to its stream the original would not have.
 
-At layer l of the tuned model's own stream :math:`x_l`, :math:`\mathrm{PTC}_l = f_l^{pre}(x_l)` is what the original's
-block would add and :math:`\mathrm{FTC}_l = f_l^{ft}(x_l) - f_l^{pre}(x_l)` is the rest of what the tuned one adds.
+At layer l of the tuned model's own stream $x_l$, $\mathrm{PTC}_l = f_l^{pre}(x_l)$ is what the original's
+block would add and $\mathrm{FTC}_l = f_l^{ft}(x_l) - f_l^{pre}(x_l)$ is the rest of what the tuned one adds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .texts import ROWS
 
 
 def tuco(config: ModelConfig, tuned: Params, base: Params, prompts: Sequence[Sequence[int]], *, dtype="float32"):
-    r"""Measure :math:`\|\sum_l FTC_l\| / (\|\sum_l PTC_l\| + \|\sum_l FTC_l\|)` at the last token of each prompt.
+    r"""Measure $\|\sum_l FTC_l\| / (\|\sum_l PTC_l\| + \|\sum_l FTC_l\|)$ at the last token of each prompt.
 
     0 where the two models do the same, 1 where the original would do nothing. Norms are of vectors [D].
 

@@ -18,12 +18,21 @@ Rows = Sequence[Mapping[str, Any]]
 def exported_card(out: Path, path: str) -> Card:
     """The card of a model that `export` wrote again as it was."""
     made_of = origin(path)
+    file = gguf_file(out)
     return Card(
         title=out.name,
-        summary=f"{made_of.name}, written as a Hugging Face folder by jaxmerge.",
-        usage=model_card.usage(out, out.name),
+        summary=f"{made_of.name}, written as {'a GGUF file' if file else 'a Hugging Face folder'} by jaxmerge.",
+        usage=model_card.gguf_usage(file.name, out.name) if file else model_card.usage(out, out.name),
         ingredients=[made_of],
+        tags=("gguf",) if file else (),
+        relation="quantized" if file else "finetune",
+        library="gguf" if file else "transformers",
     )
+
+
+def gguf_file(out: Path) -> Path | None:
+    """The GGUF file of an exported folder, if it is one of GGUF."""
+    return next(iter(sorted(out.glob("*.gguf"))), None)
 
 
 def run_card(out: Path, path: str, *, method: str, round: int, settings: str, rows: Rows, base: Rows) -> Card:
@@ -37,17 +46,18 @@ def run_card(out: Path, path: str, *, method: str, round: int, settings: str, ro
       rows: accuracies of this model.
       base: accuracies of the model that the run began with.
     """
-    made_of = origin(path)
+    made_of, file = origin(path), gguf_file(out)
     return Card(
         title=out.name,
         summary=f"{made_of.name} after round {round} of the method `{method}` of a self-improvement run by jaxmerge.",
-        usage=model_card.usage(out, out.name),
+        usage=model_card.gguf_usage(file.name, out.name) if file else model_card.usage(out, out.name),
         ingredients=[made_of],
         sections={
             "Accuracies": accuracies(rows, base),
             "Settings of the run": model_card.folded("config.yaml", settings),
         },
-        tags=("self-improvement",),
+        tags=("self-improvement", *(("gguf",) if file else ())),
+        library="gguf" if file else "transformers",
     )
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxmerge.files.model_card import Card, write_card
 
 from ..log import UserError
+from ..models.gguf_write import Type, save_gguf
 from ..models.hf import save_hf
 from ..models.open import Model, open_model
 from ..resolve import build, read_yaml
@@ -20,23 +21,38 @@ from ..runtime.journal import Journal
 from ..runtime.processes import on_first
 from ..runtime.settings import Mesh
 from .card import exported_card, run_card
+from .origin import write_origin
 from .plan import BASE, Outcome, Plan, plan
 from .session import Session
 from .settings import Improve
 
 
-def export(run: str, out: str, *, method: str | None = None, number: int | None = None, dtype: str = "float32") -> None:
-    """Write the model a method ended a round with as a Hugging Face folder.
+def export(
+    run: str,
+    out: str,
+    *,
+    method: str | None = None,
+    number: int | None = None,
+    dtype: str = "float32",
+    gguf: Type | None = None,
+    pre: str | None = None,
+) -> Path:
+    """Write the model a method ended a round with as a Hugging Face folder, or as a folder with a GGUF file.
 
     Args:
       run: folder of a run, or (without `method`) anything `open_model` reads.
       method: name of a method; probes are made again from the checkpoints they come from.
       number: of the round; the last committed one by default.
       dtype: float32, bfloat16 or float16, cast once.
+      gguf: the type of the matrices of a GGUF file; None writes a Hugging Face folder.
+      pre: llama.cpp's name of the pre-tokenizer, where `save_gguf` does not find it.
+
+    Returns:
+      What was written: the folder, or the GGUF file in it.
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype={dtype!r}; choose float32, bfloat16 or float16")
-    place = Path(out)
+    place, found = Path(out), None
     if method is None:
         model = open_model(run)
         card = functools.partial(exported_card, place, run)
@@ -44,8 +60,15 @@ def export(run: str, out: str, *, method: str | None = None, number: int | None 
         found = find_outcome(Path(run), method, number)
         model = found.model()
         card = functools.partial(found.card, place)
-    save_hf(out, model.config, model.params, dtype=jnp.dtype(dtype), tokenizer_from=model.tokenizer)
+    written = place
+    if gguf is None:
+        save_hf(out, model.config, model.params, dtype=jnp.dtype(dtype), tokenizer_from=model.tokenizer)
+    else:
+        written = save_gguf(out, model.config, model.params, model.tokenizer, type=gguf, pre=pre)
     on_first(lambda: write_card(place, card()))
+    if found is not None and found.outcome.model != BASE:
+        on_first(write_origin, place, found.root, found.outcome.model)
+    return written
 
 
 @dataclasses.dataclass(frozen=True)

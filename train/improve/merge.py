@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 import jaxmerge
 
@@ -69,6 +70,11 @@ def complement(alpha: Any) -> Any:
     return [1.0 - a for a in alpha] if isinstance(alpha, list | tuple) else 1.0 - alpha
 
 
+def key_of(key: jax.Array, round: int) -> jax.Array:
+    """The key of the random masks of a round's merge, from that of the run."""
+    return jax.random.fold_in(jax.random.fold_in(key, round), np.uint32(0xDA2E))
+
+
 def running_average(models: Sequence[Params]) -> Params:
     """The mean of the original model and of what every earlier round ended with."""
     return models[0] if len(models) == 1 else jaxmerge.average(models)
@@ -77,8 +83,8 @@ def running_average(models: Sequence[Params]) -> Params:
 def layer_alphas(importance: Sequence[float], change: Sequence[float], span: Sequence[float]) -> list[float]:
     r"""α of each layer: the first of `span` where merging must protect most, the last where it need not.
 
-    A layer's score is :math:`I_l C_l`, what moving all its weights by the relative change C_l costs to first order:
-    :math:`\sum_w |w\, \partial L/\partial w| \cdot \lVert\Delta\rVert / \lVert\theta\rVert`. α falls with its rank.
+    A layer's score is $I_l C_l$, what moving all its weights by the relative change C_l costs to first order:
+    $\sum_w |w\, \partial L/\partial w| \cdot \lVert\Delta\rVert / \lVert\theta\rVert$. α falls with its rank.
 
     Args:
       importance: I_l [L], Taylor's, of the anchor on held-out reasoning text. change: C_l [L] of the tuned model.

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 import jaxmerge
 
 from ..data.versions import write_version
 from ..evaluate import accuracy
-from ..evaluate.answer import generate, verify
+from ..evaluate.answer import generate, is_right, to_show, verify
 from ..evaluate.change import by_layer
 from ..evaluate.importance import loss_of, of_layers, taylor_importance
 from ..evaluate.texts import batches as text_batches
@@ -198,8 +197,8 @@ def merge(session: Session, phase: Phase, folder: Path) -> Row:
     anchor = combine.running_average(
         [session.weights.get(m) for role, m in phase.inputs.items() if role.startswith("anchor")]
     )
-    key = jax.random.fold_in(jax.random.fold_in(session.key, phase.round), np.uint32(0xDA2E))
-    reference = None if config.reference == "anchor" else read_reference(session, config.reference)
+    key = combine.key_of(session.key, phase.round)
+    reference = None if config.reference == "anchor" else read_reference(session.weights, config.reference)
 
     def merged(alpha):
         try:
@@ -265,16 +264,18 @@ def evaluate_model(session: Session, phase: Phase, folder: Path) -> Row:
     if not questions:
         raise UserError(f"evaluation.splits={list(session.config.evaluation.splits)}: no family has such questions")
     model = session.weights.model_of(phase.inputs["model"])
-    scores, seconds = session.answer(model, questions, folder, phase.name)
+    answers = session.answer(model, questions, folder, phase.name)
+    scores = is_right(answers.rows)
     outcome = next(o for o in session.outcomes if o.evaluate == phase.name)
-    table = accuracy.rows(questions, scores, method=phase.method, number=phase.round, seconds=seconds, **outcome.extra)
+    about = {"method": phase.method, "number": phase.round, "seconds": answers.seconds, **outcome.extra}
+    table = accuracy.rows(questions, scores, **about)
     config = session.config.evaluation
     if config.samples and (config.sampled == "all" or phase.round in (0, session.config.rounds)):
         asked = [q for q in questions if q.split == "test"]
         right = session.successes(model, asked, folder / "sampled", f"{phase.name} pass@k")
         accuracy.add_pass_at(table, asked, right, config.samples)
     on_first(write_jsonl, folder / "scores.jsonl", [{"question_id": q.id, "score": scores[q.id]} for q in questions])
-    return {"model": phase.inputs["model"], "rows": table}
+    return {"model": phase.inputs["model"], "rows": table, "examples": to_show(questions, answers.rows)}
 
 
 STEPS: dict[str, Callable[[Session, Phase, Path], Row]] = {

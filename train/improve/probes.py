@@ -21,7 +21,7 @@ from .session import Session
 def effective_size(questions: Sequence[Question]) -> int:
     r"""How many questions would make a pooled accuracy as certain as the mean over the D domains is.
 
-    Its variance is :math:`p(1-p) \frac{1}{D^2} \sum_d \frac{1}{n_d}`: :math:`D^2 / \sum_d \frac{1}{n_d}`, D times the
+    Its variance is $p(1-p) \frac{1}{D^2} \sum_d \frac{1}{n_d}$: $D^2 / \sum_d \frac{1}{n_d}$, D times the
     harmonic mean.
     """
     sizes = Counter(q.domain for q in questions).values()

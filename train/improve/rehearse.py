@@ -15,7 +15,7 @@ from ..runtime import checkpoint
 from ..runtime.mesh import sharding_of
 from . import merge
 from .session import Session
-from .weights import merge_by_rule
+from .weights import Weights, merge_by_rule
 
 
 def rehearse(session: Session) -> dict[str, str]:
@@ -53,7 +53,7 @@ def check_merges(session: Session) -> dict[str, str]:
 
 
 def shapes_and_digest(session: Session, path: str) -> tuple[Any, str]:
-    params = read_reference(session, path)
+    params = read_reference(session.weights, path)
     return jax.eval_shape(lambda: params), checkpoint.digest(params)
 
 
@@ -71,13 +71,13 @@ def check_probes(session: Session) -> None:
             raise UserError(f"methods.{name}.probe: {probe.rule} of {count} checkpoints: {error}") from error
 
 
-def read_reference(session: Session, path: str) -> Params:
+def read_reference(weights: Weights, path: str) -> Params:
     """The weights that imm's deltas are measured from; refused if they are not those the run began with."""
     try:
-        params = load_model(path, sharding=functools.partial(sharding_of, session.mesh)).params
+        params = load_model(path, sharding=functools.partial(sharding_of, weights.mesh)).params
     except UserError as error:
         raise UserError(f"merge.reference: {error}") from None
-    record = session.journal.committed("base/load") or {}
+    record = weights.journal.committed("base/load") or {}
     then = record.get("references", {}).get(path)
     if then is not None and then != checkpoint.digest(params):
         raise UserError(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from ..data.hub import pin
 from ..learn.settings import Sft
 from ..runtime.folder import check_resumable, check_same_config, content, fingerprint, write_config
 from ..runtime.journal import Journal
@@ -19,6 +21,7 @@ from ..runtime.stop import check
 from . import summary
 from .phases import STEPS
 from .plan import check_sampled, plan
+from .rounds import follow_rounds
 from .session import Session
 from .settings import Improve
 
@@ -36,6 +39,7 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
       UserError: the folder holds a run of another config, or a phase met a mistake of the user's.
     """
     folder = out or Path("runs") / f"{name}-{fingerprint(content(config))}"
+    config = pin(config, folder, on_first)
     on_first(check_same_config, folder, config)
     finished = on_first(summary.read_finished, folder)
     if finished is not None:
@@ -54,28 +58,36 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
         journal.reconcile(phase.name for phase in todo.phases)
         session = Session(config, journal, todo, outcomes, name=name, command=command)
         redo_lost(session)
-        run_phases(session)
+        on_first(summary.write, session, finished=False)
+        with follow_rounds(session) as send:
+            run_phases(session, send)
         found = on_first(summary.write, session, finished=True)
         if not quiet:
             summary.show(found, folder)
     return folder
 
 
-def run_phases(session: Session) -> None:
-    """Compute and commit what is not committed; let go of weights after their last use."""
+def run_phases(session: Session, send: Callable[[], None]) -> None:
+    """Compute and commit what is not committed; let go of weights after their last use.
+
+    After each phase the page is written again, so that it can be watched; after an evaluation metrics are sent.
+    """
     for index, phase in enumerate(session.todo.phases):
         check()
         if session.journal.committed(phase.name) is None:
             start = time.perf_counter()
             record = STEPS[phase.kind](session, phase, session.journal.folder(phase.name))
+            seconds = time.perf_counter() - start
             session.journal.commit(
                 phase.name,
                 {"kind": phase.kind, "round": phase.round, "method": phase.method}
                 | ({"shared_by": phase.shared_by} if phase.shared_by else {})
-                | {"seconds": time.perf_counter() - start, **record},
+                | {"seconds": seconds, **record},
             )
+            found = on_first(summary.write, session, finished=False)
+            summary.tell_progress(found, phase.name, seconds)
             if phase.kind == "evaluate":
-                on_first(summary.write, session, finished=False)
+                send()
         if phase.kind == "sft":
             on_first(shutil.rmtree, session.weights.folder(phase.name) / "state", ignore_errors=True)
         session.weights.release({p.name for p in session.todo.phases if session.todo.last_use(p.name) > index})

@@ -15,7 +15,7 @@ from ..tasks import Question, Suite
 from .settings import Selection
 
 SHOWN = 4
-"""Accepted and rejected samples kept in the metrics, each, for the report."""
+"""Accepted and rejected samples kept in the metrics, each, for the report: of as many different questions."""
 
 
 class Choice:
@@ -114,7 +114,7 @@ def select(
     before = len(choice.examples)
     reasons: Counter[str] = Counter()
     families: dict[str, Row] = {}
-    shown: dict[bool, list[Row]] = {True: [], False: []}
+    shown: dict[bool, dict[str, Row]] = {True: {}, False: {}}
     for row in scored:
         reason, question = choice.reason_of(row), choice.by_id[row["question_id"]]
         if reason == "kept":
@@ -123,8 +123,9 @@ def select(
         family = families.setdefault(question.family, {"sampled": 0, "correct": 0})
         family["sampled"] += 1
         family["correct"] += row["score"] == 1.0
-        if len(shown[reason == "kept"]) < SHOWN and reason not in ("duplicate", "over per_question"):
-            shown[reason == "kept"].append(to_show(question, row, reason))
+        there = shown[reason == "kept"]
+        if len(there) < SHOWN and question.id not in there and reason not in ("duplicate", "over per_question"):
+            there[question.id] = to_show(question, row, reason)
     for question in questions:
         if question.id in choice.real:
             choice.keep_solution(question)
@@ -141,7 +142,7 @@ def select(
         "examples_written": len(choice.examples),
         "questions_solved": len({r["question_id"] for r in scored if r["score"] == 1.0}),
         "families": families,
-        "examples": shown[True] + shown[False],
+        "examples": [*shown[True].values(), *shown[False].values()],
     }
     return list(choice.examples.values()), counts
 

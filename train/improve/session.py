@@ -14,7 +14,7 @@ import numpy as np
 
 from ..data.versions import read_version
 from ..evaluate import accuracy
-from ..evaluate.answer import ask, is_right, join_completion, right
+from ..evaluate.answer import Answers, ask, is_right, join_completion, right
 from ..evaluate.texts import Text
 from ..generate.settings import Settings
 from ..log import UserError
@@ -85,13 +85,12 @@ class Session:
         block, mesh = self.config.evaluation, self.config.mesh
         return block.settings(dtype=self.config.model.dtype, gather=mesh.gather_to_decode, stop=self.stops(block.stop))
 
-    def answer(self, model: Model, questions: Sequence[Question], folder: Path, title: str):
-        """Greedy answers, judged: ({question id: 1.0 or 0.0}, seconds); what cannot be judged counts as wrong."""
-        answers = ask(
+    def answer(self, model: Model, questions: Sequence[Question], folder: Path, title: str) -> Answers:
+        """Answer greedily, and judge: one row a question."""
+        return ask(
             model, self.suite, questions, self.greedily, self.key,
             shots=self.config.tasks.few_shot, batch=self.config.evaluation.batch, folder=folder, title=title,
         )  # fmt: skip
-        return is_right(answers.rows), answers.seconds
 
     def successes(self, model: Model, questions: Sequence[Question], folder: Path, title: str) -> dict[str, int]:
         """How many of `evaluation.samples` samples of each question are right."""
@@ -110,7 +109,7 @@ class Session:
         if not questions:
             raise UserError(f"{title}: a search needs validation questions; give tasks.families validation: N")
         on_first(folder.mkdir, exist_ok=True)
-        scores, _ = self.answer(model, questions, folder, title)
+        scores = is_right(self.answer(model, questions, folder, title).rows)
         table = accuracy.rows(questions, scores, method="", number=0, seconds=0.0)
         pooled = [row["accuracy"] for row in table if row["family"] == "all"]
         return sum(pooled) / len(pooled)

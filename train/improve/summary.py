@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluate import accuracy as evaluate
-from ..log import UserError, say
+from ..log import UserError, format_seconds, say
 from ..report.page import write_report
 from ..report.rows import print_table
 from ..runtime.disk import write_durably
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 def write(session: Session, *, finished: bool) -> dict[str, Any]:
-    """Gather what is committed into summary.json and report.html."""
+    """Gather what is committed into summary.json and report.html.
+
+    `planned` names all phases in order, and `left` those that are still to be done.
+    """
+    planned = [phase.name for phase in session.todo.phases]
     records = [r for p in session.todo.phases if (r := session.journal.committed(p.name)) is not None]
     evaluated = [o for o in session.outcomes if session.journal.committed(o.evaluate) is not None]
     rows = []
@@ -36,6 +40,8 @@ def write(session: Session, *, finished: bool) -> dict[str, Any]:
         "finished": finished,
         "rows": rows,
         "paired": paired(session, evaluated),
+        "planned": planned,
+        "left": [name for name in planned if session.journal.committed(name) is None],
         "majority": next((r["majority"] for r in records if r["kind"] == "load"), []),
         "seconds": sum(seconds.values()),
         "phase_seconds": dict(seconds),
@@ -79,6 +85,12 @@ def refresh_report(folder: Path) -> None:
     page = folder / "report.html"
     if not page.exists() or page.stat().st_mtime_ns < (folder / "summary.json").stat().st_mtime_ns:
         write_report(folder)
+
+
+def tell_progress(summary: dict[str, Any], name: str, seconds: float) -> None:
+    """Say on one line which phase is done, and how many of all are."""
+    done, count = len(summary["planned"]) - len(summary["left"]), len(summary["planned"])
+    say(f"phase {done} of {count} is done: {name} ({format_seconds(seconds)})")
 
 
 def show(summary: dict[str, Any], folder: Path) -> None:

@@ -1,7 +1,7 @@
 r"""An endless stream of examples from several sources at given rates: position i of it is a pure function of the seed.
 
 The source at each position follows a fixed schedule of one period (the common denominator of the rates), so that
-after n draws no source is a whole example away from its rate: :math:`|c_k(n) - r_k n| < 1` for every n. Within
+after n draws no source is a whole example away from its rate: $|c_k(n) - r_k n| < 1$ for every n. Within
 a source every example comes once an epoch, in an order drawn from (seed, source, epoch). So the state of a reader is
 one integer, and any number of processes reads disjoint shares of the same stream.
 
@@ -117,7 +117,7 @@ class Mixture:
 def chairman(quotas: Sequence[int]) -> np.ndarray:
     r"""Order quotas[k] draws of each source so that every beginning holds them in proportion.
 
-    At draw j the sources with :math:`r_k j - c_k \ge 1/(2K-2)` may be drawn, and of these the one that must be
+    At draw j the sources with $r_k j - c_k \ge 1/(2K-2)$ may be drawn, and of these the one that must be
     drawn soonest is. In integers throughout: r_k = quotas[k] / P, all scaled by P·(2K − 2).
 
     Returns:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.hub import pin
 from ..log import format_percent, say
 from ..models.characters import PAD_ID
 from ..models.hf import save_hf
@@ -37,6 +38,7 @@ PHASE = "sft"
 def finetune(config: Finetune, *, name: str, out: Path | None = None) -> Path:
     """Train, or resume training; the folder of the run, whose `hf/` is the tuned model."""
     folder = out or Path("runs") / f"{name}-{fingerprint(content(config))}"
+    config = pin(config, folder, on_first)
     on_first(check_same_config, folder, config)
     with Journal(folder) as journal:
         if journal.committed(PHASE) is None:

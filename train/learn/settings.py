@@ -213,7 +213,7 @@ class Watch:
     evaluate_every: int = 50
     """The held-out loss is measured after this many steps each, and at the end."""
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """The metrics of every step are also sent there."""
+    """The metrics of every step are also sent there; `improve` sends those of every round too."""
     trace_from: int = 0
     """A profiler trace of `trace/` begins with this step, counted from 1; 0 traces nothing."""
     trace_steps: int = 3
@@ -307,10 +307,10 @@ class Sft:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One source of a mixture: a file, the folder of a TFDS version, or reasoning-gym families."""
+    """One source of a mixture: a file, a dataset of the hub, a TFDS version, or reasoning-gym families."""
 
     path: str = ""
-    """The part is this file of JSON lines, or this folder of a TFDS version."""
+    """The part is this file of JSON lines, this dataset of the hub, or this folder of a TFDS version."""
     families: tuple[FamilySpec, ...] = ()
     """The part is drawn from these families instead of `path`."""
     rate: float | None = None
@@ -319,7 +319,7 @@ class Part:
     format: str | None = None
     """The lines have this format; null tells it by their keys."""
     split: str = "train"
-    """This split of a TFDS version is read."""
+    """This split of a TFDS version or of a dataset on the hub is read."""
     ignore: tuple[str, ...] = ()
     """These keys of the lines are passed over; other unknown keys are errors."""
 
@@ -338,8 +338,8 @@ class Data:
 
     path: str = ""
     """Examples are read from this file of JSON lines (prompt and completion, messages, Alpaca, GSM8K, MBPP, multiple
-    choice: told by the keys), or from the folder of a TFDS version: a set of ours, the samples of a run, or math_qa,
-    ai2_arc, openbookqa, lbpp."""
+    choice: told by the keys), this dataset of the hub (hf:ORG/NAME/SUBSET@REVISION:SPLIT), or this folder of a TFDS
+    version: a set of ours, the samples of a run, or math_qa, ai2_arc, openbookqa, lbpp."""
     parts: tuple[Part, ...] = ()
     """Several sources are mixed at their rates, instead of `path`."""
     draws: int | None = None
@@ -347,7 +347,7 @@ class Data:
     format: str | None = None
     """The lines of `path` have this format; null tells it by their keys."""
     split: str = "train"
-    """This split of a TFDS version is read."""
+    """This split of a TFDS version or of a dataset on the hub is read."""
     ignore: tuple[str, ...] = ()
     """These keys of the lines are passed over; other unknown keys are errors."""
     learn: Literal["assistant", "last", "each"] = "assistant"

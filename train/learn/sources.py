@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data import hub
 from ..data import versions as dataset
-from ..data.builders import JsonLines, Records, fingerprint, prepare, read_folder
+from ..data.builders import HubRows, JsonLines, Records, fingerprint, prepare, read_folder
 from ..data.records import Record, turns
 from ..log import UserError
 from ..models.tokenizer import Tokenizer
@@ -63,6 +64,10 @@ def open_part(part: Part, home: Path, seed: int) -> tuple[list[Record] | Path, P
         builder = ReasoningGym(families=part.families, seed=seed, data_dir=home)
         folder = prepare_once(builder, home)
         return read_folder(folder, part.split), folder
+    if hub.is_hub(part.path):
+        of = {"format": part.format, "ignore": part.ignore, "split": part.split}
+        folder = prepare_once(HubRows(path=part.path, data_dir=home, **of), home)
+        return read_folder(folder), folder
     path = Path(part.path)
     if not path.is_dir():
         if part.split != "train":
@@ -78,7 +83,7 @@ def open_part(part: Part, home: Path, seed: int) -> tuple[list[Record] | Path, P
     return read_folder(path, part.split), path
 
 
-def prepare_once(builder: JsonLines | ReasoningGym, home: Path) -> Path:
+def prepare_once(builder: Records, home: Path) -> Path:
     """Write the dataset; refused if `home` holds one made from something else."""
     folder = Path(builder.data_dir)
     # Without checksums it is what a killed writer left.

@@ -37,7 +37,7 @@ def token_flops(model: ModelConfig) -> tuple[int, int]:
 
 
 def step_flops(model: ModelConfig, rows: int, length: int, targets: int, *, frozen: bool = False) -> float:
-    r"""Operations of one update: :math:`6(P\,BT + P_h\,K) + 12\,L\,N\,H\,B\,T^2`.
+    r"""Operations of one update: $6(P\,BT + P_h\,K) + 12\,L\,N\,H\,B\,T^2$.
 
     2 a multiply-add, forward once and backward twice; attention's two products over the whole square, the convention
     of PaLM (https://arxiv.org/abs/2204.02311, appendix B). What remat computes again is not counted.

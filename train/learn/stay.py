@@ -1,8 +1,8 @@
 r"""What holds fine-tuned weights near those they came from: the controls that merging is compared with.
 
-- `l2`: the penalty :math:`\frac{\lambda}{2} \lVert \theta - \theta_0 \rVert^2`, L2-SP (Li et al., "Explicit Inductive
+- `l2`: the penalty $\frac{\lambda}{2} \lVert \theta - \theta_0 \rVert^2$, L2-SP (Li et al., "Explicit Inductive
   Bias for Transfer Learning with Convolutional Networks", https://arxiv.org/abs/1802.01483)
-- `kl`: the penalty :math:`\beta\,\mathrm{KL}(p_0 \| p_\theta)` of whole next-token distributions, the mean over the
+- `kl`: the penalty $\beta\,\mathrm{KL}(p_0 \| p_\theta)$ of whole next-token distributions, the mean over the
   tokens learnt (Li and Hoiem, "Learning without Forgetting", https://arxiv.org/abs/1606.09282)
 - `freeze`: parameters that are not trained; `stop_at`: early stopping at a share of the schedule
 """

@@ -47,7 +47,7 @@ def attend(
 
 
 def cap(x: jax.Array, limit: float | None) -> jax.Array:
-    r"""Bound smoothly: :math:`c \tanh(x / c)`; None leaves x as it is."""
+    r"""Bound smoothly: $c \tanh(x / c)$; None leaves x as it is."""
     return x if limit is None else limit * jnp.tanh(x / limit)
 
 

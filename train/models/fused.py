@@ -19,6 +19,8 @@ from .config import ModelConfig
 LANES = 128
 """Splash attention's tiles are multiples of it; shorter rows are filled up, for no query sees what comes later."""
 BLOCKS = (512, 256, 128)
+EVEN = 8
+"""cuDNN's packed rows are filled up to multiples of it: even, and 16 bytes of bfloat16."""
 GPUS = ("gpu", "cuda")
 
 
@@ -134,7 +136,15 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: Causal, *, scale: flo
 
 
 def _cudnn(q, k, v, segments, *, scale: float, window: int | None) -> jax.Array:
-    mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
+    T = q.shape[2]
+    mask = None
+    if segments is not None:
+        # A row of T tokens has T − 1 positions, and with a bias the backward pass takes even lengths only. What is
+        # filled up is a segment of its own behind all others: no query sees it, and it sees itself.
+        more = -T % EVEN
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q, k, v))
+        segments = jnp.pad(segments, ((0, 0), (0, more)), constant_values=-1)
+        mask = (segments[:, :, None] == segments[:, None, :])[:, None]
     out = jax.nn.dot_product_attention(
         *(x.swapaxes(1, 2) for x in (q, k, v)),
         mask=mask,  # becomes a bias: the kernel still skips what is in the future, not what is in other segments
@@ -143,7 +153,7 @@ def _cudnn(q, k, v, segments, *, scale: float, window: int | None) -> jax.Array:
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
-    return out.swapaxes(1, 2).astype(jnp.float32)
+    return out.swapaxes(1, 2)[:, :, :T].astype(jnp.float32)
 
 
 def _splash(

@@ -1,4 +1,4 @@
-"""GGUF files of the Llama architecture to (ModelConfig, Params); `jaxmerge.files.checkpoints.gguf` reads the format."""
+"""GGUF files to (ModelConfig, Params); `jaxmerge.files.checkpoints.gguf` reads the format."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_gguf(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Any]]:
 def load_gguf(
     path: str | os.PathLike[str], *, sharding=None, dtype=jnp.float32, check_finite: bool = True
 ) -> tuple[ModelConfig, Params]:
-    """Load a Llama-architecture GGUF file, each tensor dequantised in float32 and sent to its sharding.
+    """Load a GGUF file, each tensor dequantised in float32 and sent to its sharding.
 
     Arguments and result as for `load_hf`; a missing output matrix means a tied head.
     """
@@ -42,7 +42,7 @@ def load_gguf(
 def config_of_file(metadata, tensors, *, source) -> ModelConfig:
     """The config of an opened file; biases and a tied head show in its tensors."""
     with mistakes():
-        attributes = gguf.config_of(metadata, (gguf.hf_name(t.name) for t in tensors), source=source)
+        attributes = gguf.config_of(metadata, tensors, source=source)
     return config_from_hf(attributes, source=source)
 
 
@@ -51,6 +51,6 @@ def from_gguf(metadata, tensors, *, source, **placing) -> tuple[ModelConfig, Par
     config = config_of_file(metadata, tensors, source=source)
     sizes = {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads}
     with mistakes():
-        named = {tensor.name: tensor for tensor in gguf.tensors_of(sizes, tensors, pathlib.Path(source))}
+        named = {tensor.name: tensor for tensor in gguf.tensors_of(metadata, sizes, tensors, pathlib.Path(source))}
         found = {name: tensor.shape for name, tensor in named.items()}
         return config, place(config, found, lambda name: read(named[name]), source=source, **placing)

@@ -226,10 +226,16 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     elif isinstance(x := written.get("query_pre_attn_scalar"), float) and x.is_integer():
         written["query_pre_attn_scalar"] = int(x)  # transformers wants a whole one
     read = config_from_hf(written, source=f"model config ({config.family})")
-    if differ := [name for name, value in _said(config).items() if _said(read)[name] != value]:
+    if differ := differences(config, read):
         named = ", ".join(f"{name}={getattr(config, name)!r}" for name in differ)
         raise UserError(f"model config: the family {config.family!r} has no {named}; choose another family")
     return written
+
+
+def differences(config: ModelConfig, read: ModelConfig) -> list[str]:
+    """Names of the fields in which two configs say different things; how they say it does not count."""
+    said = _said(read)
+    return [name for name, value in _said(config).items() if said[name] != value]
 
 
 def _said(config: ModelConfig) -> dict[str, Any]:

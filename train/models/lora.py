@@ -1,4 +1,4 @@
-r"""LoRA: frozen weights with a low-rank side path, :math:`y = W x + \frac{\alpha}{r} B A x`.
+r"""LoRA: frozen weights with a low-rank side path, $y = W x + \frac{\alpha}{r} B A x$.
 
 Training goes through the side path, never through W + s·B·A: with the sum, autodiff forms ∂L/∂W of the whole
 matrix on the way to A and B, a third of a step's work and a matrix of memory a weight, and dropout of the side's
@@ -10,7 +10,6 @@ with stacked layers (stacked.py) both have the leading axis L too.
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..log import UserError
+from jaxmerge.files.patterns import is_found
+
+from ..log import UserError, mistakes
 from .config import Lora
 from .matmul import matmul_t
 
@@ -54,7 +55,7 @@ def init_lora(lora: Lora, params: Params, key: jax.Array) -> Params:
     adapter: Params = {}
     for path, weight in modules(params):
         name = "/".join(path)
-        if not any(re.search(pattern, name) for pattern in lora.targets):
+        if not any(is_named(pattern, name) for pattern in lora.targets):
             continue
         if path[-1] in ("embed_tokens", "lm_head"):
             raise UserError(f"lora.targets name {name}; adapters of embeddings and heads are not known, leave it out")
@@ -65,17 +66,23 @@ def init_lora(lora: Lora, params: Params, key: jax.Array) -> Params:
         set_at(adapter, (*path, "lora_B", "weight"), jnp.zeros((*stack, rows, lora.rank)))
     if not adapter:
         near = sorted({path[-1] for path, _ in modules(params)})
-        raise UserError(f"lora.targets {list(lora.targets)} name no matrix of the model; modules end in {near}")
+        raise UserError(f"lora.targets {list(lora.targets)!r:.200} name no matrix of the model; modules end in {near}")
     return adapter
+
+
+def is_named(pattern: str, name: str) -> bool:
+    """Whether a pattern of `lora.targets` is found in the path of a module, in time linear in the path."""
+    with mistakes():
+        return is_found(pattern, name, "lora.targets")
 
 
 def check_targets(lora: Lora, params: Params) -> None:
     """Refuse a pattern of `lora.targets` that names no matrix of `params`: the others would hide it."""
     names = ["/".join(path) for path, _ in modules(params)]
     for pattern in lora.targets:
-        if not any(re.search(pattern, name) for name in names):
+        if not any(is_named(pattern, name) for name in names):
             near = sorted({name.rpartition("/")[2] for name in names})
-            raise UserError(f"lora.targets: {pattern!r} names no matrix of the model; modules end in {near}")
+            raise UserError(f"lora.targets: {pattern!r:.200} names no matrix of the model; modules end in {near}")
 
 
 def attach(lora: Lora, params: Params, adapter: Params, *, key: jax.Array | None = None) -> Params:

@@ -89,7 +89,7 @@ def at_targets(config: ModelConfig, params: Params, batch: dict[str, jax.Array],
 
 
 def kl_sum(head: Head, at_once: int, ours, theirs, weights: jax.Array) -> jax.Array:
-    r""":math:`\sum_i w_i \, \mathrm{KL}(p_{0,i} \| p_{\theta,i})`, the logits of `at_once` tokens held at a time.
+    r"""$\sum_i w_i \, \mathrm{KL}(p_{0,i} \| p_{\theta,i})$, the logits of `at_once` tokens held at a time.
 
     Args:
       ours, theirs: (weight [V, D], hidden [B, K, D]) of p_θ and of p_0.
@@ -160,7 +160,7 @@ class Head:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def nll_sum(head: Head, at_once: int, weight: jax.Array, hidden: jax.Array, labels: jax.Array, weights: jax.Array):
-    r""":math:`\sum_i w_i (\mathrm{logsumexp}(z_i) - z_{i, y_i})`, logits :math:`z = h W^\top` of a chunk at a time.
+    r"""$\sum_i w_i (\mathrm{logsumexp}(z_i) - z_{i, y_i})$, logits $z = h W^\top$ of a chunk at a time.
 
     The whole logits [B, K, V] are 12 GB in float32 for 16 × 2048 tokens of a 100,000-word vocabulary, and autodiff
     keeps them for the backward pass. The gradient of a sum needs nothing that comes later: each chunk's is taken

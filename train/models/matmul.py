@@ -42,7 +42,7 @@ def _forward(x: jax.Array, weight: jax.Array, dtype: jnp.dtype):
 
 
 def _backward(dtype: jnp.dtype, saved, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    r""":math:`\partial x = g W`, :math:`\partial W = \sum_{b,t} g_{bt} x_{bt}^\top`."""
+    r"""$\partial x = g W$, $\partial W = \sum_{b,t} g_{bt} x_{bt}^\top$."""
     x, weight, x_like, weight_like = saved
     g, rows = g.astype(dtype), tuple(range(x.ndim - 1))
     d_x = lax.dot_general(g, weight, (((g.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)

@@ -81,22 +81,43 @@ def load_model(path: str | os.PathLike[str], *, sharding=None, dtype=jnp.float32
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """The sizes of the model at `path` (as for `load_model`); no weights are read."""
-    local = resolve(path)
+    """The sizes of the model at `path` (as for `load_model`); no weights are read, nor fetched from the hub."""
+    local = resolve(path, weights=False)
     if local.is_dir():
         return config_of_folder(local)
     metadata, tensors = read_gguf(local)
     return config_of_file(metadata, tensors, source=local)
 
 
-def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The file or folder on this machine that a model path names; a hub name is fetched."""
+def open_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of the model at `path` (as for `open_model`); no weights are read, nor fetched from the hub."""
+    root = run_of(Path(path))
+    local = resolve(path, weights=False) if root is None else root / "model"
+    if local.is_dir():
+        config, found = config_of_folder(local), Tokenizer.from_folder(local)
+    else:
+        metadata, tensors = read_gguf(local)
+        config, found = config_of_file(metadata, tensors, source=local), Tokenizer.from_gguf(metadata, source=local)
+    return found.fitted(vocab_size=config.vocab_size, eos_ids=config.eos_token_id, source=local)
+
+
+def run_of(path: pathlib.Path) -> pathlib.Path | None:
+    """The folder of the run, or of the merge written as Orbax, that a folder of weights lies in; None elsewhere."""
+    if not path.is_dir() or (path / "config.json").is_file() or any(path.glob("*.gguf")):
+        return None
+    return next((p for p in (path, *path.parents) if (p / "model" / "config.json").is_file()), None)
+
+
+def resolve(path: str | os.PathLike[str], *, weights: bool = True) -> pathlib.Path:
+    """The file or folder on this machine that a model path names; a hub name is fetched, perhaps without weights."""
     text = os.fspath(path)
     if text.startswith("package:"):
         return find_in_package(text)
     local = pathlib.Path(text or "(empty path)").expanduser()
     if local.is_file() and local.suffix != ".gguf":
         raise UserError(f"{local}: expected a Hugging Face folder or a .gguf file, found a {local.suffix} file")
+    if local.is_dir() and not (local / "config.json").exists() and len(files := list(local.glob("*.gguf"))) == 1:
+        return files[0]
     if local.is_dir() and not (local / "config.json").exists():
         # A run's folder is resolved by its checkpoints before it comes here.
         raise UserError(f"{local}: neither a Hugging Face folder (it has no config.json) nor a finished run")
@@ -106,7 +127,7 @@ def resolve(path: str | os.PathLike[str]) -> pathlib.Path:
         return resolve_shipped(text)
     if hub.is_hub_name(text):
         try:
-            return hub.fetch(text)
+            return hub.fetch(text, weights=weights)
         except ValueError as error:
             raise UserError(str(error)) from error
     raise UserError(
@@ -206,8 +227,8 @@ def write_model_files(model: Model, folder: Path) -> None:
 def open_model(path: str, mesh: jax.sharding.Mesh | None = None) -> Model:
     """A model from anything that holds one: what `load_model` reads, or a checkpoint of a run."""
     local = Path(path)
-    root = next((p for p in (local, *local.parents) if (p / "model" / "config.json").is_file()), None)
-    if not local.is_dir() or (local / "config.json").is_file() or root is None:
+    root = run_of(local)
+    if root is None:
         return load_model(path, sharding=None if mesh is None else functools.partial(sharding_of, mesh))
     # A merge written as Orbax has one model, in `weights`; a run has many, in `checkpoints`.
     if local == root and not (local / "weights" / "_METADATA").is_file():

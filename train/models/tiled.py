@@ -55,7 +55,7 @@ def _forward(q, k, v, seen, scale: float):
 
 
 def _backward(scale: float, saved, g: jax.Array):
-    r""":math:`\partial S = W \odot (\partial W - \langle \partial W, W \rangle)`, of the softmax W of the scores S."""
+    r"""$\partial S = W \odot (\partial W - \langle \partial W, W \rangle)$, of the softmax W of the scores S."""
     q, k, v, weights = saved
     B, K, G, t, H = q.shape
     g = g.reshape(B, K, G * t, H).astype(v.dtype)

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxmerge.files import documents
-from jaxmerge.files.checkpoints import gguf
+from jaxmerge.files.checkpoints import gguf_tokenizer
 
 from ..log import UserError, mistakes
 from .template import MARKS, compiled, one_line
@@ -101,20 +101,20 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], *, source) -> Tokenizer:
-        """Rebuild a byte-level BPE from the metadata of a GGUF file."""
+        """Rebuild a tokenizer from the metadata of a GGUF file."""
         import tokenizers
 
         try:
-            gguf.check_tokenizer(metadata, source=source)
+            gguf_tokenizer.check_tokenizer(metadata, source=source)
         except ValueError as error:
             raise UserError(str(error)) from error
         try:
-            backend = tokenizers.Tokenizer.from_str(json.dumps(gguf.tokenizer_json(metadata)))
+            backend = tokenizers.Tokenizer.from_str(json.dumps(gguf_tokenizer.tokenizer_json(metadata)))
         except KeyError as error:
             raise UserError(f"{source}: the metadata lack {error}, so there is no tokenizer in the file") from error
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{source}: not a tokenizer ({one_line(error)})") from error
-        return cls(backend, gguf.special_tokens(metadata), metadata.get("tokenizer.chat_template"))
+        return cls(backend, gguf_tokenizer.special_tokens(metadata), metadata.get("tokenizer.chat_template"))
 
     # --- text and ids ---
 

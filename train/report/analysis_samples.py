@@ -127,7 +127,8 @@ def passes(found: Found) -> Section | None:
                 points = [p for p in row["pass"] if p["k"] in shown]
                 values = [(math.log2(p["k"]), p["value"][0]) for p in points]
                 label = "base" if not row["round"] else f"round {row['round']}"
-                series.append(Line(label, values, [p["value"][1:] for p in points]))
+                intervals = [p["value"][1:] for p in points]
+                series.append(Line(label, values, intervals, hues=() if row["round"] else ("ink",)))
         drawn.append(
             figure(
                 lines, series, name=f"pass-{domain}", title=f"pass@k, {domain_name(domain)}", x_title="k →",

@@ -58,7 +58,7 @@ def importance(found: Found) -> Section:
     figures = dict(
         figure(
             lines, [Line("base", list(enumerate(data[key])))], name=f"importance-{key}", title=titles[key],
-            x_title="layer →", y_title=units[key],
+            x_title="layer →", y_title=units[key], one="ink",
         )
         for key in there
     )  # fmt: skip

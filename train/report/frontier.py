@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,9 @@ from jaxmerge.files.inspect.canvas import Canvas, Point, colour, drawing, shorte
 
 from ..log import format_percent
 from ..runtime.jsonl import Row
+from .kept import kept
 from .labels import Placer
-from .plots import bounds, share
+from .plots import bounds, share, stripe
 from .style import Look, looks
 
 if TYPE_CHECKING:
@@ -22,11 +24,20 @@ if TYPE_CHECKING:
 class Spot:
     """One model in the plane: accuracy in domain (x) and out of domain (y), each with its interval."""
 
-    method: str
+    methods: tuple[str, ...]
+    """More than one where methods have had the same model up to here."""
     round: int
     coefficient: float | None
     x: tuple[float, float, float]  # accuracy, low, high
     y: tuple[float, float, float]
+
+    @property
+    def method(self) -> str:
+        return self.methods[0]
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.methods)
 
     @property
     def at(self) -> Point:
@@ -45,15 +56,23 @@ def estimate(row: Row) -> tuple[float, float, float]:
     return middle, middle if low is None else low, middle if high is None else high
 
 
-def spots(pooled: Sequence[Row]) -> list[Spot]:
+Shared = Mapping[tuple[str, int], str]
+"""(method, round) → the method under whose name its model was evaluated."""
+
+
+def spots(pooled: Sequence[Row], shared: Shared) -> list[Spot]:
     """Pair the in-domain and out-of-domain rows of each model; a model that lacks one is left out."""
     cells: dict[tuple[str, int, float | None], dict[str, Row]] = {}
+    methods: dict[tuple[str, int, float | None], list[str]] = {}
     for row in pooled:
-        key = (row["method"], row["round"], row.get("coefficient"))
+        owner = shared.get((row["method"], row["round"]), row["method"])
+        key = (owner, row["round"], row.get("coefficient"))
         if row.get("accuracy") is not None:
             cells.setdefault(key, {})[row["domain"]] = row
+            if row["method"] not in methods.setdefault(key, []):
+                methods[key].append(row["method"])
     return [
-        Spot(key[0], key[1], key[2], estimate(domains["id"]), estimate(domains["ood"]))
+        Spot(tuple(methods[key]), key[1], key[2], estimate(domains["id"]), estimate(domains["ood"]))
         for key, domains in cells.items()
         if "id" in domains and "ood" in domains
     ]
@@ -90,15 +109,23 @@ class Plane:
         self.canvas.text(place.at, text, fill, size=size, bold=size > 12, anchor="center")
 
 
+@kept
 @drawing()
-def frontier(pooled: Sequence[Row], *, width: float, height: float, name: str, standalone: bool = False) -> str:
+def frontier(
+    pooled: Sequence[Row], *, width: float, height: float, name: str, style: Mapping[str, Look] | None = None,
+    shared: Shared | None = None, standalone: bool = False,
+) -> str:  # fmt: skip
     """Draw accuracy in domain (x) against out of domain (y).
 
     Each method is a line from the base through its rounds, numbered; crosses are 95 % intervals; rows with
     a coefficient λ, or of a method named `line`, form the dashed curve base + λ·change. The tinted quarter is
     better than the base in both. Returns "" where no model has both accuracies.
+
+    Args:
+      style: how each method is drawn; by default as their order here says.
+      shared: which models several methods have in common: they are drawn once.
     """
-    points = spots(pooled)
+    points = spots(pooled, shared or {})
     if not points:
         return ""
     sweeps: dict[tuple[str, int], list[Spot]] = {}
@@ -107,18 +134,19 @@ def frontier(pooled: Sequence[Row], *, width: float, height: float, name: str, s
         if p.swept:
             sweeps.setdefault((p.method, p.round), []).append(p)
         elif p.method != "base":
-            tracks.setdefault(p.method, []).append(p)
+            for method in p.methods:
+                tracks.setdefault(method, []).append(p)
     for sweep in sweeps.values():
         sweep.sort(key=lambda p: p.coefficient or 0.0)
     for track in tracks.values():
         track.sort(key=lambda p: p.round)
-    plane = open_plane(points, width, height)
+    plane = open_plane(points, width, height, style or looks(list(dict.fromkeys(m for p in points for m in p.methods))))
     draw_crosses(plane, [p for p in points if not p.swept])
     draw_sweeps(plane, list(sweeps.values()))
     draw_tracks(plane, tracks)
     write_names(plane, tracks, list(sweeps.values()))
     said = "; ".join(
-        f"{p.method}{'' if p.coefficient is None else f' λ {p.coefficient:g}'} round {p.round}:"
+        f"{p.name}{'' if p.coefficient is None else f' λ {p.coefficient:g}'} round {p.round}:"
         f" {format_percent(p.x[0])} in domain, {format_percent(p.y[0])} out of domain"
         for p in points
     )
@@ -126,7 +154,7 @@ def frontier(pooled: Sequence[Row], *, width: float, height: float, name: str, s
     return plane.canvas.svg(name=name, title=title, description=said, standalone=standalone)
 
 
-def open_plane(points: Sequence[Spot], width: float, height: float) -> Plane:
+def open_plane(points: Sequence[Spot], width: float, height: float, style: Mapping[str, Look]) -> Plane:
     """Open axes that hold every point with its interval, and tint what is better than the base."""
     narrow = width < 500
     x_low, x_high = bounds([v for p in points for v in p.x], pad=0.04, least=0.08)
@@ -146,7 +174,6 @@ def open_plane(points: Sequence[Spot], width: float, height: float) -> Plane:
     if base:
         axes.fill_between([base.x[0], x_high], base.y[0], y_high, color=colour("tint"), linewidth=0, zorder=0)
     placer = Placer((box[0] + 2, box[1] + 2, box[2], box[3] - 3))
-    style = looks(list(dict.fromkeys(p.method for p in points)))
     return Plane(canvas, axes, placer, base, style, 6.5 if narrow else 8.0)
 
 
@@ -173,26 +200,41 @@ def draw_sweeps(plane: Plane, sweeps: Sequence[Sequence[Spot]]) -> None:
 
 
 def draw_tracks(plane: Plane, tracks: Mapping[str, Sequence[Spot]]) -> None:
-    """Draw each method's way from the base, its rounds numbered; later rounds lie above earlier ones."""
+    """Draw each method's way from the base, its rounds numbered; later rounds lie above earlier ones.
+
+    A step or a model that methods have in common is drawn once, in the colours of all of them.
+    """
+    steps: dict[tuple[Spot, Spot], list[str]] = {}
     for method, rounds in tracks.items():
         track = plane.from_base(rounds)
-        xs, ys = zip(*(p.at for p in track), strict=True)
-        plane.axes.plot(xs, ys, color=colour(plane.style[method].fill), linewidth=2)
+        for step in itertools.pairwise(track):
+            steps.setdefault(step, []).append(method)
         plane.placer.avoid_line([plane.pixel(p) for p in track], weight=1.5)
-    marks = [(p, str(p.round)) for rounds in tracks.values() for p in rounds]
+    for methods, group in itertools.groupby(steps, key=steps.__getitem__):
+        way = list(group)
+        xs, ys = zip(*(p.at for p in [way[0][0], *(end for _, end in way)]), strict=True)
+        stripe(plane.axes, xs, ys, [plane.style[method].fill for method in methods], linewidth=2)
+    marks = [(p, str(p.round)) for p in dict.fromkeys(p for rounds in tracks.values() for p in rounds)]
     marks += [(plane.base, "")] if plane.base else []
     for p, label in sorted(marks, key=lambda mark: mark[0].round or 10**9):
+        for ring in reversed(range(1, len(p.methods))):
+            look = plane.style[p.methods[ring]]
+            plane.canvas.mark(plane.axes, p.at, plane.style[p.method].marker, look.fill, plane.radius + 2.5 * ring)
         look = plane.style[p.method]
         plane.canvas.mark(plane.axes, p.at, look.marker, look.fill, plane.radius, label)
-        plane.placer.avoid(plane.pixel(p), plane.radius + 1)
+        plane.placer.avoid(plane.pixel(p), plane.radius + 1 + 2.5 * (len(p.methods) - 1))
 
 
 def write_names(plane: Plane, tracks: Mapping[str, Sequence[Spot]], sweeps: Sequence[Sequence[Spot]]) -> None:
     """Name the base, each method at its last round, and the coefficients of the curves as far as there is room."""
     if plane.base:
         plane.name(plane.base, "base", "ink", radius=plane.radius, needed=True)
+    ends: dict[Spot, list[str]] = {}
     for method, rounds in tracks.items():
-        plane.name(rounds[-1], method, plane.style[method].fill, radius=plane.radius, needed=True)
+        ends.setdefault(rounds[-1], []).append(method)
+    for spot, methods in ends.items():
+        fill = plane.style[methods[0]].fill if len(methods) == 1 else "ink"
+        plane.name(spot, ", ".join(methods), fill, radius=plane.radius, needed=True)
     for sweep in sweeps:
         for i, p in enumerate(sweep):
             if p.coefficient is not None and p.coefficient != 0:

@@ -51,6 +51,16 @@ class Table:
     key: Sequence[tuple[str, str]] = ()
     """(colour, word): what the colours of its bars mean."""
 
+    @property
+    def labels(self) -> list[str]:
+        """What each column is called where the head is not in sight."""
+        return [head if isinstance(head, str) else head.text for head in self.head]
+
+    @property
+    def stacked(self) -> bool:
+        """On a telephone each row becomes a block: more than three columns do not fit beside each other."""
+        return len(self.head) > 3
+
 
 @functools.cache
 def environment() -> jinja2.Environment:

@@ -10,40 +10,53 @@ import os
 import pathlib
 
 from ..runtime.disk import write_durably
-from . import pictures, sections
+from . import about, examples, markdown, pictures, sections
 from . import trees as search_page
 from .analysis import section_of_report
 from .frontier import frontier
-from .html import page
+from .html import page, part
 from .read import Run, read_run
 from .rows import pooled_rows
 from .style import css
+from .verdict import verdict
+
+REFRESH = 15
+"""Seconds after which a browser loads the page of an unfinished run again."""
 
 
 def render(run: Run) -> str:
     """Write the page of a run as one string of HTML."""
+    search = bool(run.of_kind("search"))
+    said = verdict(run.summary.get("paired") or (), run.rows, finished=run.finished)
     body = [
-        ("result", "Result", sections.headline(run)),
+        ("result", "Result", sections.headline(run, said.meaning)),
         ("picture", "What was gained, what was forgotten", pictures.picture(run)),
-        ("table", "Accuracy", "" if run.of_kind("search") else sections.accuracy_table(run)),
+        ("table", "Accuracy", "" if search else sections.accuracy_table(run)),
         ("paired", "Paired differences", pictures.paired(run) + sections.paired_table(run)),
         ("pass", "pass@k", sections.pass_table(run)),
         ("families", "By family", pictures.families(run)),
+        ("answers", "Questions and answers", examples.answers(run)),
         ("samples", "Samples", sections.samples(run)),
-        ("examples", "Solutions accepted and rejected", sections.examples(run)),
+        ("examples", "Solutions accepted and rejected", examples.samples_shown(run)),
         ("training", "Training loss", pictures.training(run)),
         ("layers", "Weight change per layer", pictures.layers(run)),
         ("analysis", "Analysis", section_of_report(run.folder)),
         ("search", "Search", search_page.numbers(run.phases)),
         ("trees", "Trees", search_page.trees(run.folder)),
         ("time", "Time", sections.time(run)),
+        ("markdown", "To copy", markdown.copied(run, said)),
         ("again", "Doing it again", sections.again(run)),
     ]
-    body = [part for part in body if part[2]]
+    body = [section for section in body if section[2]]
+    # A page that no running program writes again need not be loaded again.
+    watched = not run.finished and bool(run.summary.get("planned"))
     last = run.phases[-1].get("phase", "unnamed") if run.phases else "none yet"
     return page(
-        "run.html", css=css(), name=run.name, facts=sections.facts(run), finished=run.finished, last=last, sections=body
-    )
+        "run.html", css=css(methods=sum(isinstance(look.fill, int) for look in run.looks.values())), name=run.name,
+        said="" if search else part("said", verdict=said, looks=run.looks),
+        facts=part("facts", rows=about.facts(run)), whole=about.whole(run),
+        finished=run.finished, last=last, sections=body, refresh=REFRESH if watched else None,
+    )  # fmt: skip
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> pathlib.Path:
@@ -53,7 +66,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> pathlib.Path:
     gives the same bytes.
     """
     run = read_run(run_dir)
-    drawn = frontier(pooled_rows(run.rows), width=640, height=460, name="frontier", standalone=True)
+    options = {"style": run.looks, "shared": pictures.shared(run)}
+    drawn = frontier(pooled_rows(run.rows), width=640, height=460, name="frontier", standalone=True, **options)
     if drawn:
         write_durably(run.folder / "figures" / "frontier.svg", drawn)
     path = run.folder / "report.html"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxmerge.files.inspect.canvas import Canvas, Point, colour, drawing, shorten, text_width, ticks
 
+from .kept import kept
 from .labels import Placer, spread
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 WIDTH, NAME = 330.0, 150.0
 """Of a picture, and the most that a name in it may take of that."""
 Value = float | None
+Hue = str | int
+"""A colour by its name, or by its number in the series."""
 Interval = tuple[float, float]
 
 
@@ -33,6 +36,8 @@ class Line:
     loose: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Values of things that have no place on the x axis, by name: each name gets a column of its own behind it."""
     faint: bool = False
+    hues: Sequence[Hue] = ()
+    """Its own colours: one, or the stripes of a line that is of several things at once."""
 
 
 def short(value: Value, digits: int = 3) -> str:
@@ -60,16 +65,26 @@ def bounds(values: Iterable[float], *, pad: float = 0.05, least: float = 0.0) ->
     return low - widening, high + widening
 
 
-def headed(height: float, title: str, *, fill: str | int = "ink", note: str = "") -> Canvas:
+def headed(height: float, title: str, *, fill: Hue = "ink", note: str = "", width: float = WIDTH) -> Canvas:
     """Open a small picture with its title, and a note at the right where both have room."""
-    canvas = Canvas(WIDTH, height)
-    title = shorten(title, WIDTH, bold=True)
+    canvas = Canvas(width, height)
+    title = shorten(title, width, bold=True)
     canvas.text((0, 14), title, fill, bold=True)
-    if note and text_width(title, bold=True) + text_width(note, 12) + 12 <= WIDTH:
-        canvas.text((WIDTH, 14), note, "soft", size=12, anchor="right")
+    if note and text_width(title, bold=True) + text_width(note, 12) + 12 <= width:
+        canvas.text((width, 14), note, "soft", size=12, anchor="right")
     return canvas
 
 
+def stripe(axes: Axes, xs: Sequence[float], ys: Sequence[float], hues: Sequence[Hue], **options: Any) -> None:
+    """Draw a line in one colour, or in stripes of several."""
+    for i, hue in enumerate(reversed(hues)):
+        shown = len(hues) - i
+        # The last colour lies below, whole; each above it leaves the ends of its dashes to those below.
+        dashes = {} if i == 0 else {"linestyle": (0, (6 * shown, 6 * i)), "dash_capstyle": "butt"}
+        axes.plot(xs, ys, **{"color": colour(hue), **options, **dashes})
+
+
+@kept
 @drawing()
 def lines(
     drawn: Sequence[Line],
@@ -80,10 +95,12 @@ def lines(
     y_title: str,
     zero: bool = True,
     high: Point | None = None,
+    first: float = 0.0,
     rules: Sequence[tuple[float, str]] = (),
     x_marks: Sequence[tuple[float, str]] = (),
     form: Callable[[float], str] = short,
-    one: str | int | None = None,
+    one: Hue | None = None,
+    width: float = WIDTH,
     standalone: bool = False,
 ) -> str:
     """Draw lines in one frame, each named at its end.
@@ -91,24 +108,28 @@ def lines(
     Args:
       zero: the y axis begins at 0 (or below it, where values do).
       high: ends of both axes, for several pictures on one scale; the values' own by default.
+      first: where the x axis begins if `high` says where it ends.
       rules: x values to mark with a dotted rule, with their names.
       x_marks: x values with what is written under them, in place of round numbers.
-      one: a colour for all lines, the older ones thinner; each has its own by default.
+      one: a colour for all lines and the title, the older lines thinner; each line has its own by default.
     """
     drawn = [dataclasses.replace(line, label=shorten(line.label, NAME, 12)) for line in drawn]
     columns = list(dict.fromkeys(key for line in drawn for key in line.loose))
     xs = [x for line in drawn for x, _ in line.points] + [x for x, _ in rules]
-    x_low, x_high = (0.0, high[0] or 1.0) if high else (min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1)
+    x_low, x_high = (first, high[0]) if high else (min(xs), max(xs))
+    x_high = x_high if x_high > x_low else x_low + 1
     y_low, y_high = (0.0, high[1] or 1.0) if high else _heights(drawn, zero=zero)
     y_ticks = [(v, form(v)) for v in ticks(y_low, y_high, count=4)]
     left = max(44.0, max(text_width(label, 12) for _, label in y_ticks) + 8)
     side = max((text_width(line.label, 12) for line in drawn if line.label), default=0.0) + 10
     # Intervals beside the last point keep off the names.
-    right = WIDTH - side - 34 * len(columns) - (5 if any(line.intervals for line in drawn) else 0)
-    canvas = headed(240, title, fill="ink" if one is None else one)
+    right = width - side - 34 * len(columns) - (5 if any(line.intervals for line in drawn) else 0)
+    canvas = headed(240, title, fill="ink" if one is None else one, width=width)
     axes = canvas.axes((left, 46, right, 196), (x_low, x_high), (y_low, y_high))
     whole = all(x == round(x) for x in xs)
-    round_ones = [(v, f"{v:g}") for v in ticks(x_low, x_high, count=5) if not whole or v == round(v)]
+    round_ones = [
+        (v, f"{v:g}") for v in ticks(x_low, x_high, count=5 if width < 500 else 10) if not whole or v == round(v)
+    ]
     canvas.grid(axes, x_ticks=x_marks or round_ones, y_ticks=y_ticks)
     canvas.text((0, 33), y_title, "soft", size=12)
     canvas.text((right, 233), x_title, "soft", size=12, anchor="right")
@@ -127,29 +148,36 @@ def lines(
         age = 1.0 if one is None else (strong.index(line) + 1) / len(strong) if line in strong else 0.0
         # Intervals of several lines at one x stand beside each other.
         aside = 3.5 * (i - (len(drawn) - 1) / 2) * (x_high - x_low) / (right - left)
-        _draw_line(axes, line, i if one is None else one, age, aside, places)
-    named = [(line, i if one is None else one) for i, line in enumerate(drawn) if line.label]
+        _draw_line(axes, line, line.hues or [i if one is None else one], age, aside, places)
+    # A line of several colours is named in none of them.
+    hues = [line.hues if line.hues else [i if one is None else one] for i, line in enumerate(drawn)]
+    named = [(line, own[0] if len(own) == 1 else "ink") for line, own in zip(drawn, hues, strict=True) if line.label]
     ends = [canvas.pixel(axes, line.points[-1])[1] for line, _ in named]
     for (line, hue), place in zip(named, spread(ends, gap=14, low=46, high=196), strict=True):
-        canvas.text((WIDTH - side + 8, place + 4), line.label, hue, size=12)
+        canvas.text((width - side + 8, place + 4), line.label, hue, size=12)
     return canvas.svg(name=name, title=f"{title}: {y_title}", description=_told(drawn), standalone=standalone)
 
 
-def _draw_line(axes: Axes, line: Line, hue: str | int, age: float, aside: float, places: Mapping[str, float]) -> None:
+def _draw_line(
+    axes: Axes, line: Line, hues: Sequence[Hue], age: float, aside: float, places: Mapping[str, float]
+) -> None:
     """Draw one line, thinner the older it is (`age` 0 … 1), with its intervals and what has no place on the axis."""
-    fill = colour(hue)
-    options: dict[str, Any] = {"color": fill, "alpha": 0.45 + 0.55 * age, "clip_on": False}
+    fill = colour(hues[0])
+    # Stripes cover each other: they cannot be seen through.
+    options: dict[str, Any] = {"alpha": 0.45 + 0.55 * age if len(hues) == 1 else 1.0, "clip_on": False}
     for (at, _), pair in zip(line.points, line.intervals, strict=False):
         axes.plot([at + aside] * 2, pair, color=fill, alpha=0.3, linewidth=3, clip_on=False)
     track = [(a, min(b, axes.get_ylim()[1])) for a, b in line.points if math.isfinite(b)]
     # Many points are a curve; a few are shown one by one.
     if len(track) == 1 or (len(track) <= 12 and not line.loose and not line.faint):
         options |= {"marker": "o", "markersize": 5.2}
-    dashes = (0, (3, 3)) if line.faint else "-"
-    axes.plot(*zip(*track, strict=True), linewidth=1.2 + 0.6 * age, linestyle=dashes, **options)
+    options |= {"linestyle": (0, (3, 3)) if line.faint else "-", "linewidth": 1.2 + 0.6 * age}
+    stripe(axes, [x for x, _ in track], [y for _, y in track], hues, **options)
     options |= {"marker": "o", "markersize": 4 + 2 * age, "markerfacecolor": "none" if line.faint else fill}
+    del options["linestyle"], options["linewidth"]
     for key, value in line.loose.items():
-        axes.plot([axes.transData.inverted().transform((places[key], 0))[0]], [value], **options)
+        at = [axes.transData.inverted().transform((places[key], 0))[0]]
+        axes.plot(at, [value], color=fill, **options)
 
 
 def _heights(drawn: Sequence[Line], *, zero: bool) -> Point:
@@ -171,6 +199,7 @@ def _told(drawn: Sequence[Line]) -> str:
     return "; ".join(said)
 
 
+@kept
 @drawing()
 def dots(
     rows: Sequence[tuple[str, float, Interval | None]],
@@ -182,8 +211,9 @@ def dots(
     low: float = 0.0,
     top: float | None = None,
     rule: float | None = None,
-    looks: Sequence[tuple[str | int, str]] = (),
+    looks: Sequence[tuple[Hue, str]] = (),
     note: str = "",
+    width: float = WIDTH,
     standalone: bool = False,
 ) -> str:
     """Draw a value a row from `low` on, with its interval where it has one.
@@ -196,12 +226,12 @@ def dots(
     rows = [(shorten(label, NAME), value, pair) for label, value, pair in rows]
     tick = tick or form
     left = max(text_width(label) for label, _, _ in rows) + 14
-    right = WIDTH - max(text_width(form(value)) for _, value, _ in rows) - 12
+    right = width - max(text_width(form(value)) for _, value, _ in rows) - 12
     high = top or max(max(v, *(pair or (0.0,))) for _, v, pair in rows) or 1.0
     bottom = 28 + 22 * len(rows)
-    canvas = headed(bottom + 24, title, note=note)
+    canvas = headed(bottom + 24, title, note=note, width=width)
     axes = canvas.axes((left, 28, right, bottom), (low, high), (len(rows) - 0.5, -0.5))
-    canvas.grid(axes, x_ticks=[(v, tick(v)) for v in ticks(low, high, count=4)])
+    canvas.grid(axes, x_ticks=[(v, tick(v)) for v in ticks(low, high, count=max(2, round((right - left) / 40)))])
     axes.grid(axis="x", color=colour("faint"), linewidth=1)
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(axis="x", length=0, pad=6)
@@ -213,7 +243,7 @@ def dots(
             axes.plot(pair, [i, i], color=colour(fill), linewidth=2, alpha=0.5, clip_on=False)
         canvas.mark(axes, (value, i), marker, fill, 4.8)
         canvas.text((0, 28 + 22 * i + 15), label, fill if looks else "ink")
-        canvas.text((WIDTH, 28 + 22 * i + 15), form(value), fill, anchor="right")
+        canvas.text((width, 28 + 22 * i + 15), form(value), fill, anchor="right")
     said = "; ".join(f"{label}: {form(value)}" for label, value, _ in rows)
     return canvas.svg(name=name, title=title, description=said, standalone=standalone)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 from typing import Any
 
 from ..log import UserError
-from ..runtime.jsonl import read_jsonl
+from ..resolve import read_yaml
+from ..runtime.jsonl import Row, read_jsonl
+from .style import Look, looks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +26,39 @@ class Run:
     phases: list[dict[str, Any]]  # metrics.jsonl
     summary: dict[str, Any]
     config: str  # the text of config.yaml
+    settings: dict[str, Any]  # what it says
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         """Return the phases of one kind, in the order in which they were committed."""
         return [phase for phase in self.phases if phase.get("kind") == kind]
+
+    @functools.cached_property
+    def methods(self) -> list[str]:
+        """The methods in the order of the config, so that none changes its colour while a run goes on."""
+        planned = self.settings.get("methods")
+        named = [str(name) for name in planned] if isinstance(planned, dict) else []
+        named += [row["method"] for row in self.rows if row["method"] != "base"]
+        named += [owner for phase in self.phases if "method" in phase for owner in owners(phase) if owner != "base"]
+        return list(dict.fromkeys(named))
+
+    @functools.cached_property
+    def looks(self) -> dict[str, Look]:
+        """How each method is drawn, everywhere on the page."""
+        swept = {row["method"] for row in self.rows if row.get("coefficient") is not None}
+        swept |= {name for name in self.methods if self.setting("methods", name, "probe", "kind") == "line"}
+        return looks(self.methods, swept)
+
+    def setting(self, *path: str) -> Any:
+        """What the config says under a path of keys; None where it says nothing."""
+        found: Any = self.settings
+        for key in path:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
+
+
+def owners(phase: Row) -> list[str]:
+    """List the methods that a phase was done for."""
+    return [str(phase.get("method", "all")), *map(str, phase.get("shared_by") or ())]
 
 
 def read_run(run_dir: str | os.PathLike[str]) -> Run:
@@ -63,4 +95,5 @@ def read_run(run_dir: str | os.PathLike[str]) -> Run:
         phases=phases,
         summary=summary,
         config=config.read_text(encoding="utf-8", errors="replace") if config.exists() else "",
+        settings=read_yaml(config) if config.exists() else {},
     )

@@ -4,57 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..log import format_percent, format_seconds
 from ..runtime.jsonl import Row
-from .html import Bar, Cell, Table, cut, part
+from .html import Bar, Cell, Table, part
+from .read import owners
 from .rows import DOMAIN_NAMES, format_interval, method_label, pooled_rows
-from .style import looks
+from .verdict import compared_at, format_interval_of, format_points, last_pairs
 
 if TYPE_CHECKING:
     from .read import Run
 
 PHASES = {
     "load": "loading", "sample": "sampling", "select": "selecting", "sft": "fine-tuning", "merge": "merging",
-    "evaluate": "evaluating", "save": "saving",
+    "evaluate": "evaluating", "probe": "probing", "rank": "ranking", "save": "saving",
 }  # fmt: skip
-
-
-def methods(run: Run) -> list[str]:
-    """List the methods that were evaluated, in the order in which they first appear."""
-    return list(dict.fromkeys(row["method"] for row in run.rows))
-
-
-def _colour(run: Run, method: str) -> str:
-    return looks(methods(run))[method].css
-
-
-def format_points(value: float, digits: int = 1) -> str:
-    """Write a difference of shares in percentage points, with its sign."""
-    return f"{100 * value:+.{digits}f}".replace("-", "−")
-
-
-def _points_interval(pair: Row) -> str:
-    return f"[{format_points(pair['low'])}, {format_points(pair['high'])}]"
 
 
 def _number(value: Any, form: str = ",") -> str:
     return "–" if value is None or (isinstance(value, float) and not math.isfinite(value)) else format(value, form)
-
-
-def facts(run: Run) -> str:
-    """Say in one line what ran where, and for how long."""
-    seconds = run.summary.get("seconds") or sum(phase.get("seconds", 0.0) for phase in run.phases)
-    rounds = max((row["round"] for row in run.rows), default=0)
-    parts = [
-        f"{rounds} round{'' if rounds == 1 else 's'}" if rounds else "",
-        ", ".join(methods(run)),
-        format_seconds(seconds) + (f" on {run.summary['device']}" if "device" in run.summary else ""),
-        f"commit {str(run.summary['commit'])[:12]}" if run.summary.get("commit") else "",
-    ]
-    return " · ".join(part for part in parts if part)
 
 
 def last_rounds(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
@@ -68,14 +38,13 @@ def last_rounds(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
     return last
 
 
-def headline(run: Run) -> str:
-    """Show each method's last round, in and out of domain, beside the base."""
+def headline(run: Run, meaning: str) -> str:
+    """Show each method's last round, in and out of domain, beside the base; `meaning` says what is beyond chance."""
     last = last_rounds(pooled_rows(run.rows))
     if not last:
         return ""
     base = last.get("base", {})
-    pairs = run.summary.get("paired", ())
-    paired = {(p["a"], p["b"], p.get("round"), p["domain"], p.get("split", "test")): p for p in pairs}
+    paired = compared_at(run.summary.get("paired") or ())
     cards = []
     for method, cells in last.items():
         lines = []
@@ -85,20 +54,20 @@ def headline(run: Run) -> str:
                 continue
             small = format_interval(row)
             if method != "base" and domain in base:
-                pair = paired.get((method, "base", row["round"], domain, row.get("split", "test")))
+                pair = paired.get((method, row["round"], domain, row.get("split", "test")))
                 small = f"{format_points(row['accuracy'] - base[domain]['accuracy'])} points"
                 if pair:
-                    small = f"{format_points(pair['difference'])} {_points_interval(pair)}"
+                    small = f"{format_points(pair['difference'])} {format_interval_of(pair)}"
             lines.append((DOMAIN_NAMES[domain], format_percent(row["accuracy"]), small))
         rounds = max(row["round"] for row in cells.values())
         title = method + ("" if method == "base" else f" after round {rounds}")
-        cards.append({"css": _colour(run, method), "title": title, "lines": lines})
+        cards.append({"css": run.looks[method].css, "title": title, "lines": lines})
     below = (
         "for the base its 95 % interval, for the others the change against the base in points, with the 95 % interval"
         " of the paired difference where it was measured"
     )
     note = f"Share of questions answered right. Below it: {below if base else 'its 95 % interval'}."
-    return part("headline", cards=cards, note=note)
+    return part("headline", cards=cards, note=note, meaning=meaning)
 
 
 def _accuracy_cell(row: Row | None, n: int | None) -> str | Cell:
@@ -109,14 +78,18 @@ def _accuracy_cell(row: Row | None, n: int | None) -> str | Cell:
     return Cell(format_percent(row.get("accuracy")), f"{format_interval(row)}{count}{mark}")
 
 
+def in_order(domains: Collection[str]) -> list[str]:
+    """Order domains as tables show them: first the two that the claim is about."""
+    known = [d for d in ("id", "ood", "harder", "unseen") if d in domains]
+    return known + sorted(set(domains) - set(known))
+
+
 def accuracy_table(run: Run) -> str:
     """Show method × round × domain, and every row as it was measured behind a fold."""
     rows = pooled_rows(run.rows)
     if not run.rows:
         return part("paragraph", text="Nothing has been evaluated yet.")
-    # The two that the claim is about first: a telephone shows no more without scrolling.
-    domains = [d for d in ("id", "ood", "harder", "unseen") if any(row["domain"] == d for row in rows)]
-    domains += sorted({row["domain"] for row in rows} - set(domains))
+    domains = in_order({row["domain"] for row in rows})
     common: dict[str, int | None] = {}  # n, said once in the head where a domain has the same everywhere
     for domain in domains:
         counts = {row.get("n") for row in rows if row["domain"] == domain}
@@ -163,23 +136,43 @@ def accuracy_table(run: Run) -> str:
 
 
 def paired_table(run: Run) -> str:
-    """Show differences between two models on the same questions."""
+    """Show differences between two models on the same questions: the last round's, and all behind a fold."""
     pairs = run.summary.get("paired") or []
     if not pairs:
         return ""
-    body = []
+    last = last_pairs(pairs)
+    caption = "Difference in percentage points on the same questions, with its 95 % interval"
+    shown = part("table", t=differences(last, f"{caption}; last round."))
+    if len(last) < len(pairs):
+        every = differences(pairs, f"{caption}; every round.")
+        shown += part("folded", summary=f"All {len(every.rows)} pairs of models", t=every)
+    return shown
+
+
+def differences(pairs: Sequence[Row], caption: str) -> Table:
+    """Make the table of some paired differences: a row a pair of models, a column a domain and split."""
+    columns: dict[tuple[str, str], set[int | None]] = {}
+    rows: dict[tuple[str, str, int | None], dict[tuple[str, str], Row]] = {}
     for p in pairs:
-        test = p.get("split", "test") == "test"
-        body.append(
-            [
-                f"{p['a']} − {p['b']}", _number(p.get("round")),
-                f"{DOMAIN_NAMES.get(p['domain'], p['domain'])}" + ("" if test else f" ({p['split']})"),
-                format_points(p["difference"]), _points_interval(p), _number(p.get("n")),
-            ]
-        )  # fmt: skip
-    caption = "Difference in percentage points on the same questions. Green lies above zero, orange below."
-    head = ["difference", "round", "domain", "points", "95 % interval", "n"]
-    return part("table", t=Table(head, body, caption, left=(0, 2)))
+        column = p["domain"], p.get("split", "test")
+        columns.setdefault(column, set()).add(p.get("n"))
+        rows.setdefault((p["a"], p["b"], p.get("round")), {})[column] = p
+    heads = []
+    for (domain, split), counts in columns.items():
+        word = DOMAIN_NAMES.get(domain, domain) + ("" if split == "test" else f" ({split})")
+        heads.append(Cell(word, "n " + ", ".join(_number(n) for n in sorted(counts, key=lambda n: n or 0))))
+    body = [
+        [
+            f"{a} − {b}",
+            _number(number),
+            *(
+                Cell(format_points(p["difference"]), format_interval_of(p)) if (p := cells.get(column)) else "–"
+                for column in columns
+            ),
+        ]
+        for (a, b, number), cells in rows.items()
+    ]
+    return Table(["difference", "round", *heads], body, caption)
 
 
 def pass_table(run: Run) -> str:
@@ -200,11 +193,6 @@ def pass_table(run: Run) -> str:
     return part("table", t=Table(head, body, caption, left=(0, 2)))
 
 
-def owners(phase: Row) -> list[str]:
-    """List the methods that a phase was done for."""
-    return [str(phase.get("method", "all")), *map(str, phase.get("shared_by") or ())]
-
-
 def samples(run: Run) -> str:
     """Show how many samples each round drew, and what became of them."""
     tokens = {(p.get("round"), p.get("method")): p for p in run.of_kind("sample")}
@@ -213,7 +201,7 @@ def samples(run: Run) -> str:
         sampled, kept, correct = (int(p.get(key) or 0) for key in ("sampled", "kept", "correct"))
         unjudged = int(p.get("unjudged") or 0)
         wrong = max(sampled - correct - unjudged, 0)
-        parts = [("s2", kept), ("s0", max(correct - kept, 0)), ("s4", unjudged), ("faint", wrong)]
+        parts = [("n0", kept), ("n1", max(correct - kept, 0)), ("n2", unjudged), ("faint", wrong)]
         said = f"{kept} kept, {correct - kept} correct but not kept, {unjudged} not judged, {wrong} wrong"
         drawn = tokens.get((p.get("round"), p.get("method")), {})
         body.append(
@@ -235,7 +223,7 @@ def samples(run: Run) -> str:
         ]  # fmt: skip
     if not body:
         return ""
-    key = (("s2", "kept"), ("s0", "correct, not kept"), ("s4", "not judged"), ("faint", "wrong"))
+    key = (("n0", "kept"), ("n1", "correct, not kept"), ("n2", "not judged"), ("faint", "wrong"))
     head = ["method", "round", "share", "sampled", "correct", "duplicates", "not judged", "kept"]
     head += ["questions solved", "tokens/s"]
     caption = "Samples drawn for training, and what became of them:"
@@ -244,27 +232,6 @@ def samples(run: Run) -> str:
         columns = ["method", "round", "family", "sampled", "correct", "share"]
         result += part("folded", summary="By family", t=Table(columns, shares, "Samples by family.", left=(0, 2)))
     return result
-
-
-def examples(run: Run) -> str:
-    """Show some of the sampled solutions, folded, as text and nothing else."""
-    groups = []
-    for p in run.of_kind("select"):
-        shown = [
-            {
-                "accepted": bool(e.get("accepted")),
-                "question": (question := cut(e.get("question", ""))),
-                "short": question if len(question) <= 110 else question[:109] + "…",
-                "text": cut(e.get("text", "")),
-                "answer": cut(e.get("answer", "")),
-                "score": "not judged" if e.get("score") is None else f"score {e['score']:g}",
-                "reason": None if e.get("reason") is None else cut(e["reason"]),
-            }
-            for e in p.get("examples") or ()
-        ]
-        if shown:
-            groups.append((f"Round {_number(p.get('round'))} · {', '.join(owners(p))}", shown))
-    return part("examples", groups=groups) if groups else ""
 
 
 def time(run: Run) -> str:
@@ -279,7 +246,7 @@ def time(run: Run) -> str:
     body = []
     for kind, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         share = format_percent(seconds / total)
-        drawn = Bar([("s0", seconds), ("faint", total - seconds)], share)
+        drawn = Bar([("n0", seconds), ("faint", total - seconds)], share)
         body.append([PHASES.get(kind, kind), drawn, share, format_seconds(seconds)])
     phases = [
         [

@@ -59,7 +59,7 @@ def counted(title: str, unit: str, counts: Mapping[str, int], what: str) -> Tabl
     """A histogram as a table with bars."""
     most, total = max(counts.values()), sum(counts.values())
     body = [
-        [key, Bar([("s0", n), ("faint", most - n)] if most else [("faint", 1)], f"{n} {what}"), f"{n:,}"]
+        [key, Bar([("n0", n), ("faint", most - n)] if most else [("faint", 1)], f"{n} {what}"), f"{n:,}"]
         for key, n in counts.items()
     ]
     return Table([unit, "", what], body, f"{title} ({total:,}).", left=(0, 1))

@@ -12,7 +12,7 @@ import json
 import platform
 import subprocess
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,17 +130,27 @@ def provenance(command: str, devices: int) -> dict[str, Any]:
     """What made a result: versions, device, command, commit."""
     device = jax.devices()[0]
     return {
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "versions": {"python": platform.python_version()} | versions(PACKAGES),
         "device": f"{device.platform} × {devices} ({device.device_kind})",
         "command": command,
         "commit": commit(),
     }
 
 
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
 def commit() -> str | None:
-    """The checkout's commit, or None where there is no checkout."""
-    here = Path(__file__).parent
-    result = subprocess.run(
-        ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-    )
+    """The checkout's commit, or None where there is no checkout, or no git."""
+    words = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    try:
+        result = subprocess.run(words, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
     return result.stdout.strip() or None if result.returncode == 0 else None

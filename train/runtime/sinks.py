@@ -1,4 +1,4 @@
-"""Where the metrics of a run's steps go, one protocol for all: JSON lines always, TensorBoard and W&B on request."""
+"""Where metrics go, of steps and of rounds, one protocol for all: JSON lines, TensorBoard and W&B on request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from ..log import UserError, is_first_process, progress
 
 
 class Sink(Protocol):
-    """Takes the metrics of every step, in order. A resumed run gives those before its checkpoint once more."""
+    """Takes metrics in order, each with its `step`, and the value of its axis where that is not the step.
+
+    A run that is gone on with gives those before its checkpoint once more; no point may be there twice for that.
+    """
 
     def write(self, metrics: Mapping[str, float]) -> None: ...
 
@@ -39,43 +42,87 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars under `tensorboard/`; `tensorboard --logdir RUN` shows them."""
+    """Scalars under `tensorboard/`, and the config as hyper-parameters; `tensorboard --logdir RUN` shows them."""
 
-    def __init__(self, folder: pathlib.Path, *, name: str, config: Mapping[str, Any]):
-        del config
+    def __init__(self, folder: pathlib.Path, *, name: str, config: Mapping[str, Any], axis: str = "step"):
         from tensorboardX import SummaryWriter  # type: ignore[import-not-found]  # optional
 
-        # purge_step: of an interrupted process's events those from step 1 on are not shown.
-        self.writer = SummaryWriter(str(folder / "tensorboard" / name), purge_step=1)
+        # purge_step: of an interrupted process's events those from there on are not shown; they come again.
+        first = 1 if axis == "step" else 0
+        self.writer = SummaryWriter(str(folder / "tensorboard" / name), purge_step=first)
+        self.config, self.axis, self.seen = flat(config), axis, dict[str, None]()
 
     def write(self, metrics: Mapping[str, float]) -> None:
         for key, value in metrics.items():
-            if key != "step":
-                self.writer.add_scalar(key, value, int(metrics["step"]))
+            if key not in ("step", self.axis):
+                self.writer.add_scalar(key, value, int(metrics[self.axis]))
+                self.seen[key] = None
 
     def close(self) -> None:
+        from tensorboardX.summary import hparams  # type: ignore[import-not-found]  # optional
+
+        # Here and not by `add_hparams`, which begins a run of its own, apart from the curves.
+        experiment, session, _ = hparams(self.config, self.seen)
+        for summary in (experiment, session):
+            self.writer.file_writer.add_summary(summary)
         self.writer.close()
 
 
 class WandB:
-    """A Weights & Biases run below the run's folder; WANDB_MODE=offline keeps it there."""
+    """A Weights & Biases run below the run's folder; WANDB_MODE=offline keeps it there, for `wandb sync --append`."""
 
-    def __init__(self, folder: pathlib.Path, *, name: str, config: Mapping[str, Any]):
+    def __init__(self, folder: pathlib.Path, *, name: str, config: Mapping[str, Any], axis: str = "step"):
         import wandb  # type: ignore[import-not-found]  # optional
 
+        group = folder.resolve().name
         # The same id whenever the run goes on; steps already sent are not sent again.
-        identity = f"{folder.resolve().name}-{name}".replace("/", "-")
-        project = os.environ.get("WANDB_PROJECT", "jaxmerge")
+        identity = f"{group}-{name}".replace("/", "-")
         self.run = wandb.init(
-            project=project, name=name, id=identity, resume="allow", dir=str(folder), config=dict(config)
+            project=os.environ.get("WANDB_PROJECT", "jaxmerge"),
+            name=name,
+            id=identity,
+            group=group,
+            resume="allow",
+            # The metrics of rounds are open beside those of a phase's steps.
+            reinit="create_new",
+            dir=str(folder),
+            config=dict(config),
+            settings=wandb.Settings(console="off"),
         )
+        if axis != "step":
+            self.run.define_metric(axis)
+            self.run.define_metric("*", step_metric=axis)
+        # Offline nobody says which steps are there: a file beside them does.
+        self.sent = folder / "wandb" / f"{identity}.sent" if self.run.offline else None
+        self.next = int(self.sent.read_text()) if self.sent is not None and self.sent.exists() else self.run.step
 
     def write(self, metrics: Mapping[str, float]) -> None:
-        if metrics["step"] >= self.run.step:
-            self.run.log({k: v for k, v in metrics.items() if k != "step"}, step=int(metrics["step"]))
+        step = int(metrics["step"])
+        if step < self.next:
+            return
+        self.run.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
+        self.next = step + 1
+        if self.sent is not None:
+            self.sent.write_text(str(self.next))
 
     def close(self) -> None:
         self.run.finish()
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config as hyper-parameters, which are numbers and words: `sft.learning_rate`; lists are written out.
+
+    Example:
+      >>> flat({"sft": {"epochs": 2, "targets": ["a", "b"]}, "keep": None})
+      {'sft.epochs': 2, 'sft.targets': "['a', 'b']"}
+    """
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            found[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return found
 
 
 SINKS: dict[str, Callable[..., Sink]] = {"tensorboard": TensorBoard, "wandb": WandB}
@@ -96,25 +143,33 @@ def check_sinks(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def open_sinks(
-    steps: pathlib.Path, names: Sequence[str], *, folder: pathlib.Path, name: str, config: Mapping[str, Any]
+    steps: pathlib.Path | None,
+    names: Sequence[str],
+    *,
+    folder: pathlib.Path,
+    name: str,
+    config: Mapping[str, Any],
+    axis: str = "step",
 ) -> Iterator[Callable[[Mapping[str, float]], None]]:
     """Yield the function that writes a step's metrics everywhere; only the first process writes.
 
     Args:
-      steps: the file of JSON lines, written first.
+      steps: the file of JSON lines, written first; None where the metrics are in another file already.
       names: of SINKS.
       folder: of the run. name: of the phase, which tells those of one run apart.
       config: plain data, kept with the run where the sink can.
+      axis: the metric that the others are drawn over.
     """
     check_sinks(names)
     if not is_first_process():
         yield lambda metrics: None
         return
     with contextlib.ExitStack() as stack:
-        sinks: list[Sink] = [JsonLines(steps)]
-        stack.callback(sinks[0].close)
+        sinks: list[Sink] = [] if steps is None else [JsonLines(steps)]
+        for sink in sinks:
+            stack.callback(sink.close)
         for sink in names:
-            sinks.append(SINKS[sink](folder, name=name, config=config))
+            sinks.append(SINKS[sink](folder, name=name, config=config, axis=axis))
             stack.callback(sinks[-1].close)
 
         def write(metrics: Mapping[str, float]) -> None:

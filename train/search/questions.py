@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from ..data.rows import read_rows, stem_of
 from ..log import UserError
-from ..runtime.jsonl import numbered_jsonl
 from ..tasks import build_suite, extract_answer
 from ..tasks.code import CodeProblem, CodeTask
 from ..tasks.numbers import canonical, read_gold, same
@@ -47,7 +46,7 @@ class Item:
 
 def read_questions(config: Questions) -> list[Item]:
     """The questions, in the order of the file or of the families, each once."""
-    items = from_families(config) if config.families else from_file(Path(config.path))
+    items = from_families(config) if config.families else from_file(config.path)
     first: dict[str, Item] = {}
     for item in items:
         first.setdefault(item.id, item)
@@ -71,25 +70,23 @@ def from_families(config: Questions) -> list[Item]:
     return items
 
 
-def from_file(path: Path) -> list[Item]:
-    items = []
-    for number, line in numbered_jsonl(path):
+def from_file(path: str) -> list[Item]:
+    items, family = [], stem_of(path)
+    for place, line in read_rows(path):
         key = next((key for key in TEXTS if key in line), None)
         if key is None or not isinstance(line[key], str) or not line[key].strip():
-            raise UserError(
-                f"{path}:{number}: found the keys {', '.join(line)}; wanted a text under {', '.join(TEXTS)}"
-            )
+            raise UserError(f"{place}: found the keys {', '.join(line)}; wanted a text under {', '.join(TEXTS)}")
         text, answer = line[key], line.get("answer")
         if answer is not None and not isinstance(answer, (str, int, float)):
-            raise UserError(f"{path}:{number}: answer is {answer!r}; a text or a number is wanted")
+            raise UserError(f"{place}: answer is {answer!r}; a text or a number is wanted")
         answer = None if answer is None else str(answer)
-        id = str(line.get("id", line.get("task_id", question_id(path.stem, text))))
-        problem = read_problem(line, text, f"{path}:{number}")
+        id = str(line.get("id", line.get("task_id", question_id(family, text))))
+        problem = read_problem(line, text, place)
         if problem is not None and not problem.stub:
             text = PROGRAM.format(text=text.strip(), tests=problem.tests.strip())
         asked: list[dict[str, Any]] = [{"role": "user", "content": text}]
         verify = None if answer is None else functools.partial(equal, answer)
-        items.append(Item(id, path.stem, text, asked, answer, None if problem else verify, problem))
+        items.append(Item(id, family, text, asked, answer, None if problem else verify, problem))
     return items
 
 

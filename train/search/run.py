@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from ..data.hub import pin
 from ..data.versions import write_version
 from ..log import UserError, is_first_process, progress, say
 from ..models.open import Model, load_source, with_date
@@ -60,6 +61,7 @@ def search(config: SearchRun, *, name: str, out: Path | None = None, command: st
         cannot be read.
     """
     folder = out or Path("runs") / f"{name}-{fingerprint(content(config))}"
+    config = pin(config, folder, on_first)
     on_first(check_same_config, folder, config)
     items = read_questions(config.questions)
     prompts = load_prompts(config.questions.domain, config.prompts, reflects=config.search.reflects)

@@ -110,8 +110,8 @@ class Questions:
     """What is searched: a file, or families of problems."""
 
     path: str = ""
-    """Questions are read from this file: JSON lines with `question` (or `problem`, `prompt`), optionally `id` and
-    `answer`."""
+    """Questions are read from this file of JSON lines or this dataset of the hub, with `question` (or `problem`,
+    `prompt`), optionally `id` and `answer`."""
     families: tuple[FamilySpec, ...] = ()
     """The training questions of these families are taken instead of a file, with their verifiers."""
     domain: Domain = "mathematics"

@@ -104,10 +104,10 @@ class Correlation:
 
 
 def permutation_test(a: Sequence[float], b: Sequence[float], *, seed: int = 0, draws: int = DRAWS) -> Correlation:
-    r"""Test Spearman's :math:`\rho(a, b)` against the orders of b: how often is :math:`|\rho_\pi| \ge |\rho|`?
+    r"""Test Spearman's $\rho(a, b)$ against the orders of b: how often is $|\rho_\pi| \ge |\rho|$?
 
     Up to `EXACT` values every permutation is tried, and p is their share. Beyond, `draws` random ones are, and
-    :math:`p = (1 + \#\{|\rho_\pi| \ge |\rho|\}) / (1 + draws)`, which is never 0 and never too small on average.
+    $p = (1 + \#\{|\rho_\pi| \ge |\rho|\}) / (1 + draws)$, which is never 0 and never too small on average.
 
     Args:
       a, b: values of n layers each, n ≥ 2.

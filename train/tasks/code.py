@@ -1,7 +1,8 @@
 """Code with tests: problems, the program a completion makes of one, and who passes (`sandbox`, never this process).
 
 HumanEval comes with its package and is for testing alone; MBPP is read from local files; `functions.py` makes small
-problems for the miniature. Families for a run: `humaneval`, `mbpp` or `mbpp:NAME` with `args: {path: FILE.jsonl}`.
+problems for the miniature. Families for a run: `humaneval`, `mbpp` or `mbpp:NAME` with `args: {path: FILE.jsonl}`,
+or a dataset of the hub (origin.py).
 """
 
 from __future__ import annotations
@@ -174,16 +175,16 @@ def read_humaneval() -> tuple[CodeProblem, ...]:
     return tuple(problems)
 
 
-@functools.lru_cache(maxsize=4)
-def read_mbpp(path: Path) -> tuple[CodeProblem, ...]:
-    """Problems of a JSONL file in the form of MBPP: text or prompt, code, test_list.
+@functools.lru_cache(maxsize=8)
+def read_mbpp(path: str, split: str = "train") -> tuple[CodeProblem, ...]:
+    """Problems of a JSONL file or of a dataset on the hub in the form of MBPP: text or prompt, code, test_list.
 
     References:
       Austin et al., "Program Synthesis with Large Language Models", https://arxiv.org/abs/2108.07732
     """
-    from ..runtime.jsonl import numbered_jsonl
+    from ..data.rows import read_rows
 
-    return tuple(_mbpp_problem(row, f"{path}: line {number}") for number, row in numbered_jsonl(path))
+    return tuple(_mbpp_problem(row, place) for place, row in read_rows(path, split))
 
 
 def _mbpp_problem(row: Mapping[str, Any], place: str) -> CodeProblem:
@@ -308,9 +309,9 @@ class MbppTask(CodeTask):
     """Problems in the form of MBPP from a file; the model sees the tests, which name the function."""
 
     def problems(self, args: Mapping[str, Any]) -> Sequence[CodeProblem]:
-        if set(args) != {"path"} or not isinstance(args["path"], (str, os.PathLike)):
+        if not {"path"} <= set(args) <= {"path", "split"} or not isinstance(args["path"], (str, os.PathLike)):
             raise UserError(f"tasks: family {self.name} needs args: {{path: FILE.jsonl}}, found {dict(args)}")
-        return read_mbpp(Path(args["path"]))
+        return read_mbpp(str(args["path"]), args.get("split") or "train")
 
     def prompt(self, question: Question) -> Prompt:
         asked = wording.PROGRAM.format(text=question.text.strip(), tests=question.entry["tests"])

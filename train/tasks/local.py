@@ -1,12 +1,12 @@
-"""Questions from files on this machine: GSM8K, multiple choice, and free-form answers compared as mathematics.
+"""Questions from files and from the hub: GSM8K, multiple choice, and free-form answers compared as mathematics.
 
 A family is `gsm8k`, `choice` or `problem`, or one of these with a name of its own behind a colon (`choice:arc_easy`);
 its args say where the questions are:
 
     {family: gsm8k, domain: id, train: 64, test: 100, args: {path: gsm8k.jsonl, prompt: chat, extract: flexible}}
 
-`path` is a JSONL file or the folder of a TFDS version (then with `split`). Questions come in the order of the file, so
-`test: 100` takes the first hundred that are not asked for elsewhere.
+`path` is a JSONL file, the folder of a TFDS version, or a dataset of the hub; the last two have splits (origin.py).
+Questions come in the order of the file, so `test: 100` takes the first hundred that are not asked for elsewhere.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 from jaxmerge import install
 
 from ..log import UserError
 from . import cot, letters, numbers, wording
+from .origin import stamp
 from .task import Prompt, Question, Unjudged
 
 _UNIT = re.compile(r"\s*(\$?-?[\d.,]+)\s+[A-Za-z][A-Za-z /]*\.?\s*")
@@ -43,9 +43,8 @@ class LocalTask:
         """Yield (text, answer, solution, entry) of every question of the file, whatever the seed."""
         del seed, size
         chosen = self.options(args)
-        path = Path(str(args["path"]))
-        written = path.stat().st_mtime_ns if path.exists() else 0
-        for number, record in enumerate(read(path, str(args.get("split", "train")), self.formats, written), start=1):
+        path, split, ignore = str(args["path"]), args.get("split") or "train", tuple(args.get("ignore", ()))
+        for number, record in enumerate(read(path, split, self.formats, ignore, stamp(path)), start=1):
             try:
                 self.check_gold(record.answer)
             except (UserError, ValueError) as error:
@@ -62,7 +61,7 @@ class LocalTask:
 
     def options(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """The settings, checked."""
-        known = {"path", "split", *self.settings}
+        known = {"path", "split", "ignore", *self.settings}
         unknown = sorted(set(args) - known)
         if unknown:
             raise UserError(
@@ -70,6 +69,9 @@ class LocalTask:
             )
         if not isinstance(args.get("path"), (str, os.PathLike)):
             raise UserError(f"tasks: family {self.name} needs args: {{path: FILE.jsonl}}, found {dict(args)}")
+        ignore = args.get("ignore", ())
+        if not isinstance(ignore, list | tuple) or not all(isinstance(key, str) for key in ignore):
+            raise UserError(f"tasks: family {self.name}: ignore is {ignore!r}; a list of keys is wanted")
         for key, values in self.settings.items():
             if args.get(key, values[0]) not in values:
                 raise UserError(f"tasks: family {self.name}: {key} is {args[key]!r}; choose one of {', '.join(values)}")
@@ -220,22 +222,24 @@ def mathematics() -> tuple[Any, Any]:
 
 
 @functools.lru_cache(maxsize=8)
-def read(path: Path, split: str, formats: tuple[str, ...], written: int) -> tuple[Any, ...]:
-    """Records of a file or folder, of the formats a task understands; read once unless it is written again."""
+def read(path: str, split: str, formats: tuple[str, ...], ignore: tuple[str, ...], written: int) -> tuple[Any, ...]:
+    """Records of a file, folder or dataset, of the formats a task understands; read once unless it is written again."""
     del written
     from ..data.builders import read_folder, read_records
     from ..data.formats import detect
-    from ..runtime.jsonl import numbered_jsonl
+    from ..data.rows import is_rows, read_rows
 
-    if path.is_dir():
+    if not is_rows(path):
         return tuple(read_folder(path, split))
-    lines = numbered_jsonl(path)
-    form = detect(lines[0][1]) if lines else ""
+    rows = read_rows(path, split)
+    form = detect({key: value for key, value in rows[0][1].items() if key not in ignore}) if rows else ""
     if form not in formats:
         raise UserError(f"{path}: its lines are of the format {form or '(none)'}; wanted {' or '.join(formats)}")
-    return tuple(read_records(path, form))
+    return tuple(read_records(path, form, ignore=ignore, split=split))
 
 
+TASK_OF = {"gsm8k": "gsm8k", "choices": "choice", "problem": "problem", "mbpp": "mbpp"}
+"""Format of a file's lines → the task by which they are asked and judged."""
 LOCAL: dict[str, type[LocalTask]] = {"gsm8k": Gsm8kTask, "choice": ChoiceTask, "problem": ProblemTask}
 
 

@@ -39,8 +39,8 @@ class FamilySpec:
     """How many questions of one family to draw, and from which ranges.
 
     Attributes:
-      family: The questions come from the generator of this name, or from a file for gsm8k, choice and problem
-        (docs/data.md).
+      family: The questions come from the generator of this name, or from a file or a dataset of the hub for gsm8k,
+        choice, problem and mbpp (docs/data.md).
       domain: Its accuracy is reported under this word: id is learnt from; harder, ood and unseen are not.
       args: These are the generator's own settings, such as `{"min_value": 1, "max_value": 130}`.
       train: This many training questions are drawn; only the in-domain family needs them.

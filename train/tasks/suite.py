@@ -15,6 +15,7 @@ from .compact import CompactTask
 from .functions import code_task
 from .judged import PREFIX, JudgedTask
 from .local import LocalTask, local_task
+from .origin import args_of
 from .reasoning import InstructTask
 from .settings import FamilySpec
 from .task import (
@@ -224,7 +225,8 @@ def _draw(
     ranges = sorted((k, repr(v)) for k, v in spec.args.items())
     start = draw_seed(seed, spec.family, spec.domain, split, ranges)
     useless = 0
-    for text, answer, solution, entry in _blocks(task, spec, start, limit=200 * wanted + 20_000):
+    args = args_of(spec.args, split, spec.family) if isinstance(task, LocalTask | MbppTask) else spec.args
+    for text, answer, solution, entry in _blocks(task, args, start, limit=200 * wanted + 20_000):
         key = normalise(text)
         if key in taken or key in elsewhere:
             useless += 1
@@ -247,8 +249,8 @@ def _draw(
 
 
 def _blocks(
-    task: Task, spec: FamilySpec, start: int, *, limit: int, block: int = 1000
+    task: Task, args: Mapping[str, Any], start: int, *, limit: int, block: int = 1000
 ) -> Iterator[tuple[str, str, str | None, dict]]:
     """Draw up to `limit` items in blocks: some generators refuse to be opened for many at once."""
     for offset in range(0, limit, block):
-        yield from task.draw(spec.args, start + offset, block)
+        yield from task.draw(args, start + offset, block)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxmerge.files.checkpoints.classes import says_head
+from jaxmerge.files.checkpoints.safetensors import NotHere
 from jaxmerge.files.checkpoints.source import BLOCK_BYTES, Source, Tensor
 
 TIE = "tie_word_embeddings"
@@ -89,7 +90,12 @@ def drop_tied_head(name: str, tensors: dict[str, Tensor], config: Mapping[str, A
     if found is None or found[1] not in tensors or not _says_tied(config, default=False):
         return ()
     embedding, head = found
-    if not have_same_bits(tensors[head], tensors[embedding]):
+    try:
+        same = have_same_bits(tensors[head], tensors[embedding])
+    except NotHere:
+        del tensors[head]
+        return (f"{name}: config.json says that {head} is the embedding; whether it is, is seen where both are read",)
+    if not same:
         raise ValueError(
             f"{name}: config.json says {TIE}, but {head} differs from {embedding}; set it to false to merge both, or "
             "remove the head"

@@ -16,20 +16,25 @@ from jaxmerge.files.checkpoints.source import Source, Tensor, nothing
 from jaxmerge.files.documents import read_json
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, *, headers_only: bool = False) -> Source:
     """Open the checkpoint that a recipe's model string names; of what is here nothing but headers is read.
 
     Args:
       name: a Hugging Face folder; a file of safetensors or GGUF; a folder of one GGUF file; an Orbax checkpoint;
         `model+adapter`, split at the last plus sign; or a hub name `org/model` or `org/model@revision`, which is
         downloaded unless it has been. An adapter may be a hub name too.
+      headers_only: of a hub's model that is not here, what lies beside the weights and the headers of the weights are
+        fetched. Its tensors cannot be read. Adapters are downloaded whole.
 
     Raises:
       ValueError: there is no model, or it is damaged or of a format not known; says what was looked for and found.
     """
     if "+" in name and not pathlib.Path(name).expanduser().exists():
-        return _open_adapted(name)
-    path = find(name)
+        return _open_adapted(name, headers_only)
+    path = find_here(name)
+    if path is None and headers_only and hub.is_hub_name(name):
+        return _open_described_on_the_hub(name)
+    path = path or find(name)
     if path is not None:
         return _open_path(name, path)
     raise ValueError(
@@ -38,8 +43,17 @@ def open_source(name: str) -> Source:
     )
 
 
-def find(name: str) -> pathlib.Path | None:
+def find(name: str, *, weights: bool = True) -> pathlib.Path | None:
     """Return the file or folder that a name stands for, a hub's model downloaded; None if there is none such.
+
+    Without `weights`, of a hub's model what lies beside them is downloaded alone.
+    """
+    here = find_here(name)
+    return hub.fetch(name, weights=weights) if here is None and hub.is_hub_name(name) else here
+
+
+def find_here(name: str) -> pathlib.Path | None:
+    """Return the file or folder of that name.
 
     A revision after the name of a folder that is here has no effect: a folder has one state.
     """
@@ -47,7 +61,7 @@ def find(name: str) -> pathlib.Path | None:
         path = pathlib.Path(text).expanduser()
         if text and path.exists():
             return path
-    return hub.fetch(name) if hub.is_hub_name(name) else None
+    return None
 
 
 def _open_path(name: str, path: pathlib.Path) -> Source:
@@ -107,6 +121,18 @@ def open_folder(name: str, folder: pathlib.Path) -> Source:
     return _described(name, folder, stored, notes)
 
 
+def _open_described_on_the_hub(name: str) -> Source:
+    """Open a hub's model by its headers; if it lies in the cache of the hub's client, as it is there."""
+    folder, weights = hub.describe(name)
+    _check_no_adapter(name, folder)
+    if weights is None:
+        return open_folder(name, folder)
+    stored, notes = shards.open_folder(folder, weights)
+    size = sum(tensor.size for tensor in stored.values())
+    notes = (*notes, f"{name} is not downloaded: its headers alone were read; it has {size / 1e9:.2f} GB of weights")
+    return _described(name, folder, stored, notes)
+
+
 def _file(name: str, path: pathlib.Path) -> Source:
     """Open a single file of safetensors; what describes a model is taken from beside it only if it is its folder's."""
     folder = path.parent
@@ -141,10 +167,10 @@ def _described(
     return Source(name, folder, tensors, plain.config, files, notes, companions, plain.natural)
 
 
-def _open_adapted(name: str) -> Source:
+def _open_adapted(name: str, headers_only: bool) -> Source:
     base, _, adapter = name.rpartition("+")
     folder = find_adapter(adapter, name)
-    return dataclasses.replace(adapters.apply(open_source(base), folder), name=name)
+    return dataclasses.replace(adapters.apply(open_source(base, headers_only=headers_only), folder), name=name)
 
 
 def find_adapter(adapter: str, name: str) -> pathlib.Path:

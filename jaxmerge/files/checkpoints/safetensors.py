@@ -46,9 +46,13 @@ SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000
 
 
+class NotHere(ValueError):
+    """The file of a tensor is on the hub, and its header alone was read."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: `size` bytes from `offset` in `file`, which stays open as `opened`."""
+    """Where a tensor lies: `size` bytes from `offset` in `file`, which stays open as `opened`; None: it is not here."""
 
     name: str
     dtype: np.dtype
@@ -56,7 +60,7 @@ class Stored:
     file: pathlib.Path
     offset: int
     size: int
-    opened: OpenFile = dataclasses.field(repr=False, compare=False)
+    opened: OpenFile | None = dataclasses.field(repr=False, compare=False)
 
     @property
     def where(self) -> str:
@@ -68,6 +72,8 @@ class Stored:
 
     def read_into(self, buffer: np.ndarray, start: int = 0) -> None:
         """Fill `buffer` (uint8) with the bytes from byte `start` of the tensor on."""
+        if self.opened is None:
+            raise NotHere(f"{self.file} is not downloaded, for a dry run reads headers alone; run it without")
         view = memoryview(buffer)
         at = self.offset + start
         while view:
@@ -96,16 +102,7 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the safetensors header is a {type(header).__name__}, wanted a JSON object")
     header.pop("__metadata__", None)
-    tensors = [_stored(name, entry, opened, 8 + size) for name, entry in header.items()]
-    tensors.sort(key=lambda tensor: (tensor.offset, tensor.size))
-    at = 8 + size
-    for tensor in tensors:
-        if tensor.offset != at:
-            raise ValueError(
-                f"{path}: tensor {tensor.name!r} begins at byte {tensor.offset}, wanted {at}, where the one before it "
-                "ends; the file is damaged, copy it again"
-            )
-        at += tensor.size
+    tensors, at = entries_of(path, header, opened, 8 + size)
     if at > length:
         last = next(tensor for tensor in tensors if tensor.offset + tensor.size > length)
         raise ValueError(
@@ -117,6 +114,29 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
     return {tensor.name: tensor for tensor in tensors}
 
 
+def entries_of(
+    path: pathlib.Path, header: Mapping[str, Any], opened: OpenFile | None, at: int
+) -> tuple[list[Stored], int]:
+    """Return the tensors that a header describes, in the order of their bytes, and where the last one ends.
+
+    Args:
+      path: of the file, for messages.
+      header: name → dtype, shape and offsets.
+      opened: the file; None if it is not here.
+      at: where the data begin.
+    """
+    tensors = [_stored(name, entry, path, opened, at) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.size))
+    for tensor in tensors:
+        if tensor.offset != at:
+            raise ValueError(
+                f"{path}: tensor {tensor.name!r} begins at byte {tensor.offset}, wanted {at}, where the one before it "
+                "ends; the file is damaged, copy it again"
+            )
+        at += tensor.size
+    return tensors, at
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -126,9 +146,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _stored(name: str, entry: Any, opened: OpenFile, begin: int) -> Stored:
+def _stored(name: str, entry: Any, path: pathlib.Path, opened: OpenFile | None, begin: int) -> Stored:
     """Check a tensor's entry; the data begin at byte `begin` of the file."""
-    path = opened.path
     if not isinstance(entry, dict) or {"dtype", "shape", "data_offsets"} - set(entry):
         raise ValueError(f"{path}: tensor {name!r} is described by {entry!r:.100}, wanted dtype, shape, data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

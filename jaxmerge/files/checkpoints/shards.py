@@ -7,7 +7,9 @@ not name is left out. Where a folder holds more than what is read, a note says s
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+from collections.abc import Callable
 
 from jaxmerge.files.checkpoints.safetensors import INDEX, SINGLE, Stored, read_header
 from jaxmerge.files.documents import read_json, some
@@ -15,19 +17,37 @@ from jaxmerge.files.documents import read_json, some
 LISTED = 3  # names in a message
 
 
-def open_folder(folder: pathlib.Path) -> tuple[dict[str, Stored], tuple[str, ...]]:
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model's files of weights by their names. has: whether there is such a file. header: reads its tensors."""
+
+    has: Callable[[str], bool]
+    header: Callable[[str], dict[str, Stored]]
+
+
+def weights_in(folder: pathlib.Path) -> Weights:
+    """The files of weights that lie in a folder."""
+    return Weights(lambda name: (folder / name).exists(), lambda name: read_header(folder / name))
+
+
+def open_folder(folder: pathlib.Path, weights: Weights | None = None) -> tuple[dict[str, Stored], tuple[str, ...]]:
     """Return every tensor of a Hugging Face folder by name, and notes on what was left out.
+
+    Args:
+      folder: holds config.json and, where there is one, the index.
+      weights: the files of weights; by default those in the folder.
 
     Raises:
       ValueError: there are no tensors, a file that the index names is missing or damaged, or lies outside the folder.
     """
     if not folder.is_dir():
         raise ValueError(f"model {str(folder)!r} is no folder here; give the path of a Hugging Face folder")
-    index, single = folder / INDEX, folder / SINGLE
-    if single.exists():
-        return check_elements(folder, read_header(single)), _beside(folder)
+    weights = weights or weights_in(folder)
+    index = folder / INDEX
+    if weights.has(SINGLE):
+        return check_elements(folder, weights.header(SINGLE)), _beside(folder)
     if index.exists():
-        tensors, notes = _open_shards(folder, _read_index(index))
+        tensors, notes = _open_shards(folder, read_index(index), weights)
         return check_elements(folder, tensors), notes
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -47,7 +67,7 @@ def _beside(folder: pathlib.Path) -> tuple[str, ...]:
     )
 
 
-def _read_index(index: pathlib.Path) -> dict[str, str]:
+def read_index(index: pathlib.Path) -> dict[str, str]:
     """Read tensor name → file name."""
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
@@ -61,13 +81,15 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
     return placed
 
 
-def _open_shards(folder: pathlib.Path, placed: dict[str, str]) -> tuple[dict[str, Stored], tuple[str, ...]]:
+def _open_shards(
+    folder: pathlib.Path, placed: dict[str, str], weights: Weights
+) -> tuple[dict[str, Stored], tuple[str, ...]]:
     tensors: dict[str, Stored] = {}
     unnamed: list[str] = []
     for shard in sorted(set(placed.values())):
-        if not (folder / shard).exists():
+        if not weights.has(shard):
             raise ValueError(f"{folder / shard} is missing, though {INDEX} names it; copy the whole folder")
-        found = read_header(folder / shard)
+        found = weights.header(shard)
         tensors |= {name: tensor for name, tensor in found.items() if placed.get(name) == shard}
         unnamed += [f"{name} of {shard}" for name in found if placed.get(name) != shard]
     lost = sorted(set(placed) - set(tensors))

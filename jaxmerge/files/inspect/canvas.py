@@ -169,7 +169,9 @@ class Canvas:
         made.set_transform(self.pixels)
         self.figure.add_artist(made)
 
-    def rect(self, x: float, y: float, width: float, height: float, fill: str | int, said: str = "", **options) -> None:
+    def rect(
+        self, x: float, y: float, width: float, height: float, fill: str | int, said: str = "", **options: Any
+    ) -> None:
         """Draw a rectangle in pixels; `said` is told to a pointer over it."""
         from matplotlib.patches import Rectangle
 

@@ -159,7 +159,7 @@ class Workspace:
 def summarise(total: Moments) -> dict[str, Any]:
     r"""Turn sums into measures, as plain numbers; None where one is not defined (0/0).
 
-    norm :math:`\|a\|`; for each model norm :math:`\|d\|`, relative :math:`\|d\|/\|a\|`, cosine of a and x, largest
+    norm $\|a\|$; for each model norm $\|d\|$, relative $\|d\|/\|a\|$, cosine of a and x, largest
     max|d|, changed and flipped as shares of the elements; for each pair of models the cosine of their deltas,
     overlap (share of elements that both change) and conflict (share of the overlap with opposite signs).
     """

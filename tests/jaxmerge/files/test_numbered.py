@@ -1,5 +1,7 @@
 """Keys of a config that speak of layers by number, for layers in a new order."""
 
+import re
+
 import pytest
 
 from jaxmerge.files.numbered import Order, rewrite
@@ -50,6 +52,51 @@ def test_a_step_of_experts_becomes_a_list():
     found = rewritten(part, [1, 0, 5, 3], 6)  # experts, none, none, experts
     assert (found["decoder_sparse_step"], found["mlp_only_layers"]) == (1, [1, 2])
     assert rewritten({**part, "mlp_only_layers": []}, [2, 3, 0, 1], 6)["decoder_sparse_step"] == 2
+
+
+def test_a_step_of_0_is_looked_at_where_transformers_divides_by_it():
+    part = {"num_hidden_layers": 2, "decoder_sparse_step": 0, "num_experts": 8}
+    said = "model 'a': config.json says decoder_sparse_step: {}, wanted a whole number but 0"
+    for step in (0, None, "2", 1.5, [1]):
+        with pytest.raises(ValueError, match=re.escape(said.format(repr(step)))):
+            rewritten({**part, "decoder_sparse_step": step}, [1, 0], 2)
+    assert rewritten(part, [0, 1], 2)["decoder_sparse_step"] == 0  # nothing of it changes
+    dense = {"decoder_sparse_step": 1, "mlp_only_layers": [0, 1]}
+    for more in ({"num_experts": 0}, {"mlp_only_layers": [0, 1]}):
+        found = rewritten({**part, **more}, [1, 0], 2)
+        assert {key: found[key] for key in dense} == dense
+    other = {"b": {"num_hidden_layers": 2, "decoder_sparse_step": 0}}
+    with pytest.raises(ValueError, match=re.escape(said.format(0).replace("'a'", "'b'"))):
+        rewritten({**part, "decoder_sparse_step": 2}, [0, ("b", 1)], 2, other)
+
+
+@pytest.mark.parametrize(
+    ("key", "own", "wrong"),
+    [
+        ("mlp_only_layers", [0], 3), ("first_k_dense_replace", 1, "2"), ("first_k_dense_replace", 1, None),
+        ("moe_layer_freq", 2, [0, 1]), ("layer_types", ["a", "b"], 7), ("hybrid_override_pattern", "M*", ["M"]),
+    ],
+)  # fmt: skip
+def test_what_another_model_says_in_another_form_is_refused_by_name(key, own, wrong):
+    part = {"num_hidden_layers": 2, key: own}
+    with pytest.raises(ValueError, match=f"config.json says {key}: ") as caught:
+        rewritten(part, [("b", 1), 0], 2, {"b": {"num_hidden_layers": 2, key: wrong}})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_layer_in_its_place_of_another_model_is_what_that_model_says():
+    part, other = (
+        {"num_hidden_layers": 2, "mlp_only_layers": only, "dtype": name} for only, name in (([], "x"), ([1], "y"))
+    )
+    assert rewritten(part, [0, ("b", 1)], 2, {"b": other})["mlp_only_layers"] == [1]
+    assert rewritten(part, [0, ("b", 1)], 2, {"b": {**part, "dtype": "y", "num_kv_shared_layers": None}}) == part
+
+
+def test_layers_of_switch_transformers_stay():
+    """Its class makes both steps of these numbers, anew for every number of layers."""
+    part = {"num_hidden_layers": 4, "decoder_sparse_step": 2, "num_sparse_decoder_layers": 2}
+    with pytest.raises(ValueError, match="num_sparse_decoder_layers: 2, and no other order"):
+        rewritten(part, [0, 2], 4)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from jaxmerge.files.patterns import matches_module
+from jaxmerge.files.patterns import is_found, matches_module
 
 MODULES = (
     "q_proj", "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.11.self_attn.q_proj",
@@ -22,6 +22,11 @@ TAKEN = (
 def test_patterns_mean_what_they_mean_to_peft(pattern):
     found = [matches_module(pattern, module, "x") for module in MODULES]
     assert found == [re.match(rf"(.*\.)?({pattern})$", module) is not None for module in MODULES]
+
+
+@pytest.mark.parametrize("pattern", [*TAKEN, "_proj$", "^model", r"layers\.1\.", "(q|k)_proj$"])
+def test_patterns_are_found_where_python_finds_them(pattern):
+    assert [is_found(pattern, m, "x") for m in MODULES] == [re.search(pattern, m) is not None for m in MODULES]
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+b", r"(\w+\s?)*!", "(a|aa)+b", "(.*)*b", "(a*)*(a*)*(a*)*b"])

@@ -12,6 +12,7 @@ from jaxmerge.files.checkpoints import adapter, safetensors
 from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import read
 from jaxmerge.files.inspect.contents import contents, describe
+from jaxmerge.files.verdict import Unsure, as_json, table
 
 Q, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"
 SHAPES = {"model.embed_tokens.weight": (30, 8), Q: (8, 8), UP: (12, 8), "model.norm.weight": (8,)}
@@ -88,8 +89,8 @@ def test_a_tensor_that_is_not_what_the_recipe_says_is_named(here, verdict):
     assert (wrong.tensor, wrong.verdict) == (Q, verdict)
     if verdict == "wrong strength":
         assert wrong.strength == pytest.approx(0.5, abs=1e-3)
-    assert f"{verdict}: {Q}" in verify.table(report)
-    assert json.loads(verify.as_json(report))["wrong"][0]["tensor"] == Q
+    assert f"{verdict}: {Q}" in table(report)
+    assert json.loads(as_json(report))["wrong"][0]["tensor"] == Q
 
 
 def test_another_prefix_and_a_wrong_shape(here):
@@ -132,10 +133,10 @@ def test_an_adapter_that_somebody_else_merged(here, share, verdict, dtype):
 
 
 def test_what_cannot_be_told_and_what_cannot_be_read(here):
-    with pytest.raises(verify.Unsure, match=r"has neither merge\.json nor mergekit_config\.yml"):
+    with pytest.raises(Unsure, match=r"has neither merge\.json nor mergekit_config\.yml"):
         verify.verify("one")
     pathlib.Path("one/mergekit_config.yml").write_text("merge_method: linear\nmodels: [{model: gone}]\n")
-    with pytest.raises(verify.Unsure, match="'gone' is no folder"):
+    with pytest.raises(Unsure, match="'gone' is no folder"):
         verify.verify("one")
     with pytest.raises(ValueError, match="no folder or file here"):
         verify.verify("nowhere")

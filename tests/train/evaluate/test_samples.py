@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from train.evaluate import diversity, memorise
+from train.evaluate import answer, diversity, memorise
 from train.evaluate.diversity import Answered, answer_entropy, answer_of, grouped, interval, pass_at_k, pass_curve
 from train.report import analysis_samples as sections_samples
 from train.runtime.jsonl import write_jsonl
@@ -190,3 +190,28 @@ def test_limem_by_hand(suite):
     assert calls[1] == [pairs[q.id].id for q in questions[:3]], "twins of solved questions alone are asked"
     none = memorise.memorisation(lambda asked: dict.fromkeys((q.id for q in asked), 0.0), questions, pairs)
     assert (none["score"], none["consistency"]) == (0.0, None)
+
+
+# --- answers that a report shows -----------------------------------------------------------------------------
+
+
+def test_a_report_shows_the_first_questions_of_each_family_whatever_became_of_them():
+    def ask(family, domain, split, count):
+        name = f"{family}-{domain}-{split}"
+        return [Question(f"{name}-{i}", family, domain, split, f"{i}?", str(i), None, {}) for i in range(count)]
+
+    def chosen(questions, score):
+        said = [{"question_id": q.id, "sample": 0, "text": f"says {q.id}", "score": score} for q in questions]
+        return answer.to_show(questions, said)
+
+    questions = ask("gcd", "id", "validation", 3) + ask("gcd", "id", "test", 3) + ask("sums", "ood", "validation", 1)
+    shown = chosen(questions, 0.0)
+    assert [e["question_id"] for e in shown] == ["gcd-id-test-0", "sums-ood-validation-0", "gcd-id-test-1"]
+    assert [e["question_id"] for e in chosen(questions, 1.0)] == [e["question_id"] for e in shown]
+    assert shown[0] == {
+        "question_id": "gcd-id-test-0", "family": "gcd", "domain": "id", "question": "0?", "answer": "0",
+        "text": "says gcd-id-test-0", "score": 0.0,
+    }  # fmt: skip
+    many = [q for i in range(9) for q in ask(f"family{i}", "ood", "test", 5)]
+    families = [e["family"] for e in chosen(many, None)]
+    assert families == [f"family{i}" for i in (*range(9), 0, 1, 2)], "each once before one is seen twice"

@@ -70,7 +70,7 @@ def lines(path: Path) -> list[dict]:
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     config = small(folder)
-    from_outside("improve", config, f"out={folder / 'run'}")
+    (folder / "said").write_text(from_outside("improve", config, f"out={folder / 'run'}").stdout)
     return config, folder / "run"
 
 
@@ -89,6 +89,38 @@ def test_a_run_leaves_what_a_program_expects(undisturbed):
     assert (run / "report.html").read_text().startswith("<!doctype html>")
     assert list(run.glob("samples/plain/1.0.0/*array_record*"))
     assert not list(run.glob("checkpoints/**/state")), "the optimiser state goes once the phase is committed"
+
+
+def test_the_terminal_and_the_page_say_how_far_the_run_is(undisturbed):
+    _, run = undisturbed
+    phases = [line["phase"] for line in lines(run / "metrics.jsonl")]
+    said = re.findall(r"^phase (\d+) of (\d+) is done: (\S+) \(.*\)$", (run.parent / "said").read_text(), flags=re.M)
+    assert said == [(str(i + 1), str(len(phases)), name) for i, name in enumerate(phases)]
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["planned"], summary["left"]) == (phases, [])
+    page = (run / "report.html").read_text()
+    assert f"{len(phases)} of {len(phases)} phases are done." in page
+    assert "http-equiv" not in page
+    assert "random weights (2 layers, hidden size 32)" in page
+
+
+def test_the_page_shows_the_same_test_questions_of_every_model(undisturbed):
+    _, run = undisturbed
+    shown = [line["examples"] for line in lines(run / "metrics.jsonl") if line["kind"] == "evaluate"]
+    assert len(shown) == 3
+    asked = [[(e["question_id"], e["answer"]) for e in examples] for examples in shown]
+    assert asked[0] == asked[1] == asked[2]
+    assert [(e["domain"], e["family"]) for e in shown[0]] == [
+        ("id", "gcd"), ("harder", "gcd"), ("ood", "chain_sum"), ("id", "gcd"), ("harder", "gcd"), ("ood", "chain_sum"),
+    ]  # fmt: skip
+    for name, examples in zip(("base", "round-1/plain", "round-1/imm"), shown, strict=True):
+        path = run / "phases" / name / "evaluate"
+        scores = {r["question_id"]: r["score"] for r in lines(path / "scores.jsonl")}
+        texts = {r["question_id"]: r["text"] for batch in path.glob("batch-*.jsonl") for r in lines(batch)}
+        assert [(e["score"] == 1.0, e["text"]) for e in examples] == [
+            (scores[e["question_id"]] == 1.0, texts[e["question_id"]]) for e in examples
+        ]
+    assert (run / "report.html").read_text().count("<h4>expected</h4>") >= len(shown[0])
 
 
 def test_an_exported_model_has_a_card_with_its_accuracies(undisturbed, tmp_path):
@@ -154,6 +186,10 @@ def test_killed_anywhere_a_run_goes_on_and_ends_bit_identical(undisturbed, tmp_p
     batches: dict[Path, int] = {}
     for point, calls in KILLS:
         jaxmerge("improve", config, f"out={run}", point=point, calls=calls, code=-9)
+        page = (run / "report.html").read_text()
+        assert page.count('<meta http-equiv="refresh"') == 1
+        named = len(lines(run / "metrics.jsonl"))  # at "committed" the folder is renamed, and no more
+        assert re.search(rf"\b{named} of \d+ phases are done; next is", page), "each phase is on the page"
         for path, written in batches.items():
             final = Path(str(path).replace(".partial", ""))
             assert (path if path.exists() else final).stat().st_mtime_ns == written, f"{path} was sampled again"

@@ -68,6 +68,15 @@ def test_right_finished_and_new_samples_are_kept(suite, tokenizer, questions):
     assert {e["reason"] for e in counts["examples"]} == {"kept", "wrong", "unfinished"}
 
 
+def test_the_examples_of_a_report_are_of_different_questions(suite, tokenizer, questions):
+    wrong = [sample(tokenizer, q, f"#{90000 + i}", i) for q in questions[:6] for i in range(3)]
+    right = [sample(tokenizer, q, text, 9) for q in questions[:3] for text in (q.solution, f"#{q.answer}")]
+    _, counts = select(suite, tokenizer, questions, wrong + right)
+    shown = [(e["accepted"], e["question"]) for e in counts["examples"]]
+    assert shown == [(True, q.text) for q in questions[:3]] + [(False, q.text) for q in questions[: rounds.SHOWN]]
+    assert all(e["answer"] == {q.text: q.answer for q in questions}[e["question"]] for e in counts["examples"])
+
+
 def test_an_example_is_prompt_completion_and_one_end(suite, tokenizer, questions):
     a = questions[0]
     for reason in ("eos", "stop"):

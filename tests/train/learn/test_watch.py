@@ -182,11 +182,14 @@ def test_tensorboard_and_wandb_get_the_same_metrics(tmp_path, monkeypatch):
         def add_scalar(self, key, value, step):
             calls.append((key, value, step))
 
+        file_writer = types.SimpleNamespace(add_summary=lambda summary: calls.append(summary))
+
         def close(self):
             calls.append("close")
 
     class Run:
         step = 2  # what an interrupted process had sent
+        offline = False
 
         def log(self, metrics, step):
             calls.append(("log", metrics, step))
@@ -198,7 +201,15 @@ def test_tensorboard_and_wandb_get_the_same_metrics(tmp_path, monkeypatch):
         calls.append(("init", settings["id"], settings["config"], settings["resume"]))
         return Run()
 
-    for module, content in (("tensorboardX", {"SummaryWriter": SummaryWriter}), ("wandb", {"init": init})):
+    def hparams(config, metrics):
+        return ("config", config), ("metrics", list(metrics)), None
+
+    fakes = {
+        "tensorboardX": {"SummaryWriter": SummaryWriter},
+        "tensorboardX.summary": {"hparams": hparams},
+        "wandb": {"init": init, "Settings": lambda **given: given},
+    }
+    for module, content in fakes.items():
         fake = types.SimpleNamespace(**content, __spec__=object())  # what is not installed here, but for one test
         monkeypatch.setitem(sys.modules, module, fake)
     write_all(["tensorboard", "wandb"], tmp_path)
@@ -208,7 +219,7 @@ def test_tensorboard_and_wandb_get_the_same_metrics(tmp_path, monkeypatch):
         ("loss", 2.5, 1), ("skipped", 0, 1),
         ("loss", 1.5, 2), ("skipped", 1, 2), ("held_out_loss", 2.0, 2),
         ("log", {"loss": 1.5, "skipped": 1, "held_out_loss": 2.0}, 2),
-        "finish", "close",
+        "finish", ("config", {"a": 1}), ("metrics", ["loss", "skipped", "held_out_loss"]), "close",
     ]  # fmt: skip
 
 

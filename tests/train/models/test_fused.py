@@ -98,8 +98,8 @@ def test_splash_on_a_mesh_is_the_plain_attention():
     close(*jax.jit(both(seen, None))(q, k, v), 1e-4)
 
 
-def lowered(kernel, platform, window, packed):
-    q, k, v, segments = problem(256, packed, jnp.bfloat16)
+def lowered(kernel, platform, window, packed, T=256):
+    q, k, v, segments = problem(T, packed, jnp.bfloat16)
     seen = within(Causal(segments, kernel), window)
     gradient = jax.grad(lambda q, k, v: attend(q, KV(k, v), seen).sum(), (0, 1, 2))
     return jax.jit(gradient).trace(q, k, v).lower(lowering_platforms=(platform,)).as_text()
@@ -110,16 +110,29 @@ def test_splash_lowers_for_tpus(window, packed):
     assert lowered("splash", "tpu", window, packed).count("tpu_custom_call") == 3  # forward, dq, dk and dv
 
 
-@pytest.mark.parametrize(("window", "packed"), [(None, False), (100, True)])
-def test_cudnn_lowers_for_gpus(window, packed, monkeypatch):
+@pytest.mark.parametrize(("window", "packed", "T"), [(None, False, 256), (100, True, 256), (None, True, 255)])
+def test_cudnn_lowers_for_gpus(window, packed, T, monkeypatch):
+    """A packed row of 256 tokens has 255 positions, and with segments cuDNN's backward pass takes even lengths only."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
-    text = lowered("cudnn", "cuda", window, packed)
+    text = lowered("cudnn", "cuda", window, packed, T)
     assert "__cudnn$fmha" in text
     assert "Backward" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("T", "window", "packed"), [(256, None, False), (255, None, True), (255, 100, False), (512, 100, True)]
+)
+def test_cudnn_is_the_plain_attention(T, window, packed):
+    """Executed, where `test_cudnn_lowers_for_gpus` only lowers."""
+    if jax.default_backend() != "gpu":
+        pytest.skip(f"needs a GPU, this is {jax.default_backend()}")
+    q, k, v, segments = problem(T, packed, jnp.bfloat16)
+    close(*jax.jit(both(Causal(segments, "cudnn"), window))(q, k, v), 2e-2)
 
 
 # --- the choice ---

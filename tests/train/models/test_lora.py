@@ -16,7 +16,7 @@ from train.log import UserError
 from train.models.config import Lora
 from train.models.decoder import forward, shapes
 from train.models.hf import named, save_hf
-from train.models.lora import Side, attach, detach, init_lora, merge_lora, pairs
+from train.models.lora import Side, attach, check_targets, detach, init_lora, merge_lora, pairs
 from train.models.lora_files import load_lora, save_lora
 from train.models.stacked import stack_layers, unstack_layers
 from train.runtime.mesh import make_mesh, shardings
@@ -156,6 +156,10 @@ IMPOSSIBLE = (({"rank": 0}, "lora.rank is 0"), ({"dropout": 1.0}, "lora.dropout 
     [
         (lambda p: init_lora(Lora(targets=("query",)), p, KEY), r"\['query'\] name no matrix .* 'q_proj'"),
         (lambda p: init_lora(Lora(targets=("embed_tokens",)), p, KEY), "model/embed_tokens; adapters of embeddings"),
+        (lambda p: init_lora(Lora(targets=("(?<!k)_proj",)), p, KEY), r"^lora\.targets: pattern .* without lookaround"),
+        (lambda p: check_targets(Lora(targets=("_proj", "(q")), p), r"^lora\.targets: pattern '\(q' is no regular"),
+        # Python's own matcher would be at it for years.
+        (lambda p: check_targets(Lora(targets=(r"^((\w+/?)+)+!",)), p), "names no matrix of the model"),
         (
             lambda p: attach(LORA, p, {"model": {"other": {"lora_A": {"weight": 0}, "lora_B": {"weight": 0}}}}),
             "model/oth",

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.goldens.cases import BASE, CASES
-from helpers.tiny_gguf import permute, write_gguf
+from helpers.tiny_gguf import write_gguf
 from helpers.tiny_models import config_of, logits, write_folder
 from helpers.tiny_tokenizers import FULL, byte_level
 from helpers.tiny_tokenizers import write_folder as write_tokenizer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmerge.files.checkpoints.gguf import hf_name, unpermute
+from jaxmerge.files.checkpoints.gguf import permute, unpermute
+from jaxmerge.files.checkpoints.gguf_config import ARCHITECTURES
 from train.log import UserError
 from train.models import open as load
 from train.models.decoder import init
@@ -75,6 +76,7 @@ def test_unpermute_undoes_interleaving():
     weight = np.arange(48.0).reshape(12, 4)
     for heads in (1, 2, 3):
         assert (unpermute(permute(weight, heads), heads) == weight).all()
+    hf_name = ARCHITECTURES["llama"].hf_name
     assert hf_name("blk.12.ffn_down.weight") == "model.layers.12.mlp.down_proj.weight"
     assert hf_name("blk.0.unheard_of.weight") == "blk.0.unheard_of.weight"
 
@@ -86,11 +88,16 @@ def test_unpermute_undoes_interleaving():
         ({"keys": {"llama.expert_count": 4}}, "not understood: llama.expert_count = 4"),
         ({"keys": {"llama.block_count": None}}, "llama.block_count missing"),
         ({"keys": {"llama.rope.dimension_count": 4}}, "llama.rope.dimension_count is 4; implemented: the head size, 8"),
-        ({"keys": {"llama.rope.scaling.type": "yarn"}}, "'yarn' is not known; known: none, linear"),
+        ({"keys": {"llama.rope.scaling.type": "alibi"}}, "'alibi' is not known; known: none, linear, yarn, longrope"),
         ({"keys": {"llama.rope.scaling.type": "linear"}}, "llama.rope.scaling.factor missing"),
         ({"keys": {"llama.attention.head_count": 0}}, "num_attention_heads is 0"),
         ({"drop": ["model.norm.weight"]}, r"missing: model\.norm\.weight"),
-        ({"rope_freqs.weight": np.ones(4, np.float32)}, r"unknown: rope_freqs\.weight"),
+        (
+            {"rope_freqs.weight": np.array([1, 3, 2, 4], np.float32)},
+            r"rope_freqs\.weight holds no Llama 3 scaling with",
+        ),
+        ({"keys": {"llama.block_count": 2**31}}, "block_count is 2147483648, and it holds 21 tensors"),
+        ({"keys": {"llama.embedding_length": "32"}}, "the metadata are of other types than an architecture's"),
         (
             {"drop": ["model.norm.weight"], "output_norm.weight": np.ones(31, np.float32)},
             "mis-shaped: model.norm.weight",

@@ -2,139 +2,17 @@
 
 import itertools
 import json
-import math
-import pathlib
-import random
 import re
 import xml.etree.ElementTree as ET
 
 import pytest
+from helpers.made_up_run import METHODS, NASTY, write_run
 
 from jaxmerge.files.inspect.canvas import DARK, LIGHT, ticks
 from train.log import UserError
 from train.report.html import escape
 from train.report.labels import Placer, _overlap, spread
 from train.report.page import write_report
-
-NASTY = '<script>alert("x")</script> & <b>bold</b> \x1b[31m \x00 ]]> \ud800 "quoted"'
-METHODS = {  # method: (in domain, out of domain) after each round; the base is (33, 74)
-    "plain": ((44, 66), (49, 62), (51, 60)),
-    "imm": ((39, 74), (41, 73), (43, 73)),
-    "plain_lowlr": ((40, 74), (45, 73), (47, 72)),
-    "expo": ((50, 58), (52, 53), (53, 49)),
-}
-FAMILIES = {"id": ("gcd",), "harder": ("gcd_200",), "ood": ("chain_sum", "products", "sorting", "geometry")}
-LINE = {0.25: (37, 74), 0.5: (41, 73), 0.75: (46, 69), 1.0: (51, 60), 1.25: (50, 48), 1.5: (44, 33)}
-
-
-def _row(method, round_, domain, family, percent, n, **more):
-    p = percent / 100
-    z = 1.96 * math.sqrt(p * (1 - p) / n)
-    return {
-        "method": method, "round": round_, "domain": domain, "family": family, "split": "test", "accuracy": p,
-        "low": max(p - z, 0.0), "high": min(p + z, 1.0), "n": n, "seconds": 3.25, **more,
-    }  # fmt: skip
-
-
-def _rows(method, round_, percents, **more):
-    inside, outside = percents
-    rows = []
-    for domain, value, n in (("id", inside, 400), ("harder", inside * 0.7, 400), ("ood", outside, 750)):
-        rows.append(_row(method, round_, domain, "all", value, n, **more))
-        names = FAMILIES[domain]
-        for i, family in enumerate(names):
-            shift = (i - (len(names) - 1) / 2) * 7
-            rows.append(_row(method, round_, domain, family, value + shift, n // len(names), **more))
-    return rows
-
-
-def _change(scale, layers=12):
-    change = {"model/embed_tokens": 0.2 * scale}
-    change |= {f"model/layers/{i}": scale * (0.5 + math.sin(3 * i / layers) ** 2) for i in range(layers)}
-    return change | {"model/norm": 0.05 * scale}
-
-
-def write_run(folder: pathlib.Path, *, finished: bool = True) -> pathlib.Path:
-    """Write a run as `jaxmerge improve` would have left it, with made-up numbers."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(0)
-    phases = [{"phase": "load", "kind": "load", "seconds": 1.5}]
-    evaluations = [("base", 0, (33, 74))]
-    rows = _rows("base", 0, (33, 74))
-    phases.append(
-        {
-            "phase": "base/evaluate",
-            "kind": "evaluate",
-            "round": 0,
-            "method": "base",
-            "seconds": 9.0,
-            "rows": rows,
-        }
-    )
-    for r in range(3):
-        for method, track in METHODS.items():
-            common = {"round": r + 1, "method": method}
-            if method != "expo" and not (r == 0 and method == "imm"):
-                shared = {"shared_by": ["imm"]} if r == 0 and method == "plain" else {}
-                kept, correct = 900 + 80 * r, 1400 + 60 * r
-                phases += [
-                    {"phase": f"round-{r + 1}/{method}/sample", "kind": "sample", **common, "seconds": 21.0,
-                     "questions": 1000, "samples": 4000, "tokens": 91234, "tokens_per_second": 4344.5, **shared},
-                    {"phase": f"round-{r + 1}/{method}/select", "kind": "select", **common, "seconds": 1.0,
-                     "sampled": 4000, "correct": correct, "unjudged": 37, "duplicates": correct - kept, "kept": kept,
-                     "questions_solved": 612, "families": {"gcd": {"sampled": 4000, "correct": correct}},
-                     "examples": [
-                         {"question": "What is the greatest common divisor of 48 and 36?", "answer": "12",
-                          "text": "48 = 1·36 + 12; 36 = 3·12 + 0\n#12", "score": 1.0, "accepted": True, "reason": ""},
-                         {"question": f"gcd of 91 and 35 {NASTY}", "answer": "7", "text": f"91-35=56 {NASTY}",
-                          "score": 0.01, "accepted": False, "reason": "wrong answer"},
-                     ], **shared},
-                    {"phase": f"round-{r + 1}/{method}/sft", "kind": "sft", **common, "seconds": 30.0, "steps": 120,
-                     "epochs": 2, "examples": kept, "tokens": 50000, "learning_rate": 7e-4,
-                     "loss": [[s, 0.2 + math.exp(-s / 30) / (1 + r) + 0.04 * rng.random()]
-                              for s in range(0, 121, 4)],
-                     "loss_first": 1.3, "loss_last": 0.21, "change": _change(0.02 * (r + 1)), **shared},
-                ]  # fmt: skip
-            if method in ("imm", "expo"):
-                scale = 0.01 * (r + 1) * (1 if method == "imm" else 2.6)
-                phases.append(
-                    {"phase": f"round-{r + 1}/{method}/merge", "kind": "merge", **common, "seconds": 0.4,
-                     "rule": method, "coefficients": {"alpha": 0.5}, "change": _change(scale), "notes": []}
-                )  # fmt: skip
-            new = _rows(method, r + 1, track[r])
-            evaluations.append((method, r + 1, track[r]))
-            phases.append(
-                {
-                    "phase": f"round-{r + 1}/{method}/evaluate",
-                    "kind": "evaluate",
-                    **common,
-                    "seconds": 9.0,
-                    "rows": new,
-                }
-            )
-            rows = rows + new
-    for coefficient, percents in LINE.items():
-        rows = rows + [r for r in _rows("line", 3, percents, coefficient=coefficient) if r["family"] == "all"]
-    (folder / "config.yaml").write_text("model: runs/miniature  # <the checkpoint>\nrounds: 3\nmerge:\n  alpha: 0.5\n")
-    if not finished:
-        phases = phases[:9]
-    text = "".join(json.dumps(p) + "\n" for p in phases)
-    (folder / "metrics.jsonl").write_text(text + ("" if finished else '{"phase": "torn'))
-    if not finished:
-        return folder
-    paired = [
-        {"a": m, "b": "base", "round": 3, "domain": d, "split": "test", "difference": (METHODS[m][2][i] - b) / 100,
-         "low": (METHODS[m][2][i] - b) / 100 - 0.04, "high": (METHODS[m][2][i] - b) / 100 + 0.04, "n": n}
-        for m in METHODS for i, (d, b, n) in enumerate((("id", 33, 400), ("ood", 74, 750)))
-    ]  # fmt: skip
-    summary = {
-        "name": "miniature", "finished": True, "rows": rows, "paired": paired, "seconds": 402.0,
-        "phase_seconds": {"load": 1.5, "sample": 168.0, "select": 8.0, "sft": 240.0, "merge": 2.4, "evaluate": 117.0},
-        "versions": {"python": "3.12.4", "jax": "0.12.0", "flax": "0.12.12"}, "device": "cpu x1",
-        "command": "jaxmerge improve configs/miniature.yaml rounds=3", "commit": "abc1234def567",
-    }  # fmt: skip
-    (folder / "summary.json").write_text(json.dumps(summary))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +25,50 @@ def page(run):
     return write_report(run).read_text(encoding="utf-8")
 
 
+def tables(page: str) -> list[list[list[tuple[str, str]]]]:
+    """The rows of each table after its head: (label, words) of each cell, in the order of the page."""
+    found = []
+    for table in re.findall(r"<tbody.*?</tbody>", page, flags=re.S):
+        rows = re.findall(r"<tr.*?</tr>", table, flags=re.S)
+        cells = [re.findall(r"<t[hd]([^>]*)>(.*?)</t[hd]>", row, flags=re.S) for row in rows]
+        found.append(
+            [
+                [
+                    ("".join(re.findall(r'data-l="([^"]*)"', attributes)), re.sub(r"<[^>]*>", " ", words).strip())
+                    for attributes, words in row
+                ]
+                for row in cells
+            ]
+        )
+    return found
+
+
 def test_every_row_has_its_numbers(run, page):
+    every = {tuple(words for _, words in row[:-1]) for table in tables(page) for row in table if len(row) == 9}
     for row in json.loads((run / "summary.json").read_text())["rows"]:
-        interval = rf"\[{100 * row['low']:.1f}, {100 * row['high']:.1f}\]"
-        found = rf"{row['family']}</td><td class=\"l\">test</td>|{row['family']}</td><td>test</td>"
-        assert re.search(found, page)
-        assert re.search(rf"{100 * row['accuracy']:.1f} %</td><td>{interval}</td><td>{row['n']}</td>", page)
+        label = row["method"] if row.get("coefficient") is None else f"line λ={row['coefficient']:g}"
+        domain = {"id": "in domain", "harder": "harder", "ood": "out of domain"}[row["domain"]]
+        interval = f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+        about = label, str(row["round"]), domain, row["family"], "test"
+        assert (*about, f"{100 * row['accuracy']:.1f} %", interval, str(row["n"])) in every
+
+
+def test_cells_of_wide_tables_say_what_they_are(page):
+    """On a telephone the rows become blocks, and the head is not in sight."""
+    heads = re.findall(r"<table[^>]*>.*?</table>", page, flags=re.S)
+    wide = [table for table in heads if table.count('role="columnheader"') > 3]
+    assert len(wide) > 5
+    for table in wide:
+        names = [
+            re.sub(r"<small>.*?</small>|<[^>]*>", "", h).strip()
+            for h in re.findall(r"<th scope=\"col\".*?</th>", table)
+        ]
+        assert '<table role="table" class="stack">' in table
+        for row in tables(table)[0]:
+            assert [label for label, _ in row[1:]] == names[1:]
+    narrow = [table for table in heads if table not in wide]
+    assert narrow
+    assert not any("data-l" in table or "stack" in table for table in narrow)
 
 
 def test_nothing_is_fetched(page):
@@ -216,7 +132,7 @@ def test_sections_and_command(page):
     ):  # fmt: skip
         assert wanted in page
     assert "Unfinished" not in page
-    assert page.count("<caption>") >= page.count("<table>") > 0
+    assert page.count("<caption>") >= page.count("<table ") > 0
 
 
 def test_two_splits_are_not_mixed_up_and_pass_at_k_is_shown(tmp_path):
@@ -231,16 +147,28 @@ def test_two_splits_are_not_mixed_up_and_pass_at_k_is_shown(tmp_path):
     page = write_report(folder).read_text()
     cards = page[page.index('id="result"') : page.index('id="picture"')]
     assert "77.7" not in cards
-    assert "(validation)" in page
-    assert '<th scope="col">pass@8</th>' in page
-    assert "87.5" in page
+    assert 'data-l="in domain (validation)"' in page
+    assert ("pass@8", "87.5 %") in [cell for table in tables(page) for row in table for cell in row]
 
 
 def test_unfinished_run_says_so_and_shows_what_is_there(tmp_path):
-    page = write_report(write_run(tmp_path / "half", finished=False)).read_text()
-    assert "Unfinished run" in page
-    assert "33.0 %" in page
-    assert "half" in page
+    folder = write_run(tmp_path / "half", finished=False)
+    for name in ("miniature", "half"):
+        page = write_report(folder).read_text()
+        assert "Unfinished run" in page
+        assert "33.0 %" in page
+        assert f"<h1>{name}</h1>" in page
+        (folder / "summary.json").unlink(missing_ok=True)
+
+
+def test_a_training_of_one_step_has_its_point(tmp_path):
+    """One method, one round, one step: a single number to scale the axis by."""
+    folder = write_run(tmp_path / "short")
+    phases = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:-1]]
+    tuned = next(p for p in phases if p["kind"] == "sft")
+    kept = [p for p in phases if p["kind"] != "sft"] + [{**tuned, "loss": [[1, 0.5]]}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in kept))
+    assert "Training loss" in write_report(folder).read_text()
 
 
 @pytest.mark.parametrize("keep", ["config.yaml", "metrics.jsonl", "summary.json"])

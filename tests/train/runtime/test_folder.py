@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 import yaml
 from helpers import ROOT
@@ -10,7 +11,15 @@ from train.improve.settings import Improve
 from train.learn.settings import Lion
 from train.log import UserError
 from train.resolve import load
-from train.runtime.folder import check_resumable, check_same_config, content, fingerprint, write_config
+from train.runtime.folder import (
+    check_resumable,
+    check_same_config,
+    commit,
+    content,
+    fingerprint,
+    versions,
+    write_config,
+)
 
 TINY = ROOT / "configs" / "tiny.yaml"
 
@@ -45,3 +54,14 @@ def test_another_optimizer_is_another_run(older):
         check_same_config(older, other)
     assert "optimizer" not in content(config)["sft"]
     assert fingerprint(content(other)) != fingerprint(content(config))
+
+
+def test_versions_are_those_of_what_is_installed():
+    """A run whose model and questions need no tensorflow-datasets ended in an error where it is missing."""
+    assert versions(["jax", "no-such-package-of-anybody"]) == {"jax": jax.__version__}
+
+
+def test_a_machine_without_git_knows_no_commit(monkeypatch, tmp_path):
+    """A run ended in an error there, after its last phase."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit() is None

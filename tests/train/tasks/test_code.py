@@ -225,7 +225,7 @@ def test_mbpp_is_a_family(mbpp, box):
 @pytest.mark.parametrize(
     ("row", "match"),
     [
-        ({"text": "x", "code": "y"}, "line 1: keys code, text; wanted text"),
+        ({"text": "x", "code": "y"}, ":1: keys code, text; wanted text"),
         ({"text": "x", "test_list": ["assert ("]}, "no Python"),
         ({"text": "x", "test_list": ["assert True"]}, "use nothing of the program"),
     ],

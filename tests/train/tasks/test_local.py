@@ -306,7 +306,10 @@ def test_a_gold_answer_that_is_no_mathematics_is_an_error():
 def test_what_is_wrong_is_named_before_any_compute(tmp_path):
     path = write(tmp_path / "g.jsonl", [GSM8K])
     for args, message in (
-        ({"path": str(path), "shots": 8}, "family gsm8k has no setting 'shots'; its settings: extract, path, prompt"),
+        (
+            {"path": str(path), "shots": 8},
+            "family gsm8k has no setting 'shots'; its settings: extract, ignore, path, prompt",
+        ),
         ({"path": str(path), "prompt": "few"}, "prompt is 'few'; choose one of chat, cot"),
         ({}, "needs args: {path: FILE.jsonl}"),
         ({"path": str(tmp_path / "none.jsonl")}, "no such file"),

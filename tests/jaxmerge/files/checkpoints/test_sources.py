@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
-from jaxmerge.files.checkpoints import gguf, orbax, source
+from jaxmerge.files.checkpoints import gguf_tokenizer, orbax, source
 from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import read
 from train.models.decoder import init
@@ -200,15 +200,15 @@ def test_a_gguf_becomes_a_hugging_face_folder(tmp_path):
         assert ours.tokenizer.encode(text) == backend.encode(text).ids
     # The JSON is what the library itself writes of such a tokenizer.
     rebuilt = Tokenizer.from_gguf(gguf_metadata(backend), source="a.gguf").backend
-    assert json.loads(rebuilt.to_str()) == gguf.tokenizer_json(gguf_metadata(backend))
+    assert json.loads(rebuilt.to_str()) == gguf_tokenizer.tokenizer_json(gguf_metadata(backend))
 
 
 def test_a_gguf_with_an_unknown_tokenizer_has_none(tmp_path):
     config, params = model()
-    file = write_gguf(tmp_path / "a.gguf", config, params, keys={"tokenizer.ggml.pre": "llama-bpe"})
+    file = write_gguf(tmp_path / "a.gguf", config, params, keys={"tokenizer.ggml.pre": "viking"})
     found = open_source(str(file))
     assert "counts as a model without tokenizer" in found.notes[0]
-    assert "'llama-bpe' is not known; known: smollm" in found.notes[0]
+    assert "'viking' is not known; known: smollm" in found.notes[0]
     assert list(found.companions()) == ["generation_config.json"]
 
 

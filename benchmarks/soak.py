@@ -1,0 +1,232 @@
+r"""Merges and runs killed at random moments and gone on with, over and over: python benchmarks/soak.py [key=value …]
+
+  minutes=10   no cycle begins later; what is compared with is made before
+  seed=0       of the moments
+  kills=2      at most, in a cycle, before it is let go on to its end
+  size=1500    rows and columns of each of a model's eight matrices, float32
+
+A cycle of `merge` merges two models and their base by a recipe (linear and dare_ties in turns) in a process that is
+killed (SIGKILL) at a random moment of the time that an undisturbed one takes, and ends the merge in this process. A
+cycle of `improve` is a run of configs/tiny.yaml, killed and begun again in processes of its own. After each, the result
+is held to the undisturbed one: a merge byte by byte, a run by its metrics, in which the digests of all weights are, and
+by the names of its files. Files that are left over (beside the result, in the run, in the folder of temporary files),
+open files and the memory of this process, which does all merges, must not grow. The exit code is 1 if any of that
+fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+OPTIONS = {"minutes": 10.0, "seed": 0, "kills": 2, "size": 1500}
+RECIPE = """merge_method: {method}
+base_model: base
+models: [{{model: one}}, {{model: two}}]
+parameters: {{weight: 0.4{more}}}
+seed: 7
+"""
+METHODS = {"linear": "", "dare_ties": ", density: 0.5"}
+CLOCKS = ("seconds", "tokens_per_second", "mfu", "phase_seconds", "command", "resumed")
+WARM = 4  # merges, after which this process has compiled and allocated what it needs
+GROWN = 1.1  # times the memory after these
+
+
+@dataclasses.dataclass
+class Tally:
+    """What happened to the cycles of a kind. begun: kills that left work to go on with."""
+
+    cycles: int = 0
+    kills: int = 0
+    begun: int = 0
+    different: int = 0
+    left: set[str] = dataclasses.field(default_factory=set)
+
+
+def command(place: pathlib.Path, *words: str) -> subprocess.Popen[bytes]:
+    """Start `jaxmerge`, its temporary files in a folder of their own."""
+    environment = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "TMPDIR": str(place / "tmp"),
+        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
+    }  # fmt: skip
+    program = [sys.executable, "-m", "train.cli", *words]
+    return subprocess.Popen(program, env=environment, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def whole(place: pathlib.Path, *words: str) -> float:
+    """Run `jaxmerge` to its end; seconds."""
+    begin = time.perf_counter()
+    code = command(place, *words).wait(600)
+    if code:
+        raise SystemExit(f"jaxmerge {' '.join(words)} ended with {code}")
+    return time.perf_counter() - begin
+
+
+def killed(place: pathlib.Path, seconds: float, *words: str) -> bool:
+    """Start `jaxmerge` and kill it after some seconds; whether it was still at it."""
+    process = command(place, *words)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    process.send_signal(signal.SIGKILL)
+    return process.wait(60) == -signal.SIGKILL
+
+
+# --- merges ---
+
+
+def make_models(place: pathlib.Path, size: int) -> None:
+    import numpy as np
+
+    from jaxmerge.files.checkpoints.safetensors import write_file
+
+    for seed, name in enumerate(("base", "one", "two")):
+        rng = np.random.default_rng(seed)
+        (place / name).mkdir()
+        arrays = {f"model.layers.{i}.w.weight": rng.standard_normal((size, size)).astype(np.float32) for i in range(8)}
+        write_file(place / name / "model.safetensors", arrays)
+        (place / name / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 8}')
+
+
+def digest_of(folder: pathlib.Path) -> str:
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+def merge_cycles(place: pathlib.Path, rng: random.Random, kills: int, tally: Tally) -> Iterator[None]:
+    """The first step makes what is compared with; each after it is one merge, killed, gone on with here, compared."""
+    from jaxmerge.files import merge
+    from jaxmerge.files.journal import count_done
+
+    wanted, seconds = {}, {}
+    for method, more in METHODS.items():
+        (place / f"{method}.yaml").write_text(RECIPE.format(method=method, more=more))
+        seconds[method] = whole(place, "merge", f"{method}.yaml", f"whole-{method}")
+        wanted[method] = digest_of(place / f"whole-{method}")
+    os.chdir(place)  # where the recipe's names of models are meant, in this process too
+    before = {path.name for path in place.iterdir()}
+    yield
+    for method in itertools.cycle(METHODS):
+        for _ in range(rng.randint(1, kills)):
+            if killed(place, rng.uniform(0.3, 1) * seconds[method], "merge", f"{method}.yaml", "out"):
+                tally.kills += 1
+                tally.begun += count_done(place / "out") > 0
+        merge(place / f"{method}.yaml", place / "out")
+        tally.different += digest_of(place / "out") != wanted[method]
+        tally.left |= {path.name for path in place.iterdir()} - before - {"out"} | set(os.listdir(place / "tmp"))
+        shutil.rmtree(place / "out")
+        tally.cycles += 1
+        yield
+
+
+# --- runs ---
+
+
+def timeless(value: Any) -> Any:
+    """Metrics without what a clock says."""
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if key not in CLOCKS}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def metrics_of(run: pathlib.Path) -> list[Any]:
+    return [timeless(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def files_of(run: pathlib.Path) -> set[str]:
+    """Names of a run's files, but for those in the folders `d` of checkpoints, which Orbax draws anew each time."""
+    return {str(path.relative_to(run)) for path in run.rglob("*") if path.parent.name != "d"}
+
+
+def run_cycles(place: pathlib.Path, rng: random.Random, kills: int, tally: Tally) -> Iterator[None]:
+    """The first step makes what is compared with; each after it is one run, killed, gone on with, compared."""
+    words = ("improve", str(ROOT / "configs/tiny.yaml"))
+    whole(place, *words, "out=compile")  # so that what is timed finds its programs compiled
+    seconds = whole(place, *words, "out=whole")
+    wanted, names = metrics_of(place / "whole"), files_of(place / "whole")
+    yield
+    while True:
+        for _ in range(rng.randint(1, kills)):
+            if killed(place, rng.uniform(0.2, 1) * seconds, *words, "out=run"):
+                tally.kills += 1
+                tally.begun += any((place / "run").glob("phases/*/*"))
+        whole(place, *words, "out=run")
+        tally.different += metrics_of(place / "run") != wanted
+        tally.left |= files_of(place / "run") ^ names | set(os.listdir(place / "tmp"))
+        shutil.rmtree(place / "run")
+        tally.cycles += 1
+        yield
+
+
+# --- all ---
+
+
+def held() -> tuple[int, int]:
+    """Open files and bytes of memory of this process."""
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return len(os.listdir("/proc/self/fd")), pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def soak(place: pathlib.Path, minutes: float, seed: int, kills: int, size: int) -> int:
+    """Alternate so that both kinds get half of the time; print a table."""
+    makers: dict[str, Callable[..., Iterator[None]]] = {"merge": merge_cycles, "improve": run_cycles}
+    tallies = {kind: Tally() for kind in makers}
+    spent = dict.fromkeys(makers, 0.0)
+    cycles = {}
+    for kind, make in makers.items():
+        (place / kind / "tmp").mkdir(parents=True)
+        if kind == "merge":
+            make_models(place / kind, size)
+        cycles[kind] = make(place / kind, random.Random(f"{seed} {kind}"), kills, tallies[kind])
+        next(cycles[kind])
+    end = time.monotonic() + 60 * minutes
+    seen: list[tuple[int, int]] = []
+    while time.monotonic() < end:
+        kind = min(makers, key=lambda name: spent[name])
+        begin = time.monotonic()
+        next(cycles[kind])
+        spent[kind] += time.monotonic() - begin
+        if kind == "merge":
+            seen.append(held())
+    print("| | cycles | kills | kills that left work | other results | files left over |\n|---|---|---|---|---|---|")
+    for kind, tally in tallies.items():
+        print(f"| {kind} | {tally.cycles} | {tally.kills} | {tally.begun} | {tally.different} | {len(tally.left)} |")
+        for name in sorted(tally.left)[:20]:
+            print(f"left over by {kind}: {name}", file=sys.stderr)
+    first, last = seen[min(WARM, len(seen)) - 1], seen[-1]
+    print(f"\nopen files {first[0]} → {last[0]}, memory {first[1] / 1e6:.0f} MB → {last[1] / 1e6:.0f} MB")
+    grown = last[0] > first[0] or last[1] > GROWN * first[1]
+    return int(grown or any(tally.different or tally.left for tally in tallies.values()))
+
+
+def main(words: list[str]) -> int:
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    if unknown := [word for word in words if word.split("=")[0] not in OPTIONS or "=" not in word]:
+        print(f"unknown: {', '.join(unknown)}; give {', '.join(f'{name}=' for name in OPTIONS)}")
+        return 2
+    options = {name: type(default)(given.get(name, default)) for name, default in OPTIONS.items()}
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    with tempfile.TemporaryDirectory(prefix="soak-") as place:
+        return soak(pathlib.Path(place), **options)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
