@@ -65,19 +65,23 @@ class Page(html.parser.HTMLParser):
         self.words: list[str] = []
         self.lead: list[str] = []
         self._inside: list[str] = []
+        self._skipped = 0
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._skipped += tag in ("style", "script")
         leads = (dict(attrs).get("class") or "") == "lead"
         if leads or self._inside:
             self._inside += [tag]
 
     def handle_endtag(self, tag: str) -> None:
+        self._skipped -= tag in ("style", "script")
         if tag in self._inside:
             self._inside = self._inside[: len(self._inside) - 1 - self._inside[::-1].index(tag)]
 
     def handle_data(self, data: str) -> None:
-        self.words.append(data)
+        if not self._skipped:
+            self.words.append(data)
         if self._inside:
             self.lead.append(data)
 
@@ -115,7 +119,7 @@ def install(folder: pathlib.Path) -> pathlib.Path:
 def quickstart(jaxmerge: pathlib.Path, clone: pathlib.Path, work: pathlib.Path) -> pathlib.Path:
     """Run the quickstart; the folder of its run."""
     # A wheel without configs needs the clone's file.
-    named = " configs " in run([jaxmerge, "--help"], work)
+    named = "jaxmerge configs" in run([jaxmerge, "--help"], work)
     config = "quickstart" if named else clone / "configs" / "quickstart.yaml"
     printed = run([jaxmerge, "improve", config, "out=run"], work)
     assert (work / printed.split()[-1]).resolve() == (work / "run").resolve(), printed[-500:]

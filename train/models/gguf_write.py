@@ -26,6 +26,7 @@ from ..runtime.disk import new_folder
 from ..runtime.processes import broadcast, on_first, to_host
 from .config import ModelConfig
 from .decoder import Params, shapes
+from .families import LOCAL_THETA
 from .hf import named
 from .hf_config import config_from_hf, differences
 from .rope import llama3
@@ -108,7 +109,12 @@ def model_metadata(config: ModelConfig, file: pathlib.Path) -> tuple[dict[str, A
         own["attn_logit_softcapping"] = config.attn_logit_softcapping
         own["final_logit_softcapping"] = config.final_logit_softcapping
     if arch == "gemma3":
-        own["rope.freq_base_swa"] = config.local_rope_theta
+        if config.local_rope_theta != LOCAL_THETA:
+            raise UserError(
+                f"{file}: rope_local_base_freq is {config.local_rope_theta}, and llama.cpp takes {LOCAL_THETA} for "
+                "every Gemma 3; write a Hugging Face folder"
+            )
+        own["rope.freq_base_swa"] = LOCAL_THETA
     rope, factors = _rope(config, file)
     numbers = {
         "context_length": config.max_position_embeddings,

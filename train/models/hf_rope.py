@@ -6,6 +6,7 @@ New: `rope_parameters` {rope_theta, rope_type, …}; of Gemma 3, one such object
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -124,7 +125,7 @@ def normal(rope: dict[str, Any], source, names: Mapping[str, str]) -> tuple[floa
 
 
 def is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def convert(name: str, value) -> Any:

@@ -109,12 +109,13 @@ class Tokenizer:
         except ValueError as error:
             raise UserError(str(error)) from error
         try:
+            special = gguf_tokenizer.special_tokens(metadata)
             backend = tokenizers.Tokenizer.from_str(json.dumps(gguf_tokenizer.tokenizer_json(metadata)))
         except KeyError as error:
             raise UserError(f"{source}: the metadata lack {error}, so there is no tokenizer in the file") from error
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{source}: not a tokenizer ({one_line(error)})") from error
-        return cls(backend, gguf_tokenizer.special_tokens(metadata), metadata.get("tokenizer.chat_template"))
+        return cls(backend, special, metadata.get("tokenizer.chat_template"))
 
     # --- text and ids ---
 

@@ -92,7 +92,7 @@ def open_file(name: str, path: pathlib.Path) -> Source:
     return Source(name, path.parent, tensors, config, (path,), notes, companions)
 
 
-def config_of(metadata: Mapping[str, Any], stored: Iterable[Any], *, source) -> dict[str, Any]:
+def config_of(metadata: Mapping[str, Any], stored: Iterable[Any], *, source: pathlib.Path | str) -> dict[str, Any]:
     """The config.json that an opened file stands for."""
     arch, stored = architecture_of(metadata, source=source), list(stored)
     factors = {tensor.name: np.asarray(tensor.data, np.float32) for tensor in stored if tensor.name in FACTORS}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -165,7 +166,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 }  # fmt: skip
 
 
-def architecture_of(metadata: Mapping[str, Any], *, source) -> Architecture:
+def architecture_of(metadata: Mapping[str, Any], *, source: pathlib.Path | str) -> Architecture:
     """The architecture that a file names."""
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
@@ -174,7 +175,7 @@ def architecture_of(metadata: Mapping[str, Any], *, source) -> Architecture:
 
 
 def config_of(
-    metadata: Mapping[str, Any], names: set[str], factors: Mapping[str, np.ndarray], *, source
+    metadata: Mapping[str, Any], names: set[str], factors: Mapping[str, np.ndarray], *, source: pathlib.Path | str
 ) -> dict[str, Any]:
     """The config.json that the metadata of a GGUF file stand for.
 
@@ -229,7 +230,9 @@ def config_of(
 # --- rotary settings ---
 
 
-def _rope(given: Given, factors: Mapping[str, np.ndarray], arch: Architecture, prefix: str, source) -> dict[str, Any]:
+def _rope(
+    given: Given, factors: Mapping[str, np.ndarray], arch: Architecture, prefix: str, source: pathlib.Path | str
+) -> dict[str, Any]:
     default = 1e6 if arch.family == "gemma3_text" else 10000.0
     theta = shortest(given.get("rope.freq_base", default))
     scaling = _scaling(given, factors, theta, prefix, source)
@@ -240,7 +243,7 @@ def _rope(given: Given, factors: Mapping[str, np.ndarray], arch: Architecture, p
 
 
 def _scaling(
-    given: Given, factors: Mapping[str, np.ndarray], theta: float, prefix: str, source
+    given: Given, factors: Mapping[str, np.ndarray], theta: float, prefix: str, source: pathlib.Path | str
 ) -> dict[str, Any] | None:
     """The scaling of a file: its kind by name, or by the factors that only one kind has."""
     named = given.get("rope.scaling.type", "none")
@@ -293,7 +296,7 @@ def attention_factor(longest: int, original: int) -> float:
     return math.sqrt(1 + math.log(longest / original) / math.log(original)) if longest > original > 1 else 1.0
 
 
-def _llama3(factors: np.ndarray, theta: float, source) -> dict[str, Any]:
+def _llama3(factors: np.ndarray, theta: float, source: pathlib.Path | str) -> dict[str, Any]:
     """Find the settings of Llama 3's scaling from what it divides each frequency by."""
     scaling = {"rope_type": "llama3", "factor": shortest(factors.max()), **LLAMA3}
     if factors.min() <= 0 or not np.allclose(factors, llama3_factors(len(factors), theta, scaling), rtol=1e-5):

@@ -8,6 +8,7 @@ does, in the words of tokenizer.json; so a name is found by what a tokenizer doe
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -86,7 +87,7 @@ def find_pre(state: Mapping[str, Any]) -> str | None:
 # --- from metadata to tokenizer.json ---
 
 
-def check_tokenizer(metadata: Mapping[str, Any], *, source) -> None:
+def check_tokenizer(metadata: Mapping[str, Any], *, source: pathlib.Path | str) -> None:
     """Raise unless the tokenizer can be rebuilt."""
     kind = metadata.get("tokenizer.ggml.model")
     wanted = [("ggml.model", TOKENIZERS)] + ([] if kind == "llama" else [("ggml.pre", tuple(PRE_TOKENIZERS))])
@@ -102,7 +103,14 @@ def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
     """The tokens with a role, as tokenizer_config.json names them."""
     tokens = metadata["tokenizer.ggml.tokens"]
     places = {role: f"tokenizer.ggml.{name}_token_id" for role, name in ROLES.items()}
-    return {role: tokens[metadata[place]] for role, place in places.items() if place in metadata}
+    found = {}
+    for role, place in places.items():
+        if place in metadata:
+            i = metadata[place]
+            if type(i) is not int or not 0 <= i < len(tokens):
+                raise ValueError(f"{place} is {i!r:.40}; expected the id of one of its {len(tokens)} tokens")
+            found[role] = tokens[i]
+    return found
 
 
 def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:

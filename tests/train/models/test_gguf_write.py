@@ -45,7 +45,7 @@ CASES = {
     },
     "gemma2": {"model_type": "gemma2", **SMALL, **GEMMA, "num_hidden_layers": 3},
     "gemma3": {
-        "model_type": "gemma3_text", **SMALL, **GEMMA, "num_hidden_layers": 7, "rope_local_base_freq": 50.0,
+        "model_type": "gemma3_text", **SMALL, **GEMMA, "num_hidden_layers": 7,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     },
     "smollm3": {"model_type": "smollm3", **SMALL, "num_hidden_layers": 5},
@@ -136,6 +136,7 @@ def test_a_weight_beyond_f16_is_named_and_nothing_is_left(tmp_path):
         ("gemma2", {"query_pre_attn_scalar": 20}, "no words for query_pre_attn_scalar=20"),
         ("gemma3", {"final_logit_softcapping": 3.0}, "no words for final_logit_softcapping=3.0"),
         ("gemma3", {"sliding_window_pattern": 3}, "no words for sliding_window=8"),
+        ("gemma3", {"rope_local_base_freq": 50.0}, "rope_local_base_freq is 50.0, and llama.cpp takes 10000.0"),
         ("smollm3", {"no_rope_layer_interval": 2}, "has no words for"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 3.0}}, "GGUF has no rope scaling 'dynamic'"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, **LLAMA3, "low_freq_factor": 2.0}},

@@ -154,6 +154,13 @@ def test_damaged_tokenizers_are_refused(tmp_path):
         Tokenizer.from_folder(tmp_path)
 
 
+@pytest.mark.parametrize("id", [-1, 400, 2**63, 1.5, "2", None, [2]])
+def test_a_role_in_a_gguf_is_of_a_token_that_is_there(id):
+    metadata = gguf_metadata(byte_level(), **{"tokenizer.ggml.eos_token_id": id})
+    with pytest.raises(UserError, match=r"a\.gguf: .*eos_token_id is .*; expected the id of one of its 400 tokens"):
+        Tokenizer.from_gguf(metadata, source="a.gguf")
+
+
 @pytest.mark.parametrize(("key", "value"), [("ggml.pre", "viking"), ("ggml.model", "bert")])
 def test_unknown_gguf_tokenizers_are_refused(key, value):
     metadata = gguf_metadata(byte_level(), **{f"tokenizer.{key}": value})
