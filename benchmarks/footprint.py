@@ -7,8 +7,8 @@
 
 GB of one GPU; nothing is loaded, downloaded or compiled. `state` is what `--dry-run` prints for fine-tuning: the model
 that the round started from, the weights, their gradients and Adam's two moments, all float32. The columns after it add
-activations and the head by the arithmetic of tpu/paper.py, with `model.dtype=bfloat16 sft.step.layers=stacked`; the
-last one says which GPUs have the memory for sampling and for fine-tuning with remat=full.
+activations and the head by the arithmetic of train/improve/paper.py, with `model.dtype=bfloat16
+sft.step.layers=stacked`; the last one says which GPUs have the memory for sampling and for fine-tuning with remat=full.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tpu.layout import FULL, Axes, Plan, needed
-from tpu.paper import masters, parameters
 from tpu.presets import model_of
+from train.improve.paper import masters, parameters
 
 OPTIONS = {
     "models": "smollm2-135m,qwen2.5-0.5b,llama-3.2-1b,qwen2.5-7b",
