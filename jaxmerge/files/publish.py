@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import Any, cast
 
+from jaxmerge import install
 from jaxmerge.files.card import HERE
 from jaxmerge.files.checkpoints.hub import is_hub_name
 from jaxmerge.files.model_card import FILE
@@ -78,7 +79,7 @@ def _client(name: str) -> Any:
         from huggingface_hub import HfApi, constants, get_token
     except ImportError:
         raise ValueError(
-            f"push={name}: huggingface_hub is not installed, which talks to the hub; pip install huggingface_hub"
+            f"push={name}: huggingface_hub is not installed, which talks to the hub; {install.extra('files')}"
         ) from None
     if constants.HF_HUB_OFFLINE:
         raise ValueError(f"push={name}: HF_HUB_OFFLINE is set, which keeps the hub's client from the network; unset it")

@@ -21,7 +21,7 @@ def purpose(text: str) -> tuple[str, str]:
     head = [line.removeprefix("#").rstrip() for line in text.split("\n") if line.startswith("#")]
     command = next((match[1] for line in head if (match := re.match(r"   jaxmerge ([\w-]+) ", line))), "improve")
     words = " ".join(line.strip() for line in head if not line.startswith("   "))
-    sentence = re.match(r".*?[.?](?= [A-Z]|$)", words)
+    sentence = re.match(r".*?[.?](?= |$)", words)
     return command, sentence[0] if sentence else words
 
 

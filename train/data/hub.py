@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
+from jaxmerge import install
+
 from ..log import UserError
 from ..resolve import build, read_yaml, to_dict
 from ..runtime.jsonl import Row, numbered_jsonl
@@ -135,7 +137,7 @@ def read_file(local: Path, where: str) -> list[Row]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise UserError(f"{where}: reading parquet needs pyarrow ({error}); pip install 'jaxmerge[train]'") from error
+        raise UserError(f"{where}: reading parquet needs pyarrow ({error}); {install.extra('train')}") from error
     try:
         rows = parquet.ParquetFile(local).read().to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
@@ -234,7 +236,7 @@ def closed(where: str) -> Iterator[None]:
         from huggingface_hub import errors
     except ImportError as error:
         raise UserError(
-            f"{where}: huggingface_hub is not installed, which downloads datasets; pip install 'jaxmerge[train]'"
+            f"{where}: huggingface_hub is not installed, which downloads datasets; {install.extra('files')}"
         ) from error
     try:
         yield
