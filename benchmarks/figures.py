@@ -110,7 +110,7 @@ def timed(run: Callable[[], Any], repeats: int, calls: int = 1) -> float:
     """Median seconds of a call, over turns of `calls` that are sent one behind the other; one turn before them."""
     found = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        result, start = None, time.perf_counter()
         for _ in range(calls):
             result = run()
         jax.block_until_ready(result)

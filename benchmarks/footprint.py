@@ -63,7 +63,7 @@ def row(name: str, rows: int, length: int, slots: int, devices: int) -> str:
 
 
 def main(words: list[str]) -> None:
-    given = dict(word.partition("=")[::2] for word in words)
+    given = {word.partition("=")[0]: word.partition("=")[2] for word in words}
     if unknown := given.keys() - OPTIONS.keys():
         raise SystemExit(f"unknown {', '.join(sorted(unknown))}; known: {', '.join(OPTIONS)}")
     options = OPTIONS | given

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -251,7 +252,7 @@ def peer(size: Size) -> Iterator[Figure]:
     """The same work by transformers' `generate` on torch: a batch ends with its longest sequence."""
     if importlib.util.find_spec("torch") is None:
         raise Skip("torch is not installed")
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]  (a peer, never needed)
 
     platform = size.platform
     if platform == "tpu" or (platform == "gpu" and not torch.cuda.is_available()):
@@ -293,31 +294,27 @@ def peer(size: Size) -> Iterator[Figure]:
 def tests(size: Size) -> Iterator[Figure]:
     """The tests marked `gpu`, in a process that has the device to itself."""
     files = [path for path in (ROOT / "tests").rglob("test_*.py") if "@pytest.mark.gpu" in path.read_text()]
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "filterwarnings=default",
-    ]
+    words = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider"]
+    words += ["-o", "filterwarnings=default"]  # a warning of a plugin for the device is no failure of ours
     # conftest.py would else set these for the CPU.
     platforms = {"gpu": "cuda,cpu"}.get(size.platform, size.platform)
     environment = os.environ | {"JAX_PLATFORMS": platforms, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
-    done = subprocess.run(
-        [*words, *map(str, sorted(files))], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    last = (done.stdout.strip().splitlines() or [done.stderr.strip()])[-1]
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|skipped|failed|errors?)", last)}
-    if not counts:
-        raise RuntimeError(f"pytest ended with {done.returncode}: {last[:300]}")
-    failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    for word, number in counts.items():
-        yield Figure(word, number, "tests", "; ".join(failures)[:600] if word.startswith(("failed", "error")) else last)
+    words += map(str, sorted(files))
+    note = ""
+    try:
+        done = subprocess.run(
+            words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=80
+        )
+        said = done.stdout.decode()
+    except subprocess.TimeoutExpired as error:
+        said, note = (error.stdout or b"").decode(), f"cut off after {error.timeout:.0f} s"
+    verdicts = Counter(re.findall(r" (PASSED|SKIPPED|FAILED|ERROR)(?: .*)?\[ *\d+%\]", said))
+    if not verdicts:
+        last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
+        raise RuntimeError(f"no test ended; {note or last[:300]}")
+    failures = "; ".join(line for line in said.splitlines() if line.startswith(("FAILED", "ERROR")))[:600]
+    for verdict, count in verdicts.items():
+        yield Figure(verdict.lower(), count, "tests", failures if verdict in ("FAILED", "ERROR") else note)
 
 
 SECTIONS: dict[str, Callable[[Size], Iterator[Figure]]] = {
@@ -326,8 +323,8 @@ SECTIONS: dict[str, Callable[[Size], Iterator[Figure]]] = {
     "rollouts": rollouts,
     "peer": peer,
     "attention": attention,
+    "tests": tests,
     "merge": merge,
     "improve": improvement,
-    "tests": tests,
 }
 """In the order in which they run: what matters most comes first, for the time may end."""

@@ -22,7 +22,7 @@ OTHER_HOST = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href
 IS_NO_LOAD = re.compile(r"rel=[\"']?(?:canonical|prev|next|alternate|edit)")
 
 
-COMING = ("api.md", "gpu.md", "sharing.md", "tpu.md")
+COMING = ("api.md", "gpu.md", "report.md", "sharing.md", "tpu.md")
 """Pages that the navigation takes once they are written; until then links to them are plain words."""
 
 

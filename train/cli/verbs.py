@@ -40,7 +40,7 @@ from .words import Verb, Words, options, split
 def improve(words: Words, assignments: Words, dry: bool) -> int:
     """Run a self-improvement run, or resume the unfinished one in its folder.
 
-    --dry-run resolves the config, prints the plan (phases, sizes, memory) and stops.
+    --dry-run resolves the config, prints the plan (phases, sizes, memory, minutes) and stops.
     A config with a sweep: block is an experiment: many runs, whose results are lines of sweep.rows.
     A key of a method is written methods.imm.merge.drop=0.2.
     """

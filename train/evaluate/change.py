@@ -38,9 +38,17 @@ def by_kind(tuned: Params, base: Params) -> dict[str, float]:
 
 
 def by_layer(tuned: Params, base: Params) -> dict[str, float]:
-    """Return ‖θ − θ_0‖/‖θ_0‖ of each layer group (`model/layers/3`, `model/embed_tokens`)."""
-    found = jax.jit(jaxmerge.change)(unstack_layers(tuned), unstack_layers(base))
-    return jaxmerge.to_floats(found)
+    """Return ‖θ − θ_0‖/‖θ_0‖ of each layer group (`model/layers/3`, `model/embed_tokens`).
+
+    A group that was zero and moved has no relative change, and is left out: Gemma's last norm before any training.
+    """
+    moved, own = map(jaxmerge.to_floats, _change_and_norms(unstack_layers(tuned), unstack_layers(base)))
+    return {group: value for group, value in moved.items() if value != math.inf or own[group] > 0}
+
+
+@jax.jit
+def _change_and_norms(tuned: Params, base: Params):
+    return jaxmerge.change(tuned, base), jaxmerge.norms(base)
 
 
 def by_layer_and_kind(tuned: Params, base: Params) -> dict[str, list[float | None]]:

@@ -1,4 +1,4 @@
-"""`--dry-run`: the plan of a run, its sizes and its memory, without loading a model."""
+"""`--dry-run`: the plan of a run, its sizes, its memory and its minutes, without loading a model."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import math
 from collections import Counter
 
 from ..log import say
+from ..models.config import ModelConfig
 from ..models.decoder import shapes
 from ..models.open import random_config, read_config
-from ..tasks import build_suite
-from .plan import check_sampled, plan
+from ..tasks import Suite, build_suite
+from ..tasks.code import CodeTask
+from . import budget
+from .devices import DEVICES, GIB
+from .plan import Plan, check_sampled, plan
 from .settings import Improve
 
 
 def show_plan(config: Improve) -> None:
-    """Print phases, questions, sequences, parameters and bytes."""
+    """Print phases, questions, sequences, parameters, bytes and minutes.
+
+    Of a model on the hub the config alone is fetched.
+    """
     import jax
 
     check_sampled(config)
@@ -23,36 +30,84 @@ def show_plan(config: Improve) -> None:
     model = random_config(source.random) if source.random is not None else read_config(source.path)
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes(model)))
     suite = build_suite(config.tasks.families, seed=config.tasks.seed, style=config.tasks.style)
+    say(f"model: {count / 1e6:.1f} M parameters, {count * 4 / 1e9:.2f} GB in float32")
+    show_phases(config, suite, todo, count)
+    show_memory(config, model, suite, todo)
+    show_minutes(config, model, suite, todo)
+    kinds = Counter(p.kind for p in todo.phases)
+    kept = kinds["sft"] + kinds["merge"]
+    if config.keep is not None:
+        kept = min(kept, (config.keep + 1) * kept // config.rounds)
+    say(f"disk: {kept * count * 4 / 1e9:.2f} GB of weights, and {3 * count * 4 / 1e9:.2f} GB while fine-tuning")
+
+
+def show_phases(config: Improve, suite: Suite, todo: Plan, count: int) -> None:
+    """Print how many questions there are and what each phase does with them."""
     train = len(suite.questions("train", domain="id"))
     tested = sum(len(suite.questions(split)) for split in config.evaluation.splits)
-    say(f"model: {count / 1e6:.1f} M parameters, {count * 4 / 1e9:.2f} GB in float32")
     say(f"questions: {train} to train on, {tested} to evaluate")
     for row in suite.majority_baselines():
         if row["split"] == "test":
-            say(
-                f"  {row['domain']:7} {row['family']:20} n {row['n']:4}  "
-                f"always {row['answer']!r}: {row['accuracy']:.0%}"
-            )
+            program = isinstance(suite.tasks[row["family"]], CodeTask)
+            always = "" if program else f"always {row['answer'][:40]!r}: {row['accuracy']:.0%}"
+            say(f"  {row['domain']:7} {row['family']:20} n {row['n']:4}  {always}".rstrip())
     for phase in todo.phases:
         size = ""
         if phase.kind == "sample":
-            size = f"{train} questions × {phase.settings.samples} samples"
+            samples = f"{phase.settings.samples} samples" if phase.settings.source == "plain" else phase.settings.source
+            size = f"{train} questions × {samples}"
         elif phase.kind == "evaluate":
             size = f"{tested} questions"
         elif phase.kind in ("sft", "merge"):
             size = f"writes {count * 4 / 1e9:.2f} GB"
         shared = f"  (also {', '.join(phase.shared_by)})" if phase.shared_by else ""
         say(f"  {phase.name:32} {size}{shared}")
-    kinds = Counter(p.kind for p in todo.phases)
-    kept = kinds["sft"] + kinds["merge"]
-    if config.keep is not None:
-        kept = min(kept, (config.keep + 1) * kept // config.rounds)
-    per_device = count * 4 / (config.mesh.fsdp * config.mesh.tensor)
-    sampling = config.sampling
-    length = config.sampling.max_new_tokens + 128
-    cache = 2 * model.num_hidden_layers * sampling.slots * model.num_key_value_heads * length * model.head_dim * 4
+
+
+def show_memory(config: Improve, model: ModelConfig, suite: Suite, todo: Plan) -> None:
+    """Print what a device holds in each kind of phase."""
+    read = budget.prompt_tokens(list(suite.all), config.tasks.few_shot)
+    devices = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+    say(f"memory a device, of {devices}, where it needs most:")
+    for name, parts in budget.memory(config, model, todo, read).items():
+        told = ", ".join(f"{what} {bytes / GIB:.2f}" for what, bytes in parts.items() if bytes)
+        say(f"  {name:12} {sum(parts.values()) / GIB:6.2f} GiB: {told}")
+
+
+def show_minutes(config: Improve, model: ModelConfig, suite: Suite, todo: Plan) -> None:
+    """Print tokens, examples, and minutes on the devices whose data sheets are known."""
+    work = budget.work_of(config, suite, todo)
+    answers = budget.by_kind([(phase, w.answers) for phase, w in work])
+    examples = budget.by_kind([(phase, w.examples) for phase, w in work])["training"]
+    for name in ("sampling", "evaluating"):
+        told = answers[name]
+        about = f"about {told.about:,.0f} (answers as long as the worked solutions)"
+        say(f"tokens of {name}: {about}, at most {told.most:,.0f}")
     say(
-        f"memory a device: fine-tuning {5 * per_device / 1e9:.2f} GB (base, weights, gradients, two moments) and "
-        f"activations; sampling {(2 * per_device + cache) / 1e9:.2f} GB (base, weights, {sampling.slots} slots)"
+        f"examples to learn, all epochs: about {examples.about:,.0f}, at most {examples.most:,.0f} (every sample right)"
     )
-    say(f"disk: {kept * count * 4 / 1e9:.2f} GB of weights, and {3 * count * 4 / 1e9:.2f} GB while fine-tuning")
+    read = budget.prompt_tokens(list(suite.all), config.tasks.few_shot)
+    needed = max(sum(parts.values()) for parts in budget.memory(config, model, todo, read).values())
+    count = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+    say(
+        f"minutes on {count} of a device, about and at most, by data sheets: products at {budget.TRAINING:.0%} of the "
+        f"peak, memory at {budget.DECODING:.0%} of its bandwidth; links, compiling and loading are not counted:"
+    )
+    say(f"  {'':16} {'sampling':>15} {'training':>15} {'evaluating':>15} {'in all':>15}")
+    for name, device in DEVICES.items():
+        spent = budget.by_kind([(phase, budget.seconds(config, model, w, device)) for phase, w in work])
+        total = sum(spent.values(), budget.Amount())
+        cells = " ".join(f"{minutes(t.about):>7} {minutes(t.most):>7}" for t in (*spent.values(), total))
+        short = f"  {needed / GIB:.1f} of {device.hbm / GIB:.1f} GiB: does not fit" if needed > device.hbm else ""
+        say(f"  {name:16} {cells}{short}")
+
+
+def minutes(seconds: float) -> str:
+    """Seconds as minutes in a column.
+
+    Example:
+      >>> minutes(0.6), minutes(90.0), minutes(360000.0)
+      ('0.01', '1.5', '6,000')
+    """
+    found = seconds / 60
+    return f"{found:,.0f}" if found >= 20 else f"{found:.1f}" if found >= 1 else f"{found:.2f}"

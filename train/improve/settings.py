@@ -293,6 +293,8 @@ class Improve:
 
     def __post_init__(self):
         at_least(self, "config", rounds=1)
+        if not any(f.domain == "id" and f.train for f in self.tasks.families):
+            raise UserError("tasks.families: at least one family with domain: id and train: N is needed")
         if self.keep is not None:
             at_least(self, "config", keep=1)
         for name, method in self.methods.items():

@@ -14,7 +14,7 @@ from .html import part
 from .plots import WIDTH, Hue, Line, bounds, dots, lines, share
 from .read import owners
 from .rows import DOMAIN_NAMES, DOMAINS, pooled_rows
-from .sections import last_rounds
+from .sections import in_order, last_rounds
 from .verdict import format_points, last_pairs
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ def format_whole_points(value: float) -> str:
 def paired(run: Run) -> str:
     """Show the last round's paired differences around zero, a panel a domain, each in its method's colour."""
     pairs = last_pairs(run.summary.get("paired") or [])
+    order = in_order({p["domain"] for p in pairs})
+    pairs.sort(key=lambda p: order.index(p["domain"]))
     if not pairs:
         return ""
     low, top = bounds([0.0, *(v for p in pairs for v in (p["low"], p["high"]))], pad=0.04, least=0.02)

@@ -157,6 +157,8 @@ def differences(pairs: Sequence[Row], caption: str) -> Table:
         column = p["domain"], p.get("split", "test")
         columns.setdefault(column, set()).add(p.get("n"))
         rows.setdefault((p["a"], p["b"], p.get("round")), {})[column] = p
+    order = in_order({domain for domain, _ in columns})
+    columns = dict(sorted(columns.items(), key=lambda item: order.index(item[0][0])))
     heads = []
     for (domain, split), counts in columns.items():
         word = DOMAIN_NAMES.get(domain, domain) + ("" if split == "test" else f" ({split})")

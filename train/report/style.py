@@ -95,7 +95,8 @@ td small,th small{display:block;color:var(--soft);font-size:12.5px;font-weight:4
 .bar{display:inline-flex;width:160px;height:14px;margin-top:4px;background:var(--faint)}
 .bar i{background:var(--c);print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .key{display:inline-block;white-space:nowrap;margin-left:.9em}
-.key::before{content:"";display:inline-block;width:.8em;height:.8em;margin-right:.35em;background:var(--c)}
+.key::before{content:"";display:inline-block;width:.8em;height:.8em;margin-right:.35em;background:var(--c);
+ print-color-adjust:exact;-webkit-print-color-adjust:exact}
 details{margin:8px 0;border-bottom:1px solid var(--faint);padding-bottom:8px}
 summary{cursor:pointer;padding:3px 0;overflow-wrap:anywhere}
 summary:focus-visible,a:focus-visible,.scroll:focus-visible,pre:focus-visible{outline:2px solid var(--ink);
@@ -137,7 +138,7 @@ footer{color:var(--soft);font-size:13.5px;padding-top:40px;padding-bottom:40px}
  body{font-size:11pt}
  nav{display:none}
  main,header,footer{max-width:none;padding:0}
- h2{break-after:avoid}
+ h2,.asked{break-after:avoid}
  figure,.card,.answer,tr,.panels svg{break-inside:avoid}
  .scroll{overflow:visible}
  details::details-content{content-visibility:visible;block-size:auto}

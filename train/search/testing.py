@@ -34,7 +34,7 @@ def read_problem(line: Mapping[str, Any], text: str, where: str) -> CodeProblem 
     if name and "def check(" in source:
         source += f"\ncheck({name})\n"
     try:
-        calls = (name,) if name else called_names(source, setup)
+        calls = (name,) if name else called_names(source, setup, str(line.get("code") or ""))
     except SyntaxError as error:
         raise UserError(f"{where}: {key} is no Python: {error}") from error
     if not calls:

@@ -42,12 +42,17 @@ from .tables import (
 
 HEAD = """# Results
 
-Written by `jaxmerge results` from the rows in [results/](results/); every row is one finished run and names its commit,
-command and device. n counts seeds, the unit of intervals and tests: what a seed has under several regimes is averaged
-first. Intervals are 95 %, Student's t; p-values are of Student's paired test against the control, after Holm's
-correction for the number of methods. Nothing here was chosen on the questions it is reported on: tuning and searches
-look at validation questions, with seeds of their own. What a method adds to the frontier is the area of all its rounds
-together: chance adds to it, and more to more rounds, so only methods of as many rounds are compared by it.
+Written by `jaxmerge results` from the rows in [results/](results/). Every row is one finished run and names its
+commit, its command and its device.
+
+- n counts seeds, which are the unit of intervals and tests. If a seed ran under several regimes, these are averaged
+  first.
+- Intervals are 95 % (Student's t). p-values are of Student's paired test against the control, after Holm's correction
+  for the number of methods.
+- Nothing was chosen on the questions that it is reported on. Tuning and searches look at validation questions, with
+  seeds of their own.
+- What a method adds to the frontier is the area of all its rounds together. Chance adds to this area, and more to
+  more rounds. So only methods with as many rounds are compared by it.
 """
 
 

@@ -195,7 +195,7 @@ def _mbpp_problem(row: Mapping[str, Any], place: str) -> CodeProblem:
     setup = "\n".join([*row.get("test_imports", ()), row.get("test_setup_code") or ""]).strip()
     source = "\n".join(tests)
     try:
-        calls = called_names(source, setup)
+        calls = called_names(source, setup, str(row.get("code") or ""))
     except SyntaxError as error:
         raise UserError(f"{place}: its tests are no Python: {error}") from error
     if not calls:
@@ -206,17 +206,23 @@ def _mbpp_problem(row: Mapping[str, Any], place: str) -> CodeProblem:
     )  # fmt: skip
 
 
-def called_names(tests: str, setup: str = "") -> tuple[str, ...]:
+def called_names(tests: str, setup: str = "", solution: str = "") -> tuple[str, ...]:
     """Which names tests take from the program, those of the tests themselves before those of their setup.
+
+    Args:
+      solution: a program that passes; what it defines is the program's, also where Python has a function of that name.
 
     Example:
       >>> called_names("assert f(g(1)) == len([2])"), called_names("assert isinstance(f(1), Pair)", "x = Node(1)")
       (('f', 'g'), ('f', 'Pair', 'Node'))
+      >>> called_names("assert sum(10, 15) == 6", solution="def sum(a, b): ...")
+      ('sum',)
     """
     trees = [ast.parse(tests), ast.parse(setup)]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     own = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-    own |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)} | set(vars(builtins))
+    own |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    own |= {name for name in vars(builtins) if not defines(solution, name)}
     own |= {(a.asname or a.name).partition(".")[0] for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)
             for a in n.names} | {n.arg for n in nodes if isinstance(n, ast.arg)}  # fmt: skip
     free: list[str] = []

@@ -93,7 +93,3 @@ class Tasks:
     """The questions are drawn with this seed; it is apart from the run's so that runs can share their questions."""
     few_shot: int = 0
     """This many worked examples stand before each question (for base models that follow no instruction)."""
-
-    def __post_init__(self):
-        if not any(f.domain == "id" and f.train for f in self.families):
-            raise UserError("tasks.families: at least one family with domain: id and train: N is needed")

@@ -92,6 +92,7 @@ def test_what_is_wrong_is_refused_by_name(stub, tmp_path, monkeypatch, model):
     families = [{"family": "gcd", "domain": "id", "train": 1}]
     for call, words in [
         (lambda: improve(model="m", methods={}), "tasks is missing; it has no default"),
+        (lambda: improve("tiny", tasks=[]), "at least one family with domain: id and train"),
         (lambda: improve("tiny", round=3), "config.round: no such key; did you mean rounds"),
         (lambda: improve("tiny", rounds="3"), "rounds is '3'; int is wanted"),
         (lambda: improve("tini"), "tini: no such config; did you mean tiny"),
@@ -127,6 +128,15 @@ def test_generate_gives_texts_or_samples(model):
     assert all(len(s.tokens) == len(s.logprobs) and max(s.logprobs) <= 0 for samples in many for s in samples)
 
 
+def test_a_model_over_devices_gives_the_same_texts(model):
+    spread = Model.load(MINIATURE, mesh={"fsdp": 2})
+    assert len(spread.params["model"]["embed_tokens"]["weight"].sharding.device_set) == 2
+    prompts = ["g12,8?", "g7,21?", "3+4+5?"]
+    assert spread.generate(prompts, max_new_tokens=24) == model.generate(prompts, max_new_tokens=24)
+    with pytest.raises(UserError, match=r"mesh.fspd: no such key; did you mean fsdp"):
+        Model.load(MINIATURE, mesh={"fspd": 2})
+
+
 def test_a_merged_model_is_saved_and_read_again(model, tmp_path):
     tripled = jax.tree.map(lambda leaf: leaf * 3, model.params)
     merged = model.replace(params=jaxmerge.imm([tripled], base=model.params, alpha=0.5))
@@ -141,7 +151,7 @@ def test_a_merged_model_is_saved_and_read_again(model, tmp_path):
 
 
 def test_a_model_in_memory_is_evaluated_as_one_on_disk(model, capsys):
-    tasks = {"style": "compact", "families": [{"family": "gcd", "domain": "id", "train": 4, "test": 8}]}
+    tasks = {"style": "compact", "families": [{"family": "gcd", "domain": "ood", "test": 8}]}  # nothing to learn from
     in_memory = evaluate(model, tasks, max_new_tokens=24, quiet=True)
     on_disk = evaluate(MINIATURE, tasks, max_new_tokens=24, quiet=True)
     zero = evaluate(model.replace(params=jax.tree.map(jnp.zeros_like, model.params)), tasks, quiet=True)

@@ -55,6 +55,15 @@ def test_nothing_missing_is_exit_code_0(capsys):
     assert "get it" in capsys.readouterr().out
 
 
+def test_an_old_python_is_told_what_works_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 9))
+    (check,) = d.check_python()
+    assert (check.status, check.remedy) == (d.MISSING, "make setup PYTHON=python3.12")
+    monkeypatch.setattr(install, "CHECKOUT", tmp_path)
+    (check,) = d.check_python()
+    assert check.remedy == "install jaxmerge into an environment of Python 3.12"
+
+
 def test_a_fault_becomes_a_finding(monkeypatch):
     monkeypatch.setattr(d, "check_sandbox", lambda: 1 / 0)
     last = d.doctor()[-1]

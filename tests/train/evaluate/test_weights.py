@@ -119,6 +119,16 @@ def test_change_by_hand():
     assert cells == {"q": pytest.approx([1 / 3, 2 / 3]), "norms": [0.0, 0.0]}
 
 
+def test_what_was_zero_and_moved_has_no_relative_change():
+    """As the last norm of an untrained Gemma: infinity can stand in no record."""
+    base = {"model": {"norm": {"weight": jnp.zeros(3)}, "layers": {"0": {"w": jnp.array([2.0])}}}}
+    tuned = {"model": {"norm": {"weight": jnp.ones(3)}, "layers": {"0": {"w": jnp.array([3.0])}}}}
+    assert change.by_layer(tuned, base) == {"model/layers/0": 0.5}
+    assert change.by_layer(base, base) == {"model/layers/0": 0.0, "model/norm": 0.0}
+    overflown = {"model": {"norm": {"weight": jnp.zeros(3)}, "layers": {"0": {"w": jnp.array([jnp.inf])}}}}
+    assert change.by_layer(overflown, base)["model/layers/0"] == math.inf
+
+
 def test_kinds_of_a_decoder():
     kinds = change.by_kind(hand.params(1), hand.params(0))
     assert set(kinds) == set(change.KINDS)

@@ -1,5 +1,6 @@
 """The sentences at the head of a report: they follow from the run's paired intervals, and from nothing else."""
 
+import json
 import re
 
 import numpy as np
@@ -113,6 +114,21 @@ def test_equal_models_are_seldom_called_different():
 def test_points_have_signs_and_no_negative_zero():
     assert [format_points(v) for v in (0.0, -0.0001, 0.0004, -0.1)] == ["0.0", "0.0", "0.0", "−10.0"]
     assert format_points(0.104, digits=0) == "+10"
+
+
+def test_the_two_domains_of_the_sentences_come_first_in_every_table(tmp_path):
+    folder = write_run(tmp_path / "run")
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text())
+    paired = [{**p, "domain": "harder"} for p in summary["paired"] if p["domain"] == "id"] + summary["paired"]
+    path.write_text(json.dumps({**summary, "paired": paired}))
+    shown = re.findall(
+        r'<section id="(table|paired)".*?<thead.*?>(.*?)</thead>', write_report(folder).read_text(), re.S
+    )
+    assert [key for key, _ in shown] == ["table", "paired"]
+    for _, head in shown:
+        found = re.findall("in domain|out of domain|harder", head)
+        assert found == ["in domain", "out of domain", "harder"]
 
 
 def test_the_page_begins_with_it_in_the_colours_of_the_methods(tmp_path):

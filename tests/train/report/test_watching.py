@@ -7,6 +7,7 @@ import pytest
 from helpers.made_up_run import METHODS, NASTY, write_run
 
 from jaxmerge.files.inspect import canvas
+from train.log import UserError
 from train.report import kept
 from train.report.about import format_count
 from train.report.html import escape
@@ -134,7 +135,7 @@ def test_the_head_names_model_and_task(tmp_path):
     assert f"<dt>Model</dt><dd>{escape(NASTY[:40])}" in page
     assert "Learns from" not in page
     (folder / "config.yaml").write_text("model: {path: ''\n  random: {num_hidden_layers: 2, hidden_size: 32}}")
-    with pytest.raises(Exception, match=r"config\.yaml"):
+    with pytest.raises(UserError, match=r"config\.yaml"):
         write_report(folder)
     (folder / "config.yaml").write_text("model: {path: '', random: {num_hidden_layers: 2, hidden_size: 32}}")
     assert "random weights (2 layers, hidden size 32)" in write_report(folder).read_text()

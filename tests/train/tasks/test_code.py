@@ -11,6 +11,7 @@ from random import Random
 
 import pytest
 from helpers import ROOT
+from helpers.line_cases import write
 
 from train.evaluate.accuracy import pass_rates
 from train.log import UserError
@@ -378,3 +379,17 @@ def test_codeio_does_not_depend_on_the_hash_seed():
     assert not is_determined("import random\nx = random.random()")
     assert not is_determined("x = {1, 2}")
     assert not is_determined("def")
+
+
+def test_a_function_may_have_the_name_of_one_of_pythons(tmp_path, box):
+    """MBPP's task 126 asks for a `sum` of two numbers."""
+    row = {
+        "text": "Write a function to find the sum of common divisors of two given numbers.",
+        "code": "def sum(a, b):\n    return 6 if (a, b) == (10, 15) else -1",
+        "test_list": ["assert sum(10, 15) == 6"],
+    }
+    (problem,) = read_mbpp(str(write(tmp_path / "m.jsonl", [row])))
+    assert (problem.entry_point, problem.calls) == ("sum", ("sum",))
+    right, wrong = judge([problem, problem], [f"```python\n{row['code']}\n```", "```python\nx = 1\n```"], box)
+    assert right.passed
+    assert not wrong.passed

@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 
-from train.learn.speed import step_flops, token_flops
-from train.models.config import ModelConfig
-from train.models.decoder import shapes
+from ..learn.speed import step_flops, token_flops
+from ..models.config import ModelConfig
+from ..models.decoder import shapes
 
 Shape = Mapping[str, int]
 """{"data": …, "fsdp": …, "tensor": …}."""
