@@ -160,7 +160,7 @@ def merge_and_share(jaxmerge: pathlib.Path, work: pathlib.Path, hub: Hub) -> Non
     if not (work / "small").exists():
         run([jaxmerge, "export", "run", "small", "method=imm", "format=gguf", "type=q8_0"], work)
     run([jaxmerge, "push", "small", "me/small-GGUF"], work, **online)
-    assert set(hub.repositories["me/small-GGUF"].files) == {"README.md", "small-Q8_0.gguf"}
+    assert {"README.md", "small-Q8_0.gguf"} <= set(hub.repositories["me/small-GGUF"].files)
 
 
 def main(folder: pathlib.Path) -> None:
