@@ -3,7 +3,7 @@ r"""Merges and runs killed at random moments and gone on with, over and over: py
   minutes=10   no cycle begins later; what is compared with is made before
   seed=0       of the moments
   kills=2      at most, in a cycle, before it is let go on to its end
-  size=1500    rows and columns of each of a model's eight matrices, float32
+  size=2000    rows and columns of each of a model's eight matrices, float32
 
 A cycle of `merge` merges two models and their base by a recipe (linear and dare_ties in turns) in a process that is
 killed (SIGKILL) at a random moment of the time that an undisturbed one takes, and ends the merge in this process. A
@@ -26,6 +26,7 @@ import pathlib
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-OPTIONS = {"minutes": 10.0, "seed": 0, "kills": 2, "size": 1500}
+OPTIONS = {"minutes": 10.0, "seed": 0, "kills": 2, "size": 2000}
 RECIPE = """merge_method: {method}
 base_model: base
 models: [{{model: one}}, {{model: two}}]
@@ -45,8 +46,8 @@ seed: 7
 """
 METHODS = {"linear": "", "dare_ties": ", density: 0.5"}
 CLOCKS = ("seconds", "tokens_per_second", "mfu", "phase_seconds", "command", "resumed")
-WARM = 4  # merges, after which this process has compiled and allocated what it needs
-GROWN = 1.1  # times the memory after these
+WARM = 15  # merges, after which this process has compiled and allocated what it needs
+GROWN = 1.15  # times the memory: the median of the later half of the merges after these to that of the earlier half
 
 
 @dataclasses.dataclass
@@ -79,13 +80,23 @@ def whole(place: pathlib.Path, *words: str) -> float:
     return time.perf_counter() - begin
 
 
-def killed(place: pathlib.Path, seconds: float, *words: str) -> bool:
-    """Start `jaxmerge` and kill it after some seconds; whether it was still at it."""
+def killed(place: pathlib.Path, share: float, seconds: dict[str, float], *words: str) -> bool:
+    """Start `jaxmerge` and kill it after a share of the seconds its command takes; whether it was still at it.
+
+    If it was not, and had it all to do, it takes less now than when it was measured, for other work on the machine has
+    ended.
+    """
+    fresh = not any(place.glob(".out.*")) and not any((place / name).exists() for name in ("out", "run"))
+    begin = time.perf_counter()
     process = command(place, *words)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
+        process.wait(share * seconds[words[1]])
     process.send_signal(signal.SIGKILL)
-    return process.wait(60) == -signal.SIGKILL
+    if process.wait(60) == -signal.SIGKILL:
+        return True
+    if fresh:
+        seconds[words[1]] = time.perf_counter() - begin
+    return False
 
 
 # --- merges ---
@@ -119,14 +130,14 @@ def merge_cycles(place: pathlib.Path, rng: random.Random, kills: int, tally: Tal
     wanted, seconds = {}, {}
     for method, more in METHODS.items():
         (place / f"{method}.yaml").write_text(RECIPE.format(method=method, more=more))
-        seconds[method] = whole(place, "merge", f"{method}.yaml", f"whole-{method}")
+        seconds[f"{method}.yaml"] = whole(place, "merge", f"{method}.yaml", f"whole-{method}")
         wanted[method] = digest_of(place / f"whole-{method}")
     os.chdir(place)  # where the recipe's names of models are meant, in this process too
     before = {path.name for path in place.iterdir()}
     yield
     for method in itertools.cycle(METHODS):
         for _ in range(rng.randint(1, kills)):
-            if killed(place, rng.uniform(0.3, 1) * seconds[method], "merge", f"{method}.yaml", "out"):
+            if killed(place, rng.uniform(0.5, 1), seconds, "merge", f"{method}.yaml", "out"):
                 tally.kills += 1
                 tally.begun += count_done(place / "out") > 0
         merge(place / f"{method}.yaml", place / "out")
@@ -160,12 +171,12 @@ def run_cycles(place: pathlib.Path, rng: random.Random, kills: int, tally: Tally
     """The first step makes what is compared with; each after it is one run, killed, gone on with, compared."""
     words = ("improve", str(ROOT / "configs/tiny.yaml"))
     whole(place, *words, "out=compile")  # so that what is timed finds its programs compiled
-    seconds = whole(place, *words, "out=whole")
+    seconds = {words[1]: whole(place, *words, "out=whole")}
     wanted, names = metrics_of(place / "whole"), files_of(place / "whole")
     yield
     while True:
         for _ in range(rng.randint(1, kills)):
-            if killed(place, rng.uniform(0.2, 1) * seconds, *words, "out=run"):
+            if killed(place, rng.uniform(0.2, 1), seconds, *words, "out=run"):
                 tally.kills += 1
                 tally.begun += any((place / "run").glob("phases/*/*"))
         whole(place, *words, "out=run")
@@ -211,9 +222,12 @@ def soak(place: pathlib.Path, minutes: float, seed: int, kills: int, size: int) 
         print(f"| {kind} | {tally.cycles} | {tally.kills} | {tally.begun} | {tally.different} | {len(tally.left)} |")
         for name in sorted(tally.left)[:20]:
             print(f"left over by {kind}: {name}", file=sys.stderr)
-    first, last = seen[min(WARM, len(seen)) - 1], seen[-1]
-    print(f"\nopen files {first[0]} → {last[0]}, memory {first[1] / 1e6:.0f} MB → {last[1] / 1e6:.0f} MB")
-    grown = last[0] > first[0] or last[1] > GROWN * first[1]
+    seen = seen[WARM:] if len(seen) > WARM + 1 else seen
+    halves = seen[: len(seen) // 2] or seen, seen[len(seen) // 2 :]
+    files = [max(count for count, _ in half) for half in halves]
+    memory = [statistics.median(size for _, size in half) for half in halves]
+    print(f"\nopen files {files[0]} → {files[1]}, memory {memory[0] / 1e6:.0f} MB → {memory[1] / 1e6:.0f} MB")
+    grown = files[1] > files[0] or memory[1] > GROWN * memory[0]
     return int(grown or any(tally.different or tally.left for tally in tallies.values()))
 
 
