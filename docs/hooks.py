@@ -22,24 +22,6 @@ OTHER_HOST = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href
 IS_NO_LOAD = re.compile(r"rel=[\"']?(?:canonical|prev|next|alternate|edit)")
 
 
-COMING = ("api.md", "gpu.md", "report.md", "sharing.md", "tpu.md")
-"""Pages that the navigation takes once they are written; until then links to them are plain words."""
-
-
-def on_config(config: Any) -> Any:
-    """Leave pages that are still to be written out of the navigation."""
-    for section in config.nav:
-        for name, entries in section.items():
-            if isinstance(entries, list):
-                section[name] = [entry for entry in entries if not any(map(is_missing, entry.values()))]
-    return config
-
-
-def is_missing(page: str) -> bool:
-    """Say whether this page is one of those still to be written."""
-    return page in COMING and not (ROOT / "docs" / page).exists()
-
-
 def on_files(files: Files, config: Any) -> Files:
     """Make a page of every notebook under tutorials/, with the outputs that stand in it."""
     for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
@@ -66,8 +48,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         path, hash_, anchor = target.partition("#")
         there = (folder / path).resolve()
         inside = there.is_relative_to(ROOT / "docs") and not there.is_dir()
-        if inside and is_missing(there.name):
-            return text.strip("[]")
         if inside and there.suffix == ".ipynb":
             return f"{text}({path.removesuffix('.ipynb')}.md{hash_}{anchor})"
         if inside and there.suffix not in (".py", ".jsonl"):

@@ -18,8 +18,6 @@ import jaxmerge
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 NOTEBOOKS = sorted((DOCS / "tutorials").glob("*.ipynb"))
-COMING = set(re.findall(r"\w+\.md", re.findall(r"^COMING = .*", (DOCS / "hooks.py").read_text(), re.MULTILINE)[0]))
-"""Pages that are still to be written: the site shows links to them as plain words."""
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 
 
@@ -35,7 +33,7 @@ def prose_of(path: pathlib.Path) -> str:
 def test_links_lead_to_files_of_the_repository(path):
     """Anchors are checked where the site is built (`.ci/run docs`)."""
     for target in LINK.findall(prose_of(path)):
-        if not re.match(r"[a-z]+:|#", target) and target.partition("#")[0] not in COMING:
+        if not re.match(r"[a-z]+:|#", target):
             assert (path.parent / target.partition("#")[0]).exists(), target
 
 
