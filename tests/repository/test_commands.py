@@ -38,7 +38,7 @@ def test_no_command_is_left_out():
 @pytest.mark.parametrize("line", MAKE)
 def test_make_has_it(line, tmp_path):
     """What a target would run, and under FULL=1 the quickstart itself; `make test` is what runs this."""
-    last = run([*shlex.split(line), "-n"]).splitlines()[-1]
+    last = run([*shlex.split(line), "-n", "--no-print-directory"]).splitlines()[-1]
     words = shlex.split(last)
     assert words[0].startswith(".venv/bin/")
     assert ("improve" in words) == (line == "make quickstart")
