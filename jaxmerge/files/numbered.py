@@ -162,7 +162,7 @@ def _start(order: Order, part: Mapping[str, Any], key: str, value: int) -> int:
 def _spread_experts(changed: dict[str, Any], part: Mapping[str, Any], order: Order) -> None:
     """Say layer by layer which have experts, where `decoder_sparse_step` said it by a period."""
     steps = [order.value(model, SPARSE, part.get(SPARSE, 1)) for model, _ in order.layers]
-    if all(type(step) is int and step for step in steps) and (set(steps) == {1} or _in_step(order, set(steps))):
+    if all(type(step) is int and step for step in steps) and (set(steps) <= {1} or _in_step(order, set(steps))):
         return
     dense = [j for j, (model, layer) in enumerate(order.layers) if not _has_experts(order, part, model, layer)]
     changed |= {SPARSE: 1, DENSE: dense}

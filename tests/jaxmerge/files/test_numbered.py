@@ -162,3 +162,8 @@ def test_a_class_that_is_not_known_is_noted():
     notes: list[str] = []
     rewritten({"model_type": "nobody", "num_hidden_layers": 4, "sliding_window": 8}, [1, 0], 4, notes=notes)
     assert "is not known" in notes[0]
+
+
+def test_no_layer_at_all():
+    """A recipe may take none: mergekit merges `layer_range: [0, 0]`."""
+    assert rewritten({"num_hidden_layers": 3}, [], 3)["num_hidden_layers"] == 0
