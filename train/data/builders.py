@@ -41,6 +41,7 @@ FEATURES = {
     "answer": Text(),
     "choices": tfds.features.Sequence(Text()),
     "tests": tfds.features.Sequence(Text()),
+    "reward": tfds.features.Scalar(np.float64),
 }
 
 

@@ -9,10 +9,14 @@ gsm8k     question, answer (worked, ending in `#### n`)         word problems
 mbpp      text or prompt, code, test_list                       Python functions with assertions
 choices   question, choices, answer (a letter or an index)      multiple choice
 problem   problem or question, answer; solution                 free-form answers
+
+A line of any format may have a `reward`, a number, which `sft.objective: {name: reward_weighted}` reads.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -62,6 +66,7 @@ def read_row(row: Row, name: str | None = None, *, ignore: Collection[str] = ())
     if name is not None and name not in FORMATS:
         raise UserError(f"no format {name!r}; choose one of {', '.join(FORMATS)}")
     row = {key: value for key, value in row.items() if key not in ignore}
+    reward = _number(row.pop("reward", 0.0))
     name = name or detect(row)
     form = FORMATS[name]
     missing = [names for names in form.required if not any(key in row for key in names.split("|"))]
@@ -75,7 +80,7 @@ def read_row(row: Row, name: str | None = None, *, ignore: Collection[str] = ())
             f"format {name}: the key {unknown[0]!r} is not understood (known: {', '.join(sorted(form.known))});"
             f" pass over it with data.ignore=[{', '.join(unknown)}]"
         )
-    return form.read(row)
+    return dataclasses.replace(form.read(row), reward=reward)
 
 
 def detect(row: Row) -> str:
@@ -107,6 +112,12 @@ def _text(row: Row, *names: str, default: str | None = None) -> str:
     if default is None:
         raise UserError(f"{' or '.join(names)} is missing")
     return default
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"reward is {value!r:.60}; a finite number is wanted")
+    return float(value)
 
 
 def _id(row: Row) -> str:

@@ -24,6 +24,7 @@ class Record:
       answer: the gold answer alone, where there is one: a number, a letter, a formula.
       choices: the possible answers of a multiple-choice question, in order.
       tests: assertions that a solution in code must pass.
+      reward: how good the answer is, for objectives that weigh examples by it.
       id: a name that is the same in every run; made from the contents where the source gives none.
     """
 
@@ -33,6 +34,7 @@ class Record:
     choices: tuple[str, ...] = ()
     tests: tuple[str, ...] = ()
     id: str = ""
+    reward: float = 0.0
 
     def __post_init__(self):
         check_messages(self.messages, only=("role", "content"))
@@ -107,6 +109,7 @@ def columns(records: Sequence[Record]) -> list[dict[str, Any]]:
             "answer": r.answer,
             "choices": list(r.choices),
             "tests": list(r.tests),
+            "reward": r.reward,
         }
         for r in records
     ]
@@ -126,4 +129,5 @@ def from_columns(row: Mapping[str, Any]) -> Record:
         tuple(map(text, row["choices"])),
         tuple(map(text, row["tests"])),
         text(row["id"]),
+        float(row.get("reward", 0.0)),  # sets written before there was one
     )

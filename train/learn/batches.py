@@ -243,7 +243,7 @@ def to_arrays(
         else:
             truncated += n > keep
             tokens.append(np.asarray(e["tokens"][:keep], np.int32))
-            weights.append(learnt[:keep] * np.float32(e.get("weight", 1.0)))
+            weights.append(learnt[:keep] * np.float32(config.objective.weight_of(e)))
     if not tokens:
         raise UserError(
             f"sft: none of {len(examples)} examples{where} is at most sft.max_length={config.max_length} tokens long;"

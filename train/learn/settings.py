@@ -12,6 +12,7 @@ from ..models.settings import Source
 from ..resolve import FINISH_WITH, at_least
 from ..runtime.settings import Distributed, Mesh
 from ..tasks.settings import FamilySpec, Ingredient
+from .objectives import Objective, ResponseOnly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,12 +282,12 @@ class Sft:
     checkpoint_every: int = 200
     """Steps between resumable checkpoints: what a kill can lose."""
     optimizer: Optimizer = dataclasses.field(default=AdamW(), metadata={FINISH_WITH: "aa22b70"})
+    objective: Objective = dataclasses.field(default=ResponseOnly())
     step: Step = Step()
     watch: Watch = Watch()
     stay: Stay = Stay()
     lora: Lora | None = None
-    """Low-rank adapters {rank, alpha, targets, dropout} are trained beside frozen weights and merged at the end; null
-    trains all weights."""
+    """Low-rank adapters {rank, alpha, targets, dropout} are trained and merged at the end; null trains all weights."""
 
     def __post_init__(self):
         at_least(self, "sft", epochs=1, batch=1, max_length=2, snapshots=1, checkpoint_every=1)

@@ -32,6 +32,7 @@ from . import frozen as adapters
 from . import optim
 from .batches import RowSource, steps_of
 from .frozen import Frozen
+from .objectives import ResponseOnly
 from .settings import Sft, Step
 from .shares import Shares
 from .speed import batch_flops, peak_flops
@@ -248,8 +249,8 @@ def placed(change: Callable[[Params], Params], params: Params, mesh: jax.shardin
 
 
 def one_epoch(config: Sft) -> Sft:
-    """The settings of rows that are gone through once, as held-out ones are."""
-    return dataclasses.replace(config, epochs=1)
+    """The settings of rows that are gone through once, as held-out ones are: their plain loss is what is measured."""
+    return dataclasses.replace(config, epochs=1, objective=ResponseOnly())
 
 
 def mean_loss(

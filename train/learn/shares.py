@@ -10,7 +10,7 @@ import numpy as np
 
 from ..runtime.mesh import batch_sharding
 from . import frozen as adapters
-from .batches import RowSource, batches
+from .batches import RowSource, batches, steps_of
 from .settings import Sft
 
 
@@ -33,7 +33,12 @@ class Shares:
 
     def batches(self, rows: RowSource, *, seed: int, start: int = 0) -> Iterator[dict[str, jax.Array]]:
         """The batches of `batches(rows, …)` as arrays on the mesh, from step `start` on."""
+        total, objective = steps_of(rows, self.config), self.config.objective
         for number, batch in enumerate(batches(rows, self.config, seed=seed, start=start, share=self.rows), start):
+            numbers = number * self.config.batch + self.rows
+            shown = objective.inputs(batch["tokens"], batch["weights"], numbers=numbers, seed=seed, done=number / total)
+            if shown is not None:
+                batch = {**batch, "inputs": shown}
             if self.config.lora is not None:
                 batch = adapters.numbered(batch, number, self.config.batch, self.rows)
             yield {name: self._place(values) for name, values in batch.items()}

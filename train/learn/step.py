@@ -90,11 +90,13 @@ def make_step(model: ModelConfig, config: Sft, how: Compute | str) -> Callable[.
     """
     if isinstance(how, str):
         how = Compute(how, config.step.remat, config.step.logits_at_once)
+    config.objective.check(model.vocab_size)
     read = Sft(
         batch=config.batch,
         micro_batch=config.micro_batch,
         lora=config.lora,
         optimizer=config.optimizer,
+        objective=config.objective,
         stay=Stay(float(config.stay.l2 > 0), float(config.stay.kl > 0), config.stay.freeze),
         step=dataclasses.replace(
             Step(), clip=config.step.clip, weight_decay=config.step.weight_decay, decay=config.step.decay
@@ -106,12 +108,14 @@ def make_step(model: ModelConfig, config: Sft, how: Compute | str) -> Callable[.
 @functools.lru_cache(maxsize=8)
 def _make_step(model: ModelConfig, config: Sft, how: Compute):
     micro, stay = config.micro_batch or config.batch, config.stay
+    factors = config.objective.factors if config.objective.factored else None
 
     def mean_gradient(params, batch, frozen, anchor):
         def sums(params, part):
             if config.lora is not None:
                 params = adapters.joined(config.lora, frozen, params, part)
-            return loss_sums(model, params, part, how, near=(anchor.params, anchor.kl) if stay.kl else None)
+            near = (anchor.params, anchor.kl) if stay.kl else None
+            return loss_sums(model, params, part, how, near=near, factors=factors)
 
         gradient = jax.value_and_grad(sums, has_aux=True)
         if micro == config.batch:

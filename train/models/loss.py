@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,21 +44,29 @@ def loss_sums(
     how: Compute = Compute(),
     *,
     near: tuple[Params, Any] | None = None,
+    factors: Callable[[jax.Array], jax.Array] | None = None,
 ):
     r"""Σ w·(−log p) and Σ w over a batch.
 
     Args:
       batch: `tokens` [B, T] int32; `weights` [B, T] float32, the loss weight of each token as a target; optionally
         `targets` [B, K] int32, the positions whose weight is not 0, filled up with 0; optionally `segments` [B, T]
-        int32, equal and contiguous for the tokens of one sequence of a packed row.
+        int32, equal and contiguous for the tokens of one sequence of a packed row; optionally `inputs` [B, T] int32,
+        which the model reads in place of the tokens, whose labels stay.
       near: (θ_0, β): Σ w·β·KL(p_0 ‖ p_θ) is added to the losses.
+      factors: of tokens with the losses −log p: they multiply the losses, have no gradient and are not in Σ w.
 
     Returns:
       (sum of weighted losses, sum of weights): their ratio is the mean loss a token.
     """
     hidden, labels, weights = at_targets(config, params, batch, how)
     head = Head(config, jnp.dtype(how.dtype), how.mesh)
-    loss = nll_sum(head, how.logits_at_once, head.weight(params), hidden, labels, weights)
+    counted = weights
+    if factors is not None:
+        ours = jax.lax.stop_gradient((head.weight(params), hidden))
+        each = _over_chunks(head, how.logits_at_once, *ours, labels, weights, gradient=False)[1]
+        counted = weights * factors(each)
+    loss = nll_sum(head, how.logits_at_once, head.weight(params), hidden, labels, counted)
     if near is not None:
         base, beta = jax.lax.stop_gradient(near)
         theirs, _, _ = at_targets(config, base, batch, how)
@@ -69,6 +78,7 @@ def loss_sums(
 def at_targets(config: ModelConfig, params: Params, batch: dict[str, jax.Array], how: Compute):
     """(last hidden states [B, K, D], labels [B, K], their weights [B, K]) where something is learnt."""
     tokens, weights = batch["tokens"], batch["weights"]
+    inputs = batch.get("inputs", tokens)
     targets, segments = batch.get("targets"), batch.get("segments")
     if segments is None:
         positions = unpacked_positions(weights[:, 1:])
@@ -78,7 +88,7 @@ def at_targets(config: ModelConfig, params: Params, batch: dict[str, jax.Array],
     seen = visible(positions, segments) if how.attention == "xla" else Causal(segments, how.attention, mesh=how.mesh)
     dtype = jnp.dtype(how.dtype)
     with activations_on(how.mesh):
-        hidden, _ = bind(config, params)(tokens[:, :-1], positions, seen, dtype=dtype, remat=how.remat)
+        hidden, _ = bind(config, params)(inputs[:, :-1], positions, seen, dtype=dtype, remat=how.remat)
     if targets is None:
         labels, weights = tokens[:, 1:], weights[:, 1:]
     else:

@@ -36,6 +36,21 @@ def test_mbpp():
     assert read_row({**{k: v for k, v in MBPP.items() if k != "text"}, "prompt": "p"}).question.startswith("p\n")
 
 
+@pytest.mark.parametrize("row", [GSM8K, MBPP, CHAT, ALPACA, CHOICES])
+def test_a_line_of_any_format_may_have_a_reward(row):
+    record = read_row(row | {"reward": -2})
+    assert record.reward == -2.0
+    assert record.id == read_row(row).id
+    assert read_row(row).reward == 0.0
+    (stored,) = columns([record])
+    assert from_columns(stored) == record
+    del stored["reward"]  # a set written before there were rewards
+    assert from_columns(stored).reward == 0.0
+    for wrong in ("2", True, float("nan"), None):
+        with pytest.raises(UserError, match=r"reward is .*; a finite number is wanted"):
+            read_row(row | {"reward": wrong})
+
+
 def test_conversations():
     record = read_row(CHAT)
     assert [m["role"] for m in record.messages] == ["system", "user", "assistant", "user", "assistant"]

@@ -1,0 +1,198 @@
+"""Objectives of fine-tuning: each is its formula, and the default one is what fine-tuning was before the others."""
+
+import dataclasses
+import typing
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.sft_cases import SFT, InMemory, Killed, assert_bits, kill_after, tune
+
+from train.learn import objectives
+from train.learn.batches import batches, to_rows
+from train.learn.objectives import OBJECTIVES, MaskedThought, ResponseOnly, RewardWeighted, Talr
+from train.learn.settings import Sft
+from train.learn.shares import Shares
+from train.learn.step import make_step
+from train.log import UserError
+from train.models.characters import PAD_ID
+from train.models.decoder import bind
+from train.models.loss import Compute, loss_sums
+from train.resolve import build, to_dict
+
+SETTINGS = {
+    "response_only": {}, "masked_thought": {"token": 3}, "reward_weighted": {"temperature": 0.5},
+    "talr": {"temperature": 2.0},
+}  # fmt: skip
+
+
+def of(name, **changes):
+    return build(Sft, {**to_dict(SFT), "objective": {"name": name, **SETTINGS[name], **changes}}, "sft")
+
+
+@pytest.fixture(scope="module")
+def rewarded(examples):
+    return [e | {"reward": i % 3 - 1.0} for i, e in enumerate(examples)]
+
+
+def test_the_registry_is_what_a_config_may_name():
+    assert tuple(OBJECTIVES.values()) == typing.get_args(objectives.Objective)
+    assert OBJECTIVES.keys() == SETTINGS.keys()
+    for name, kind in OBJECTIVES.items():
+        assert type(of(name).objective) is kind
+        assert kind.name == name  # type: ignore[attr-defined]
+        assert "$" in str(kind.__doc__)
+    assert Sft().objective == ResponseOnly()
+
+
+def test_errors_name_the_key_and_the_way_out():
+    with pytest.raises(UserError, match=r"sft\.objective\.name is 'tarl'; no such name; did you mean talr\?"):
+        build(Sft, {"objective": {"name": "tarl"}}, "sft")
+    with pytest.raises(UserError, match=r"sft\.objective\.tau: no such key"):
+        build(Sft, {"objective": {"name": "talr", "tau": 1.0}}, "sft")
+    with pytest.raises(UserError, match=r"token is None; masked_thought needs the number"):
+        build(Sft, {"objective": {"name": "masked_thought"}}, "sft")
+    for name in ("talr", "reward_weighted"):
+        with pytest.raises(UserError, match=r"temperature is 0\.0"):
+            of(name, temperature=0.0)
+    with pytest.raises(UserError, match=r"a reward is 30, 60 times the temperature"):
+        of("reward_weighted").objective.weight_of({"reward": 30.0})
+
+
+def test_a_mask_token_that_the_model_lacks_is_refused(model):
+    with pytest.raises(UserError, match=rf"token is 4000; the model has {model.config.vocab_size} tokens"):
+        make_step(model.config, of("masked_thought", token=4000), "float32")
+
+
+# --- the whole run ---
+
+
+def test_every_objective_but_the_default_changes_the_weights(model, rewarded, mesh, undisturbed):
+    """The default's are what they were; rewards alone change nothing."""
+    for name in OBJECTIVES:
+        config = of(name)
+        tuned, _ = tune(model, to_rows(rewarded, config, PAD_ID), config, mesh)
+        if name == "response_only":
+            assert_bits(tuned, undisturbed[0])
+        else:
+            pairs = zip(jax.tree.leaves(tuned), jax.tree.leaves(undisturbed[0]), strict=True)
+            assert any((a != b).any() for a, b in pairs), name
+
+
+@pytest.mark.parametrize("name", ["masked_thought", "talr"])
+def test_a_resumed_run_ends_with_the_same_bits(model, rows, mesh, name):
+    config = dataclasses.replace(of(name), checkpoint_every=3)
+    whole, _ = tune(model, rows, config, mesh)
+    memory = InMemory()
+    with pytest.raises(Killed):
+        tune(model, rows, config, mesh, checkpoints=memory, on_step=kill_after(5))
+    assert memory.kept[1] == 3
+    assert_bits(tune(model, rows, config, mesh, checkpoints=memory)[0], whole)
+
+
+def test_micro_batches_and_packing_take_the_same_loss(model, examples, mesh):
+    config = dataclasses.replace(of("talr"), learning_rate=0.0, epochs=1, batch=32)
+    losses = []
+    for c in (config, dataclasses.replace(config, micro_batch=8), dataclasses.replace(config, packing=True)):
+        losses.append(tune(model, to_rows(examples, c, PAD_ID), c, mesh)[1][0]["loss"])
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
+
+
+def test_the_held_out_loss_is_the_plain_one(model, rows, mesh):
+    found = []
+    for name in ("response_only", "masked_thought", "talr"):
+        config = dataclasses.replace(of(name), learning_rate=0.0, epochs=1)
+        found.append(tune(model, rows, config, mesh, held_out=rows)[1][-1]["held_out_loss"])
+    assert found[0] == found[1] == found[2]
+
+
+# --- formulas ---
+
+
+def test_talr_is_its_formula_and_no_gradient_flows_through_its_factors(model, rows):
+    """Against logits of the whole model in float64, and finite differences with the factors held."""
+    batch: Any = next(batches(rows, SFT, seed=0))
+
+    def losses(params):
+        tokens = jnp.asarray(batch["tokens"])
+        index = jnp.broadcast_to(jnp.arange(tokens.shape[1] - 1), tokens[:, 1:].shape)
+        seen = jnp.tril(jnp.ones((tokens.shape[1] - 1,) * 2, bool))[None]
+        net = bind(model.config, params)
+        hidden, _ = net(tokens[:, :-1], index, jnp.broadcast_to(seen, (len(tokens), *seen.shape[1:])))
+        z = np.asarray(net.head(hidden, jnp.dtype("float32")), np.float64)
+        gold = np.take_along_axis(z, batch["tokens"][:, 1:, None], -1)[..., 0]
+        return np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1)) + z.max(-1) - gold
+
+    weights = batch["weights"][:, 1:].astype(np.float64)
+    each = losses(model.params)
+    floor = float(np.median(np.exp(-each / 2.0)[weights > 0]))  # both sides of it are met
+    factors = np.maximum(np.exp(-each / 2.0), floor)
+    objective = Talr(temperature=2.0, floor=floor)
+
+    def ours(params):
+        return loss_sums(model.config, params, batch, Compute(), factors=objective.factors)
+
+    (loss, total), gradient = jax.value_and_grad(ours, has_aux=True)(model.params)
+    np.testing.assert_allclose(loss, np.sum(weights * factors * each), rtol=1e-5)
+    np.testing.assert_allclose(total, weights.sum(), rtol=1e-6)
+    direction = jax.tree.map(lambda g: g / jnp.sqrt(jnp.sum(g * g) + 1e-12), gradient)
+    step = 2e-3
+
+    def at(t):
+        return np.sum(weights * factors * losses(jax.tree.map(lambda p, d: p + t * d, model.params, direction)))
+
+    slope = sum(float(jnp.sum(g * d)) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+    np.testing.assert_allclose((at(step) - at(-step)) / (2 * step), slope, rtol=1e-3)
+
+
+def test_talr_at_a_high_temperature_is_the_plain_loss(model, rows):
+    batch: Any = next(batches(rows, SFT, seed=0))
+    plain = loss_sums(model.config, model.params, batch)
+    hot = loss_sums(model.config, model.params, batch, factors=Talr(temperature=1e9).factors)
+    np.testing.assert_allclose(hot, plain, rtol=1e-6)
+
+
+def test_rewards_weigh_examples_exponentially_and_a_constant_changes_nothing(rewarded):
+    config = of("reward_weighted")  # τ = 0.5
+    rows, plain = to_rows(rewarded, config, PAD_ID), to_rows(rewarded, SFT, PAD_ID)
+    wanted = np.exp(np.array([e["reward"] for e in rewarded]) / 0.5)[:, None] * plain.weights
+    np.testing.assert_allclose(rows.weights, wanted, rtol=1e-6)
+    more = to_rows([e | {"reward": e["reward"] + 2.0} for e in rewarded], config, PAD_ID)
+    np.testing.assert_allclose(more.weights / more.weights.sum(), rows.weights / rows.weights.sum(), rtol=1e-5)
+    assert RewardWeighted().weight_of({"score": 1.0}) == pytest.approx(np.e)  # a run's sample
+
+
+def test_masked_thought_hides_the_answer_alone_and_ever_more_of_it(rows, mesh):
+    objective = MaskedThought(token=3, probability=0.5, rise=0.5)
+    tokens, weights = np.full((64, 100), 7, np.int32), np.ones((64, 100), np.float32)
+    weights[:, :40] = 0.0
+    shares = []
+    for done in (0.0, 0.25, 0.5, 1.0):
+        shown = objective.inputs(tokens, weights, numbers=np.arange(64), seed=1, done=done)
+        assert (shown[:, :40] == 7).all()
+        assert set(np.unique(shown)) <= {3, 7}
+        shares.append((shown[:, 40:] == 3).mean())
+    np.testing.assert_allclose(shares, [0, 0.25, 0.5, 0.5], atol=0.03)
+    part = objective.inputs(tokens[:9], weights[:9], numbers=np.arange(55, 64), seed=1, done=1.0)
+    assert (part == shown[55:]).all()  # a row's mask is its own, whoever reads it
+    assert (part != shown[:9]).any()
+    assert (objective.inputs(tokens, weights, numbers=np.arange(64), seed=2, done=1.0) != shown).any()
+    config = dataclasses.replace(SFT, objective=objective)
+    *_, last = Shares(mesh, config).batches(rows, seed=7)
+    assert (np.asarray(last["inputs"]) != np.asarray(last["tokens"])).any()
+
+
+def test_the_model_reads_the_inputs_and_learns_the_labels(model, rows):
+    batch: Any = next(batches(rows, SFT, seed=0))
+    same = loss_sums(model.config, model.params, batch | {"inputs": batch["tokens"]})
+    assert_bits(same, loss_sums(model.config, model.params, batch))
+    # Only what stands before a token is seen: a masked last input changes nothing.
+    tokens = batch["tokens"].copy()
+    tokens[:, -1] = 3
+    assert_bits(same, loss_sums(model.config, model.params, batch | {"inputs": tokens}))
+    hidden = np.where(batch["weights"] > 0, 3, batch["tokens"]).astype(np.int32)
+    changed = loss_sums(model.config, model.params, batch | {"inputs": hidden})
+    assert changed[1] == same[1]
+    assert abs(changed[0] - same[0]) > 1e-3

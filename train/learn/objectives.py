@@ -1,0 +1,174 @@
+r"""What fine-tuning minimises: each objective is its settings with the three places at which it may differ.
+
+The loss is $\sum_t w_t\,c_t\,(-\log p_\theta(y_t \mid \tilde y_{<t})) / \sum_t w_t$. An objective says what weight w an
+example has, which inputs $\tilde y$ the model sees in place of the tokens, and by which factors c, from the losses,
+tokens count. The defaults of `Tokens` change nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from ..log import UserError
+
+
+class Tokens:
+    """The loss of every learnt token, each by itself; objectives override what they change."""
+
+    factored: ClassVar[bool] = False
+    """Whether `factors` is asked; elsewhere the losses are taken once, without it."""
+
+    def check(self, vocab_size: int) -> None:
+        """Raise what does not fit the model."""
+        del vocab_size
+
+    def weight_of(self, example: Mapping[str, Any]) -> float:
+        """The weight w of an example's tokens; above 0."""
+        return example.get("weight", 1.0)
+
+    def inputs(
+        self, tokens: np.ndarray, weights: np.ndarray, *, numbers: np.ndarray, seed: int, done: float
+    ) -> np.ndarray | None:
+        """What the model sees in place of `tokens` [B, T] int32; None is the tokens themselves.
+
+        Args:
+          weights: [B, T], above 0 where a token is learnt.
+          numbers: of the rows in the run [B], so that a resumed run draws what an undisturbed one does.
+          done: share of the steps that are behind.
+        """
+        del tokens, weights, numbers, seed, done
+        return None
+
+    def factors(self, losses: Any) -> Any:
+        """The factors c of tokens with these losses; no gradient flows through either."""
+        return losses * 0 + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ResponseOnly(Tokens):
+    r"""The mean loss of the completion's tokens: $-\log p_\theta(y_t \mid y_{<t})$."""
+
+    name: Literal["response_only"] = "response_only"
+    """The objective; which other keys there are depends on it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedThought(Tokens):
+    r"""The loss where the model does not see some of the completion's tokens: $-\log p_\theta(y_t \mid \tilde y_{<t})$.
+
+    $\tilde y_s$ is a mask token with probability p, else $y_s$; the labels stay. p rises along a line.
+
+    References:
+      Chen et al., "Masked Thought: Simply Masking Partial Reasoning Steps Can Improve Mathematical Reasoning Learning
+      of Language Models", https://arxiv.org/abs/2403.02178
+    """
+
+    name: Literal["masked_thought"] = "masked_thought"
+    """The objective."""
+    token: int | None = None
+    """The number of the token that hides others: the tokenizer's mask or padding token. It must be given."""
+    probability: float = 0.4
+    """The share of the completion's tokens that are hidden once it has risen from 0."""
+    rise: float = 0.667
+    """The share of hidden tokens rises over this share of the steps."""
+
+    def __post_init__(self):
+        if self.token is None or self.token < 0:
+            raise UserError(
+                f"sft.objective.token is {self.token}; masked_thought needs the number of the tokenizer's mask or "
+                "padding token"
+            )
+        if not 0 <= self.probability <= 1 or not 0 <= self.rise <= 1:
+            raise UserError(
+                f"sft.objective: probability is {self.probability}, rise is {self.rise}; both are shares, 0 to 1"
+            )
+
+    def check(self, vocab_size: int) -> None:
+        if self.token is not None and self.token >= vocab_size:
+            raise UserError(f"sft.objective.token is {self.token}; the model has {vocab_size} tokens, from 0 on")
+
+    def inputs(self, tokens, weights, *, numbers, seed, done):
+        p = self.probability * min(1.0, done / self.rise if self.rise else 1.0)
+        # Orders are drawn from keys below 2^62 and above 2^63 (batches.py).
+        draws = [np.random.Generator(np.random.Philox(key=[seed, (1 << 62) + int(n)])) for n in numbers]
+        hidden = np.stack([draw.random(tokens.shape[1]) for draw in draws]) < p
+        return np.where(hidden & (weights > 0), np.int32(self.token or 0), tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardWeighted(Tokens):
+    r"""The loss with examples weighted by their rewards: $w = \exp(r / \tau)$ for every token of an example.
+
+    The mean is over Σ w, so a constant added to all rewards changes nothing. r is the key `reward` of an example, or
+    the score of a sample of a run; without either it is 0.
+
+    References:
+      Qu et al., "Recursive Introspection: Teaching Language Model Agents How to Self-Improve",
+      https://arxiv.org/abs/2407.18219 (RISE)
+    """
+
+    name: Literal["reward_weighted"] = "reward_weighted"
+    """The objective."""
+    temperature: float = 1.0
+    """τ: rewards this far apart have weights e times apart."""
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise UserError(f"sft.objective.temperature is {self.temperature}; it must be above 0")
+
+    def weight_of(self, example):
+        exponent = example.get("reward", example.get("score", 0.0)) / self.temperature
+        if abs(exponent) > 50:  # float32 sums of such weights are no longer exact, or overflow
+            raise UserError(
+                f"sft.objective: a reward is {exponent * self.temperature:g}, {exponent:g} times the temperature; "
+                "exp(reward/temperature) needs at most 50: raise sft.objective.temperature or scale the rewards"
+            )
+        return super().weight_of(example) * math.exp(exponent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Talr(Tokens):
+    r"""The loss with unlikely tokens weighted down: $c_t = \max(p_\theta(y_t)^{1/\tau}, c_{\min})$.
+
+    No gradient flows through c. $p^{1/\tau} = \exp(-\ell/\tau)$ is, up to its sum, the minimum over weights of the
+    weighted loss less τ times their entropy. τ is a key here. The mean is over the number of tokens and not over Σ c: a
+    batch of unlikely tokens moves the parameters less.
+
+    References:
+      Lin et al., "SFT Doesn't Always Hurt General Capabilities: Revisiting Domain-Specific Fine-Tuning in LLMs",
+      https://arxiv.org/abs/2509.20758 (token-adaptive loss reweighting)
+    """
+
+    factored: ClassVar[bool] = True
+    name: Literal["talr"] = "talr"
+    """The objective."""
+    temperature: float = 1.0
+    """τ: a token whose loss is this high counts 1/e of a certain one."""
+    floor: float = 0.01
+    """The smallest factor of a token."""
+
+    def __post_init__(self):
+        if not self.temperature > 0 or not 0 <= self.floor <= 1:
+            raise UserError(
+                f"sft.objective: temperature is {self.temperature} (above 0), floor is {self.floor} (a share, 0 to 1)"
+            )
+
+    def factors(self, losses):
+        import jax.numpy as jnp  # settings are read without jax, which takes a second
+
+        return jnp.maximum(jnp.exp(-losses / self.temperature), self.floor)
+
+
+Objective = ResponseOnly | MaskedThought | RewardWeighted | Talr
+OBJECTIVES: dict[str, type[Tokens]] = {
+    "response_only": ResponseOnly,
+    "masked_thought": MaskedThought,
+    "reward_weighted": RewardWeighted,
+    "talr": Talr,
+}
+"""By name: what `sft.objective` may be."""
