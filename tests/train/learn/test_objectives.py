@@ -156,10 +156,11 @@ def test_talr_at_a_high_temperature_is_the_plain_loss(model, rows):
 
 def test_rewards_weigh_examples_exponentially_and_a_constant_changes_nothing(rewarded):
     config = of("reward_weighted")  # τ = 0.5
-    rows, plain = to_rows(rewarded, config, PAD_ID), to_rows(rewarded, SFT, PAD_ID)
+    rows: Any = to_rows(rewarded, config, PAD_ID)
+    plain: Any = to_rows(rewarded, SFT, PAD_ID)
     wanted = np.exp(np.array([e["reward"] for e in rewarded]) / 0.5)[:, None] * plain.weights
     np.testing.assert_allclose(rows.weights, wanted, rtol=1e-6)
-    more = to_rows([e | {"reward": e["reward"] + 2.0} for e in rewarded], config, PAD_ID)
+    more: Any = to_rows([e | {"reward": e["reward"] + 2.0} for e in rewarded], config, PAD_ID)
     np.testing.assert_allclose(more.weights / more.weights.sum(), rows.weights / rows.weights.sum(), rtol=1e-5)
     assert RewardWeighted().weight_of({"score": 1.0}) == pytest.approx(np.e)  # a run's sample
 
