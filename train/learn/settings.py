@@ -31,19 +31,19 @@ class Step:
     """Weights are kept in this precision between the steps; bfloat16 halves them and loses updates below 1/256 of a
     weight. Moments are float32."""
     logits_at_once: int = 1024
-    """Tokens whose logits [·, V] are held at a time, a device's rows together."""
+    """The logits of this many tokens, of all rows of a device together, are in memory at a time."""
     clip: float = 1.0
-    """Largest global gradient norm: larger gradients are scaled down to it."""
+    """A gradient whose global norm is larger than this is scaled down to it."""
     weight_decay: float = 0.0
-    """λ of the decay: an update takes ηλ of a parameter from it, whatever the optimizer; η is the learning rate."""
+    """An update subtracts ηλ times the parameter, whatever the optimizer: λ is this key and η the learning rate."""
     decay: tuple[str, ...] = ()
-    """Parameters that decay, as path patterns; () is all but norms and biases."""
+    """Parameters decay if their path matches one of these patterns; () means all except norms and biases."""
     ema: float = 0.0
-    """Above 0: return the exponential moving average of the weights with this decay, at most (1 + n)/(10 + n)."""
+    """Above 0, a moving average of the weights is returned; its decay at step n is this, at most (1 + n)/(10 + n)."""
     spike: float = 0.0
-    """Above 0: skip an update whose loss exceeds this many times the median of the last 32."""
+    """Above 0, an update is skipped if its loss exceeds this many times the median of the last 32 losses."""
     max_skipped: int = 3
-    """Stop when this many updates in a row were skipped: loss or gradient not finite, or a spike."""
+    """Training stops if this many updates in a row were skipped (loss or gradient not finite, or a spike)."""
 
     def __post_init__(self):
         at_least(self, "sft.step", logits_at_once=1, spike=0, max_skipped=1)
@@ -86,7 +86,7 @@ class Lion:
     name: Literal["lion"] = "lion"
     """The optimizer."""
     b1: float = 0.9
-    """Share of the mean gradient in the sum whose sign is the update."""
+    """The update is the sign of a sum of mean gradient and new gradient, in which the mean has this share."""
     b2: float = 0.99
     """Share of the mean gradient that an update keeps."""
 
@@ -101,11 +101,11 @@ class Adafactor:
     name: Literal["adafactor"] = "adafactor"
     """The optimizer."""
     min_dim_size_to_factor: int = 128
-    """Smallest size of a matrix's sides at which its second moment is kept as row and column means."""
+    """Second moments are kept as row and column means if both sides of a matrix have at least this size."""
     decay_rate: float = 0.8
-    """Exponent c of the share 1 − n^−c of the second moment that update n keeps."""
+    """Update n keeps the share 1 − n^−c of the second moment; this key is c."""
     decay_offset: int = 0
-    """Updates that count as made before the first one."""
+    """The first update counts as if this many had been made before it."""
     multiply_by_parameter_scale: bool = True
     """Whether an update is multiplied by the root mean square of its parameter."""
     clipping_threshold: float | None = 1.0
@@ -179,13 +179,13 @@ class ScheduleFree:
     name: Literal["schedule_free"] = "schedule_free"
     """The optimizer."""
     b1: float = 0.9
-    """Share of the average in the weights that gradients are taken at."""
+    """Gradients are taken at a mix of weights and average, in which the average has this share."""
     b2: float = 0.999
     """`b2` of the AdamW inside."""
     eps: float = 1e-8
     """`eps` of the AdamW inside."""
     weight_lr_power: float = 2.0
-    """Power of the largest rate so far that an update's weights have in the average."""
+    """In the average, the weights after an update count by the largest rate so far to this power."""
 
     def __post_init__(self):
         shares(self, "b1", "b2")
@@ -212,13 +212,13 @@ class Watch:
     """This many examples are kept out of the training, drawn by the seed, to measure the loss on. All examples of a
     question are kept out or none, so there may be a few more."""
     evaluate_every: int = 50
-    """The held-out loss is measured after this many steps each, and at the end."""
+    """The held-out loss is measured every so many steps, and at the end."""
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """The metrics of every step are also sent there; `improve` sends those of every round too."""
     trace_from: int = 0
-    """A profiler trace of `trace/` begins with this step, counted from 1; 0 traces nothing."""
+    """A profiler trace is written to `trace/` from this step on, counted from 1; 0 writes none."""
     trace_steps: int = 3
-    """Steps that the profiler trace holds."""
+    """The profiler trace covers this many steps."""
 
     def __post_init__(self):
         at_least(self, "sft.watch", held_out=0, evaluate_every=1, trace_from=0, trace_steps=1)
@@ -229,9 +229,9 @@ class Stay:
     """`sft.stay`; in `improve` the weights stayed near are the original model's, in every round."""
 
     l2: float = 0.0
-    """λ of λ/2 ‖θ − θ_0‖², added to the gradient before it is clipped. 0 switches it off."""
+    """The penalty λ/2 ‖θ − θ_0‖² has this λ; its gradient is added before clipping. 0 switches it off."""
     kl: float = 0.0
-    """β of β KL(p_0 ‖ p_θ), a mean over the tokens learnt. 0 switches it off; else the step computes both models."""
+    """The penalty β KL(p_0 ‖ p_θ), a mean over the learnt tokens, has this β, and both models are computed; 0: none."""
     freeze: tuple[str, ...] = ()
     """Parameters whose path matches one of these patterns keep their values."""
     stop_at: float = 1.0
@@ -256,7 +256,7 @@ class Sft:
     """Supervised fine-tuning: an optimizer, warm-up then cosine, loss on the completion only."""
 
     learning_rate: float = 2e-5
-    """The highest of the schedule."""
+    """This is the highest learning rate of the schedule."""
     epochs: int = 3
     """Each example is seen this many times."""
     batch: int = 64
@@ -264,11 +264,11 @@ class Sft:
     micro_batch: int | None = None
     """A forward pass takes this many rows, and the batch is accumulated from several; null takes the batch at once."""
     warmup: float = 0.03
-    """Share of the steps over which the rate rises from 0."""
+    """The learning rate rises from 0 over this share of the steps."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """The learning rate takes this course after the warm-up."""
     max_length: int = 512
-    """Longest example, in tokens; with packing it is also the length of a row."""
+    """An example has at most this many tokens; with packing a row has exactly this many."""
     overlong: Literal["drop", "truncate"] = "drop"
     """Longer examples are left out (drop), or cut at max_length (truncate); they are counted either way."""
     packing: bool = False
@@ -280,7 +280,7 @@ class Sft:
     snapshots: int = 1
     """This many checkpoints of a round are kept, equally spaced, the last at the end; exme picks from them."""
     checkpoint_every: int = 200
-    """Steps between resumable checkpoints: what a kill can lose."""
+    """Training can resume from a checkpoint every so many steps; a kill loses at most these steps."""
     optimizer: Optimizer = dataclasses.field(default=AdamW(), metadata={FINISH_WITH: "aa22b70"})
     objective: Objective = dataclasses.field(default=ResponseOnly())
     step: Step = Step()

@@ -19,7 +19,7 @@ class Source:
     random: dict[str, Any] | None = None
     """A model of these sizes with random weights is made instead of reading `path` (fields of ModelConfig)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Every matmul takes its operands in this precision; sums, masters and merges are float32 whatever this says."""
+    """Matrix products take their operands in this precision; sums and merges are float32 whatever this says."""
 
     def __post_init__(self):
         if bool(self.path) == (self.random is not None):

@@ -76,7 +76,7 @@ class Search:
     """mcts: it is added to the value of a child that was never visited. The paper's code uses 0.8, which tries all
     siblings before it goes deeper."""
     gate: float = 0.88
-    """A value of this height ends the search."""
+    """A plan whose value reaches this ends the search; a gate above 1 never does."""
     retries: int = 3
     """A reply that cannot be used (an empty or repeated step, a critic without a score) is asked for again this many
     times."""
@@ -139,15 +139,15 @@ class Drawing:
     top_p: float = 1.0
     """Only the likeliest tokens whose probabilities reach this sum are drawn from; 1 takes all."""
     step: int = 96
-    """Longest step of a plan, in tokens."""
+    """A step of a plan has at most this many tokens."""
     hint: int = 64
-    """Longest reflection, in tokens."""
+    """A hint of the reflector has at most this many tokens."""
     score: int = 16
-    """Longest reply of the critic, in tokens."""
+    """A reply of the critic has at most this many tokens."""
     chain: int = 384
-    """Longest chain of thought in one piece, in tokens."""
+    """A chain of thought has at most this many tokens."""
     write: int = 384
-    """Longest text that a plan is turned into, in tokens."""
+    """A text that is written from a plan has at most this many tokens."""
     slots: int = 64
     """This many sequences are decoded side by side; no result depends on it."""
     kept: int = 4

@@ -90,6 +90,6 @@ class Tasks:
     """Questions are worded in this style. instruct: in English, for a pretrained model. compact: as
     `prompt?work#answer`, for the miniature."""
     seed: int = 0
-    """The questions are drawn with this seed; it is apart from the run's so that runs can share their questions."""
+    """The questions are drawn with this seed; it is not the run's seed, so that runs can share their questions."""
     few_shot: int = 0
     """This many worked examples stand before each question (for base models that follow no instruction)."""
