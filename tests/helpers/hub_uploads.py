@@ -11,10 +11,10 @@ import dataclasses
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from helpers.served import Quiet, served
 
 SMALL = 10  # bytes above which a file goes by LFS, whatever its name
 
@@ -114,13 +114,11 @@ class Hub:
 
 
 @contextlib.contextmanager
-def played_hub(**tokens: tuple[str, ...]) -> Iterator[Hub]:
+def receiving_hub(**tokens: tuple[str, ...]) -> Iterator[Hub]:
     """A hub at a port of this machine; tokens: token → the names it may write to."""
     hub = Hub(tokens)
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(Quiet):
         def _any(self) -> None:
             chunked = self.headers.get("Transfer-Encoding") == "chunked"
             body = self._chunks() if chunked else self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -143,16 +141,5 @@ def played_hub(**tokens: tuple[str, ...]) -> Iterator[Hub]:
 
         do_GET = do_POST = do_PUT = _any
 
-        def log_message(self, format: str, *args: Any) -> None:
-            del format, args
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with served(Handler) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -8,12 +8,11 @@ with played_hub(tmp_path / "cache") as hub:
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
-import http.server
 import io
 import json
-import threading
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,8 @@ from unittest import mock
 import pyarrow
 from pyarrow import parquet
 
+from helpers.served import Quiet, served
+
 
 class PlayedHub:
     """What the server serves.
@@ -31,13 +32,15 @@ class PlayedHub:
       repos: `models/ORG/NAME` or `datasets/ORG/NAME` → revision → (commit, file → bytes); a commit is a revision too.
       closed: the same names → `gated` or `private`.
       asked: every request, as `METHOD path`.
+      sent: (`ORG/NAME`, file) → bytes of its content that were sent.
     """
 
-    def __init__(self, url: str):
-        self.url = url
+    def __init__(self):
+        self.url = ""
         self.repos: dict[str, dict[str, tuple[str, Mapping[str, bytes]]]] = {}
         self.closed: dict[str, str] = {}
         self.asked: list[str] = []
+        self.sent: collections.Counter[tuple[str, str]] = collections.Counter()
 
     def add(self, name: str, files: Mapping[str, bytes | str], revision: str = "main") -> str:
         """Put files there as what `revision` now is; the commit. What it was before stays under its commit."""
@@ -46,6 +49,11 @@ class PlayedHub:
         total = hashlib.sha1(repr((name, sorted(kept.items()))).encode()).hexdigest()
         self.repos.setdefault(name, {})[revision] = self.repos[name][total] = (total, kept)
         return total
+
+    def add_folder(self, name: str, folder: Path) -> str:
+        """Put the files of a folder there."""
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        return self.add(name, {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths})
 
     def offline(self) -> None:
         """Take the network away, as HF_HUB_OFFLINE=1 does, and forget what this process has been told."""
@@ -80,38 +88,30 @@ def played_hub(cache: Path) -> Iterator[PlayedHub]:
     """Serve a hub to this process, with a cache of its own."""
     from huggingface_hub import constants
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    url = f"http://127.0.0.1:{server.server_address[1]}"
-    server.hub = PlayedHub(url)  # type: ignore[attr-defined]  # the handler reads it
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    places: dict[str, Any] = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(cache)}
-    forget()
-    try:
-        with mock.patch.multiple(constants, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_PROGRESS_BARS=True, **places):
-            yield server.hub  # type: ignore[attr-defined]
-    finally:
+    playing = PlayedHub()
+    with served(type("Playing", (Handler,), {"hub": playing})) as playing.url:
+        template = playing.url + "/{repo_id}/resolve/{revision}/{filename}"
+        places: dict[str, Any] = {
+            "ENDPOINT": playing.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(cache)
+        }  # fmt: skip
         forget()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        try:
+            with mock.patch.multiple(constants, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_PROGRESS_BARS=True, **places):
+                yield playing
+        finally:
+            forget()
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(Quiet):
     """The few addresses of the hub that its client asks for to download."""
 
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+    hub: PlayedHub
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
-        hub: PlayedHub = self.server.hub  # type: ignore[attr-defined]
+        hub = self.hub
         path = urllib.parse.urlsplit(self.path).path
         hub.asked.append(f"{self.command} {urllib.parse.unquote(path)}")
         parts = path.strip("/").split("/")
@@ -139,7 +139,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         data = files.get("/".join(rest[2:]))
         if data is None:
             return self.refuse(404, "EntryNotFound", commit)
-        return self.send(data, commit, ETag=f'"{digest(data)}"')
+        head, status = {"ETag": f'"{digest(data)}"', "Accept-Ranges": "bytes"}, 200
+        if part := self.headers.get("Range"):
+            first, last = (int(number) for number in part.removeprefix("bytes=").split("-"))
+            head["Content-Range"] = f"bytes {first}-{min(last, len(data) - 1)}/{len(data)}"
+            data, status = data[first : last + 1], 206
+        if self.command != "HEAD":
+            hub.sent["/".join(parts[1:3]), "/".join(rest[2:])] += len(data)
+        return self.send(data, commit, status, **head)
 
     def send(self, data: bytes, commit: str, status: int = 200, **headers: str) -> None:
         self.send_response(status)

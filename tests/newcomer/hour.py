@@ -23,7 +23,7 @@ import venv
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
-from helpers.hub_uploads import Hub, played_hub  # noqa: E402  # the checkout's own, wherever this is started from
+from helpers.hub_uploads import Hub, receiving_hub  # noqa: E402  # the checkout's own, wherever this is started from
 
 RECIPE = """merge_method: linear
 models:
@@ -173,7 +173,7 @@ def main(folder: pathlib.Path) -> None:
     assert str(folder / "venv") in found, found  # the wheel, not the checkout
     finished = quickstart(jaxmerge, folder / "clone", work)
     print(f"  {check_report(finished)}")
-    with played_hub(mine=("me",)) as hub:
+    with receiving_hub(mine=("me",)) as hub:
         merge_and_share(jaxmerge, work, hub)
     print(run([python, "-c", READ_BACK, "small/small-Q8_0.gguf", "imm"], work), end="")
     (work / "prompts.jsonl").write_text(

@@ -6,8 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers.fake_hub import fake_hub
 from helpers.llamas import folder, tensors
+from helpers.played_hub import played_hub
 from safetensors.numpy import load_file, save_file
 
 from jaxmerge.files import merge
@@ -56,23 +56,20 @@ def hub(tmp_path_factory):
     (root / "org/damaged").mkdir()
     header = json.dumps({"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()
     (root / "org/damaged/model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with fake_hub(root) as served:
-        yield served
+    with played_hub(tmp_path_factory.mktemp("cache")) as playing:
+        for model in (root / "org").iterdir():
+            playing.add_folder(f"models/org/{model.name}", model)
+        yield playing
 
 
 @pytest.fixture
 def here(hub, tmp_path, monkeypatch):
-    """A folder to work in, with a cache of the hub's client in it, and the client at the served hub."""
+    """A folder to work in, with a cache of the hub's client in it."""
     from huggingface_hub import constants
 
     monkeypatch.chdir(tmp_path)
     hub.sent.clear()
-    for name, value in {
-        "ENDPOINT": hub.address,
-        "HUGGINGFACE_CO_URL_TEMPLATE": hub.address + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": False,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers.hub_uploads import Repository, played_hub
+from helpers.hub_uploads import Repository, receiving_hub
 from helpers.llamas import folder, tensors
 from safetensors.numpy import load, save_file
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 def hub(monkeypatch, tmp_path):
     from huggingface_hub import constants
 
-    with played_hub(mine=("me", "lab"), reads=()) as hub:
+    with receiving_hub(mine=("me", "lab"), reads=()) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
