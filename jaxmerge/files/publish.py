@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from jaxmerge import install
 from jaxmerge.files.card import HERE
-from jaxmerge.files.checkpoints.hub import is_hub_name
+from jaxmerge.files.checkpoints.hub import connection_error, is_hub_name
 from jaxmerge.files.model_card import FILE
 
 STALE = (".safetensors", ".safetensors.index.json")
@@ -51,8 +51,6 @@ def push(folder: pathlib.Path, name: str, *, private: bool = False) -> str:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
     here = {path.relative_to(folder).as_posix(): path for path in files}
     api = _client(name)
-    # The error of the library that the client asks with, which was another one in each of its major versions.
-    connection = cast(type[Exception], errors.HfHubHTTPError.__mro__[1])
     try:
         api.create_repo(name, private=private or None, exist_ok=True)
         weights = any(path.endswith(STALE) for path in here)
@@ -63,7 +61,7 @@ def push(folder: pathlib.Path, name: str, *, private: bool = False) -> str:
             content = card(folder, name) if path == FILE else str(file)
             operations.append(CommitOperationAdd(path, content))
         return str(api.create_commit(name, operations, commit_message="Upload by jaxmerge").commit_url)
-    except (OSError, RuntimeError, ValueError, connection) as error:
+    except (OSError, RuntimeError, ValueError, connection_error(errors)) as error:
         raise ValueError(f"{folder} could not be pushed to {name}: {_reason(error, name)}") from error
 
 

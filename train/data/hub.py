@@ -197,6 +197,8 @@ def at_revision(repo: str, revision: str | None, where: str) -> Dataset:
     with closed(where):
         from huggingface_hub import HfApi, errors, snapshot_download
 
+        from jaxmerge.files.checkpoints.hub import connection_error  # settings are read without jax
+
         head = {"repo_type": "dataset", "revision": revision, "allow_patterns": ["README.md", ".gitattributes"]}
         try:
             files = [file.rfilename for file in HfApi().dataset_info(repo, revision=revision).siblings or ()]
@@ -224,11 +226,6 @@ def unreachable(where: str) -> str:
     )
 
 
-def connection_error(errors: Any) -> type[Exception]:
-    """The error of the library that the hub's client asks with, which was another one in each of its versions."""
-    return cast(type[Exception], errors.HfHubHTTPError.__mro__[1])
-
-
 @contextlib.contextmanager
 def closed(where: str) -> Iterator[None]:
     """Say in one line what kept a dataset from being fetched, and the way out."""
@@ -238,6 +235,8 @@ def closed(where: str) -> Iterator[None]:
         raise UserError(
             f"{where}: huggingface_hub is not installed, which downloads datasets; {install.extra('files')}"
         ) from error
+    from jaxmerge.files.checkpoints.hub import connection_error
+
     try:
         yield
     except errors.GatedRepoError as error:

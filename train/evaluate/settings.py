@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from ..data.hub import is_hub
 from ..generate.settings import COLDEST, Settings
 from ..log import UserError
 from ..resolve import at_least
@@ -14,7 +15,7 @@ from ..runtime.settings import Distributed, Mesh
 
 def is_questions(name: str) -> bool:
     """Whether a name is of questions (a file, a TFDS version, a dataset of the hub, humaneval), and not of a config."""
-    if name == "humaneval" or name.startswith("hf:"):
+    if name == "humaneval" or is_hub(name):
         return True
     return Path(name).suffix in (".jsonl", ".json") or Path(name).is_dir()
 

@@ -11,7 +11,7 @@ import contextlib
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 from jaxmerge import install
 from jaxmerge.files.checkpoints import shards
@@ -88,6 +88,15 @@ def describe(name: str) -> tuple[pathlib.Path, shards.Weights | None]:
     return folder, shards.Weights(found.__contains__, found.__getitem__)
 
 
+def connection_error(errors: Any) -> type[Exception]:
+    """Return the error of the library that the client asks with, which was another one in each major version.
+
+    Args:
+      errors: the module `huggingface_hub.errors`.
+    """
+    return cast(type[Exception], errors.HfHubHTTPError.__mro__[1])
+
+
 @contextlib.contextmanager
 def _asked(name: str) -> Iterator[None]:
     """What the hub's client raises, in one line that says what the client said."""
@@ -98,11 +107,9 @@ def _asked(name: str) -> Iterator[None]:
             f"{name}: no such folder here, and huggingface_hub is not installed, which downloads models; "
             f"{install.extra('files')}"
         ) from None
-    # The error of the library that the client asks with, which was another one in each of its major versions.
-    connection = cast(type[Exception], errors.HfHubHTTPError.__mro__[1])
     try:
         yield
-    except (OSError, connection, errors.HFValidationError, errors.SafetensorsParsingError) as error:
+    except (OSError, connection_error(errors), errors.HFValidationError, errors.SafetensorsParsingError) as error:
         reason = " ".join(str(error).split())[:200]
         gated = "; log in first: hf auth login" if isinstance(error, errors.GatedRepoError) else ""
         raise ValueError(
