@@ -14,7 +14,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..log import UserError
+from jaxmerge.files.patterns import is_found
+
+from ..log import UserError, mistakes
 
 Splits = dict[str, list[str]]
 KINDS = ((".parquet",), (".jsonl", ".ndjson"), (".json",))
@@ -56,7 +58,7 @@ def lay_out(files: Sequence[str], card: str, where: str) -> Layout:
     declared, default = read_card(card, where)
     subsets: dict[str, Splits] = {}
     for name, told in declared.items():
-        splits = declared_splits(told, files)
+        splits = declared_splits(told, files, where)
         if splits:
             subsets[name] = splits
     if not subsets:
@@ -86,7 +88,7 @@ def read_card(text: str, where: str) -> tuple[dict[str, Mapping[str, Any]], str 
     return named, next((str(c.get("config_name")) for c in listed if c.get("default") is True), None)
 
 
-def declared_splits(told: Mapping[str, Any], files: Sequence[str]) -> Splits:
+def declared_splits(told: Mapping[str, Any], files: Sequence[str], where: str) -> Splits:
     """The files of one entry of `configs:`: `data_files` (a pattern, patterns, or a pattern for each split)."""
     folder = str(told.get("data_dir") or "").strip("/")
     prefix = f"{folder}/" if folder else ""
@@ -96,7 +98,7 @@ def declared_splits(told: Mapping[str, Any], files: Sequence[str]) -> Splits:
         return merged(infer(readable(inside)).values())
     entries = given if isinstance(given, list) else [given]
     if all(isinstance(entry, str) for entry in entries):
-        return merged(infer(readable(chosen(entries, files, prefix))).values())
+        return merged(infer(readable(chosen(entries, files, prefix, where))).values())
     splits: Splits = {}
     for entry in entries:
         if isinstance(entry, Mapping) and "split" in entry:
@@ -106,18 +108,19 @@ def declared_splits(told: Mapping[str, Any], files: Sequence[str]) -> Splits:
         else:  # {train: pattern, test: [patterns]}
             pairs = [(str(k), [v] if isinstance(v, str) else v) for k, v in dict(entry).items()]
         for split, patterns in pairs:
-            names = readable(chosen([p for p in patterns or () if isinstance(p, str)], files, prefix))
+            names = readable(chosen([p for p in patterns or () if isinstance(p, str)], files, prefix, where))
             if names:
                 splits.setdefault(split, []).extend(names)
     return splits
 
 
-def chosen(patterns: Iterable[str], files: Sequence[str], prefix: str) -> list[str]:
-    """Files that any pattern matches, in the order of the patterns, then by name."""
+def chosen(patterns: Iterable[str], files: Sequence[str], prefix: str, where: str) -> list[str]:
+    """Files that any pattern matches, in the order of the patterns, then by name; matched in linear time."""
     found: dict[str, None] = {}
     for pattern in patterns:
-        match = re.compile(as_regex(prefix + pattern.removeprefix("./")))
-        found |= dict.fromkeys(file for file in sorted(files) if match.fullmatch(file))
+        whole = f"^(?:{as_regex(prefix + pattern.removeprefix('./'))})$"
+        with mistakes():
+            found |= dict.fromkeys(file for file in sorted(files) if is_found(whole, file, f"{where}: data_files"))
     return list(found)
 
 

@@ -344,3 +344,13 @@ def test_a_wrong_row_is_named(served):
     with pytest.raises(UserError, match=r"split is {'trian': 'train'}; wanted a name for each of train, validation, t"):
         build_suite([spec], seed=0, style="instruct")
     assert Path("hf:org/name").suffix == ""
+
+
+def test_patterns_of_a_card_are_matched_in_linear_time():
+    """To a backtracking matcher each star is one more power of the length of a file's name."""
+    stars = "*a" * 24 + "*b.jsonl"
+    card = f"---\nconfigs: [{{data_files: '{stars}'}}]\n---\n"
+    names = [f"{'a' * 120}.jsonl", f"{'a' * 30}b.jsonl"]
+    assert lay_out(names, card, "hf:org/name").subsets == {"default": {"train": names[1:]}}
+    with pytest.raises(UserError, match=r"hf:org/name: data_files: pattern .*\[z-a\].* is no regular expression"):
+        lay_out(["a.jsonl"], "---\nconfigs: [{data_files: '[z-a].jsonl'}]\n---\n", "hf:org/name")
