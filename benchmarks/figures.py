@@ -16,15 +16,6 @@ from tpu.presets import model_of
 from train.models.config import ModelConfig
 from train.models.decoder import draw_normal, init_leaf, shapes
 
-BANDWIDTHS = {
-    "NVIDIA A100-SXM4-40GB": 1555e9, "NVIDIA A100-SXM4-80GB": 2039e9, "NVIDIA A100 80GB PCIe": 1935e9,
-    "NVIDIA H100 80GB HBM3": 3350e9, "NVIDIA H100 PCIe": 2000e9, "NVIDIA H200": 4800e9, "NVIDIA L4": 300e9,
-    "NVIDIA L40S": 864e9, "TPU v4": 1200e9, "TPU v5 lite": 819e9, "TPU v5e": 819e9, "TPU v5": 2765e9,
-    "TPU v5p": 2765e9, "TPU v6 lite": 1638e9, "TPU v6e": 1638e9,
-}  # fmt: skip
-"""Bytes a second between a device and its memory, by `device_kind`: NVIDIA's data sheets "A100", "H100", "H200", "L4"
-and "L40S", and the pages of Google's documentation that docs/scale.md names."""
-
 
 class Skip(Exception):
     """Why a section has nothing to measure here, in a line."""

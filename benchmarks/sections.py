@@ -25,7 +25,6 @@ import numpy as np
 
 from benchmarks import memory
 from benchmarks.figures import (
-    BANDWIDTHS,
     Figure,
     Size,
     Skip,
@@ -41,6 +40,7 @@ from train.generate.caches import empty_caches
 from train.generate.engine import Decoding, Engine, decode
 from train.generate.rollout import sample_keys
 from train.generate.slots import CHUNK, Request
+from train.improve.devices import BANDWIDTHS
 from train.learn.settings import Sft, Step
 from train.learn.speed import PEAKS, peak_flops, step_flops
 from train.learn.step import compute_of, init_state, make_step

@@ -145,7 +145,7 @@ def test_figures_have_their_unit_and_three_digits():
 
 
 def test_the_peak_of_every_device_has_its_bandwidth():
-    from benchmarks.figures import BANDWIDTHS
+    from train.improve.devices import BANDWIDTHS
     from train.learn.speed import PEAKS
 
     assert set(BANDWIDTHS) <= set(PEAKS)

@@ -28,15 +28,29 @@ class Device(NamedTuple):
     hbm_rate: float
 
 
+BANDWIDTHS = {
+    "NVIDIA A100-SXM4-40GB": 1555e9, "NVIDIA A100-SXM4-80GB": 2039e9, "NVIDIA A100 80GB PCIe": 1935e9,
+    "NVIDIA H100 80GB HBM3": 3350e9, "NVIDIA H100 PCIe": 2000e9, "NVIDIA H200": 4800e9, "NVIDIA L4": 300e9,
+    "NVIDIA L40S": 864e9, "TPU v4": 1200e9, "TPU v5 lite": 819e9, "TPU v5e": 819e9, "TPU v5": 2765e9,
+    "TPU v5p": 2765e9, "TPU v6 lite": 1638e9, "TPU v6e": 1638e9,
+}  # fmt: skip
+"""Bytes a second between a device and its memory, by `device_kind`."""
+
+
+def known(hbm: float, kind: str) -> Device:
+    """A device whose rates are in the tables."""
+    return Device(hbm, PEAKS[kind], BANDWIDTHS[kind])
+
+
 DEVICES = {
-    "TPU v4": Device(31.75 * GIB, PEAKS["TPU v4"], 1200e9),
-    "TPU v5e": Device(15.75 * GIB, PEAKS["TPU v5e"], 819e9),
-    "TPU v5p": Device(95.74 * GIB, PEAKS["TPU v5p"], 2765e9),
-    "TPU v6e": Device(31.25 * GIB, PEAKS["TPU v6e"], 1638e9),
+    "TPU v4": known(31.75 * GIB, "TPU v4"),
+    "TPU v5e": known(15.75 * GIB, "TPU v5e"),
+    "TPU v5p": known(95.74 * GIB, "TPU v5p"),
+    "TPU v6e": known(31.25 * GIB, "TPU v6e"),
     "RTX 4090 24 GB": Device(23.5 * GIB, 165e12, 1008e9),
-    "L4 24 GB": Device(22.0 * GIB, PEAKS["NVIDIA L4"], 300e9),
-    "L40S 48 GB": Device(44.4 * GIB, PEAKS["NVIDIA L40S"], 864e9),
-    "A100 80 GB": Device(79.0 * GIB, PEAKS["NVIDIA A100-SXM4-80GB"], 2039e9),
-    "H100 80 GB": Device(79.0 * GIB, PEAKS["NVIDIA H100 80GB HBM3"], 3350e9),
-    "H200 141 GB": Device(139.0 * GIB, PEAKS["NVIDIA H200"], 4800e9),
+    "L4 24 GB": known(22.0 * GIB, "NVIDIA L4"),
+    "L40S 48 GB": known(44.4 * GIB, "NVIDIA L40S"),
+    "A100 80 GB": known(79.0 * GIB, "NVIDIA A100-SXM4-80GB"),
+    "H100 80 GB": known(79.0 * GIB, "NVIDIA H100 80GB HBM3"),
+    "H200 141 GB": known(139.0 * GIB, "NVIDIA H200"),
 }
