@@ -26,6 +26,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from ..log import UserError
+from ..runtime.jsonl import Row
 from . import hub, versions
 from .formats import read_row
 from .records import Record, columns, from_columns
@@ -161,14 +162,25 @@ def read_records(
     path: str | os.PathLike[str], format: str | None = None, *, ignore: Collection[str] = (), split: str = "train"
 ) -> list[Record]:
     """Records of a JSONL file or of a dataset on the hub, in order; an error names the line or row."""
+    return records_of(read_rows(path, split), format, ignore=ignore, source=path)
+
+
+def records_of(
+    rows: Sequence[tuple[str, Row]],
+    format: str | None,
+    *,
+    ignore: Collection[str] = (),
+    source: str | os.PathLike[str],
+) -> list[Record]:
+    """Records of rows that are read already, each with its place; `source` is where they are from."""
     records = []
-    for place, row in read_rows(path, split):
+    for place, row in rows:
         try:
             records.append(read_row(row, format, ignore=ignore))
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
     if not records:
-        raise UserError(f"{path}: no examples")
+        raise UserError(f"{source}: no examples")
     return records
 
 

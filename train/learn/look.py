@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from ..data import hub, versions
-from ..data.builders import read_folder, read_records
+from ..data.builders import read_folder, records_of
 from ..data.formats import FORMATS, detect
 from ..data.records import Record, digest, turns
 from ..data.rows import is_rows, read_rows
 from ..log import format_percent, say
 from ..models.open import open_tokenizer
 from ..models.tokenizer import DATE, Tokenizer
+from ..runtime.jsonl import Row
 from ..tasks.local import TASK_OF
 from .batches import to_arrays
 from .settings import Data, Part, Sft
@@ -25,6 +26,8 @@ from .sources import Example, is_samples, read_samples, tokenise, with_template
 
 LONGEST = 1200
 """Characters of an example that are shown."""
+Rows = Sequence[tuple[str, Row]]
+"""Rows of a file or of a dataset on the hub, each with its place; a folder has none."""
 OPEN, CLOSE = "⟦", "⟧"
 
 
@@ -38,8 +41,9 @@ def look(data: Data, sft: Sft, *, model: str | None, examples: int) -> None:
       examples: this many are shown, from all over the file.
     """
     (part,) = data.sources
-    records = read(part)
-    for line in describe(part, records):
+    rows = read_rows(part.path, part.split) if is_rows(part.path) else None
+    records = read(part, rows)
+    for line in describe(part, rows, records):
         say(line)
     tokenizer = None if model is None else with_template(open_tokenizer(model), data.chat_template)
     encoded = None if tokenizer is None else encode(part, records, tokenizer, data)
@@ -54,14 +58,14 @@ def look(data: Data, sft: Sft, *, model: str | None, examples: int) -> None:
         say(line)
 
 
-def read(part: Part) -> list[Record]:
+def read(part: Part, rows: Rows | None) -> list[Record]:
     """The records of a source; of a run's samples their texts."""
-    if is_rows(part.path):
-        return read_records(part.path, part.format, ignore=part.ignore, split=part.split)
+    if rows is not None:
+        return records_of(rows, part.format, ignore=part.ignore, source=part.path)
     folder = Path(part.path)
     if is_samples(folder):
-        rows, _ = versions.read_version(folder.parent.parent, folder.parent.name, folder.name)
-        return [Record(turns(row["prompt"], row["completion"]), plain=True, id=row["question_id"]) for row in rows]
+        samples, _ = versions.read_version(folder.parent.parent, folder.parent.name, folder.name)
+        return [Record(turns(row["prompt"], row["completion"]), plain=True, id=row["question_id"]) for row in samples]
     return read_folder(folder, part.split)
 
 
@@ -72,7 +76,7 @@ def encode(part: Part, records: Sequence[Record], tokenizer: Tokenizer, data: Da
     return tokenise(records, tokenizer, part.path, data, date_string=DATE)
 
 
-def describe(part: Part, records: Sequence[Record]) -> Iterator[str]:
+def describe(part: Part, rows: Rows | None, records: Sequence[Record]) -> Iterator[str]:
     """Where the examples are from, their format, their number."""
     form = ""
     if hub.is_hub(part.path):
@@ -81,8 +85,8 @@ def describe(part: Part, records: Sequence[Record]) -> Iterator[str]:
         known = hub.splits(name, found)
         subsets = hub.shown(found.layout.subsets)
         yield f"{part.path}: commit {found.commit}; subsets {subsets}; splits {', '.join(known)}"
-    if is_rows(part.path):
-        first = {key: value for key, value in read_rows(part.path, part.split)[0][1].items() if key not in part.ignore}
+    if rows is not None:
+        first = {key: value for key, value in rows[0][1].items() if key not in part.ignore}
         form = part.format or detect(first)
         told = "as data.format says" if part.format else f"told by the keys {', '.join(wanted_of(form, first))}"
         yield f"format {form}, {told}"

@@ -225,7 +225,7 @@ def mathematics() -> tuple[Any, Any]:
 def read(path: str, split: str, formats: tuple[str, ...], ignore: tuple[str, ...], written: int) -> tuple[Any, ...]:
     """Records of a file, folder or dataset, of the formats a task understands; read once unless it is written again."""
     del written
-    from ..data.builders import read_folder, read_records
+    from ..data.builders import read_folder, records_of
     from ..data.formats import detect
     from ..data.rows import is_rows, read_rows
 
@@ -235,7 +235,7 @@ def read(path: str, split: str, formats: tuple[str, ...], ignore: tuple[str, ...
     form = detect({key: value for key, value in rows[0][1].items() if key not in ignore}) if rows else ""
     if form not in formats:
         raise UserError(f"{path}: its lines are of the format {form or '(none)'}; wanted {' or '.join(formats)}")
-    return tuple(read_records(path, form, ignore=ignore, split=split))
+    return tuple(records_of(rows, form, ignore=ignore, source=path))
 
 
 TASK_OF = {"gsm8k": "gsm8k", "choices": "choice", "problem": "problem", "mbpp": "mbpp"}
