@@ -175,7 +175,7 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
     for assignment in assignments:
         path, sign, text = assignment.partition("=")
         if not sign or not path:
-            raise UserError(f"{assignment!r}: overrides are written key=value, e.g. rounds=3 merge.alpha=0.6")
+            raise UserError(f"{assignment!r}: overrides are written key=value, e.g. rounds=3 sft.epochs=2")
         place = place_of(values, path, repr(assignment))
         try:
             found = documents.parse_yaml(text, repr(assignment))

@@ -40,7 +40,8 @@ from .settings import (
 HEAD = """# Keys of a config
 
 Written by `python -m train.cli.keys` from the settings' docstrings. On the command line `a.b=value` sets a key of a
-config, values in YAML. A key of a list or a map's entry (`methods.NAME`, `tasks.families[]`) is set in the file.
+config, values in YAML; a key of a method is written `methods.imm.merge.alpha=0.6`. An entry of a list
+(`tasks.families[]`) is set in the file.
 """
 SHARED = (Mesh, Distributed, Source, Sft, FamilySpec)
 ABOUT = {
