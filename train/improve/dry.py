@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 
 from ..log import say
 from ..models.config import ModelConfig
@@ -32,8 +33,9 @@ def show_plan(config: Improve) -> None:
     suite = build_suite(config.tasks.families, seed=config.tasks.seed, style=config.tasks.style)
     say(f"model: {count / 1e6:.1f} M parameters, {count * 4 / 1e9:.2f} GB in float32")
     show_phases(config, suite, todo, count)
-    show_memory(config, model, suite, todo)
-    show_minutes(config, model, suite, todo)
+    held = budget.memory(config, model, todo, budget.prompt_tokens(list(suite.all), config.tasks.few_shot))
+    show_memory(config, held)
+    show_minutes(config, model, suite, todo, max(sum(parts.values()) for parts in held.values()))
     kinds = Counter(p.kind for p in todo.phases)
     kept = kinds["sft"] + kinds["merge"]
     if config.keep is not None:
@@ -64,18 +66,21 @@ def show_phases(config: Improve, suite: Suite, todo: Plan, count: int) -> None:
         say(f"  {phase.name:32} {size}{shared}")
 
 
-def show_memory(config: Improve, model: ModelConfig, suite: Suite, todo: Plan) -> None:
-    """Print what a device holds in each kind of phase."""
-    read = budget.prompt_tokens(list(suite.all), config.tasks.few_shot)
+def show_memory(config: Improve, held: Mapping[str, Mapping[str, float]]) -> None:
+    """Print what a device holds in each kind of phase, as `budget.memory` reckons it."""
     devices = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
     say(f"memory a device, of {devices}, where it needs most:")
-    for name, parts in budget.memory(config, model, todo, read).items():
+    for name, parts in held.items():
         told = ", ".join(f"{what} {bytes / GIB:.2f}" for what, bytes in parts.items() if bytes)
         say(f"  {name:12} {sum(parts.values()) / GIB:6.2f} GiB: {told}")
 
 
-def show_minutes(config: Improve, model: ModelConfig, suite: Suite, todo: Plan) -> None:
-    """Print tokens, examples, and minutes on the devices whose data sheets are known."""
+def show_minutes(config: Improve, model: ModelConfig, suite: Suite, todo: Plan, needed: float) -> None:
+    """Print tokens, examples, and minutes on the devices whose data sheets are known.
+
+    Args:
+      needed: bytes of a device, where it needs most.
+    """
     work = budget.work_of(config, suite, todo)
     answers = budget.by_kind([(phase, w.answers) for phase, w in work])
     examples = budget.by_kind([(phase, w.examples) for phase, w in work])["training"]
@@ -86,8 +91,6 @@ def show_minutes(config: Improve, model: ModelConfig, suite: Suite, todo: Plan) 
     say(
         f"examples to learn, all epochs: about {examples.about:,.0f}, at most {examples.most:,.0f} (every sample right)"
     )
-    read = budget.prompt_tokens(list(suite.all), config.tasks.few_shot)
-    needed = max(sum(parts.values()) for parts in budget.memory(config, model, todo, read).values())
     count = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
     searched = any(method.probe is not None and method.probe.search for method in config.methods.values())
     left = ["links", "compiling", "loading", *(["what the searches of probes evaluate"] if searched else [])]
