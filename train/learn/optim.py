@@ -21,7 +21,8 @@ from jaxmerge.where import matches
 
 from ..log import UserError
 from ..runtime.mesh import replicated, shardings
-from .settings import Adafactor, AdamW, Lion, Muon, ScheduleFree, Sft, Sgd
+from .optimizers import Adafactor, AdamW, Lion, Muon, ScheduleFree, Sgd
+from .settings import Sft
 
 Transform = optax.GradientTransformationExtraArgs | optax.GradientTransformation
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 from ..log import UserError
 from ..models.config import Lora
@@ -13,6 +13,7 @@ from ..resolve import FINISH_WITH, at_least
 from ..runtime.settings import Distributed, Mesh
 from ..tasks.settings import FamilySpec, Ingredient
 from .objectives import Objective, ResponseOnly
+from .optimizers import AdamW, Optimizer, ScheduleFree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,152 +57,6 @@ class Step:
             raise UserError(f"sft.step.ema is {self.ema}; it must lie in [0, 1)")
         if 0 < self.spike <= 1:
             raise UserError(f"sft.step.spike is {self.spike}; it must be above 1, or 0 for never")
-
-
-@dataclasses.dataclass(frozen=True)
-class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101)."""
-
-    name: Literal["adamw"] = "adamw"
-    """The optimizer; which other keys there are depends on it."""
-    b1: float = 0.9
-    """Share of the mean gradient that an update keeps."""
-    b2: float = 0.999
-    """Share of the mean squared gradient that an update keeps."""
-    eps: float = 1e-8
-    """Number that is added to the root of the mean squared gradient."""
-    eps_root: float = 0.0
-    """Number that is added to the mean squared gradient, under the root."""
-    nesterov: bool = False
-    """Whether the mean gradient looks one update ahead, as Nesterov's momentum does."""
-
-    def __post_init__(self):
-        shares(self, "b1", "b2")
-
-
-@dataclasses.dataclass(frozen=True)
-class Lion:
-    """The sign of a mean gradient (Chen et al., https://arxiv.org/abs/2302.06675); wants a lower rate than AdamW."""
-
-    name: Literal["lion"] = "lion"
-    """The optimizer."""
-    b1: float = 0.9
-    """The update is the sign of a sum of mean gradient and new gradient, in which the mean has this share."""
-    b2: float = 0.99
-    """Share of the mean gradient that an update keeps."""
-
-    def __post_init__(self):
-        shares(self, "b1", "b2")
-
-
-@dataclasses.dataclass(frozen=True)
-class Adafactor:
-    """Second moments as row and column means (Shazeer and Stern, https://arxiv.org/abs/1804.04235): little memory."""
-
-    name: Literal["adafactor"] = "adafactor"
-    """The optimizer."""
-    min_dim_size_to_factor: int = 128
-    """Second moments are kept as row and column means if both sides of a matrix have at least this size."""
-    decay_rate: float = 0.8
-    """Update n keeps the share 1 − n^−c of the second moment; this key is c."""
-    decay_offset: int = 0
-    """The first update counts as if this many had been made before it."""
-    multiply_by_parameter_scale: bool = True
-    """Whether an update is multiplied by the root mean square of its parameter."""
-    clipping_threshold: float | None = 1.0
-    """Largest root mean square of a parameter's update; null clips none."""
-    momentum: float | None = None
-    """Share of the mean update that an update keeps; null keeps no mean."""
-    eps: float = 1e-30
-    """Number that is added to the squared gradient."""
-    factored: bool = True
-    """Whether second moments are kept as row and column means at all."""
-
-    def __post_init__(self):
-        shares(self, "momentum")
-
-
-@dataclasses.dataclass(frozen=True)
-class Sgd:
-    """Stochastic gradient descent."""
-
-    name: Literal["sgd"] = "sgd"
-    """The optimizer."""
-    momentum: float | None = None
-    """Share of the summed gradients that an update keeps; null keeps no sum."""
-    nesterov: bool = False
-    """Whether the sum looks one update ahead, as Nesterov's momentum does."""
-
-    def __post_init__(self):
-        shares(self, "momentum")
-
-
-@dataclasses.dataclass(frozen=True)
-class Muon:
-    """Orthogonalised momentum for the layers' matrices, Adam for the rest (https://kellerjordan.github.io/posts/muon)."""
-
-    name: Literal["muon"] = "muon"
-    """The optimizer."""
-    ns_steps: int = 5
-    """Steps of the Newton-Schulz iteration that makes a mean gradient orthogonal."""
-    beta: float = 0.95
-    """Share of a matrix's mean gradient that an update keeps."""
-    eps: float = 1e-8
-    """Number that is added to denominators, in Adam too."""
-    nesterov: bool = True
-    """Whether mean gradients look one update ahead, as Nesterov's momentum does; in Adam too."""
-    adaptive: bool = False
-    """Whether an update is multiplied by the dual norm of its gradient (https://arxiv.org/abs/2409.20325)."""
-    preconditioning: Literal["frobenius", "spectral", "aol", "schatten"] = "frobenius"
-    """How a matrix is scaled before the first Newton-Schulz step."""
-    adam_b1: float = 0.9
-    """`b1` of the Adam that updates embeddings, head, norms and biases."""
-    adam_b2: float = 0.999
-    """`b2` of the Adam that updates embeddings, head, norms and biases."""
-    adam_eps_root: float = 0.0
-    """`eps_root` of the Adam that updates embeddings, head, norms and biases."""
-    consistent_rms: float | None = None
-    """Root mean square that every matrix's update gets, whatever its shape; 0.2 suits rates chosen for AdamW. null
-    scales by the root of max(1, out/in) instead."""
-
-    def __post_init__(self):
-        shares(self, "beta", "adam_b1", "adam_b2")
-        at_least(self, "sft.optimizer", ns_steps=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class ScheduleFree:
-    """AdamW whose momentum is an average of its weights (Defazio et al., https://arxiv.org/abs/2405.15682).
-
-    The average is what is measured, kept and returned. The schedule should be constant after its warm-up.
-    """
-
-    name: Literal["schedule_free"] = "schedule_free"
-    """The optimizer."""
-    b1: float = 0.9
-    """Gradients are taken at a mix of weights and average, in which the average has this share."""
-    b2: float = 0.999
-    """`b2` of the AdamW inside."""
-    eps: float = 1e-8
-    """`eps` of the AdamW inside."""
-    weight_lr_power: float = 2.0
-    """In the average, the weights after an update count by the largest rate so far to this power."""
-
-    def __post_init__(self):
-        shares(self, "b1", "b2")
-        if self.b1 == 0:
-            raise UserError("sft.optimizer.b1 is 0; schedule_free divides by it: give a number above 0, or take adamw")
-
-
-def shares(optimizer: Any, *names: str) -> None:
-    """Raise what is not a share of something that is kept."""
-    for name in names:
-        value = getattr(optimizer, name)
-        if value is not None and not 0 <= value < 1:
-            raise UserError(f"sft.optimizer.{name} is {value}; it must lie in [0, 1)")
-
-
-Optimizer = AdamW | Lion | Adafactor | Sgd | Muon | ScheduleFree
 
 
 @dataclasses.dataclass(frozen=True)

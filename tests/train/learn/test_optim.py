@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from train.learn import optim
 from train.learn.batches import Rows
 from train.learn.checkpoints import SftCheckpoints
-from train.learn.settings import Adafactor, AdamW, Lion, Muon, ScheduleFree, Sft, Sgd, Stay, Step
+from train.learn.optimizers import Adafactor, AdamW, Lion, Muon, ScheduleFree, Sgd
+from train.learn.settings import Sft, Stay, Step
 from train.learn.step import compute_of, init_state, make_step, state_shardings
 from train.log import UserError
 from train.models.decoder import shapes

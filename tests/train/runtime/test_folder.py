@@ -8,7 +8,7 @@ import yaml
 from helpers import ROOT
 
 from train.improve.settings import Improve
-from train.learn.settings import Lion
+from train.learn.optimizers import Lion
 from train.log import UserError
 from train.resolve import load
 from train.runtime.folder import (
