@@ -86,7 +86,11 @@ class Stay:
     l2: float = 0.0
     """The penalty λ/2 ‖θ − θ_0‖² has this λ; its gradient is added before clipping. 0 switches it off."""
     kl: float = 0.0
-    """The penalty β KL(p_0 ‖ p_θ), a mean over the learnt tokens, has this β, and both models are computed; 0: none."""
+    """The penalty β D(p_θ, p_0), a mean over the learnt tokens, has this β, and both models are computed; 0: none."""
+    divergence: Literal["forward", "reverse", "skewed", "skewed_reverse", "masked"] = "forward"
+    """D of the penalty `kl`: KL(p_0 ‖ p_θ) (forward), KL(p_θ ‖ p_0) (reverse), one of them with a tenth of the first
+    distribution mixed into the second (skewed, skewed_reverse), or forward without the token that is learnt (masked).
+    """
     freeze: tuple[str, ...] = ()
     """Parameters whose path matches one of these patterns keep their values."""
     stop_at: float = 1.0

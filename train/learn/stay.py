@@ -3,7 +3,8 @@ r"""What holds fine-tuned weights near those they came from: the controls that m
 - `l2`: the penalty $\frac{\lambda}{2} \lVert \theta - \theta_0 \rVert^2$, L2-SP (Li et al., "Explicit Inductive
   Bias for Transfer Learning with Convolutional Networks", https://arxiv.org/abs/1802.01483)
 - `kl`: the penalty $\beta\,\mathrm{KL}(p_0 \| p_\theta)$ of whole next-token distributions, the mean over the
-  tokens learnt (Li and Hoiem, "Learning without Forgetting", https://arxiv.org/abs/1606.09282)
+  tokens learnt (Li and Hoiem, "Learning without Forgetting", https://arxiv.org/abs/1606.09282), or with `divergence`
+  another one of models/divergence.py
 - `freeze`: parameters that are not trained; `stop_at`: early stopping at a share of the schedule
 """
 

@@ -15,6 +15,7 @@ import optax
 from ..log import UserError
 from ..models.config import ModelConfig
 from ..models.decoder import Params, is_stacked
+from ..models.divergence import DIVERGENCES
 from ..models.fused import choose
 from ..models.loss import Compute, loss_sums, objective_sums
 from ..runtime.mesh import replicated, shardings
@@ -97,7 +98,9 @@ def make_step(model: ModelConfig, config: Sft, how: Compute | str) -> Callable[.
         lora=config.lora,
         optimizer=config.optimizer,
         objective=config.objective,
-        stay=Stay(float(config.stay.l2 > 0), float(config.stay.kl > 0), config.stay.freeze),
+        stay=Stay(
+            float(config.stay.l2 > 0), float(config.stay.kl > 0), config.stay.divergence, freeze=config.stay.freeze
+        ),
         step=dataclasses.replace(
             Step(), clip=config.step.clip, weight_decay=config.step.weight_decay, decay=config.step.decay
         ),
@@ -108,7 +111,7 @@ def make_step(model: ModelConfig, config: Sft, how: Compute | str) -> Callable[.
 @functools.lru_cache(maxsize=8)
 def _make_step(model: ModelConfig, config: Sft, how: Compute):
     micro, stay = config.micro_batch or config.batch, config.stay
-    objective = config.objective
+    objective, divergence = config.objective, DIVERGENCES[stay.divergence]
 
     def mean_gradient(params, batch, frozen, anchor):
         def sums(params, part):
@@ -116,9 +119,11 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute):
                 params = adapters.joined(config.lora, frozen, params, part)
             near = (anchor.params, anchor.kl) if stay.kl else None
             if objective.joint:
-                loss, weight, metrics = objective_sums(model, params, part, how, objective.loss, near=near)
+                loss, weight, metrics = objective_sums(
+                    model, params, part, how, objective.loss, near=near, divergence=divergence
+                )
             else:
-                (loss, weight), metrics = loss_sums(model, params, part, how, near=near), {}
+                (loss, weight), metrics = loss_sums(model, params, part, how, near=near, divergence=divergence), {}
             return loss, {"weight": weight, "metrics": metrics}
 
         gradient = jax.value_and_grad(sums, has_aux=True)

@@ -14,6 +14,7 @@ from ..runtime.mesh import BATCH, ROWS, activations_on, row_ways, spread
 from .attention import visible
 from .config import ModelConfig
 from .decoder import Params, bind, logprobs, shapes
+from .divergence import Divergence, forward_kl
 from .fused import Causal
 
 
@@ -43,6 +44,7 @@ def loss_sums(
     how: Compute = Compute(),
     *,
     near: tuple[Params, Any] | None = None,
+    divergence: Divergence = forward_kl,
 ):
     r"""Σ w·(−log p) and Σ w over a batch.
 
@@ -51,7 +53,8 @@ def loss_sums(
         `targets` [B, K] int32, the positions whose weight is not 0, filled up with 0; optionally `segments` [B, T]
         int32, equal and contiguous for the tokens of one sequence of a packed row; optionally `inputs` [B, T] int32,
         which the model reads in place of the tokens, whose labels stay.
-      near: (θ_0, β): Σ w·β·KL(p_0 ‖ p_θ) is added to the losses.
+      near: (θ_0, β): Σ w·β·D(p_θ, p_0) is added to the losses.
+      divergence: D, of models/divergence.py.
 
     Returns:
       (sum of weighted losses, sum of weights): their ratio is the mean loss a token.
@@ -60,7 +63,7 @@ def loss_sums(
     head = Head(config, jnp.dtype(how.dtype), how.mesh)
     loss = nll_sum(head, how.logits_at_once, head.weight(params), hidden, labels, weights)
     if near is not None:
-        loss += _pull(head, how, params, hidden, weights, near, config, batch)
+        loss += _pull(head, how, params, (hidden, labels, weights), batch, near, divergence)
     return loss, jnp.sum(weights)
 
 
@@ -72,6 +75,7 @@ def objective_sums(
     objective: Objective,
     *,
     near: tuple[Params, Any] | None = None,
+    divergence: Divergence = forward_kl,
 ):
     r"""An objective that is any function L of the tokens' log-probabilities, and its gradient.
 
@@ -83,7 +87,7 @@ def objective_sums(
       batch: as for `loss_sums`. With groups of G sequences that belong together, what the model reads is [B, G, T].
         All else is handed to the objective: arrays of the shape of `tokens` where the targets are, others as they are.
       objective: see `Objective`.
-      near: as for `loss_sums`; its mean over the tokens is added to that of the objective.
+      near, divergence: as for `loss_sums`; the mean over the tokens is added to that of the objective.
 
     Returns:
       (sum of losses, sum of weights, sums of metrics): what is divided by the sum of weights is the mean.
@@ -109,8 +113,8 @@ def objective_sums(
     moved = nll_sum(head, how.logits_at_once, head.weight(params), hidden, labels, jax.lax.stop_gradient(slopes))
     loss += moved - jax.lax.stop_gradient(moved)
     if near is not None:
-        mean = _pull(head, how, params, hidden, weights, near, config, flat) / jnp.maximum(jnp.sum(weights), 1e-6)
-        loss += weight * mean
+        apart = _pull(head, how, params, (hidden, labels, weights), flat, near, divergence)
+        loss += weight * apart / jnp.maximum(jnp.sum(weights), 1e-6)
     return loss, weight, metrics
 
 
@@ -156,12 +160,13 @@ def token_logps(config: ModelConfig, params: Params, batch: dict[str, jax.Array]
     return jnp.zeros((len(logps), T), jnp.float32).at[rows, flat["targets"]].add(logps).reshape(*groups, T)
 
 
-def _pull(head: Head, how: Compute, params, hidden, weights, near, config, batch) -> jax.Array:
-    """Σ w·β·KL(p_0 ‖ p_θ)."""
+def _pull(head: Head, how: Compute, params: Params, ours, batch, near, divergence: Divergence) -> jax.Array:
+    """Σ w·β·D(p_θ, p_0); ours: (hidden, labels, weights) at the targets."""
     base, beta = jax.lax.stop_gradient(near)
-    theirs, _, _ = at_targets(config, base, batch, how)
+    hidden, labels, weights = ours
+    theirs, _, _ = at_targets(head.config, base, batch, how)
     pair = (head.weight(params), hidden), (head.weight(base), theirs)
-    return beta * kl_sum(head, how.logits_at_once, *pair, weights)
+    return beta * kl_sum(head, how.logits_at_once, *pair, labels, weights, divergence)
 
 
 def at_targets(config: ModelConfig, params: Params, batch: dict[str, jax.Array], how: Compute):
@@ -190,28 +195,43 @@ def there(batch: dict[str, jax.Array], values: jax.Array) -> jax.Array:
     return values[:, 1:] if targets is None else jnp.take_along_axis(values, targets, axis=1)
 
 
-def kl_sum(head: Head, at_once: int, ours, theirs, weights: jax.Array) -> jax.Array:
-    r"""$\sum_i w_i \, \mathrm{KL}(p_{0,i} \| p_{\theta,i})$, the logits of `at_once` tokens held at a time.
+def kl_sum(
+    head: Head,
+    at_once: int,
+    ours: tuple[jax.Array, jax.Array],
+    theirs: tuple[jax.Array, jax.Array],
+    labels: jax.Array,
+    weights: jax.Array,
+    divergence: Divergence = forward_kl,
+    *,
+    their_head: Head | None = None,
+) -> jax.Array:
+    r"""$\sum_i w_i \, D(p_{\theta,i}, p_{0,i})$, the logits of `at_once` tokens held at a time.
 
     Args:
-      ours, theirs: (weight [V, D], hidden [B, K, D]) of p_θ and of p_0.
+      ours, theirs: (weight [V, D], hidden [B, K, D]) of p_θ and of p_0; D may be another one for p_0.
+      labels, weights: [B, K].
+      divergence: D, of models/divergence.py.
+      their_head: where p_0 is of a model with another config; the vocabulary is the same.
     """
     (weight, hidden), (weight_0, hidden_0) = ours, theirs
+    head_0 = head if their_head is None else their_head
     B, K, _ = hidden.shape
     count = -(-K // max(1, at_once // B))
     width = -(-K // count)
 
     @jax.checkpoint
     def chunk(total, part):
-        h, h_0, w = part
-        p, p_0 = (jax.nn.log_softmax(head(*pair).astype(jnp.float32)) for pair in ((weight, h), (weight_0, h_0)))
-        return total + jnp.sum(w * jnp.sum(jnp.exp(p_0) * (p_0 - p), axis=-1)), None
+        h, h_0, y, w = part
+        logits = head(weight, h), head_0(weight_0, h_0)
+        p, p_0 = (jax.nn.log_softmax(z.astype(jnp.float32)) for z in logits)
+        return total + jnp.sum(w * divergence(p, p_0, y)), None
 
     def split(x):
         x = jnp.pad(x, ((0, 0), (0, count * width - K), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(B, count, width, *x.shape[2:]), 1, 0)
 
-    return jax.lax.scan(chunk, jnp.float32(0), tuple(map(split, (hidden, hidden_0, weights))))[0]
+    return jax.lax.scan(chunk, jnp.float32(0), tuple(map(split, (hidden, hidden_0, labels, weights))))[0]
 
 
 def unpacked_positions(weights: jax.Array) -> jax.Array:
