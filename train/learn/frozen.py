@@ -41,6 +41,11 @@ def joined(lora: Lora, frozen: Frozen, adapter: Params, part: dict[str, jax.Arra
     return attach(lora, frozen.params, adapter, key=key)
 
 
+def joined_whole(lora: Lora, frozen: Frozen, adapter: Params) -> Params:
+    """Parameters of the model as it is used, no dropout."""
+    return attach(lora, frozen.params, adapter)
+
+
 def numbered(batch: dict[str, np.ndarray], step: int, rows: int, share: np.ndarray) -> dict[str, np.ndarray]:
     """The batch with a number a row, from step and row alone: a resumed run draws what an undisturbed one does.
 

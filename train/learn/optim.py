@@ -225,6 +225,9 @@ def learning_rates(config: Sft, steps: int) -> tuple[float, ...]:
 def ema_keep(config: Sft, step: int) -> float:
     """Share of the average kept at update number `step` (from 0): min(ema, (1 + n)/(10 + n)), n = step + 1.
 
-    A short run then averages its own weights instead of remembering the ones it started from.
+    A short run then averages its own weights instead of remembering the ones it started from. An average that teaches
+    (`sft.distill`) keeps the same share from the first update on: it is to stay behind the student.
     """
+    if config.distill is not None and config.distill.by_itself:
+        return config.distill.ema
     return min(config.step.ema, (2 + step) / (11 + step))

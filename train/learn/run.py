@@ -30,6 +30,7 @@ from .card import write_cards
 from .checkpoints import SftCheckpoints
 from .settings import Finetune
 from .sft import check_patterns, fine_tune, one_epoch
+from .teacher import open_teacher
 from .watch import hold_out, speed_of
 
 PHASE = "sft"
@@ -67,6 +68,7 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
 
         model = dataclasses.replace(model, tokenizer=with_template(model.tokenizer, config.data.chat_template))
     model = with_date(model, folder)
+    teacher = open_teacher(config.sft, model, mesh, seed=config.seed)
     rows, held_out, notes = read_rows(config, model, folder / "data")
     for line in describe_rows(rows, notes):
         say(line)
@@ -89,6 +91,7 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
             seed=config.seed,
             dtype=config.model.dtype,
             held_out=held_out,
+            teacher=teacher,
             checkpoints=SftCheckpoints(folder / "checkpoints" / PHASE / "state"),
             trace_to=folder / "trace",
             adapter_to=folder / "adapter",

@@ -12,6 +12,7 @@ from ..models.settings import Source
 from ..resolve import FINISH_WITH, at_least
 from ..runtime.settings import Distributed, Mesh
 from ..tasks.settings import FamilySpec, Ingredient
+from .distill import Distill
 from .objectives import Objective, ResponseOnly
 from .optimizers import AdamW, Optimizer, ScheduleFree
 
@@ -87,10 +88,10 @@ class Stay:
     """The penalty λ/2 ‖θ − θ_0‖² has this λ; its gradient is added before clipping. 0 switches it off."""
     kl: float = 0.0
     """The penalty β D(p_θ, p_0), a mean over the learnt tokens, has this β, and both models are computed; 0: none."""
-    divergence: Literal["forward", "reverse", "skewed", "skewed_reverse", "masked"] = "forward"
+    divergence: Literal["forward", "reverse", "skewed", "skewed_reverse", "masked", "jsd"] = "forward"
     """D of the penalty `kl`: KL(p_0 ‖ p_θ) (forward), KL(p_θ ‖ p_0) (reverse), one of them with a tenth of the first
-    distribution mixed into the second (skewed, skewed_reverse), or forward without the token that is learnt (masked).
-    """
+    distribution mixed into the second (skewed, skewed_reverse), forward without the token that is learnt (masked), or
+    Jensen and Shannon's (jsd)."""
     freeze: tuple[str, ...] = ()
     """Parameters whose path matches one of these patterns keep their values."""
     stop_at: float = 1.0
@@ -145,6 +146,8 @@ class Sft:
     step: Step = Step()
     watch: Watch = Watch()
     stay: Stay = Stay()
+    distill: Distill | None = None
+    """A teacher's next-token distributions are learnt; null learns what the objective says alone."""
     lora: Lora | None = None
     """Low-rank adapters {rank, alpha, targets, dropout} are trained and merged at the end; null trains all weights."""
 
@@ -159,10 +162,21 @@ class Sft:
                 f"sft.step: ema is {self.step.ema}, masters is {self.step.masters}; schedule_free keeps an average of "
                 "its own, in float32: leave ema at 0 and masters at float32, or take another sft.optimizer"
             )
+        if self.self_taught and (self.step.ema or isinstance(self.optimizer, ScheduleFree)):
+            raise UserError(
+                f"sft.distill.teacher is null: the average of the weights teaches, and step.ema={self.step.ema} or "
+                "schedule_free would keep another one; leave step.ema at 0 and take another sft.optimizer, or give a "
+                "teacher"
+            )
         if self.lora is not None and (self.stay.penalised or self.stay.freeze):
             raise UserError("sft.stay: l2, kl and freeze speak of all weights, sft.lora trains none of them; give one")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
             raise UserError(f"sft.micro_batch is {self.micro_batch}; it must divide sft.batch={self.batch}")
+
+    @property
+    def self_taught(self) -> bool:
+        """Whether the average of the weights is kept to teach them."""
+        return self.distill is not None and self.distill.by_itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,3 +271,10 @@ class Finetune:
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
     seed: int = 0
     """The order of the examples and every random draw come from this seed."""
+
+    def __post_init__(self):
+        if self.sft.self_taught:
+            raise UserError(
+                "sft.distill.teacher is null: the average of the student teaches on its own samples, in a method of "
+                "improve with improver: distill; give sft.distill.teacher={path: MODEL}"
+            )

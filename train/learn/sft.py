@@ -19,11 +19,12 @@ import jax
 import numpy as np
 
 from ..log import UserError, say
-from ..models.config import Lora, ModelConfig
+from ..models.config import ModelConfig
 from ..models.decoder import Params, is_stacked
 from ..models.lora import check_targets, init_lora
 from ..models.lora_files import save_lora
 from ..models.loss import Compute, loss_sums
+from ..models.open import Model
 from ..models.stacked import stack_layers, unstack_layers
 from ..runtime.mesh import shardings
 from ..runtime.processes import on_first
@@ -89,6 +90,7 @@ def fine_tune(
     dtype: str = "float32",
     held_out: RowSource | None = None,
     anchor: Params | None = None,
+    teacher: Model | None = None,
     checkpoints: Checkpoints | None = None,
     trace_to: pathlib.Path | None = None,
     adapter_to: pathlib.Path | None = None,
@@ -100,6 +102,7 @@ def fine_tune(
     Args:
       held_out: rows whose loss is measured every `config.watch.evaluate_every` steps and at the end.
       anchor: what `config.stay` holds the weights near; None is `params`.
+      teacher: the model that `config.distill` names.
       adapter_to: folder that PEFT reads, where `config.lora` trains an adapter; None writes none.
       trace_to: folder of a profiler trace, where `config.watch.trace_from` asks for one.
       on_step: called with the metrics of every update made, those before a checkpoint gone on from included.
@@ -118,7 +121,7 @@ def fine_tune(
     schedule = steps_of(rows, config)
     total, rates = config.stay.last(schedule), optim.learning_rates(config, schedule)
     snapshots = snapshots_of(config, total)
-    trainee = prepared(model, params, config, mesh=mesh, seed=seed, dtype=dtype, anchor=anchor)
+    trainee = prepared(model, params, config, mesh=mesh, seed=seed, dtype=dtype, anchor=anchor, teacher=teacher)
     restored, start, log = checkpoints.restore(trainee.state)
     trainee = trainee if restored is None else trainee._replace(state=restored)
     if start:
@@ -134,7 +137,7 @@ def fine_tune(
             before(number)
             rate, limit = rates[number - 1], spike_limit(config.step.spike, log)
             arguments = map(np.float32, (rate, optim.ema_keep(config, number - 1), limit))
-            state, sums = trainee.step(trainee.state, batch, *arguments, trainee.frozen, trainee.near)
+            state, sums = trainee.step(trainee.state, batch, *arguments, *trainee.beside)
             trainee, sums = trainee._replace(state=state), jax.device_get(sums)
             now = time.perf_counter()
             seconds, clock = now - clock, now
@@ -160,7 +163,7 @@ def fine_tune(
                 raise Stopped
     if config.lora is not None and adapter_to is not None:
         on_first(shutil.rmtree, adapter_to, ignore_errors=True)
-        save_lora(adapter_to, config.lora, result(trainee.state), params)
+        save_lora(adapter_to, config.lora, result(trainee.state, config), params)
     return jax.tree.map(lambda ours, given: ours.astype(given.dtype), trainee.whole(), params), log
 
 
@@ -182,14 +185,21 @@ class Trainee(NamedTuple):
     """What the weights stay near, with penalties of `sft.stay`."""
     frozen: Frozen | None
     """The weights beside the adapter, with `sft.lora`."""
-    lora: Lora | None
+    teacher: Params | None
+    """Of the model that `sft.distill` names."""
+    config: Sft
     mesh: jax.sharding.Mesh
+
+    @property
+    def beside(self) -> tuple[Frozen | None, Anchor | None, Params | None]:
+        """The last arguments of the step."""
+        return self.frozen, self.near, self.teacher
 
     def whole(self) -> Params:
         """The model that the run would return now: the adapter merged, the layers one by one."""
-        params = result(self.state)
-        if self.lora is not None and self.frozen is not None:
-            params = adapters.merged(self.lora, self.frozen, params)
+        params = result(self.state, self.config)
+        if self.config.lora is not None and self.frozen is not None:
+            params = adapters.merged(self.config.lora, self.frozen, params)
         return placed(unstack_layers, params, self.mesh) if is_stacked(params) else params
 
 
@@ -202,6 +212,7 @@ def prepared(
     seed: int,
     dtype: str,
     anchor: Params | None,
+    teacher: Model | None = None,
 ) -> Trainee:
     """A state made of `params` and everything its step needs; see `fine_tune` for the arguments."""
     frozen, trained = None, params
@@ -218,7 +229,13 @@ def prepared(
     state = init_state(config, trained, mesh)
     how = compute_of(config, model, state.params, mesh, dtype)
     say(f"attention: {how.attention}")
-    return Trainee(state, make_step(model, config, how), how, near, frozen, config.lora, mesh)
+    theirs = taught = None
+    if teacher is not None and config.distill is not None and config.distill.teacher is not None:
+        theirs = teacher.params
+        if config.step.layers == "stacked":
+            theirs = placed(stack_layers, theirs, mesh)
+        taught = teacher.config, compute_of(config, teacher.config, theirs, mesh, config.distill.teacher.dtype)
+    return Trainee(state, make_step(model, config, how, taught), how, near, frozen, theirs, config, mesh)
 
 
 def made(sums: dict[str, Any], step_config: Step, **about: Any) -> bool:
@@ -251,7 +268,7 @@ def placed(change: Callable[[Params], Params], params: Params, mesh: jax.shardin
 
 def one_epoch(config: Sft) -> Sft:
     """The settings of rows that are gone through once, as held-out ones are: their plain loss is what is measured."""
-    return dataclasses.replace(config, epochs=1, objective=ResponseOnly())
+    return dataclasses.replace(config, epochs=1, objective=ResponseOnly(), distill=None)
 
 
 def mean_loss(

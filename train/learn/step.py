@@ -17,7 +17,7 @@ from ..models.config import ModelConfig
 from ..models.decoder import Params, is_stacked
 from ..models.divergence import DIVERGENCES
 from ..models.fused import choose
-from ..models.loss import Compute, loss_sums, objective_sums
+from ..models.loss import Compute, Teacher, loss_sums, objective_sums
 from ..runtime.mesh import replicated, shardings
 from . import frozen as adapters
 from . import optim
@@ -35,7 +35,8 @@ class State(NamedTuple):
     optimizer: Any
     """optax's state, float32 where it is like a parameter."""
     average: Params | None
-    """Exponential moving average of the weights, float32; None where it is not asked for."""
+    """Exponential moving average of the weights, float32, that is returned (`step.ema`) or teaches (`distill`); None
+    where neither is asked for."""
     skipped: Any
     """Updates not made, [in all, in a row] int32."""
 
@@ -48,7 +49,9 @@ def init_state(config: Sft, params: Params, mesh: jax.sharding.Mesh) -> State:
         return State(
             jax.tree.map(lambda p: jnp.array(p, masters, copy=True), params),
             optim.start(config, params, held(config.stay.freeze, params)),
-            jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params) if config.step.ema else None,
+            jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+            if config.step.ema or config.self_taught
+            else None,
             jnp.zeros(2, jnp.int32),
         )
 
@@ -59,7 +62,7 @@ def state_shardings(config: Sft, params: Params, mesh: jax.sharding.Mesh) -> Sta
     """Without these, `jit` would silently replicate the moments."""
     ours = shardings(mesh, params)
     optimizer = optim.state_places(config, params, mesh, held(config.stay.freeze, params))
-    return State(ours, optimizer, ours if config.step.ema else None, replicated(mesh))
+    return State(ours, optimizer, ours if config.step.ema or config.self_taught else None, replicated(mesh))
 
 
 def compute_of(config: Sft, model: ModelConfig, params: Params, mesh: jax.sharding.Mesh, dtype: str) -> Compute:
@@ -75,19 +78,23 @@ def compute_of(config: Sft, model: ModelConfig, params: Params, mesh: jax.shardi
     return Compute(dtype, config.step.remat, config.step.logits_at_once, attention, one)
 
 
-def make_step(model: ModelConfig, config: Sft, how: Compute | str) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-    """The jitted update `(state, batch, rate, keep=0, limit=inf, frozen=None, anchor=None) → (state, metrics)`.
+def make_step(
+    model: ModelConfig, config: Sft, how: Compute | str, taught: tuple[ModelConfig, Compute] | None = None
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+    """The jitted update `(state, batch, rate, keep=0, limit=inf, frozen, anchor, teacher=None) → (state, metrics)`.
 
     `state` is donated.
 
     rate: the learning rate. keep: of the weights' average, see `ema_keep`. limit: a mean loss above it, or one that
     is not finite, or such a gradient, leaves the state as it was, and is counted. frozen: with `config.lora`, the
-    weights beside the adapter. anchor: with penalties of `config.stay`, what is stayed near.
+    weights beside the adapter. anchor: with penalties of `config.stay`, what is stayed near. teacher: with
+    `config.distill`, the weights of its teacher, where it is not the state's average.
 
     One function for all settings that differ only in what it does not read.
 
     Args:
       how: a dtype's name is a `Compute` of that dtype, the rest as in `config.step`, and plain attention.
+      taught: sizes of the teacher that `config.distill` names, and how it is computed; None where the average teaches.
     """
     if isinstance(how, str):
         how = Compute(how, config.step.remat, config.step.logits_at_once)
@@ -104,26 +111,31 @@ def make_step(model: ModelConfig, config: Sft, how: Compute | str) -> Callable[.
         step=dataclasses.replace(
             Step(), clip=config.step.clip, weight_decay=config.step.weight_decay, decay=config.step.decay
         ),
+        distill=config.distill and dataclasses.replace(config.distill, teacher=None, ema=0.0),
     )
-    return _make_step(model, read, how)
+    return _make_step(model, read, how, taught)
 
 
 @functools.lru_cache(maxsize=8)
-def _make_step(model: ModelConfig, config: Sft, how: Compute):
-    micro, stay = config.micro_batch or config.batch, config.stay
+def _make_step(model: ModelConfig, config: Sft, how: Compute, taught: tuple[ModelConfig, Compute] | None):
+    micro, stay, distill = config.micro_batch or config.batch, config.stay, config.distill
     objective, divergence = config.objective, DIVERGENCES[stay.divergence]
 
-    def mean_gradient(params, batch, frozen, anchor):
+    def mean_gradient(params, batch, frozen, anchor, teacher):
+        if taught is None and config.lora is not None and teacher is not None:
+            teacher = adapters.joined_whole(config.lora, frozen, teacher)
+        there = taught or (model, how)
+        source = distill and Teacher(there[0], teacher, there[1], distill.apart, distill.share)
+
         def sums(params, part):
             if config.lora is not None:
                 params = adapters.joined(config.lora, frozen, params, part)
             near = (anchor.params, anchor.kl) if stay.kl else None
-            if objective.joint:
-                loss, weight, metrics = objective_sums(
-                    model, params, part, how, objective.loss, near=near, divergence=divergence
-                )
+            beside: dict[str, Any] = {"near": near, "divergence": divergence, "teacher": source}
+            if objective.joint and (source is None or source.share < 1):
+                loss, weight, metrics = objective_sums(model, params, part, how, objective.loss, **beside)
             else:
-                (loss, weight), metrics = loss_sums(model, params, part, how, near=near, divergence=divergence), {}
+                (loss, weight), metrics = loss_sums(model, params, part, how, **beside), {}
             return loss, {"weight": weight, "metrics": metrics}
 
         gradient = jax.value_and_grad(sums, has_aux=True)
@@ -151,8 +163,10 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute):
         limit=math.inf,
         frozen: Frozen | None = None,
         anchor: Anchor | None = None,
+        teacher: Params | None = None,
     ):
-        loss, others, grads = mean_gradient(state.params, batch, frozen, anchor)
+        teacher = state.average if distill is not None and taught is None else teacher
+        loss, others, grads = mean_gradient(state.params, batch, frozen, anchor, teacher)
         if stay.l2 and anchor is not None:
             grads = pull(state.params, anchor, grads)
         kept = held(stay.freeze, state.params)
@@ -177,6 +191,8 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute):
     return step
 
 
-def result(state: State) -> Params:
-    """The weights a run is for: their average where one is kept."""
-    return optim.weights_to_keep(state.optimizer, state.params) if state.average is None else state.average
+def result(state: State, config: Sft) -> Params:
+    """The weights a run is for: their average where one is kept for that."""
+    if state.average is None or config.self_taught:
+        return optim.weights_to_keep(state.optimizer, state.params)
+    return state.average

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from ..runtime.mesh import BATCH, ROWS, activations_on, row_ways, spread
 from .attention import visible
 from .config import ModelConfig
 from .decoder import Params, bind, logprobs, shapes
-from .divergence import Divergence, forward_kl
+from .divergence import Divergence, forward_kl, kl_sum
 from .fused import Causal
 
 
@@ -45,6 +45,7 @@ def loss_sums(
     *,
     near: tuple[Params, Any] | None = None,
     divergence: Divergence = forward_kl,
+    teacher: Teacher | None = None,
 ):
     r"""Σ w·(−log p) and Σ w over a batch.
 
@@ -55,15 +56,22 @@ def loss_sums(
         which the model reads in place of the tokens, whose labels stay.
       near: (θ_0, β): Σ w·β·D(p_θ, p_0) is added to the losses.
       divergence: D, of models/divergence.py.
+      teacher: takes its share of the place of −log p.
 
     Returns:
       (sum of weighted losses, sum of weights): their ratio is the mean loss a token.
     """
-    hidden, labels, weights = at_targets(config, params, batch, how)
+    ours = hidden, labels, weights = at_targets(config, params, batch, how)
     head = Head(config, jnp.dtype(how.dtype), how.mesh)
-    loss = nll_sum(head, how.logits_at_once, head.weight(params), hidden, labels, weights)
+    if teacher is None or teacher.share < 1:
+        loss = nll_sum(head, how.logits_at_once, head.weight(params), hidden, labels, weights)
+    else:
+        loss = jnp.float32(0)
+    if teacher is not None:
+        taught = apart_sum(head, how, params, ours, seen_by_teacher(batch), teacher)
+        loss = (1 - teacher.share) * loss + teacher.share * taught
     if near is not None:
-        loss += _pull(head, how, params, (hidden, labels, weights), batch, near, divergence)
+        loss += _pull(head, how, params, ours, batch, near, divergence)
     return loss, jnp.sum(weights)
 
 
@@ -76,6 +84,7 @@ def objective_sums(
     *,
     near: tuple[Params, Any] | None = None,
     divergence: Divergence = forward_kl,
+    teacher: Teacher | None = None,
 ):
     r"""An objective that is any function L of the tokens' log-probabilities, and its gradient.
 
@@ -87,14 +96,14 @@ def objective_sums(
       batch: as for `loss_sums`. With groups of G sequences that belong together, what the model reads is [B, G, T].
         All else is handed to the objective: arrays of the shape of `tokens` where the targets are, others as they are.
       objective: see `Objective`.
-      near, divergence: as for `loss_sums`; the mean over the tokens is added to that of the objective.
+      near, divergence, teacher: as for `loss_sums`, by their means over the tokens and that of the objective.
 
     Returns:
       (sum of losses, sum of weights, sums of metrics): what is divided by the sum of weights is the mean.
     """
     groups = batch["tokens"].shape[:-1]
     flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in READ if name in batch}
-    hidden, labels, weights = at_targets(config, params, flat, how)
+    ours = hidden, labels, weights = at_targets(config, params, flat, how)
     head = Head(config, jnp.dtype(how.dtype), how.mesh)
     each = token_losses(head, how, params, hidden, labels)
     beside = {
@@ -102,7 +111,7 @@ def objective_sums(
         if values.shape == batch["tokens"].shape
         else values
         for name, values in batch.items()
-        if name not in READ
+        if name not in READ and name not in SHOWN
     }
 
     def of(each):
@@ -112,14 +121,37 @@ def objective_sums(
     (loss, (weight, metrics)), slopes = jax.value_and_grad(of, has_aux=True)(each)
     moved = nll_sum(head, how.logits_at_once, head.weight(params), hidden, labels, jax.lax.stop_gradient(slopes))
     loss += moved - jax.lax.stop_gradient(moved)
+    mean = weight / jnp.maximum(jnp.sum(weights), 1e-6)
+    if teacher is not None:
+        shown = {name: x.reshape(-1, x.shape[-1]) for name, x in seen_by_teacher(batch).items()}
+        taught = apart_sum(head, how, params, ours, shown, teacher)
+        loss = (1 - teacher.share) * loss + teacher.share * mean * taught
     if near is not None:
-        apart = _pull(head, how, params, (hidden, labels, weights), flat, near, divergence)
-        loss += weight * apart / jnp.maximum(jnp.sum(weights), 1e-6)
+        loss += mean * _pull(head, how, params, ours, flat, near, divergence)
     return loss, weight, metrics
 
 
 READ = ("tokens", "weights", "targets", "segments", "inputs")
 """What a model reads of a batch."""
+SHOWN = {"teacher_tokens": "tokens", "teacher_weights": "weights", "teacher_targets": "targets"}
+"""What a teacher reads of a batch, where that is another prompt before the same completion; K is the student's."""
+
+
+class Teacher(NamedTuple):
+    """A model whose distributions q are learnt: $\\sum_i w_i\\,D(p_i, q_i)$ takes this share of the loss's place."""
+
+    config: ModelConfig
+    params: Params
+    how: Compute
+    divergence: Divergence
+    share: float = 1.0
+
+
+def seen_by_teacher(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """A batch as the teacher reads it: with its own prompts where it has some, and no token hidden from it."""
+    if "teacher_tokens" in batch:
+        return {ours: batch[name] for name, ours in SHOWN.items()}
+    return {name: batch[name] for name in READ if name in batch and name != "inputs"}
 
 
 class Objective(Protocol):
@@ -163,10 +195,17 @@ def token_logps(config: ModelConfig, params: Params, batch: dict[str, jax.Array]
 def _pull(head: Head, how: Compute, params: Params, ours, batch, near, divergence: Divergence) -> jax.Array:
     """Σ w·β·D(p_θ, p_0); ours: (hidden, labels, weights) at the targets."""
     base, beta = jax.lax.stop_gradient(near)
+    return beta * apart_sum(head, how, params, ours, batch, Teacher(head.config, base, how, divergence))
+
+
+def apart_sum(head: Head, how: Compute, params: Params, ours, batch, other: Teacher) -> jax.Array:
+    """Σ w·D of our distributions from another model's that reads `batch`; ours: as for `_pull`."""
     hidden, labels, weights = ours
-    theirs, _, _ = at_targets(head.config, base, batch, how)
-    pair = (head.weight(params), hidden), (head.weight(base), theirs)
-    return beta * kl_sum(head, how.logits_at_once, *pair, labels, weights, divergence)
+    base = jax.lax.stop_gradient(other.params)
+    theirs, _, _ = at_targets(other.config, base, batch, other.how)
+    their_head = Head(other.config, jnp.dtype(other.how.dtype), other.how.mesh)
+    pair = (head.weight(params), hidden), (their_head.weight(base), theirs)
+    return kl_sum(head, how.logits_at_once, *pair, labels, weights, other.divergence, their_head=their_head)
 
 
 def at_targets(config: ModelConfig, params: Params, batch: dict[str, jax.Array], how: Compute):
@@ -193,45 +232,6 @@ def there(batch: dict[str, jax.Array], values: jax.Array) -> jax.Array:
     """Of values [B, T] of the tokens those of the targets, [B, K]."""
     targets = batch.get("targets")
     return values[:, 1:] if targets is None else jnp.take_along_axis(values, targets, axis=1)
-
-
-def kl_sum(
-    head: Head,
-    at_once: int,
-    ours: tuple[jax.Array, jax.Array],
-    theirs: tuple[jax.Array, jax.Array],
-    labels: jax.Array,
-    weights: jax.Array,
-    divergence: Divergence = forward_kl,
-    *,
-    their_head: Head | None = None,
-) -> jax.Array:
-    r"""$\sum_i w_i \, D(p_{\theta,i}, p_{0,i})$, the logits of `at_once` tokens held at a time.
-
-    Args:
-      ours, theirs: (weight [V, D], hidden [B, K, D]) of p_θ and of p_0; D may be another one for p_0.
-      labels, weights: [B, K].
-      divergence: D, of models/divergence.py.
-      their_head: where p_0 is of a model with another config; the vocabulary is the same.
-    """
-    (weight, hidden), (weight_0, hidden_0) = ours, theirs
-    head_0 = head if their_head is None else their_head
-    B, K, _ = hidden.shape
-    count = -(-K // max(1, at_once // B))
-    width = -(-K // count)
-
-    @jax.checkpoint
-    def chunk(total, part):
-        h, h_0, y, w = part
-        logits = head(weight, h), head_0(weight_0, h_0)
-        p, p_0 = (jax.nn.log_softmax(z.astype(jnp.float32)) for z in logits)
-        return total + jnp.sum(w * divergence(p, p_0, y)), None
-
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, count * width - K), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(B, count, width, *x.shape[2:]), 1, 0)
-
-    return jax.lax.scan(chunk, jnp.float32(0), tuple(map(split, (hidden, hidden_0, labels, weights))))[0]
 
 
 def unpacked_positions(weights: jax.Array) -> jax.Array:

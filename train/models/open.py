@@ -171,14 +171,19 @@ def check_sha256(file: pathlib.Path, wanted: str) -> None:
         raise UserError(f"{file}: sha256 is {found}, expected {wanted}; the file is damaged or another one")
 
 
-def load_source(source: Source, mesh: jax.sharding.Mesh, *, seed: int) -> Model:
-    """The model of a config on its mesh, float32 masters."""
+def load_source(source: Source, mesh: jax.sharding.Mesh, *, seed: int, dtype: str = "float32") -> Model:
+    """The model of a config on its mesh.
+
+    Args:
+      dtype: of the parameters: float32 of one that is trained; one that is only computed may lie in less.
+    """
     if source.random is not None:
-        return random_model(source.random, mesh, seed=seed)
+        model = random_model(source.random, mesh, seed=seed)
+        return dataclasses.replace(model, params=jax.tree.map(lambda x: x.astype(dtype), model.params))
     return load_model(
         source.path,
         sharding=functools.partial(sharding_of, mesh),
-        dtype=jnp.float32,
+        dtype=jnp.dtype(dtype),
         sha256=source.sha256,
     )
 

@@ -16,7 +16,7 @@ class Source:
     """The model is this Hugging Face folder, GGUF file, `package:NAME/FILE.gguf` or hub name."""
     sha256: str | None = None
     """The file at `path` is refused unless its digest is this one (single files only)."""
-    random: dict[str, Any] | None = None
+    random: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
     """A model of these sizes with random weights is made instead of reading `path` (fields of ModelConfig)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Matrix products take their operands in this precision; sums and merges are float32 whatever this says."""

@@ -40,6 +40,7 @@ FORMULAS = {
     "skewed": lambda p, q, y: kl(q, 0.1 * q + 0.9 * p),
     "skewed_reverse": lambda p, q, y: kl(p, 0.1 * p + 0.9 * q),
     "masked": lambda p, q, y: kl(without(q, y), without(p, y)),
+    "jsd": lambda p, q, y: 0.5 * kl(q, (p + q) / 2) + 0.5 * kl(p, (p + q) / 2),
 }
 
 
