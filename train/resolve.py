@@ -67,6 +67,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         kinds = [a for a in args if a is not type(None)]
+        if isinstance(value, str) and all(has_name(kind) for kind in kinds):
+            value = {"name": value}
         return convert(kinds[0] if len(kinds) == 1 else chosen(kinds, value, where), value, where)
     if origin is Literal:
         if not any(value == arg and type(value) is type(arg) for arg in args):
@@ -98,6 +100,11 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} is {value!r}; a finite number is wanted")
     return value
+
+
+def has_name(kind: Any) -> bool:
+    """Whether a type is a dataclass that `name` chooses: the name alone then stands for it with its defaults."""
+    return dataclasses.is_dataclass(kind) and "name" in {field.name for field in dataclasses.fields(kind)}
 
 
 def chosen(kinds: Sequence[type], value: Any, where: str) -> type:

@@ -127,6 +127,7 @@ def test_every_text_of_the_settings_is_known_to_be_a_file_or_not(settings):
         "Tasks": {"style"},
         "FamilySpec": {"family", "domain"},
         "Ingredient": {"family", "learn"},
+        "Policy": {"name", "advantage", "normalise", "overlong", "warm_up"},
         "Sampling": {"stop", "source", "search"},
         "Selection": {"data"},
         "Merge": {"rule", "alpha", "parameters", "anchor", "where"},

@@ -22,7 +22,7 @@ from . import paper
 from .devices import Device
 from .phases import drawing_of
 from .plan import BASE, Phase, Plan
-from .settings import Improve, Merge, Sampling
+from .settings import Improve, Learning, Merge, Sampling
 
 CHARACTERS = 3.0
 """Characters of a token: fewer than in prose, for digits are mostly tokens of their own."""
@@ -120,6 +120,8 @@ def work_of(config: Improve, suite: Suite, todo: Plan) -> list[tuple[Phase, Work
             learnt[phase.name] = sum(earlier, chosen(config, phase, todo, len(train)))
         elif phase.kind == "sft":
             work = trained(phase.settings, learnt[phase.inputs["data"]], train, shots, config)
+        elif phase.kind == "policy":
+            work = learned(phase.settings, train, shots)
         elif phase.kind == "evaluate":
             last = phase.round in (0, config.rounds) or config.evaluation.sampled == "all"
             drawn = config.evaluation.samples * len(suite.questions("test")) if last else 0
@@ -159,6 +161,19 @@ def sampled(settings: Sampling, questions: list[Question], shots: int) -> Work:
     return Work(answers * count, read * count * nodes * (2 * search.children + 1), settings.slots)
 
 
+def learned(settings: Learning, questions: list[Question], shots: int) -> Work:
+    """Samples that are drawn step by step, each learnt from `iterations` times."""
+    improver, each = settings.improver, settings.sampling.samples
+    steps = improver.steps * settings.sft.stay.stop_at
+    one = answer_tokens(questions, settings.sampling.max_new_tokens)
+    count = Amount(steps * improver.questions, steps * improver.questions * (1 + improver.redraws))
+    answers = Amount(one.about * count.about, one.most * count.most) * each
+    read = prompt_tokens(questions, shots)
+    rows = steps * improver.questions * each * improver.iterations
+    length = one + Amount(read, read)
+    return Work(answers, read * count.most, settings.sampling.slots, Amount(rows, rows), length)
+
+
 def asked(config: Improve, questions: list[Question], answers: int, shots: int) -> Work:
     """Answers to the questions of an evaluation."""
     block = config.evaluation
@@ -168,6 +183,8 @@ def asked(config: Improve, questions: list[Question], answers: int, shots: int) 
 
 def chosen(config: Improve, phase: Phase, todo: Plan, questions: int) -> Amount:
     """Examples that one round adds: about one solution in two is right and new, at most all are."""
+    if "samples" not in phase.inputs:  # the worked solutions of a warm-up
+        return Amount(questions, questions)
     selection, source = phase.settings, todo[phase.inputs["samples"]].settings
     search = build(Search, {**source.search, "kind": source.source}) if source.source != "plain" else None
     each = source.samples if search is None else search.dart.most if source.source == "dart" else search.samples
@@ -260,7 +277,7 @@ def seconds(config: Improve, model: ModelConfig, work: Work, device: Device) -> 
 
 def by_kind(pairs: Sequence[tuple[Phase, Amount]]) -> dict[str, Amount]:
     """The sum of what phases of each of three kinds have: sampling, training, evaluating."""
-    names = {"sample": "sampling", "sft": "training"}
+    names = {"sample": "sampling", "sft": "training", "policy": "training"}
     sums: dict[str, Amount] = {kind: Amount() for kind in ("sampling", "training", "evaluating")}
     for phase, amount in pairs:
         sums[names.get(phase.kind, "evaluating")] += amount

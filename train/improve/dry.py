@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 
 from ..log import say
@@ -36,8 +35,7 @@ def show_plan(config: Improve) -> None:
     held = budget.memory(config, model, todo, budget.prompt_tokens(list(suite.all), config.tasks.few_shot))
     show_memory(config, held)
     show_minutes(config, model, suite, todo, max(sum(parts.values()) for parts in held.values()))
-    kinds = Counter(p.kind for p in todo.phases)
-    kept = kinds["sft"] + kinds["merge"]
+    kept = sum(p.keeps_weights for p in todo.phases)
     if config.keep is not None:
         kept = min(kept, (config.keep + 1) * kept // config.rounds)
     say(f"disk: {kept * count * 4 / 1e9:.2f} GB of weights, and {3 * count * 4 / 1e9:.2f} GB while fine-tuning")
@@ -60,7 +58,7 @@ def show_phases(config: Improve, suite: Suite, todo: Plan, count: int) -> None:
             size = f"{train} questions × {samples}"
         elif phase.kind == "evaluate":
             size = f"{tested} questions"
-        elif phase.kind in ("sft", "merge"):
+        elif phase.keeps_weights:
             size = f"writes {count * 4 / 1e9:.2f} GB"
         shared = f"  (also {', '.join(phase.shared_by)})" if phase.shared_by else ""
         say(f"  {phase.name:32} {size}{shared}")

@@ -36,6 +36,7 @@ from ..search.settings import Drawing, Search
 from ..search.source import search_solutions
 from . import merge as combine
 from . import probes
+from .on_policy import policy
 from .plan import BASE, Phase, spell
 from .rehearse import read_reference, rehearse
 from .select import select as select_examples
@@ -94,12 +95,10 @@ def sample(session: Session, phase: Phase, folder: Path) -> Row:
 def select(session: Session, phase: Phase, folder: Path) -> Row:
     config: Selection = phase.settings
     questions = session.suite.questions("train", domain="id")
-    source = session.todo[phase.inputs["samples"]]
-    rows = [
-        row
-        for path in sorted(session.journal.committed_folder(source.name).glob("batch-*.jsonl"))
-        for row in read_jsonl(path)
-    ]
+    # A warm-up has none: it learns worked solutions.
+    source = session.todo[phase.inputs["samples"]] if "samples" in phase.inputs else None
+    folders = [session.journal.committed_folder(source.name)] if source is not None else []
+    rows = [row for at in folders for path in sorted(at.glob("batch-*.jsonl")) for row in read_jsonl(path)]
     scored = verify(session.suite, {q.id: q for q in questions}, rows)
     earlier = [
         row
@@ -133,9 +132,9 @@ def select(session: Session, phase: Phase, folder: Path) -> Row:
     provenance = {
         "round": phase.round,
         "method": phase.method,
-        "model": session.weights.digest(source.inputs["model"]),
+        "model": session.weights.digest(BASE if source is None else source.inputs["model"]),
         "seed": session.config.seed,
-        "sampling": to_dict(source.settings),
+        "sampling": to_dict(source.settings) if source is not None else None,
         "selection": to_dict(config),
         "counts": {k: v for k, v in counts.items() if isinstance(v, int)},
     }
@@ -283,6 +282,7 @@ STEPS: dict[str, Callable[[Session, Phase, Path], Row]] = {
     "sample": sample,
     "select": select,
     "sft": sft,
+    "policy": policy,
     "merge": merge,
     "rank": rank,
     "probe": probe,

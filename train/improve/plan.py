@@ -11,11 +11,14 @@ import dataclasses
 import json
 from typing import Any, Literal
 
+from ..learn.settings import Sft
 from ..log import UserError
 from ..resolve import to_dict
-from .settings import Improve, Probe
+from .settings import Improve, Learning, Probe, Selection
 
-Kind = Literal["load", "sample", "select", "sft", "merge", "rank", "probe", "evaluate"]
+Kind = Literal["load", "sample", "select", "sft", "policy", "merge", "rank", "probe", "evaluate"]
+TUNES: tuple[Kind, ...] = ("sft", "policy")
+"""Kinds of phases whose weights are trained."""
 
 BASE = "base"
 """The name of the original model among the inputs of phases."""
@@ -42,8 +45,23 @@ class Phase:
 
     @property
     def makes_weights(self) -> bool:
-        """Whether a model comes out; sft and merge keep it on disk, a probe's is made again when asked for."""
-        return self.kind in ("sft", "merge", "probe")
+        """Whether a model comes out."""
+        return self.keeps_weights or self.kind == "probe"
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether a model comes out and is kept on disk; a probe's is made again when asked for."""
+        return self.tunes or self.kind == "merge"
+
+    @property
+    def tunes(self) -> bool:
+        """Whether weights are trained."""
+        return self.kind in TUNES
+
+
+def sft_of(phase: Phase) -> Sft:
+    """How a phase that tunes computes an update."""
+    return phase.settings.sft if isinstance(phase.settings, Learning) else phase.settings
 
 
 class Plan:
@@ -120,14 +138,9 @@ def plan(config: Improve) -> tuple[Plan, list[Outcome]]:
     data: dict[str, str] = {}
     for round in range(1, config.rounds + 1):
         for m in trained:
-            sft, merge = config.block(m, "sft"), config.block(m, "merge")
-            selection = config.block(m, "selection")
-            samples = todo.add("sample", round, m, {"model": current[m]}, config.block(m, "sampling"))
-            # What the last round selected holds what those before it did.
-            earlier = {"earlier-0": data[m]} if selection.data == "accumulated" and m in data else {}
-            data[m] = todo.add("select", round, m, {"samples": samples} | earlier, selection)
-            start = current[m] if sft.start == "merged" else BASE
-            tuned[m] = todo.add("sft", round, m, {"model": start, "data": data[m]}, sft)
+            merge = config.block(m, "merge")
+            learn = plan_examples if config.methods[m].improver is None else plan_policy
+            tuned[m] = learn(todo, config, m, round, current[m], data)
             if merge.rule == "none":
                 current[m] = tuned[m]
             else:
@@ -143,6 +156,30 @@ def plan(config: Improve) -> tuple[Plan, list[Outcome]]:
             if probe is not None and round in (probe.rounds or (config.rounds,)):
                 outcomes += plan_probe(todo, config, name, probe, round, tuned[probe.of], current[probe.of])
     return todo, outcomes
+
+
+def plan_examples(todo: Plan, config: Improve, m: str, round: int, current: str, data: dict[str, str]) -> str:
+    """A model tuned on what is right of its own samples; `data` has what each method selected last."""
+    sft, selection = config.block(m, "sft"), config.block(m, "selection")
+    samples = todo.add("sample", round, m, {"model": current}, config.block(m, "sampling"))
+    # What the last round selected holds what those before it did.
+    earlier = {"earlier-0": data[m]} if selection.data == "accumulated" and m in data else {}
+    data[m] = todo.add("select", round, m, {"samples": samples} | earlier, selection)
+    start = current if sft.start == "merged" else BASE
+    return todo.add("sft", round, m, {"model": start, "data": data[m]}, sft)
+
+
+def plan_policy(todo: Plan, config: Improve, m: str, round: int, current: str, data: dict[str, str]) -> str:
+    """A model that learns from fresh samples at every step, in the first round after a warm-up if there is one."""
+    del data
+    improver, sft = config.methods[m].improver, config.block(m, "sft")
+    assert improver is not None
+    start = current if sft.start == "merged" else BASE
+    if improver.warm_up is not None and round == 1:
+        solutions = todo.add("select", round, m, {}, Selection(real_ratio=1.0), name="solutions")
+        settings = config.block(m, "sft", improver.warm_up)
+        start = todo.add("sft", round, m, {"model": start, "data": solutions}, settings, name="warm-up")
+    return todo.add("policy", round, m, {"model": start}, Learning(improver, config.block(m, "sampling"), sft))
 
 
 def plan_probe(todo: Plan, config: Improve, name: str, probe: Probe, round: int, tuned: str, current: str):

@@ -18,6 +18,8 @@ from .session import Session
 
 TRAINED = ("steps", "loss_first", "loss_last", "held_out_loss", "tokens_per_second", "mfu")
 """Of a fine-tuning phase's record."""
+POLICY = ("steps", "reward_first", "reward_last", "samples_per_second")
+"""Of the record of a phase that learns from fresh samples."""
 
 
 @contextlib.contextmanager
@@ -83,6 +85,8 @@ def training(kind: str, record: Mapping[str, Any]) -> dict[str, Any]:
         whole = record["seconds"] and not record.get("resumed")
         speed = {"steps_per_second": record["steps"] / record["seconds"]} if whole else {}
         return {key: record[key] for key in TRAINED if key in record} | speed
+    if kind == "policy":
+        return {key: record[key] for key in POLICY}
     if kind == "select" and record["sampled"]:
         return {"samples_right": record["correct"] / record["sampled"]}
     if kind == "sample" and record.get("tokens_per_second"):

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..data.hub import pin
-from ..learn.settings import Sft
 from ..runtime.folder import check_resumable, check_same_config, content, fingerprint, write_config
 from ..runtime.journal import Journal
 from ..runtime.processes import on_first
@@ -20,7 +19,7 @@ from ..runtime.sinks import check_sinks
 from ..runtime.stop import check
 from . import summary
 from .phases import STEPS
-from .plan import check_sampled, plan
+from .plan import check_sampled, plan, sft_of
 from .rounds import follow_rounds
 from .session import Session
 from .settings import Improve
@@ -51,8 +50,8 @@ def improve(config: Improve, *, name: str, out: Path | None = None, command: str
     check_sampled(config)
     todo, outcomes = plan(config)
     for phase in todo.phases:
-        if isinstance(phase.settings, Sft):
-            check_sinks(phase.settings.watch.sinks)
+        if phase.tunes:
+            check_sinks(sft_of(phase).watch.sinks)
     with Journal(folder) as journal:
         on_first(write_config, folder, config)
         journal.reconcile(phase.name for phase in todo.phases)
@@ -88,7 +87,7 @@ def run_phases(session: Session, send: Callable[[], None]) -> None:
             summary.tell_progress(found, phase.name, seconds)
             if phase.kind == "evaluate":
                 send()
-        if phase.kind == "sft":
+        if phase.tunes:
             on_first(shutil.rmtree, session.weights.folder(phase.name) / "state", ignore_errors=True)
         session.weights.release({p.name for p in session.todo.phases if session.todo.last_use(p.name) > index})
         retain(session, index)

@@ -51,7 +51,7 @@ class Session:
 
     def output_of(self, phase: Phase) -> Path | None:
         """What a phase leaves on disk for later ones, beside its own folder."""
-        if phase.kind in ("sft", "merge"):
+        if phase.keeps_weights:
             return self.weights.folder(phase.name) / "weights"
         if phase.kind == "select":
             return self.journal.root.joinpath("samples", *dataset_of(phase))

@@ -12,6 +12,7 @@ import jaxmerge
 
 from ..evaluate.settings import Evaluation
 from ..generate.settings import Draw
+from ..learn.improvers import Improver
 from ..learn.settings import Sft
 from ..log import UserError
 from ..models.settings import Source
@@ -85,6 +86,9 @@ def check_methods(config: Improve) -> None:
             merge: Merge = config.block(name, "merge")
             check_merge(config, name, method, merge)
             check_sampling(name, method, config.block(name, "sampling"))
+            if method.improver is not None:
+                check_improver(name, method, config.block(name, "sampling"))
+                config.block(name, "sft", method.improver.warm_up)
 
 
 def check_merge(config: Improve, name: str, method: Method, merge: Merge) -> None:
@@ -119,6 +123,17 @@ def check_sampling(name: str, method: Method, sampling: Sampling) -> None:
                 f"methods.{name}.sampling.search.{key}: source: {source} does not read it; "
                 f"it reads {', '.join(SEARCH_READS[source])}"
             )
+
+
+def check_improver(name: str, method: Method, sampling: Sampling) -> None:
+    """Refuse what a method that learns from fresh samples does not read."""
+    where = f"methods.{name}"
+    assert method.improver is not None
+    method.improver.check(sampling, method.sft, where)
+    if method.selection:
+        raise UserError(f"{where}.selection: a method with an improver selects no examples; leave it out")
+    if sampling.source != "plain" or "batch" in method.sampling:
+        raise UserError(f"{where}.sampling: a method with an improver reads neither source nor batch; leave them out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +282,18 @@ class Method:
     """These keys of the run's `sft` block are replaced for this method."""
     merge: dict[str, Any] = dataclasses.field(default_factory=dict)
     """These keys of the run's `merge` block are replaced for this method."""
+    improver: Improver | None = None
+    """A round samples, selects and fine-tunes (null), or learns from fresh samples at every step: grpo."""
     probe: Probe | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """What a phase depends on that learns from fresh samples."""
+
+    improver: Improver
+    sampling: Sampling
+    sft: Sft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +329,7 @@ class Improve:
             twins = [other for other in self.methods if other.replace("-", "_") == name.replace("-", "_")]
             if len(twins) > 1:
                 raise UserError(f"methods: {' and '.join(twins)} differ in - and _ alone; name one otherwise")
-            if method.probe and any((method.sampling, method.selection, method.sft, method.merge)):
+            if method.probe and any((method.sampling, method.selection, method.sft, method.merge, method.improver)):
                 raise UserError(f"methods.{name} is a probe: it trains nothing; set these on {method.probe.of}")
             if method.probe and any(not 1 <= r <= self.rounds for r in method.probe.rounds):
                 raise UserError(f"methods.{name}.probe.rounds: the run has rounds 1 to {self.rounds}")
@@ -316,10 +342,10 @@ class Improve:
                 self.block(name, block)
         check_methods(self)
 
-    def block(self, method: str, name: str):
-        """The run's block `name` with the overrides of `method`."""
+    def block(self, method: str, name: str, further: Mapping[str, Any] | None = None):
+        """The run's block `name` with the overrides of `method`, and with `further` ones over those."""
         ours = getattr(self, name)
-        override = getattr(self.methods[method], name)
+        override = {**getattr(self.methods[method], name), **(further or {})}
         where = f"methods.{method}.{name}"
         values = to_dict(ours)
         for key, value in check_known(type(ours), override, where).items():

@@ -46,7 +46,7 @@ from ..runtime.mesh import make_mesh
 from ..runtime.settings import Mesh
 from . import merge as combine
 from .origin import Origin
-from .plan import BASE, Phase, Plan, plan
+from .plan import BASE, TUNES, Phase, Plan, plan
 from .rehearse import read_reference
 from .settings import Improve, Merge
 from .weights import Weights
@@ -126,7 +126,9 @@ def chosen(run: Run, model: str) -> list[str]:
             raise Unsure(f"{run.root} has no merge that is committed")
         return merges
     known = [phase.name for phase in made]
-    found = next((name for name in (model, f"{model}/merge", f"{model}/sft") if name in known), None)
+    found = next(
+        (name for name in (model, f"{model}/merge", *(f"{model}/{kind}" for kind in TUNES)) if name in known), None
+    )
     if found is None:
         raise Unsure(f"{run.root} has committed no model {model!r}; there are {', '.join(known) or 'none'}")
     return [found]
@@ -141,7 +143,7 @@ def check(run: Run, phase: Phase, folder: str | None, everything: bool, progress
     if digest not in (None, recorded):
         said = f"its digest is {digest}, the run recorded {recorded}"
         altered = Verdict("(the checkpoint)", "different", detail=f"{said}: it was changed after the run wrote it")
-    if phase.kind == "sft" and folder is None:
+    if phase.tunes and folder is None:
         if altered is not None:
             return summarise(where, [altered], (), ())
         raise Unsure(f"{phase.name} is no merge: training cannot be replayed; its digest is the one the run recorded")
@@ -235,7 +237,7 @@ def replay(run: Run, phase: Phase, sampled: bool) -> Wanted:
     try:
         if phase.kind == "merge":
             made, reference = remerge(run, phase, taken, sampled)
-        elif phase.kind == "sft":
+        elif phase.tunes:
             made, reference = taken(phase.name), taken(BASE)
         else:
             made, reference = run.weights.make_probe(phase)[0], taken(BASE)

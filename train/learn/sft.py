@@ -197,7 +197,13 @@ class Trainee(NamedTuple):
 
     def whole(self) -> Params:
         """The model that the run would return now: the adapter merged, the layers one by one."""
-        params = result(self.state, self.config)
+        return self._whole(result(self.state, self.config))
+
+    def newest(self) -> Params:
+        """The model as the last update left it, which is no average; the same arrays where they are a model's."""
+        return self._whole(self.state.params)
+
+    def _whole(self, params: Params) -> Params:
         if self.config.lora is not None and self.frozen is not None:
             params = adapters.merged(self.config.lora, self.frozen, params)
         return placed(unstack_layers, params, self.mesh) if is_stacked(params) else params

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..runtime.mesh import batch_sharding
 from . import frozen as adapters
-from .batches import RowSource, batches, steps_of
+from .batches import Batch, RowSource, batches, steps_of
 from .settings import Sft
 
 
@@ -39,9 +39,16 @@ class Shares:
             shown = objective.inputs(batch["tokens"], batch["weights"], numbers=numbers, seed=seed, done=number / total)
             if shown is not None:
                 batch = {**batch, "inputs": shown}
-            if self.config.lora is not None:
-                batch = adapters.numbered(batch, number, self.config.batch, self.rows)
-            yield {name: self._place(values) for name, values in batch.items()}
+            yield self._numbered(batch, number)
+
+    def put(self, batch: Batch, number: int) -> dict[str, jax.Array]:
+        """A whole batch, which every process has, as arrays on the mesh; `number` is as that of a step."""
+        return self._numbered({name: values[self.rows] for name, values in batch.items()}, number)
+
+    def _numbered(self, batch: Batch, number: int) -> dict[str, jax.Array]:
+        if self.config.lora is not None:
+            batch = adapters.numbered(batch, number, self.config.batch, self.rows)
+        return {name: self._place(values) for name, values in batch.items()}
 
     def _place(self, values: np.ndarray) -> jax.Array:
         if len(self.rows) == self.config.batch:

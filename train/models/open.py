@@ -239,7 +239,7 @@ def open_model(path: str, mesh: jax.sharding.Mesh | None = None) -> Model:
     if local == root and not (local / "weights" / "_METADATA").is_file():
         found = ", ".join(sorted(str(p.parent) for p in root.glob("checkpoints/*/*/*/weights"))) or "none yet"
         raise UserError(f"{path} is a run with several models; name one of its checkpoints: {found}")
-    candidates = [local, local / "weights", local / "merge" / "weights", local / "sft" / "weights"]
+    candidates = [local, local / "weights", *(local / kind / "weights" for kind in ("merge", "sft", "policy"))]
     weights = next((p for p in candidates if (p / "_METADATA").is_file()), None)
     if weights is None:
         raise UserError(f"{path}: no complete checkpoint there; looked for {', '.join(str(c) for c in candidates)}")

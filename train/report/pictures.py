@@ -170,10 +170,10 @@ def layers(run: Run) -> str:
     merged = {(m, p.get("round")) for p in run.of_kind("merge") for m in owners(p) if p.get("change")}
     grouped: dict[tuple[str, ...], list[Line]] = {}
     for p in run.phases:
-        if p.get("kind") in ("sft", "merge") and p.get("change"):
+        if p.get("kind") in ("sft", "policy", "merge") and p.get("change"):
             change = {k: float(v) for k, v in p["change"].items() if v is not None and math.isfinite(v)}
             own = tuple(owners(p))
-            before = p["kind"] == "sft" and all((method, p.get("round")) in merged for method in own)
+            before = p["kind"] != "merge" and all((method, p.get("round")) in merged for method in own)
             line = layer_line(change, "" if before else f"round {p.get('round', '?')}", faint=before)
             if line.points:
                 grouped.setdefault(own, []).append(line)

@@ -166,6 +166,11 @@ def drawn_by_the_run(study: Study):
     """The training samples of each round, drawn from the model that the round began with."""
     questions = {q.id: q for q in study.session.suite.questions("train", domain="id")}
     for r in study.rounds:
+        if r.sample is None:
+            study.notes.append(
+                f"Round {r.number} learnt from samples drawn at every step, which are not kept; samples=N draws some."
+            )
+            continue
         folder = study.session.journal.committed_folder(r.sample.name)
         rows = [row for path in sorted(folder.glob("batch-*.jsonl")) for row in read_jsonl(path)]
         about = {"round": r.number - 1, "domain": "id", "of": "the run's samples of training questions"}

@@ -34,7 +34,8 @@ class Round:
     start: str
     tuned: str
     end: str
-    sample: Phase
+    sample: Phase | None
+    """The phase that drew its samples; None where they were drawn afresh at every step of learning."""
 
     @property
     def merged(self) -> bool:
@@ -181,11 +182,11 @@ def open_study(root: Path, options: AnalyseOptions) -> Study:
     there, missing = [], []
     for number in range(1, config.rounds + 1):
         own = [p for p in todo.phases if p.round == number and method in (p.method, *p.shared_by)]
-        tuned = next(p for p in own if p.kind == "sft")
+        tuned = [p for p in own if p.tunes][-1]
         end = next(o.model for o in outcomes if (o.method, o.round) == (method, number) and not o.extra)
         committed = all(session.journal.committed(name) is not None for name in (tuned.name, end))
         if committed and all((session.weights.folder(name) / "weights").is_dir() for name in {tuned.name, end}):
-            sample = next(p for p in own if p.kind == "sample")
+            sample = next((p for p in own if p.kind == "sample"), None)
             there.append(Round(number, tuned.inputs["model"], tuned.name, end, sample))
         elif committed:
             missing.append(number)

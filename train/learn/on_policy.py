@@ -1,0 +1,217 @@
+"""Learning from a model's own fresh samples: each step draws, judges, and learns.
+
+    for step in range(steps):
+        groups = draw(questions)         # by the engine, in this process, from the very arrays that are trained
+        lesson = improver.lesson(groups) # what is learnt: rows, and arrays beside them
+        state = step(state, lesson)      # one update or more by the step of fine-tuning
+
+What is drawn depends on the seed, the step, the question and the sample's number, and on nothing else; so a run
+resumed from a checkpoint of (state, step) ends with the same weights, bit for bit. `rollouts.py` says what an improver
+is, `improvers.py` which there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ..generate.rollout import Prompt, Sample, rollout
+from ..generate.settings import Settings
+from ..log import UserError, say
+from ..models.config import ModelConfig
+from ..models.decoder import Params
+from ..models.loss import Compute, token_logps
+from ..models.open import Model
+from ..runtime.mesh import activations_on, everywhere
+from ..runtime.processes import on_first
+from ..runtime.stop import Stopped
+from . import optim
+from .rollouts import Batch, Course, Group, Lesson, OnPolicy, parts
+from .settings import Sft
+from .sft import Checkpoints, Trainee, made, metrics_of, prepared, snapshots_of
+from .shares import Shares
+
+Log = list[dict[str, float]]
+Judge = Callable[[Sequence[Sample]], list[float | None]]
+"""The score of each sample, None where it could not be judged; samples are named by their prompts' ids."""
+
+
+class Questions(NamedTuple):
+    """What is asked: see `Course` for the fields."""
+
+    prompts: Sequence[Prompt]
+    categories: Sequence[str]
+    solutions: Sequence[tuple[int, ...] | None]
+
+
+def learn_on_policy(
+    model: Model,
+    questions: Questions,
+    judge: Judge,
+    improver: OnPolicy,
+    drawing: Settings,
+    config: Sft,
+    *,
+    mesh: jax.sharding.Mesh,
+    seed: int,
+    dtype: str = "float32",
+    anchor: Params | None = None,
+    checkpoints: Checkpoints | None = None,
+    on_step: Callable[[dict[str, float]], None] = lambda metrics: None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> tuple[Params, Log]:
+    """Train a copy of `model.params` for `improver.steps` steps.
+
+    Args:
+      drawing: how samples are drawn; `drawing.samples` are a group.
+      config: how an update is computed, and how often the state is kept; the learning rate's schedule is over steps.
+      seed, anchor, checkpoints, on_step, asked_to_stop: as for `fine_tune`.
+
+    Returns:
+      The tuned parameters, and the metrics of every step: those of `fine_tune`, means over the step's updates, then
+      reward (mean), truncated (share), completion_tokens (mean), unjudged, samples, updates, generate_seconds, and what
+      the improver tells.
+    """
+    checkpoints = checkpoints or Checkpoints()
+    total, rates = config.stay.last(improver.steps), optim.learning_rates(config, improver.steps)
+    snapshots = snapshots_of(config, total)
+    objective: Any = improver.objective(drawing)
+    config = dataclasses.replace(config, objective=objective)
+    trainee = prepared(model.config, model.params, config, mesh=mesh, seed=seed, dtype=dtype, anchor=anchor)
+    restored, start, log = checkpoints.restore(trainee.state)
+    trainee = trainee if restored is None else trainee._replace(state=restored)
+    if start:
+        say(f"{start} of {total} steps are there; going on")
+    for metrics in log:
+        on_step(metrics)
+    shares = Shares(mesh, config)
+    course = course_of(model, questions, improver, drawing, trainee.how, shares)
+    for number in range(start + 1, total + 1):
+        clock = time.perf_counter()
+        course = course._replace(student=trainee.newest(), average=trainee.whole)
+        groups = draw_groups(model, course, judge, improver, drawing, log, seed=seed, step=number - 1)
+        drawn = time.perf_counter() - clock
+        lesson = improver.lesson(groups, course)
+        course = course._replace(student=model.params)  # the updates donate the others
+        trainee, learnt = learn(trainee, shares, lesson, improver, rate=rates[number - 1], step=number, total=total)
+        seconds = time.perf_counter() - clock
+        metrics = {
+            "step": number, "learning_rate": rates[number - 1], **learnt, **told_of(groups), **lesson.metrics,
+            "generate_seconds": drawn, "seconds": seconds,
+        }  # fmt: skip
+        log.append(metrics)
+        on_step(metrics)
+        if number == total:
+            break
+        if number in snapshots:
+            checkpoints.snapshot(trainee.whole(), snapshots[number])
+        stopping = asked_to_stop()
+        if stopping or number % config.checkpoint_every == 0:
+            checkpoints.save(trainee.state, number, log)
+        if stopping:
+            say(f"stopped after step {number} of {total}; saved")
+            raise Stopped
+    return jax.tree.map(lambda ours, given: ours.astype(given.dtype), trainee.whole(), model.params), log
+
+
+def course_of(
+    model: Model, questions: Questions, improver: OnPolicy, drawing: Settings, how: Compute, shares: Shares
+) -> Course:
+    """What an improver may use, before the first step."""
+    if improver.questions > len(questions.prompts):
+        raise UserError(
+            f"improver.questions is {improver.questions}, and there are {len(questions.prompts)} training questions; "
+            "lower it"
+        )
+    updates = improver.iterations * -(-improver.questions * drawing.samples // shares.config.batch)
+    return Course(
+        *questions,
+        drawing=drawing,
+        pad_id=model.tokenizer.pad_id or 0,
+        reference=model.params,
+        student=model.params,
+        average=lambda: model.params,
+        several=updates > 1,
+        logps=functools.partial(log_probabilities, model.config, how, shares),
+    )
+
+
+def draw_groups(
+    model: Model, course: Course, judge: Judge, improver: OnPolicy, drawing: Settings, log: Log, *, seed: int, step: int
+) -> list[Group]:
+    """The judged samples of a step, a group a question; others are asked until enough groups are kept."""
+    groups: list[Group] = []
+    for draw in range(1 + improver.redraws):
+        numbers = improver.choose(course, log, seed=seed, step=step, draw=draw).tolist()
+        asked = [course.prompts[i] for i in numbers]
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), draw)
+        samples = rollout(model.config, course.student, model.tokenizer, asked, drawing, key)
+        scores = on_first(judge, samples)
+        rewards = np.array([math.nan if score is None else score for score in scores], np.float64)
+        G = drawing.samples
+        groups += [
+            Group(number, asked[i].tokens, samples[i * G : (i + 1) * G], rewards[i * G : (i + 1) * G])
+            for i, number in enumerate(numbers)
+        ]
+        if sum(map(improver.keeps, groups)) >= improver.questions:
+            break
+    return groups
+
+
+def learn(
+    trainee: Trainee, shares: Shares, lesson: Lesson, improver: OnPolicy, *, rate: float, step: int, total: int
+) -> tuple[Trainee, dict[str, float]]:
+    """The updates of a step, and the means of what they tell."""
+    config = shares.config
+    own = parts(lesson.batch, config.batch) if lesson.batch is not None else []
+    worked = parts(lesson.worked, config.batch) if lesson.worked is not None else []
+    own = own * improver.iterations
+    most = 1 << 10  # numbers of rows are drawn from for dropout masks; no step has as many updates
+    found: list[dict[str, float]] = []
+    aside: list[dict[str, float]] = []
+    for index, part in enumerate(own + worked):
+        clock = time.perf_counter()
+        arguments = map(np.float32, (rate, optim.ema_keep(config, step - 1), math.inf))
+        batch = shares.put(part, step * most + index)
+        state, sums = trainee.step(trainee.state, batch, *arguments, trainee.frozen, trainee.near)
+        trainee, sums = trainee._replace(state=state), jax.device_get(sums)
+        if made(sums, config.step, limit=math.inf, rate=rate, step=step, total=total):
+            (found if index < len(own) else aside).append(metrics_of(sums, time.perf_counter() - clock))
+    means = {name: float(np.mean([metrics[name] for metrics in found])) for name in (found[0] if found else ())}
+    means = {"loss": 0.0, "targets": 0.0, "gradient_norm": 0.0, "skipped": 0, **means, "updates": len(found + aside)}
+    return trainee, means | ({"worked_loss": float(np.mean([m["loss"] for m in aside]))} if aside else {})
+
+
+def told_of(groups: Sequence[Group]) -> dict[str, float]:
+    """What is told of the samples of a step."""
+    rewards = np.concatenate([group.rewards for group in groups])
+    samples = [sample for group in groups for sample in group.samples]
+    judged = ~np.isnan(rewards)
+    return {
+        "reward": float(rewards[judged].mean()) if judged.any() else 0.0,
+        "unjudged": int((~judged).sum()),
+        "samples": len(samples),
+        "completion_tokens": float(np.mean([len(sample.tokens) for sample in samples])),
+        "truncated": float(np.mean([sample.reason == "length" for sample in samples])),
+    }
+
+
+def log_probabilities(model: ModelConfig, how: Compute, shares: Shares, params: Params, batch: Batch) -> np.ndarray:
+    """`Course.logps`: as many rows at a time as an update has."""
+    found = [
+        np.asarray(_token_logps(model, params, shares.put(part, 0), how)) for part in parts(batch, shares.config.batch)
+    ]
+    return np.concatenate(found)[: len(batch["tokens"])]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _token_logps(model: ModelConfig, params: Params, batch: dict[str, jax.Array], how: Compute) -> jax.Array:
+    with activations_on(how.mesh):
+        return everywhere(token_logps(model, params, batch, how))
