@@ -6,6 +6,7 @@ argument and can commit their rows to a folder, so that a call that was cut off 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..report.rows import DOMAIN_NAMES
 from ..runtime.jsonl import Row, read_jsonl, write_jsonl
 from ..runtime.processes import on_first
 from ..runtime.stop import check
-from ..tasks import Question, Suite, few_shot
+from ..tasks import Question, Suite, demonstrated, few_shot
 from . import accuracy
 
 
@@ -48,6 +49,7 @@ def generate(
     key: jax.Array,
     *,
     shots: int = 0,
+    demonstrate: bool = False,
     batch: int | None = None,
     folder: Path | None = None,
     title: str = "sample",
@@ -58,11 +60,12 @@ def generate(
     Args:
       key: PRNG key; sample s of question q draws from fold_in(fold_in(key, crc32(q.id)), s), in any company.
       shots: worked examples put before each question.
+      demonstrate: show the model each question's own worked solution.
       batch: questions generated and committed at once; None takes all.
       folder: where the rows of each batch are committed; those found there are not generated again.
       title, unit: of the progress bar.
     """
-    asked = prompts(suite, model.tokenizer, questions, shots)
+    asked = prompts(suite, model.tokenizer, questions, shots, demonstrate=demonstrate)
     groups = list(batched(asked, batch or max(1, len(asked))))
     paths = [folder / f"batch-{i:04d}.jsonl" if folder else None for i in range(len(groups))]
     there = on_first(lambda: [path is not None and path.exists() for path in paths])
@@ -151,8 +154,15 @@ def tell_pass_rates(questions: Sequence[Question], right: Mapping[str, int], sam
     return rows
 
 
-def prompt_text(suite: Suite, tokenizer: Tokenizer, question: Question, shots: int = 0) -> str:
-    """What the model reads: few-shot text, the chat template's rendering, or the bare prompt."""
+def prompt_text(
+    suite: Suite, tokenizer: Tokenizer, question: Question, shots: int = 0, *, demonstrate: bool = False
+) -> str:
+    """What the model reads: few-shot text, the chat template's rendering, or the bare prompt.
+
+    Args:
+      demonstrate: show the question's worked solution, or its answer where it has none, before it is asked.
+    """
+    said = question.solution or question.answer
     if shots:
         examples = [q for q in suite.questions("train", family=question.family) if q.solution and q.id != question.id]
         if len(examples) < shots:
@@ -160,8 +170,11 @@ def prompt_text(suite: Suite, tokenizer: Tokenizer, question: Question, shots: i
                 f"tasks.few_shot={shots}: family {question.family} has {len(examples)} training questions with "
                 "solutions; lower it or give the family more"
             )
-        return few_shot(question, examples[:shots])
+        own = [dataclasses.replace(question, solution=said)] if demonstrate else []
+        return few_shot(question, [*examples[:shots], *own])
     prompt = suite.prompt(question)
+    if demonstrate:
+        prompt = demonstrated(prompt, said)
     if isinstance(prompt, str):
         return prompt
     if not tokenizer.has_chat_template:
@@ -173,9 +186,12 @@ def prompt_text(suite: Suite, tokenizer: Tokenizer, question: Question, shots: i
     return tokenizer.chat(prompt, date_string=DATE)
 
 
-def prompt_tokens(suite: Suite, tokenizer: Tokenizer, question: Question, shots: int = 0) -> list[int]:
+def prompt_tokens(
+    suite: Suite, tokenizer: Tokenizer, question: Question, shots: int = 0, *, demonstrate: bool = False
+) -> list[int]:
     """The tokens of `prompt_text`; a chat template writes its own special tokens, bare text gets the tokenizer's."""
-    return tokenizer.encode(prompt_text(suite, tokenizer, question, shots), special=is_bare(suite, question, shots))
+    text = prompt_text(suite, tokenizer, question, shots, demonstrate=demonstrate)
+    return tokenizer.encode(text, special=is_bare(suite, question, shots))
 
 
 def is_bare(suite: Suite, question: Question, shots: int = 0) -> bool:
@@ -192,9 +208,11 @@ def join_completion(
     return head, tail
 
 
-def prompts(suite: Suite, tokenizer: Tokenizer, questions: Sequence[Question], shots: int = 0) -> list[Prompt]:
-    """Tokenised prompts of `questions`, under the questions' ids."""
-    return [Prompt(q.id, tuple(prompt_tokens(suite, tokenizer, q, shots))) for q in questions]
+def prompts(
+    suite: Suite, tokenizer: Tokenizer, questions: Sequence[Question], shots: int = 0, *, demonstrate: bool = False
+) -> list[Prompt]:
+    """Tokenised prompts of `questions`, under the questions' ids; demonstrate: as for `prompt_text`."""
+    return [Prompt(q.id, tuple(prompt_tokens(suite, tokenizer, q, shots, demonstrate=demonstrate))) for q in questions]
 
 
 def verify(suite: Suite, questions: Mapping[str, Question], samples: Sequence[Row]) -> list[Row]:

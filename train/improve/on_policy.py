@@ -9,12 +9,14 @@ from ..evaluate.answer import prompts
 from ..generate.rollout import Sample
 from ..learn.checkpoints import SftCheckpoints
 from ..learn.on_policy import Questions, learn_on_policy
+from ..learn.on_policy_distill import check_shown
 from ..log import say
 from ..resolve import to_dict
 from ..runtime import stop
 from ..runtime.jsonl import Row
 from ..runtime.sinks import follow
 from ..tasks import Question
+from .gate import check_passed
 from .plan import BASE, Phase
 from .session import Session
 from .settings import Learning
@@ -23,7 +25,11 @@ from .settings import Learning
 def policy(session: Session, phase: Phase, folder: Path) -> Row:
     settings: Learning = phase.settings
     config, improver = settings.sft, settings.improver
+    check_passed(session.journal.committed(phase.inputs.get("gate", "")), phase.name, improver.gate)
     asked = session.suite.questions("train", domain="id")
+    student, teacher = session.weights.model_of(phase.inputs["model"]), session.teacher_of(config.distill)
+    questions = questions_of(session, asked, demonstrate=settings.demonstrates)
+    check_shown(questions.shown, (teacher or student).config.max_position_embeddings, settings.sampling.max_new_tokens)
     home = session.weights.folder(phase.name)
     about = {"folder": session.journal.root, "name": phase.name, "config": to_dict(session.config)}
     drawing = settings.sampling.settings(
@@ -34,8 +40,8 @@ def policy(session: Session, phase: Phase, folder: Path) -> Row:
     total = config.stay.last(improver.steps)
     with follow(folder / "steps.jsonl", config.watch.sinks, **about, total=total) as on_step:
         params, log = learn_on_policy(
-            session.weights.model_of(phase.inputs["model"]),
-            questions_of(session, asked),
+            student,
+            questions,
             lambda samples: verdicts(session, asked, samples),
             improver,
             drawing,
@@ -44,6 +50,7 @@ def policy(session: Session, phase: Phase, folder: Path) -> Row:
             seed=session.config.seed * 1000 + phase.round,
             dtype=session.config.model.dtype,
             anchor=session.weights.get(BASE) if config.stay.penalised else None,
+            teacher=teacher,
             checkpoints=SftCheckpoints(home / "state", home / "snapshots"),
             on_step=on_step,
             asked_to_stop=stop.asked,
@@ -68,14 +75,16 @@ def policy(session: Session, phase: Phase, folder: Path) -> Row:
     }
 
 
-def questions_of(session: Session, asked: Sequence[Question]) -> Questions:
-    """The prompts of questions, their families, and their worked solutions."""
-    shots = session.config.tasks.few_shot
+def questions_of(session: Session, asked: Sequence[Question], *, demonstrate: bool) -> Questions:
+    """The prompts of questions, their families, their worked solutions, and what a teacher is shown."""
+    tokenizer, shots = session.model.tokenizer, session.config.tasks.few_shot
     solutions = [session.text_of(q) if q.solution else None for q in asked]
+    shown = prompts(session.suite, tokenizer, asked, shots, demonstrate=True) if demonstrate else []
     return Questions(
-        prompts(session.suite, session.model.tokenizer, asked, shots),
+        prompts(session.suite, tokenizer, asked, shots),
         [q.family for q in asked],
         [None if text is None else text.completion for text in solutions],
+        [prompt.tokens for prompt in shown],
     )
 
 

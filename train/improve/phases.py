@@ -36,6 +36,7 @@ from ..search.settings import Drawing, Search
 from ..search.source import search_solutions
 from . import merge as combine
 from . import probes
+from .gate import gate
 from .on_policy import policy
 from .plan import BASE, Phase, spell
 from .rehearse import read_reference, rehearse
@@ -170,6 +171,7 @@ def sft(session: Session, phase: Phase, folder: Path) -> Row:
             dtype=session.config.model.dtype,
             held_out=to_rows(held, one_epoch(config), pad, seed=seed) if held else None,
             anchor=session.weights.get(BASE) if config.stay.penalised else None,
+            teacher=session.teacher_of(config.distill),
             checkpoints=kept,
             trace_to=root / "trace" / phase.name,
             on_step=on_step,
@@ -282,6 +284,7 @@ STEPS: dict[str, Callable[[Session, Phase, Path], Row]] = {
     "sample": sample,
     "select": select,
     "sft": sft,
+    "gate": gate,
     "policy": policy,
     "merge": merge,
     "rank": rank,

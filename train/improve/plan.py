@@ -16,7 +16,7 @@ from ..log import UserError
 from ..resolve import to_dict
 from .settings import Improve, Learning, Probe, Selection
 
-Kind = Literal["load", "sample", "select", "sft", "policy", "merge", "rank", "probe", "evaluate"]
+Kind = Literal["load", "sample", "select", "sft", "gate", "policy", "merge", "rank", "probe", "evaluate"]
 TUNES: tuple[Kind, ...] = ("sft", "policy")
 """Kinds of phases whose weights are trained."""
 
@@ -177,9 +177,22 @@ def plan_policy(todo: Plan, config: Improve, m: str, round: int, current: str, d
     start = current if sft.start == "merged" else BASE
     if improver.warm_up is not None and round == 1:
         solutions = todo.add("select", round, m, {}, Selection(real_ratio=1.0), name="solutions")
-        settings = config.block(m, "sft", improver.warm_up)
+        settings = dataclasses.replace(config.block(m, "sft", improver.warm_up), distill=None)
         start = todo.add("sft", round, m, {"model": start, "data": solutions}, settings, name="warm-up")
-    return todo.add("policy", round, m, {"model": start}, Learning(improver, config.block(m, "sampling"), sft))
+    inputs, settings = {"model": start}, Learning(improver, config.block(m, "sampling"), sft)
+    if improver.gated and round == 1:
+        check_gate(config, m)
+        compared = {"demonstrates": settings.demonstrates, "distill": sft.distill}
+        inputs = {**inputs, "gate": todo.add("gate", round, m, inputs, compared)}
+    return todo.add("policy", round, m, inputs, settings)
+
+
+def check_gate(config: Improve, m: str) -> None:
+    if not any(f.domain == "id" and f.validation for f in config.tasks.families):
+        raise UserError(
+            f"methods.{m}.improver.gate asks teacher and student validation questions; give a family with domain: id "
+            "validation: N, or set gate: off"
+        )
 
 
 def plan_probe(todo: Plan, config: Improve, name: str, probe: Probe, round: int, tuned: str, current: str):

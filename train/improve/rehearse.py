@@ -21,7 +21,9 @@ from .weights import Weights, merge_by_rule
 def rehearse(session: Session) -> dict[str, str]:
     """Try path patterns, merges and probes of every method; the digests of the models that merges refer to."""
     for name in trained(session):
-        check_patterns(session.config.block(name, "sft"), session.model.params, f"methods.{name}.sft: ")
+        sft = session.config.block(name, "sft")
+        check_patterns(sft, session.model.params, f"methods.{name}.sft: ")
+        session.teacher_of(sft.distill)
     check_probes(session)
     return check_merges(session)
 

@@ -17,8 +17,11 @@ from ..evaluate import accuracy
 from ..evaluate.answer import Answers, ask, is_right, join_completion, right
 from ..evaluate.texts import Text
 from ..generate.settings import Settings
+from ..learn.distill import Distill
+from ..learn.teacher import open_teacher
 from ..log import UserError
 from ..models.open import Model
+from ..models.settings import Source
 from ..runtime.journal import Journal
 from ..runtime.jsonl import Row, read_jsonl
 from ..runtime.mesh import make_mesh
@@ -43,6 +46,7 @@ class Session:
         self.suite = build_suite(config.tasks.families, seed=config.tasks.seed, style=config.tasks.style)
         check_questions(self.suite, journal)
         self.key = jax.random.key(config.seed)
+        self._teacher: tuple[Source, Model] | None = None
 
     @property
     def model(self) -> Model:
@@ -56,6 +60,17 @@ class Session:
         if phase.kind == "select":
             return self.journal.root.joinpath("samples", *dataset_of(phase))
         return None
+
+    def teacher_of(self, distill: Distill | None) -> Model | None:
+        """The model that distillation names, read once in this process; None where the student's average teaches."""
+        source = distill and distill.teacher
+        if source is None:
+            return None
+        if self._teacher is None or self._teacher[0] != source:
+            found = open_teacher(distill, self.model, self.mesh, seed=self.config.seed)
+            assert found is not None
+            self._teacher = source, found
+        return self._teacher[1]
 
     # --- questions ---
 
@@ -85,11 +100,14 @@ class Session:
         block, mesh = self.config.evaluation, self.config.mesh
         return block.settings(dtype=self.config.model.dtype, gather=mesh.gather_to_decode, stop=self.stops(block.stop))
 
-    def answer(self, model: Model, questions: Sequence[Question], folder: Path, title: str) -> Answers:
-        """Answer greedily, and judge: one row a question."""
+    def answer(
+        self, model: Model, questions: Sequence[Question], folder: Path, title: str, *, demonstrate: bool = False
+    ) -> Answers:
+        """Answer greedily, and judge: one row a question; demonstrate: each shown its own worked solution."""
         return ask(
             model, self.suite, questions, self.greedily, self.key,
             shots=self.config.tasks.few_shot, batch=self.config.evaluation.batch, folder=folder, title=title,
+            demonstrate=demonstrate,
         )  # fmt: skip
 
     def successes(self, model: Model, questions: Sequence[Question], folder: Path, title: str) -> dict[str, int]:

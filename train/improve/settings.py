@@ -89,6 +89,7 @@ def check_methods(config: Improve) -> None:
             if method.improver is not None:
                 check_improver(name, method, config.block(name, "sampling"))
                 config.block(name, "sft", method.improver.warm_up)
+            check_distill(config, name, method)
 
 
 def check_merge(config: Improve, name: str, method: Method, merge: Merge) -> None:
@@ -134,6 +135,27 @@ def check_improver(name: str, method: Method, sampling: Sampling) -> None:
         raise UserError(f"{where}.selection: a method with an improver selects no examples; leave it out")
     if sampling.source != "plain" or "batch" in method.sampling:
         raise UserError(f"{where}.sampling: a method with an improver reads neither source nor batch; leave them out")
+
+
+def check_distill(config: Improve, name: str, method: Method) -> None:
+    """Refuse an improver without its teacher, and a student that teaches itself where nothing shows it anything."""
+    sft, improver = config.block(name, "sft"), method.improver
+    if improver is None or not improver.teaches:
+        if sft.self_taught:
+            raise UserError(
+                f"methods.{name}.sft.distill.teacher is null: the student's own average teaches with improver: distill "
+                "alone, which shows it demonstrations; name a teacher, or set that improver"
+            )
+    elif sft.distill is None:
+        raise UserError(
+            f"methods.{name}: improver {improver.name} needs sft.distill: {{teacher: {{path: MODEL}}}} for another "
+            "model as the teacher, or {} for the student's own average"
+        )
+    elif sft.self_taught and improver.demonstrate is False:
+        raise UserError(
+            f"methods.{name}.improver.demonstrate is false: the student's own average has nothing to teach that the "
+            "student does not know; leave it out, or name sft.distill.teacher"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +305,7 @@ class Method:
     merge: dict[str, Any] = dataclasses.field(default_factory=dict)
     """These keys of the run's `merge` block are replaced for this method."""
     improver: Improver | None = None
-    """A round samples, selects and fine-tunes (null), or learns from fresh samples at every step: grpo."""
+    """A round samples, selects and fine-tunes (null), or learns from fresh samples at every step: grpo, distill."""
     probe: Probe | None = None
 
 
@@ -294,6 +316,12 @@ class Learning:
     improver: Improver
     sampling: Sampling
     sft: Sft
+
+    @property
+    def demonstrates(self) -> bool:
+        """Whether a teacher is shown worked solutions."""
+        shown = self.improver.demonstrate
+        return self.sft.self_taught if shown is None else shown
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,6 +49,7 @@ class Questions(NamedTuple):
     prompts: Sequence[Prompt]
     categories: Sequence[str]
     solutions: Sequence[tuple[int, ...] | None]
+    shown: Sequence[tuple[int, ...]] = ()
 
 
 def learn_on_policy(
@@ -63,6 +64,7 @@ def learn_on_policy(
     seed: int,
     dtype: str = "float32",
     anchor: Params | None = None,
+    teacher: Model | None = None,
     checkpoints: Checkpoints | None = None,
     on_step: Callable[[dict[str, float]], None] = lambda metrics: None,
     asked_to_stop: Callable[[], bool] = lambda: False,
@@ -72,7 +74,7 @@ def learn_on_policy(
     Args:
       drawing: how samples are drawn; `drawing.samples` are a group.
       config: how an update is computed, and how often the state is kept; the learning rate's schedule is over steps.
-      seed, anchor, checkpoints, on_step, asked_to_stop: as for `fine_tune`.
+      seed, anchor, teacher, checkpoints, on_step, asked_to_stop: as for `fine_tune`.
 
     Returns:
       The tuned parameters, and the metrics of every step: those of `fine_tune`, means over the step's updates, then
@@ -84,7 +86,8 @@ def learn_on_policy(
     snapshots = snapshots_of(config, total)
     objective: Any = improver.objective(drawing)
     config = dataclasses.replace(config, objective=objective)
-    trainee = prepared(model.config, model.params, config, mesh=mesh, seed=seed, dtype=dtype, anchor=anchor)
+    how = {"mesh": mesh, "seed": seed, "dtype": dtype, "anchor": anchor, "teacher": teacher}
+    trainee = prepared(model.config, model.params, config, **how)
     restored, start, log = checkpoints.restore(trainee.state)
     trainee = trainee if restored is None else trainee._replace(state=restored)
     if start:
@@ -180,7 +183,7 @@ def learn(
         clock = time.perf_counter()
         arguments = map(np.float32, (rate, optim.ema_keep(config, step - 1), math.inf))
         batch = shares.put(part, step * most + index)
-        state, sums = trainee.step(trainee.state, batch, *arguments, trainee.frozen, trainee.near)
+        state, sums = trainee.step(trainee.state, batch, *arguments, *trainee.beside)
         trainee, sums = trainee._replace(state=state), jax.device_get(sums)
         if made(sums, config.step, limit=math.inf, rate=rate, step=step, total=total):
             (found if index < len(own) else aside).append(metrics_of(sums, time.perf_counter() - clock))

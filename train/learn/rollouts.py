@@ -51,6 +51,8 @@ class Course(NamedTuple):
     """The family of each prompt's question."""
     solutions: Sequence[tuple[int, ...] | None]
     """The tokens of each question's worked solution, the end included; None where it has none."""
+    shown: Sequence[tuple[int, ...]]
+    """Each prompt as a teacher reads it; () where it reads what the student does."""
     drawing: Draw
     pad_id: int
     reference: Params
@@ -91,6 +93,12 @@ class OnPolicy:
     does); null leaves that out."""
 
     name: ClassVar[str]
+    teaches: ClassVar[bool] = False
+    """Whether there is nothing to learn without `sft.distill`, and its teacher may be the student's own average."""
+    demonstrate: ClassVar[bool | None] = None
+    """Whether the teacher is shown worked solutions; None: where it is the student's own average."""
+    gate: ClassVar[str] = "off"
+    """What becomes of a run whose teacher is not better than its student."""
     redraws: ClassVar[int] = 0
     """How often other questions are asked in a step, until `questions` of those asked are kept."""
 
@@ -113,6 +121,11 @@ class OnPolicy:
                 f"{where}.sft.{unread[0]}: learning from fresh samples does not read it; leave it out "
                 "(improver.steps and improver.questions say how long)"
             )
+
+    @property
+    def gated(self) -> bool:
+        """Whether teacher and student are compared first."""
+        return self.gate != "off"
 
     def objective(self, drawing: Draw) -> Tokens:
         """What is minimised."""

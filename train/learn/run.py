@@ -68,7 +68,7 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
 
         model = dataclasses.replace(model, tokenizer=with_template(model.tokenizer, config.data.chat_template))
     model = with_date(model, folder)
-    teacher = open_teacher(config.sft, model, mesh, seed=config.seed)
+    teacher = open_teacher(config.sft.distill, model, mesh, seed=config.seed)
     rows, held_out, notes = read_rows(config, model, folder / "data")
     for line in describe_rows(rows, notes):
         say(line)

@@ -18,6 +18,7 @@ from ..models.decoder import Params, is_stacked
 from ..models.divergence import DIVERGENCES
 from ..models.fused import choose
 from ..models.loss import Compute, Teacher, loss_sums, objective_sums
+from ..models.settings import Source
 from ..runtime.mesh import replicated, shardings
 from . import frozen as adapters
 from . import optim
@@ -111,21 +112,18 @@ def make_step(
         step=dataclasses.replace(
             Step(), clip=config.step.clip, weight_decay=config.step.weight_decay, decay=config.step.decay
         ),
-        distill=config.distill and dataclasses.replace(config.distill, teacher=None, ema=0.0),
+        distill=config.distill and dataclasses.replace(config.distill, teacher=taught and Source(path="its"), ema=0.0),
     )
     return _make_step(model, read, how, taught)
 
 
 @functools.lru_cache(maxsize=8)
 def _make_step(model: ModelConfig, config: Sft, how: Compute, taught: tuple[ModelConfig, Compute] | None):
-    micro, stay, distill = config.micro_batch or config.batch, config.stay, config.distill
+    micro, stay = config.micro_batch or config.batch, config.stay
     objective, divergence = config.objective, DIVERGENCES[stay.divergence]
 
     def mean_gradient(params, batch, frozen, anchor, teacher):
-        if taught is None and config.lora is not None and teacher is not None:
-            teacher = adapters.joined_whole(config.lora, frozen, teacher)
-        there = taught or (model, how)
-        source = distill and Teacher(there[0], teacher, there[1], distill.apart, distill.share)
+        source = source_of(config, frozen, teacher, *(taught or (model, how)))
 
         def sums(params, part):
             if config.lora is not None:
@@ -165,7 +163,7 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute, taught: tuple[Mode
         anchor: Anchor | None = None,
         teacher: Params | None = None,
     ):
-        teacher = state.average if distill is not None and taught is None else teacher
+        teacher = state.average if config.self_taught else teacher
         loss, others, grads = mean_gradient(state.params, batch, frozen, anchor, teacher)
         if stay.l2 and anchor is not None:
             grads = pull(state.params, anchor, grads)
@@ -189,6 +187,15 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute, taught: tuple[Mode
         return State(params, optimizer, average, counts), sums
 
     return step
+
+
+def source_of(config: Sft, frozen: Any, params: Any, sizes: ModelConfig, how: Compute) -> Teacher | None:
+    """Whose distributions are learnt; frozen: the weights beside `params` where those are an adapter's average."""
+    if config.distill is None:
+        return None
+    if config.lora is not None and config.self_taught:
+        params = adapters.joined_whole(config.lora, frozen, params)
+    return Teacher(sizes, params, how, config.distill.apart, config.distill.share)
 
 
 def result(state: State, config: Sft) -> Params:

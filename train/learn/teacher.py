@@ -9,20 +9,16 @@ import jax
 from ..log import UserError
 from ..models.open import Model, load_source
 from ..models.tokenizer import Tokenizer
-from .settings import Sft
+from .distill import Distill
 
 
-def open_teacher(config: Sft, student: Model, mesh: jax.sharding.Mesh, *, seed: int, where: str = "") -> Model | None:
-    """The model that `config.distill.teacher` names, laid out as its own sizes want; None where none is named.
-
-    Args:
-      where: what the message of a teacher that does not fit begins with.
-    """
-    if config.distill is None or config.distill.teacher is None:
+def open_teacher(distill: Distill | None, student: Model, mesh: jax.sharding.Mesh, *, seed: int) -> Model | None:
+    """The model that `distill.teacher` names, laid out as its own sizes want; None where none is named."""
+    if distill is None or distill.teacher is None:
         return None
-    source = config.distill.teacher
+    source = distill.teacher
     teacher = load_source(source, mesh, seed=seed, dtype=source.dtype)
-    check_vocabulary(student, teacher, where=f"{where}sft.distill.teacher={source.path or 'random'}")
+    check_vocabulary(student, teacher, where=f"sft.distill.teacher={source.path or 'random'}")
     return teacher
 
 

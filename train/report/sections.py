@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PHASES = {
     "load": "loading", "sample": "sampling", "select": "selecting", "sft": "fine-tuning",
-    "policy": "learning from fresh samples", "merge": "merging",
+    "gate": "comparing teacher and student", "policy": "learning from fresh samples", "merge": "merging",
     "evaluate": "evaluating", "probe": "probing", "rank": "ranking", "save": "saving",
 }  # fmt: skip
 

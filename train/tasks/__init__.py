@@ -6,7 +6,7 @@ from .reasoning import family_names
 from .settings import FamilySpec, Ingredient
 from .suite import Suite, build_suite
 from .task import Prompt, Question, Task, majority_answer, reward
-from .wording import STOP_STRINGS, extract_answer
+from .wording import STOP_STRINGS, demonstrated, extract_answer
 from .wording import shots as few_shot
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Suite",
     "Task",
     "build_suite",
+    "demonstrated",
     "extract_answer",
     "family_names",
     "few_shot",

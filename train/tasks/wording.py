@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from . import numbers
-from .task import Question
+from .task import Prompt, Question
 
 # One solved turn shows the form; asked for it in words, SmolLM2-135M-Instruct never gave it (0 of 48 answers)
 # and counted worse. `docs/log.md` has the accuracies of the wordings tried.
@@ -31,6 +31,29 @@ def shots(question: Question, examples: Sequence[Question]) -> str:
         SHOT.format(text=e.text.strip(), solution=(e.solution or "").strip(), answer=e.answer) for e in examples
     )
     return solved + SHOT_OPEN.format(text=question.text.strip())
+
+
+DEMONSTRATED = (
+    "{question}\n\nThis is an example for a response to the question:\n{demonstration}\n\n"
+    "Now answer with a response of your own, including the thinking process."
+)
+"""The words of Shenfeld et al. (https://arxiv.org/abs/2601.19897) before a teacher that is shown a demonstration."""
+
+
+def demonstrated(prompt: Prompt, demonstration: str) -> Prompt:
+    """A prompt that shows an answer to its own question: chats say so in words, texts are solved and asked again.
+
+    Example:
+      >>> demonstrated([{"role": "user", "content": "1 + 1?"}], "2")[0]["content"].split("\\n")[3]
+      '2'
+      >>> demonstrated("\\n1+1?", "#2")
+      '\\n1+1?#2\\n1+1?'
+    """
+    if isinstance(prompt, str):
+        gap = "" if prompt.startswith("\n") else "\n\n"
+        return f"{prompt}{demonstration.rstrip()}{gap}{prompt}"
+    *before, last = prompt
+    return [*before, {**last, "content": DEMONSTRATED.format(question=last["content"], demonstration=demonstration)}]
 
 
 def lettered(question: str, choices: Sequence[str]) -> str:

@@ -204,7 +204,7 @@ TAUGHT = Sft(learning_rate=1e-2, epochs=20, batch=16, max_length=96, distill=Dis
 def test_a_student_converges_to_its_teacher(model, mesh, examples, divergence):
     """A few rows and a teacher of other sizes: nine tenths of the divergence is gone in forty updates."""
     config = dataclasses.replace(TAUGHT, distill=dataclasses.replace(TAUGHT.distill, divergence=divergence))
-    teacher = open_teacher(config, model, mesh, seed=3)
+    teacher = open_teacher(config.distill, model, mesh, seed=3)
     sharp = dataclasses.replace(teacher, params=jax.tree.map(lambda x: 3 * x, teacher.params))
     _, log = tune(model, to_rows(examples, config, PAD_ID), config, mesh, teacher=sharp)
     assert log[0]["loss"] > 0.2
