@@ -33,6 +33,7 @@ def render(run: Run) -> str:
         ("picture", "What was gained, what was forgotten", pictures.picture(run)),
         ("table", "Accuracy", "" if search else sections.accuracy_table(run)),
         ("paired", "Paired differences", pictures.paired(run) + sections.paired_table(run)),
+        ("gate", "Teacher and student", sections.gates(run)),
         ("pass", "pass@k", sections.pass_table(run)),
         ("families", "By family", pictures.families(run)),
         ("answers", "Questions and answers", examples.answers(run)),

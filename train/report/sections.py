@@ -150,6 +150,24 @@ def paired_table(run: Run) -> str:
     return shown
 
 
+def gates(run: Run) -> str:
+    """Show whether each teacher answered the validation questions better than its student before distillation."""
+    body = [
+        [
+            ", ".join(owners(p)),
+            ("its average" if p["average"] else "another model")
+            + (", shown the worked solution" if p["demonstrates"] else ""),
+            format_percent(p["teacher"]), format_percent(p["student"]),
+            f"{format_points(p['difference'])} {format_interval_of(p)}", _number(p["n"]),
+            "yes" if p["better"] else "no",
+        ]
+        for p in run.of_kind("gate")
+    ]  # fmt: skip
+    head = ["method", "teacher", "its accuracy", "the student's", "difference", "n", "better beyond chance"]
+    caption = "Before distillation, on validation questions: the teacher as it will read them, and the student."
+    return part("table", t=Table(head, body, caption, left=(0, 1))) if body else ""
+
+
 def differences(pairs: Sequence[Row], caption: str) -> Table:
     """Make the table of some paired differences: a row a pair of models, a column a domain and split."""
     columns: dict[tuple[str, str], set[int | None]] = {}
