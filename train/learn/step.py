@@ -111,20 +111,12 @@ def make_step(model: ModelConfig, config: Sft, how: Compute | str) -> Callable[.
 @functools.lru_cache(maxsize=8)
 def _make_step(model: ModelConfig, config: Sft, how: Compute):
     micro, stay = config.micro_batch or config.batch, config.stay
-    objective, divergence = config.objective, DIVERGENCES[stay.divergence]
 
     def mean_gradient(params, batch, frozen, anchor):
         def sums(params, part):
             if config.lora is not None:
                 params = adapters.joined(config.lora, frozen, params, part)
-            near = (anchor.params, anchor.kl) if stay.kl else None
-            if objective.joint:
-                loss, weight, metrics = objective_sums(
-                    model, params, part, how, objective.loss, near=near, divergence=divergence
-                )
-            else:
-                (loss, weight), metrics = loss_sums(model, params, part, how, near=near, divergence=divergence), {}
-            return loss, {"weight": weight, "metrics": metrics}
+            return _sums(model, params, part, how, config, (anchor.params, anchor.kl) if stay.kl else None)
 
         gradient = jax.value_and_grad(sums, has_aux=True)
         if micro == config.batch:
@@ -175,6 +167,18 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute):
         return State(params, optimizer, average, counts), sums
 
     return step
+
+
+def _sums(model: ModelConfig, params: Params, part: dict[str, jax.Array], how: Compute, config: Sft, near: Any):
+    """The loss of (part of) a batch, and {weight, metrics}: sums over parts, which are divided by the weight."""
+    divergence, metrics = DIVERGENCES[config.stay.divergence], {}
+    if config.objective.joint:
+        loss, weight, metrics = objective_sums(
+            model, params, part, how, config.objective.loss, near=near, divergence=divergence
+        )
+    else:
+        loss, weight = loss_sums(model, params, part, how, near=near, divergence=divergence)
+    return loss, {"weight": weight, "metrics": metrics}
 
 
 def result(state: State) -> Params:
