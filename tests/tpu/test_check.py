@@ -12,7 +12,7 @@ from helpers import ROOT
 
 from tpu import check, files, machines
 from train.improve.settings import Improve
-from train.learn.objectives import OBJECTIVES
+from train.learn.registry import OBJECTIVES
 from train.learn.settings import Finetune
 from train.log import UserError
 from train.search.settings import SearchRun

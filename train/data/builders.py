@@ -43,6 +43,7 @@ FEATURES = {
     "choices": tfds.features.Sequence(Text()),
     "tests": tfds.features.Sequence(Text()),
     "reward": tfds.features.Scalar(np.float64),
+    "rejected": Text(),
 }
 
 

@@ -9,6 +9,9 @@ gsm8k     question, answer (worked, ending in `#### n`)         word problems
 mbpp      text or prompt, code, test_list                       Python functions with assertions
 choices   question, choices, answer (a letter or an index)      multiple choice
 problem   problem or question, answer; solution                 free-form answers
+pairs     chosen, rejected; prompt (pairs.py)                   a better and a worse answer, texts or messages
+chosen    the same                                              the better answers alone, never told by the keys
+labelled  prompt, completion, label (pairs.py)                  an answer, and whether it is good (KTO)
 
 A line of any format may have a `reward`, a number, which `sft.objective: {name: reward_weighted}` reads.
 """
@@ -23,12 +26,13 @@ from typing import Any, NamedTuple
 
 from ..log import UserError
 from ..runtime.jsonl import Row
+from . import pairs
 from .records import Record, letter_index, turns
 
 # Keys that say where a line came from and change nothing about what it teaches.
 PROVENANCE = frozenset({
     "id", "uuid", "unique_id", "source", "source_file", "task_id", "dataset", "category", "subject", "level",
-    "question_concept",
+    "question_concept", "prompt_id",
 })  # fmt: skip
 
 _CALCULATION = re.compile(r"<<[^<>]*>>")
@@ -66,7 +70,7 @@ def read_row(row: Row, name: str | None = None, *, ignore: Collection[str] = ())
     if name is not None and name not in FORMATS:
         raise UserError(f"no format {name!r}; choose one of {', '.join(FORMATS)}")
     row = {key: value for key, value in row.items() if key not in ignore}
-    reward = _number(row.pop("reward", 0.0))
+    reward = {"reward": _number(row.pop("reward"))} if "reward" in row else {}
     name = name or detect(row)
     form = FORMATS[name]
     missing = [names for names in form.required if not any(key in row for key in names.split("|"))]
@@ -80,7 +84,7 @@ def read_row(row: Row, name: str | None = None, *, ignore: Collection[str] = ())
             f"format {name}: the key {unknown[0]!r} is not understood (known: {', '.join(sorted(form.known))});"
             f" pass over it with data.ignore=[{', '.join(unknown)}]"
         )
-    return dataclasses.replace(form.read(row), reward=reward)
+    return dataclasses.replace(form.read(row), **reward)
 
 
 def detect(row: Row) -> str:
@@ -88,8 +92,10 @@ def detect(row: Row) -> str:
     fits = [
         name
         for name, form in FORMATS.items()
-        if all(any(key in row for key in names.split("|")) for names in form.required)
+        if name != "chosen" and all(any(key in row for key in names.split("|")) for names in form.required)
     ]
+    if fits == ["prompt", "labelled"]:
+        return "labelled"
     if len(fits) > 1 and set(fits) <= {"gsm8k", "problem", "choices"}:
         # All three have a question and an answer; choices and #### tell them apart.
         gsm8k = isinstance(row["answer"], str) and _FINAL.search(row["answer"]) is not None
@@ -244,4 +250,7 @@ FORMATS: dict[str, Format] = {
     ),
     "choices": Format(("question", "choices", "answer|answerKey"), frozenset(), choices),
     "problem": Format(("problem|question", "answer"), frozenset({"solution"}), problem),
+    "pairs": Format(("chosen", "rejected"), frozenset({"prompt"}), pairs.pair),
+    "chosen": Format(("chosen", "rejected"), frozenset({"prompt"}), pairs.chosen),
+    "labelled": Format(("prompt", "completion", "label"), frozenset(), pairs.labelled),
 }

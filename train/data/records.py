@@ -25,6 +25,7 @@ class Record:
       choices: the possible answers of a multiple-choice question, in order.
       tests: assertions that a solution in code must pass.
       reward: how good the answer is, for objectives that weigh examples by it.
+      rejected: a worse answer than the last of `messages`, to the same; the record is then a pair.
       id: a name that is the same in every run; made from the contents where the source gives none.
     """
 
@@ -35,6 +36,7 @@ class Record:
     tests: tuple[str, ...] = ()
     id: str = ""
     reward: float = 0.0
+    rejected: str = ""
 
     def __post_init__(self):
         check_messages(self.messages, only=("role", "content"))
@@ -78,7 +80,8 @@ def check_messages(messages: Any, *, only: Collection[str] = ()) -> None:
 
 def digest(record: Record) -> str:
     """Twelve hex digits of the SHA-256 of what a record holds."""
-    held = [[dict(m) for m in record.messages], record.plain, record.answer, record.choices, record.tests]
+    held: list[Any] = [[dict(m) for m in record.messages], record.plain, record.answer, record.choices, record.tests]
+    held += [record.rejected] if record.rejected else []
     return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -110,6 +113,7 @@ def columns(records: Sequence[Record]) -> list[dict[str, Any]]:
             "choices": list(r.choices),
             "tests": list(r.tests),
             "reward": r.reward,
+            "rejected": r.rejected,
         }
         for r in records
     ]
@@ -130,4 +134,5 @@ def from_columns(row: Mapping[str, Any]) -> Record:
         tuple(map(text, row["tests"])),
         text(row["id"]),
         float(row.get("reward", 0.0)),  # sets written before there was one
+        text(row.get("rejected", "")),
     )

@@ -32,8 +32,8 @@ def gate(session: Session, phase: Phase, folder: Path) -> Row:
     difference, low, high = accuracy.paired_interval(scores["teacher"], scores["student"])
     record = {
         **{name: sum(found) / len(found) for name, found in scores.items()},
-        "difference": difference, "low": low, "high": high, "n": len(questions), "average": teacher is student, "demonstrates": shown,
-        "better": low > 0,
+        "difference": difference, "low": low, "high": high, "n": len(questions), "average": teacher is student,
+        "demonstrates": shown, "better": low > 0,
     }  # fmt: skip
     say(f"{phase.name}: {told(record)}")
     return record

@@ -21,6 +21,7 @@ from ..evaluate.importance import loss_of, of_layers, taylor_importance
 from ..evaluate.texts import batches as text_batches
 from ..learn.batches import steps_of, to_rows
 from ..learn.checkpoints import SftCheckpoints
+from ..learn.pairs import rows_of
 from ..learn.settings import Sft
 from ..learn.sft import fine_tune, one_epoch
 from ..learn.watch import hold_out, speed_of
@@ -150,7 +151,7 @@ def sft(session: Session, phase: Phase, folder: Path) -> Row:
     examples = session.read_examples(session.todo[phase.inputs["data"]])
     (learnt,), held = hold_out([examples], config.watch.held_out, seed=seed, question=lambda e: e["question_id"])
     pad = session.model.tokenizer.pad_id or 0
-    rows = to_rows(learnt, config, pad, seed=seed)
+    rows = rows_of(learnt, config, pad, seed=seed)
     home = session.weights.folder(phase.name)
     kept = SftCheckpoints(home / "state", home / "snapshots")
     steps, root = folder / "steps.jsonl", session.journal.root
@@ -170,7 +171,7 @@ def sft(session: Session, phase: Phase, folder: Path) -> Row:
             seed=seed,
             dtype=session.config.model.dtype,
             held_out=to_rows(held, one_epoch(config), pad, seed=seed) if held else None,
-            anchor=session.weights.get(BASE) if config.stay.penalised else None,
+            anchor=session.weights.get(BASE) if config.reads_original else None,
             teacher=session.teacher_of(config.distill),
             checkpoints=kept,
             trace_to=root / "trace" / phase.name,

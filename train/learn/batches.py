@@ -243,7 +243,8 @@ def to_arrays(
         else:
             truncated += n > keep
             tokens.append(np.asarray(e["tokens"][:keep], np.int32))
-            weights.append(learnt[:keep] * np.float32(config.objective.weight_of(e)))
+            factors = np.broadcast_to(np.asarray(config.objective.weight_of(e), np.float32), n)
+            weights.append(learnt[:keep] * factors[:keep])
     if not tokens:
         raise UserError(
             f"sft: none of {len(examples)} examples{where} is at most sft.max_length={config.max_length} tokens long;"

@@ -128,6 +128,7 @@ def rendered(record: Record) -> str:
     for message in record.messages:
         text = message["content"]
         lines.append(f"{message['role']}: " + (f"{OPEN}{text}{CLOSE}" if message["role"] == "assistant" else text))
+    lines += [f"rejected: {record.rejected}"] if record.rejected else []
     lines += [f"choices: {' | '.join(record.choices)}"] if record.choices else []
     lines += [f"answer: {record.answer}"] if record.answer else []
     return "\n".join(lines)
@@ -152,6 +153,9 @@ def spelt(example: Example, tokenizer: Tokenizer | None) -> str:
         ids = [token for token, _ in run]
         text = (tokenizer.decode_after if said else tokenizer.decode)(ids, special=True)
         said.append(f"{OPEN}{text}{CLOSE}" if is_learnt else text)
+    if "rejected" in example:
+        worse = tokenizer.decode_after(example["rejected"][example["prompt_length"] :], special=True)
+        said.append(f"\n\nrejected: {OPEN}{worse}{CLOSE}")
     return "".join(said)
 
 

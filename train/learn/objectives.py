@@ -22,13 +22,21 @@ class Tokens:
 
     joint: ClassVar[bool] = False
     """Whether `loss` is asked; elsewhere the weighted losses are summed, which computes the logits once, not twice."""
+    learns: ClassVar[str] = "answers"
+    """What a row of a batch is: a key of `BUILDERS` of pairs.py."""
+    counts: ClassVar[str] = "tokens"
+    """What the sum of losses is divided by the number of."""
 
     def check(self, vocab_size: int) -> None:
         """Raise what does not fit the model."""
         del vocab_size
 
-    def weight_of(self, example: Mapping[str, Any]) -> float:
-        """The weight w of an example's tokens; above 0."""
+    def reference_model(self) -> Literal["start", "original"] | None:
+        """Whose log-probabilities `loss` finds as `reference` beside its own, of the same shape; None is nobody's."""
+        return None
+
+    def weight_of(self, example: Mapping[str, Any]) -> Any:
+        """The weight w of an example's tokens, above 0: one number, or one for each token."""
         return example.get("weight", 1.0)
 
     def inputs(
@@ -137,8 +145,10 @@ class Talr(Tokens):
     r"""The loss with unlikely tokens weighted down: $c_t = \max(p_\theta(y_t)^{1/\tau}, c_{\min})$.
 
     No gradient flows through c. $p^{1/\tau} = \exp(-\ell/\tau)$ is, up to its sum, the minimum over weights of the
-    weighted loss less τ times their entropy. τ is a key here. The mean is over the number of tokens and not over Σ c: a
-    batch of unlikely tokens moves the parameters less.
+    weighted loss less τ times their entropy. The paper's τ is the median over a batch of the examples' mean losses
+    (`temperature: null`); here 1 is the default, with which an example's loss does not depend on the others of its
+    batch. The mean is over the number of tokens and not over Σ c: a batch of unlikely tokens moves the parameters less.
+    The paper's text was not at hand: τ is from summaries of it, the floor is a key.
 
     References:
       Lin et al., "SFT Doesn't Always Hurt General Capabilities: Revisiting Domain-Specific Fine-Tuning in LLMs",
@@ -148,30 +158,29 @@ class Talr(Tokens):
     joint: ClassVar[bool] = True
     name: Literal["talr"] = "talr"
     """The objective."""
-    temperature: float = 1.0
-    """A token with a loss of this τ counts 1/e of a token with a loss of 0."""
+    temperature: float | None = 1.0
+    """τ: a token whose loss is this high counts 1/e of a certain one; null takes the median of the mean losses of a
+    forward pass's rows."""
     floor: float = 0.01
     """The smallest factor of a token."""
 
     def __post_init__(self):
-        if not self.temperature > 0 or not 0 <= self.floor <= 1:
+        if (self.temperature is not None and not self.temperature > 0) or not 0 <= self.floor <= 1:
             raise UserError(
-                f"sft.objective: temperature is {self.temperature} (above 0), floor is {self.floor} (a share, 0 to 1)"
+                f"sft.objective: temperature is {self.temperature} (above 0, or null), floor is {self.floor} (a share, "
+                "0 to 1)"
             )
 
     def loss(self, logps, weights, beside):
         import jax  # settings are read without jax, which takes a second
         import jax.numpy as jnp
 
-        factors = jnp.maximum(jnp.exp(jax.lax.stop_gradient(logps) / self.temperature), self.floor)
+        held, temperature = jax.lax.stop_gradient(logps), self.temperature
+        if temperature is None:
+            counts = jnp.sum((weights > 0).astype(held.dtype), axis=-1)
+            means = -jnp.sum(jnp.where(weights > 0, held, 0.0), axis=-1) / jnp.maximum(counts, 1)
+            ordered, real = jnp.sort(jnp.where(counts > 0, means, jnp.inf)), jnp.sum(counts > 0)
+            middle = ordered[jnp.maximum(real - 1, 0) // 2] + ordered[real // 2]
+            temperature = jnp.maximum(jnp.where(real > 0, middle / 2, 1.0), 1e-6)
+        factors = jnp.maximum(jnp.exp(held / temperature), self.floor)
         return super().loss(logps, weights * factors, beside)[0], weights.sum(), {}
-
-
-Objective = ResponseOnly | MaskedThought | RewardWeighted | Talr
-OBJECTIVES: dict[str, type[Tokens]] = {
-    "response_only": ResponseOnly,
-    "masked_thought": MaskedThought,
-    "reward_weighted": RewardWeighted,
-    "talr": Talr,
-}
-"""By name: what `sft.objective` may be."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..data.hub import pin
-from ..log import format_percent, say
+from ..log import UserError, format_percent, say
 from ..models.characters import PAD_ID
 from ..models.hf import save_hf
 from ..models.open import Model, load_source, with_date, write_model_files
@@ -28,6 +29,7 @@ from ..tasks.settings import Tasks
 from .batches import Rows, RowSource, steps_of, to_drawn, to_rows
 from .card import write_cards
 from .checkpoints import SftCheckpoints
+from .pairs import check, good, rows_of
 from .settings import Finetune
 from .sft import check_patterns, fine_tune, one_epoch
 from .teacher import open_teacher
@@ -50,7 +52,7 @@ def finetune(config: Finetune, *, name: str, out: Path | None = None) -> Path:
     on_first(shutil.rmtree, folder / "checkpoints" / PHASE, ignore_errors=True)
     on_first(write_cards, folder, name, config.model.path, record, (folder / "config.yaml").read_text())
     say(
-        f"{record['steps']} steps, {record['tokens']} tokens, loss {record['loss_first']:.3f} → "
+        f"{record['steps']} steps, {record['tokens']} {config.sft.objective.counts}, loss {record['loss_first']:.3f} → "
         f"{record['loss_last']:.3f}, {record['seconds']:.0f} s"
     )
     say(str(folder / "hf"))
@@ -149,10 +151,17 @@ def read_rows(config: Finetune, model: Model, home: Path) -> tuple[RowSource, Ro
     examples, held = hold_out(
         examples, config.sft.watch.held_out, seed=config.seed, question=lambda e: e.get("question_id")
     )
-    unseen = to_rows(held, one_epoch(config.sft), pad, seed=config.seed) if held else None
-    if len(examples) == 1 and data.draws is None:
-        return to_rows(examples[0], config.sft, pad, seed=config.seed), unseen, notes
+    unseen = to_rows(good(held), one_epoch(config.sft), pad, seed=config.seed) if held else None
     rates = [part.rate for part in data.sources if part.rate is not None]
+    grouped = config.sft.objective.learns in ("pairs", "labels")
+    if grouped and (rates or data.draws is not None):
+        raise UserError(
+            f"data: rates and draws mix single answers, and {config.sft.objective.name} compares them; leave them out"
+        )
+    if grouped or (len(examples) == 1 and data.draws is None):
+        return rows_of(list(itertools.chain(*examples)), config.sft, pad, seed=config.seed), unseen, notes
+    for found in examples:
+        check(found, config.sft.objective.learns, config.sft.objective.name)
     rows = to_drawn(examples, config.sft, pad, rates=rates, draws=data.draws, seed=config.seed)
     return rows, unseen, notes
 

@@ -13,8 +13,9 @@ from ..resolve import FINISH_WITH, at_least
 from ..runtime.settings import Distributed, Mesh
 from ..tasks.settings import FamilySpec, Ingredient
 from .distill import Distill
-from .objectives import Objective, ResponseOnly
+from .objectives import ResponseOnly
 from .optimizers import AdamW, Optimizer, ScheduleFree
+from .registry import Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +121,8 @@ class Sft:
     epochs: int = 3
     """Each example is seen this many times."""
     batch: int = 64
-    """An update takes this many examples, over all devices; with packing, this many rows."""
+    """An update takes this many examples (pairs of answers count once), over all devices; with packing, this many
+    rows."""
     micro_batch: int | None = None
     """A forward pass takes this many rows, and the batch is accumulated from several; null takes the batch at once."""
     warmup: float = 0.03
@@ -170,6 +172,15 @@ class Sft:
             )
         if self.lora is not None and (self.stay.penalised or self.stay.freeze):
             raise UserError("sft.stay: l2, kl and freeze speak of all weights, sft.lora trains none of them; give one")
+        if self.objective.learns in ("pairs", "labels") and (self.packing or self.loss == "all"):
+            raise UserError(
+                f"sft.objective: {self.objective.name} compares answers, each in a row of its own; leave sft.packing "
+                "off and sft.loss at completion"
+            )
+        if self.objective.learns in ("pairs", "labels") and self.distill is not None:
+            raise UserError(
+                f"sft.distill is of single answers, and sft.objective {self.objective.name} compares; give one"
+            )
         if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
             raise UserError(f"sft.micro_batch is {self.micro_batch}; it must divide sft.batch={self.batch}")
 
@@ -177,6 +188,11 @@ class Sft:
     def self_taught(self) -> bool:
         """Whether the average of the weights is kept to teach them."""
         return self.distill is not None and self.distill.by_itself
+
+    @property
+    def reads_original(self) -> bool:
+        """Whether a round of `improve` reads the original model beside the one that it trains."""
+        return self.stay.penalised or self.objective.reference_model() == "original"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,8 +228,8 @@ class Data:
 
     path: str = ""
     """Examples are read from this file of JSON lines (prompt and completion, messages, Alpaca, GSM8K, MBPP, multiple
-    choice: told by the keys), this dataset of the hub (hf:ORG/NAME/SUBSET@REVISION:SPLIT), or this folder of a TFDS
-    version: a set of ours, the samples of a run, or math_qa, ai2_arc, openbookqa, lbpp."""
+    choice, pairs of answers: told by the keys), this dataset of the hub (hf:ORG/NAME/SUBSET@REVISION:SPLIT), or this
+    folder of a TFDS version: a set of ours, the samples of a run, or math_qa, ai2_arc, openbookqa, lbpp."""
     parts: tuple[Part, ...] = ()
     """Several sources are mixed at their rates, instead of `path`."""
     draws: int | None = None

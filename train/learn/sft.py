@@ -34,6 +34,7 @@ from . import optim
 from .batches import RowSource, steps_of
 from .frozen import Frozen
 from .objectives import ResponseOnly
+from .reference import with_reference
 from .settings import Sft, Step
 from .shares import Shares
 from .speed import batch_flops, peak_flops
@@ -101,7 +102,8 @@ def fine_tune(
 
     Args:
       held_out: rows whose loss is measured every `config.watch.evaluate_every` steps and at the end.
-      anchor: what `config.stay` holds the weights near; None is `params`.
+      anchor: what `config.stay` holds the weights near, and the original model of an objective's reference; None is
+        `params`.
       teacher: the model that `config.distill` names.
       adapter_to: folder that PEFT reads, where `config.lora` trains an adapter; None writes none.
       trace_to: folder of a profiler trace, where `config.watch.trace_from` asks for one.
@@ -122,6 +124,10 @@ def fine_tune(
     total, rates = config.stay.last(schedule), optim.learning_rates(config, schedule)
     snapshots = snapshots_of(config, total)
     trainee = prepared(model, params, config, mesh=mesh, seed=seed, dtype=dtype, anchor=anchor, teacher=teacher)
+    if config.objective.reference_model():
+        base = anchor if anchor is not None and config.objective.reference_model() == "original" else params
+        base = placed(stack_layers, base, mesh) if is_stacked(trainee.state.params) else base
+        rows = with_reference(model, base, rows, config, trainee.how, mesh=mesh)
     restored, start, log = checkpoints.restore(trainee.state)
     trainee = trainee if restored is None else trainee._replace(state=restored)
     if start:

@@ -17,6 +17,7 @@ from ..log import UserError
 from ..models.tokenizer import Tokenizer
 from ..tasks.settings import FamilySpec
 from .chat import encode
+from .pairs import encode_pair
 from .settings import Data, Part
 
 Example = dict[str, Any]
@@ -123,6 +124,9 @@ def tokenise(
     examples = []
     for number, record in enumerate(records, start=1):
         try:
+            if record.rejected:
+                examples.append(encode_pair(tokenizer, record, **variables))
+                continue
             for e in encode(tokenizer, record, learn=data.learn, **variables):
                 examples.append({"tokens": e.tokens, "learnt": e.learnt, "reward": record.reward})
         except UserError as error:

@@ -120,7 +120,6 @@ def make_step(
 @functools.lru_cache(maxsize=8)
 def _make_step(model: ModelConfig, config: Sft, how: Compute, taught: tuple[ModelConfig, Compute] | None):
     micro, stay = config.micro_batch or config.batch, config.stay
-    objective, divergence = config.objective, DIVERGENCES[stay.divergence]
 
     def mean_gradient(params, batch, frozen, anchor, teacher):
         source = source_of(config, frozen, teacher, *(taught or (model, how)))
@@ -129,12 +128,7 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute, taught: tuple[Mode
             if config.lora is not None:
                 params = adapters.joined(config.lora, frozen, params, part)
             near = (anchor.params, anchor.kl) if stay.kl else None
-            beside: dict[str, Any] = {"near": near, "divergence": divergence, "teacher": source}
-            if objective.joint and (source is None or source.share < 1):
-                loss, weight, metrics = objective_sums(model, params, part, how, objective.loss, **beside)
-            else:
-                (loss, weight), metrics = loss_sums(model, params, part, how, **beside), {}
-            return loss, {"weight": weight, "metrics": metrics}
+            return _sums(model, params, part, how, config, near, source)
 
         gradient = jax.value_and_grad(sums, has_aux=True)
         if micro == config.batch:
@@ -187,6 +181,19 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute, taught: tuple[Mode
         return State(params, optimizer, average, counts), sums
 
     return step
+
+
+def _sums(
+    model: ModelConfig, params: Params, part: dict[str, jax.Array], how: Compute, config: Sft, near: Any, teacher: Any
+):
+    """The loss of (part of) a batch, and {weight, metrics}: sums over parts, which are divided by the weight."""
+    beside: dict[str, Any] = {"near": near, "divergence": DIVERGENCES[config.stay.divergence], "teacher": teacher}
+    metrics: dict[str, jax.Array] = {}
+    if config.objective.joint and (teacher is None or teacher.share < 1):
+        loss, weight, metrics = objective_sums(model, params, part, how, config.objective.loss, **beside)
+    else:
+        loss, weight = loss_sums(model, params, part, how, **beside)
+    return loss, {"weight": weight, "metrics": metrics}
 
 
 def source_of(config: Sft, frozen: Any, params: Any, sizes: ModelConfig, how: Compute) -> Teacher | None:

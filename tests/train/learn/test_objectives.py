@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from helpers.sft_cases import SFT, InMemory, Killed, assert_bits, kill_after, tune
 
-from train.learn import objectives
+from train.learn import registry
 from train.learn.batches import batches, to_rows
-from train.learn.objectives import OBJECTIVES, MaskedThought, ResponseOnly, RewardWeighted, Talr
+from train.learn.objectives import MaskedThought, ResponseOnly, RewardWeighted, Talr
+from train.learn.registry import OBJECTIVES
 from train.learn.settings import Sft
 from train.learn.shares import Shares
 from train.learn.step import init_state, make_step
@@ -40,7 +41,7 @@ def rewarded(examples):
 
 
 def test_the_registry_is_what_a_config_may_name():
-    assert tuple(OBJECTIVES.values()) == typing.get_args(objectives.Objective)
+    assert tuple(OBJECTIVES.values()) == typing.get_args(registry.Objective)
     assert OBJECTIVES.keys() == SETTINGS.keys()
     for name, kind in OBJECTIVES.items():
         assert type(of(name).objective) is kind
