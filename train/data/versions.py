@@ -42,6 +42,8 @@ FIELDS: dict[str, type] = {
     "weight": float,
     "sample": int,
 }
+OPTIONAL: dict[str, type] = {"rejected": list}
+"""Fields that all examples of a version have or none: of pairs, the tokens of the prompt and the worse answer."""
 CHECKSUMS = "checksums.json"
 
 
@@ -61,11 +63,13 @@ def write_version(
       data_dir: folder that holds datasets.
       name: of the dataset, in snake_case.
       version: `major.minor.patch`.
-      examples: dicts with exactly the keys of `FIELDS`.
+      examples: dicts with exactly the keys of `FIELDS`, and perhaps those of `OPTIONAL`.
       provenance: JSON values: round, method, model digest, seed, sampling settings, package version, counts.
     """
     _check_names(name, version)
     rows = [_check_example(i, example) for i, example in enumerate(examples)]
+    if len({tuple(row) for row in rows}) > 1:
+        raise UserError(f"{name} {version}: some examples have {', '.join(OPTIONAL)} and some have not; all or none")
     origin = _check_provenance(provenance)
     folder = pathlib.Path(data_dir) / name / version
     if folder.exists():
@@ -126,13 +130,14 @@ def _write_tfds(scratch: pathlib.Path, name: str, version: str, rows: Sequence[E
         float: tfds.features.Scalar(np.float32),
         list: tfds.features.Tensor(shape=(None,), dtype=np.int64),
     }
+    fields = fields_of(rows[0]) if rows else FIELDS
     identity = tfds.core.DatasetIdentity(
         name=name, version=tfds.core.Version(version), data_dir=str(scratch), module_name="jaxmerge"
     )
     info = tfds.core.DatasetInfo(
         builder=identity,
         description="Accepted examples of a self-improvement round.",
-        features=tfds.features.FeaturesDict({key: kinds[kind] for key, kind in FIELDS.items()}),
+        features=tfds.features.FeaturesDict({key: kinds[kind] for key, kind in fields.items()}),
         disable_shuffling=True,  # the order is part of what a run reproduces
         metadata=tfds.core.MetadataDict(origin),
     )
@@ -158,13 +163,13 @@ def _import_tfds() -> Any:
 def _to_tfds(row: Example) -> dict[str, Any]:
     import numpy as np
 
-    return {**row, "tokens": np.asarray(row["tokens"], np.int64)}
+    return {key: np.asarray(value, np.int64) if isinstance(value, list) else value for key, value in row.items()}
 
 
 def _from_tfds(row: Mapping[str, Any]) -> Example:
     """Give the types of `FIELDS` back: TFDS returns text as bytes and numbers as NumPy's."""
     back = {str: lambda x: bytes(x).decode(), int: int, float: float, list: lambda x: [int(t) for t in x]}
-    return {key: back[kind](row[key]) for key, kind in FIELDS.items()}
+    return {key: back[kind](row[key]) for key, kind in fields_of(row).items()}
 
 
 def _check_names(name: str, version: str) -> None:
@@ -178,14 +183,14 @@ def _check_example(i: int, example: Mapping[str, Any]) -> Example:
     """Return the example as it will come back: its floats in 32 bits."""
     import numpy as np
 
-    missing, extra = sorted(set(FIELDS) - set(example)), sorted(set(example) - set(FIELDS))
+    missing, extra = sorted(set(FIELDS) - set(example)), sorted(set(example) - set(FIELDS) - set(OPTIONAL))
     if missing or extra:
         raise UserError(
             f"example {i}: missing {missing or 'nothing'}, not understood {extra or 'nothing'};"
             f" an example has {', '.join(FIELDS)}"
         )
     row: Example = {}
-    for key, kind in FIELDS.items():
+    for key, kind in fields_of(example).items():
         value = example[key]
         allowed = {int: (int, np.integer), float: (int, float, np.floating), list: (list, tuple, np.ndarray)}
         if not isinstance(value, allowed.get(kind, kind)) or isinstance(value, bool):
@@ -201,6 +206,11 @@ def _check_example(i: int, example: Mapping[str, Any]) -> Example:
             f" {len(row['tokens'])} tokens; the prompt is a part of the tokens"
         )
     return row
+
+
+def fields_of(example: Mapping[str, Any]) -> dict[str, type]:
+    """The fields that an example, or the features of a version, has."""
+    return FIELDS | {key: kind for key, kind in OPTIONAL.items() if key in example}
 
 
 def _check_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -125,6 +125,7 @@ def select(session: Session, phase: Phase, folder: Path) -> Row:
             f"{counts['unjudged']} could not be judged{f': {failures}' if failures else ''}, "
             f"{counts['unfinished']} unfinished); take an easier family, more samples, a higher "
             "sampling.max_new_tokens, or selection.real_ratio above 0"
+            + ("; a pair needs a right and a wrong sample of one question" if config.pairs else "")
         )
     if counts["unjudged"]:
         say(f"{phase.name}: {counts['unjudged']} samples could not be judged and are not learnt from: {failures}")

@@ -12,6 +12,7 @@ from ..log import UserError
 from ..models.tokenizer import Tokenizer
 from ..runtime.jsonl import Row
 from ..tasks import Question, Suite
+from .pairs import pair_up
 from .settings import Selection
 
 SHOWN = 4
@@ -46,7 +47,7 @@ class Choice:
         if row["score"] is None:
             return "unjudged"
         if row["score"] != 1.0:
-            return "wrong"
+            return "wrong" if row["reason"] != "length" or not self.config.pairs else "unfinished"
         if row["reason"] == "length":
             return "unfinished"
         if id in self.real:
@@ -60,9 +61,15 @@ class Choice:
     def keep(self, row: Row) -> None:
         """Take a sample as an example."""
         self.kept_of[row["question_id"]] += 1
-        # The tokens of a sample cut at a stop string go on past its text.
-        completion = self.follow(row["question_id"], row["text"]) if row["reason"] == "stop" else row["tokens"]
-        self.examples[row["question_id"], one_spaced(row["text"])] = self.example(row, completion)
+        self.examples[row["question_id"], one_spaced(row["text"])] = self.example(row, self.completion(row))
+
+    def completion(self, row: Row) -> Sequence[int]:
+        """Tokens of a sample's text; those of one cut at a stop string go on past it."""
+        return self.follow(row["question_id"], row["text"]) if row["reason"] == "stop" else row["tokens"]
+
+    def whole(self, row: Row) -> list[int]:
+        """Tokens of the prompt and of a sample's text, closed."""
+        return self.tokens_of[row["question_id"]] + self.tokenizer.close(self.completion(row))
 
     def keep_solution(self, question: Question) -> None:
         """Take a question's worked solution as an example, unless an earlier round did."""
@@ -110,7 +117,10 @@ def select(
     A sample is kept if it is right, finished, and no repetition of another of its question. For a share
     `real_ratio` of the questions, chosen by `seed`, the generator's worked solution takes the samples' place.
     """
-    choice = Choice(suite, tokenizer, questions, config, shots=shots, seed=seed, earlier=earlier)
+    paired = bool(config.pairs)
+    choice = Choice(
+        suite, tokenizer, questions, config, shots=shots, seed=seed, earlier=() if paired else earlier
+    )  # fmt: skip
     before = len(choice.examples)
     reasons: Counter[str] = Counter()
     families: dict[str, Row] = {}
@@ -129,6 +139,10 @@ def select(
     for question in questions:
         if question.id in choice.real:
             choice.keep_solution(question)
+    examples = list(choice.examples.values())
+    if paired:
+        wrong = {(r["question_id"], one_spaced(r["text"])): r for r in scored if choice.reason_of(r) == "wrong"}
+        examples = pair_up(examples, [(id, choice.whole(r)) for (id, _), r in wrong.items()], config.pairs, earlier)
     counts = {
         "sampled": len(scored),
         "correct": sum(f["correct"] for f in families.values()),
@@ -139,12 +153,12 @@ def select(
         "kept": reasons["kept"],
         "real": len(choice.real),
         "earlier": before,
-        "examples_written": len(choice.examples),
+        "examples_written": len(examples),
         "questions_solved": len({r["question_id"] for r in scored if r["score"] == 1.0}),
         "families": families,
         "examples": [*shown[True].values(), *shown[False].values()],
     }
-    return list(choice.examples.values()), counts
+    return examples, counts
 
 
 def to_show(question: Question, row: Row, reason: str) -> Row:

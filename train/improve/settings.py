@@ -90,6 +90,7 @@ def check_methods(config: Improve) -> None:
                 check_improver(name, method, config.block(name, "sampling"))
                 config.block(name, "sft", method.improver.warm_up)
             check_distill(config, name, method)
+            check_pairs(name, config.block(name, "selection"), config.block(name, "sft"))
 
 
 def check_merge(config: Improve, name: str, method: Method, merge: Merge) -> None:
@@ -106,6 +107,17 @@ def check_merge(config: Improve, name: str, method: Method, merge: Merge) -> Non
         raise UserError(
             f"methods.{name}.merge.alpha: {next(iter(measured[0]))} needs validation questions; give families some"
         )
+
+
+def check_pairs(name: str, selection: Selection, sft: Sft) -> None:
+    """Refuse an objective that compares answers without pairs of them, and pairs for one that does not."""
+    compares = sft.objective.learns != "answers"
+    if compares != bool(selection.pairs):
+        raise UserError(
+            f"methods.{name}: sft.objective {sft.objective.name} "
+            + ("compares answers, and selection.pairs is 0; set it to 1 or more" if compares else
+               f"learns from single answers, and selection.pairs is {selection.pairs}; set it to 0, or take dpo, say")
+        )  # fmt: skip
 
 
 def check_sampling(name: str, method: Method, sampling: Sampling) -> None:
@@ -200,8 +212,12 @@ class Selection:
     real_ratio: float = 0.0
     """This share of the questions, 0 to 1, is learnt from the generator's worked solution in place of the model's
     own."""
+    pairs: int = 0
+    """At most this many pairs of a right and a wrong sample of a question are learnt, with an `sft.objective` that
+    compares answers; 0 pairs nothing, and right samples are learnt."""
 
     def __post_init__(self):
+        at_least(self, "selection", pairs=0)
         if not 0 <= self.real_ratio <= 1:
             raise UserError(f"selection.real_ratio is {self.real_ratio}; it must lie in [0, 1]")
         if self.per_question is not None:

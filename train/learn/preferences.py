@@ -282,8 +282,9 @@ class Kto(Tokens):
     r"""Answers that are good or bad, without a partner: $\lambda_y (1 - \sigma(\pm\beta(\Delta - z)))$.
 
     The sign is + for a good answer. $z = \max(0, \mathrm{mean}\,\Delta(y'|x))$ estimates the divergence from the
-    reference; y' is the answer of another prompt of the data, the same one for an x in every epoch, and no gradient flows through z. The mean is over the
-    rows of a forward pass on all devices: with `micro_batch` over those of one. TRL shifts the answers within a batch.
+    reference; y' is the answer of another prompt of the data, the same one for an x in every epoch, and no gradient
+    flows through z. The mean is over the rows of a forward pass on all devices: with `micro_batch` over those of one.
+    TRL shifts the answers within a batch.
 
     References:
       Ethayarajh et al., "KTO: Model Alignment as Prospect Theoretic Optimization", https://arxiv.org/abs/2402.01306
