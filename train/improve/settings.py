@@ -12,7 +12,7 @@ import jaxmerge
 
 from ..evaluate.settings import Evaluation
 from ..generate.settings import Draw
-from ..learn.improvers import Improver
+from ..learn.improvers import Improver, check_taught
 from ..learn.settings import Sft
 from ..log import UserError
 from ..models.settings import Source
@@ -89,7 +89,7 @@ def check_methods(config: Improve) -> None:
             if method.improver is not None:
                 check_improver(name, method, config.block(name, "sampling"))
                 config.block(name, "sft", method.improver.warm_up)
-            check_distill(config, name, method)
+            check_taught(config.block(name, "sft"), method.improver, f"methods.{name}")
             check_pairs(name, config.block(name, "selection"), config.block(name, "sft"))
 
 
@@ -147,27 +147,6 @@ def check_improver(name: str, method: Method, sampling: Sampling) -> None:
         raise UserError(f"{where}.selection: a method with an improver selects no examples; leave it out")
     if sampling.source != "plain" or "batch" in method.sampling:
         raise UserError(f"{where}.sampling: a method with an improver reads neither source nor batch; leave them out")
-
-
-def check_distill(config: Improve, name: str, method: Method) -> None:
-    """Refuse an improver without its teacher, and a student that teaches itself where nothing shows it anything."""
-    sft, improver = config.block(name, "sft"), method.improver
-    if improver is None or not improver.teaches:
-        if sft.self_taught:
-            raise UserError(
-                f"methods.{name}.sft.distill.teacher is null: the student's own average teaches with improver: distill "
-                "alone, which shows it demonstrations; name a teacher, or set that improver"
-            )
-    elif sft.distill is None:
-        raise UserError(
-            f"methods.{name}: improver {improver.name} needs sft.distill: {{teacher: {{path: MODEL}}}} for another "
-            "model as the teacher, or {} for the student's own average"
-        )
-    elif sft.self_taught and improver.demonstrate is False:
-        raise UserError(
-            f"methods.{name}.improver.demonstrate is false: the student's own average has nothing to teach that the "
-            "student does not know; leave it out, or name sft.distill.teacher"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
