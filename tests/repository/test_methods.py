@@ -19,7 +19,7 @@ from train.cli.words import options
 from train.evaluate.settings import QuestionOptions
 from train.generate.settings import SampleOptions
 from train.improve.settings import Improve
-from train.learn.objectives import OBJECTIVES
+from train.learn.registry import OBJECTIVES
 from train.learn.settings import Finetune
 from train.resolve import build, override
 from train.studies.settings import AnalyseOptions

@@ -12,6 +12,7 @@ from helpers import ROOT
 
 from tpu import check, files, machines
 from train.improve.settings import Improve
+from train.learn.distill import Divergence
 from train.learn.registry import OBJECTIVES
 from train.learn.settings import Finetune
 from train.log import UserError
@@ -127,6 +128,8 @@ def test_every_text_of_the_settings_is_known_to_be_a_file_or_not(settings):
         "Tasks": {"style"},
         "FamilySpec": {"family", "domain"},
         "Ingredient": {"family", "learn"},
+        "OnPolicyDistillation": {"name", "gate", "warm_up"},
+        **{cls.__name__: {"name"} for cls in typing.get_args(Divergence)},
         "Policy": {"name", "advantage", "normalise", "overlong", "warm_up"},
         "Sampling": {"stop", "source", "search"},
         "Selection": {"data"},

@@ -135,7 +135,7 @@ class Distill:
     share: float = 1.0
     """The loss is this share of the divergence and for the rest the objective's; 1 computes the divergence alone."""
     ema: float = 0.99
-    """Of the moving average that teaches where `teacher` is null, this share is kept at every update."""
+    """The moving average that teaches where `teacher` is null keeps this share of itself at every update."""
 
     def __post_init__(self):
         if not self.temperature > 0:

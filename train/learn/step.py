@@ -121,9 +121,7 @@ def make_step(
 def _make_step(model: ModelConfig, config: Sft, how: Compute, taught: tuple[ModelConfig, Compute] | None):
     micro, stay = config.micro_batch or config.batch, config.stay
 
-    def mean_gradient(params, batch, frozen, anchor, teacher):
-        source = source_of(config, frozen, teacher, *(taught or (model, how)))
-
+    def mean_gradient(params, batch, frozen, anchor, source):
         def sums(params, part):
             if config.lora is not None:
                 params = adapters.joined(config.lora, frozen, params, part)
@@ -157,8 +155,8 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute, taught: tuple[Mode
         anchor: Anchor | None = None,
         teacher: Params | None = None,
     ):
-        teacher = state.average if config.self_taught else teacher
-        loss, others, grads = mean_gradient(state.params, batch, frozen, anchor, teacher)
+        source = source_of(config, frozen, state.average if taught is None else teacher, *(taught or (model, how)))
+        loss, others, grads = mean_gradient(state.params, batch, frozen, anchor, source)
         if stay.l2 and anchor is not None:
             grads = pull(state.params, anchor, grads)
         kept = held(stay.freeze, state.params)

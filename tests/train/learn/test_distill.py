@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
+from helpers import ROOT
 from helpers.sft_cases import SIZES, InMemory, Killed, assert_bits, kill_after, tune
 
 from train.cli import __main__ as cli
@@ -272,15 +274,40 @@ def test_another_vocabulary_is_refused_by_its_first_token(model, larger):
         check_vocabulary(model, dataclasses.replace(larger, tokenizer=other), where="sft.distill.teacher=there")
 
 
-def test_the_verb_distils_from_a_teacher(tmp_path, capsys):
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"{i}+1?", "completion": f"#{i + 1}"}) + "\n" for i in range(8)))
-    config = tmp_path / "config.yaml"
-    config.write_text(json.dumps({"model": {"random": SIZES}, "data": {"path": str(data)}}))
-    words = ["sft", str(config), f"out={tmp_path / 'out'}", "sft.epochs=1", "sft.batch=4"]
-    assert cli.main([*words, "sft.distill={}"]) == 2
+# --- through the verb ---
+
+ROWS = [row for row in yaml.safe_load((ROOT / "docs/methods/distillation.yaml").read_text()) if row["verb"] == "sft"]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A config of `sft` with a tiny model and eight sums."""
+    place = tmp_path_factory.mktemp("distilled")
+    lines = ({"prompt": f"{i}+1?", "completion": f"#{i + 1}"} for i in range(8))
+    (place / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = {"model": {"random": SIZES}, "data": {"path": str(place / "data.jsonl")}, "sft": {"epochs": 1, "batch": 8}}
+    (place / "config.yaml").write_text(json.dumps(config))
+    return ["sft", str(place / "config.yaml")]
+
+
+@pytest.fixture(scope="module")
+def teacher(words, tmp_path_factory):
+    """A folder of Hugging Face with a model of other sizes."""
+    out = tmp_path_factory.mktemp("teacher")
+    assert cli.main([*words, f"model.random={json.dumps({**SIZES, 'hidden_size': 48})}", f"out={out}"]) == 0
+    return out / "hf"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
+def test_a_row_of_the_map_trains(row, words, teacher, tmp_path):
+    keys = [key.replace("MODEL", str(teacher)) for key in row["keys"]]
+    assert cli.main([*words, f"out={tmp_path}", *keys]) == 0
+    (log,) = tmp_path.glob("**/steps.jsonl")
+    (step,) = map(json.loads, log.read_text().splitlines())
+    assert step["loss"] > 0
+    assert step["gradient_norm"] > 0
+
+
+def test_the_verb_has_no_samples_for_a_student_that_teaches_itself(words, tmp_path, capsys):
+    assert cli.main([*words, f"out={tmp_path}", "sft.distill={}"]) == 2
     assert "in a method of improve with improver: distill" in capsys.readouterr().err
-    teacher = json.dumps({"random": {**SIZES, "hidden_size": 48}})
-    assert cli.main([*words, f"sft.distill={{teacher: {teacher}, divergence: {{name: skewed}}, share: 0.5}}"]) == 0
-    (log,) = (tmp_path / "out").glob("**/steps.jsonl")
-    assert len(log.read_text().splitlines()) == 2
