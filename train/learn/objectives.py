@@ -124,7 +124,7 @@ class RewardWeighted(Tokens):
     name: Literal["reward_weighted"] = "reward_weighted"
     """The objective."""
     temperature: float = 1.0
-    """τ: rewards this far apart have weights e times apart."""
+    """If the rewards of two examples differ by this τ, their weights differ by the factor e."""
 
     def __post_init__(self):
         if not self.temperature > 0:
@@ -159,8 +159,8 @@ class Talr(Tokens):
     name: Literal["talr"] = "talr"
     """The objective."""
     temperature: float | None = 1.0
-    """τ: a token whose loss is this high counts 1/e of a certain one; null takes the median of the mean losses of a
-    forward pass's rows."""
+    """A token with a loss of this τ counts 1/e of a token with a loss of 0; null takes the median of the mean losses of
+    a forward pass's rows."""
     floor: float = 0.01
     """The smallest factor of a token."""
 
