@@ -159,8 +159,8 @@ class Talr(Tokens):
     name: Literal["talr"] = "talr"
     """The objective."""
     temperature: float | None = 1.0
-    """τ: a token whose loss is this high counts 1/e of a certain one; null takes the median of the mean losses of a
-    forward pass's rows."""
+    """A token with a loss of this τ counts 1/e of a token with a loss of 0; null takes the median of the mean losses of
+    a forward pass's rows."""
     floor: float = 0.01
     """The smallest factor of a token."""
 

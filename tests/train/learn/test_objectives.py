@@ -42,9 +42,9 @@ def rewarded(examples):
 
 def test_the_registry_is_what_a_config_may_name():
     assert tuple(OBJECTIVES.values()) == typing.get_args(registry.Objective)
-    assert OBJECTIVES.keys() == SETTINGS.keys()
+    assert {name for name, kind in OBJECTIVES.items() if kind.learns == "answers"} == SETTINGS.keys()
     for name, kind in OBJECTIVES.items():
-        assert type(of(name).objective) is kind
+        assert type(build(Sft, {"objective": {"name": name, **SETTINGS.get(name, {})}}, "sft").objective) is kind
         assert kind.name == name  # type: ignore[attr-defined]
         assert "$" in str(kind.__doc__)
     assert Sft().objective == ResponseOnly()
@@ -74,7 +74,7 @@ def test_a_mask_token_that_the_model_lacks_is_refused(model):
 
 def test_every_objective_but_the_default_changes_the_weights(model, rewarded, mesh, undisturbed):
     """The default's are what they were; rewards alone change nothing."""
-    for name in OBJECTIVES:
+    for name in SETTINGS:
         config = of(name)
         tuned, _ = tune(model, to_rows(rewarded, config, PAD_ID), config, mesh)
         if name == "response_only":
@@ -148,6 +148,19 @@ def test_talr_is_its_formula_and_no_gradient_flows_through_its_factors(model, ro
 
     slope = sum(float(jnp.sum(g * d)) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
     np.testing.assert_allclose((at(step) - at(-step)) / (2 * step), slope, rtol=1e-3)
+
+
+def test_talr_takes_its_temperature_from_the_batch():
+    """τ is the median over the rows of their mean losses; a row without targets has none."""
+    random = np.random.default_rng(0)
+    logps = -random.gamma(1.0, 1.0, (5, 6))
+    weights = (random.random((5, 6)) < 0.7).astype(np.float64)
+    weights[3] = 0
+    for rows in (slice(None), slice(1, None)):  # four rows with targets, then three
+        l, w = logps[rows], weights[rows]
+        tau = np.median([-(a * b).sum() / b.sum() for a, b in zip(l, w, strict=True) if b.any()])
+        found = Talr(temperature=None, floor=0.2).loss(jnp.asarray(l, "float32"), jnp.asarray(w, "float32"), {})
+        np.testing.assert_allclose(found[0], -(w * np.maximum(np.exp(l / tau), 0.2) * l).sum(), rtol=1e-5)
 
 
 def test_talr_at_a_high_temperature_is_the_plain_loss(model, rows):

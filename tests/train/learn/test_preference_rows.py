@@ -87,6 +87,15 @@ def test_held_out_pairs_give_the_plain_loss_of_their_chosen_answers(places, mode
     assert {"preferred", "margin", "chosen_logp", "rejected_logp"} <= set(read_jsonl(steps)[0])
 
 
+def test_pairs_are_shown_before_they_are_learnt(places, capsys):
+    assert cli.main(["data", str(places["PAIRS"]), "examples=1"]) == 0
+    said = capsys.readouterr().out
+    assert "format pairs, told by the keys chosen, rejected" in said
+    assert "assistant: ⟦It is 0.⟧\nrejected: It is 1." in said
+    assert cli.main(["data", str(places["PAIRS"]), "examples=1", f"model={places['MODEL']}"]) == 0
+    assert "rejected: ⟦It is 1.<|im_end|>⟧" in capsys.readouterr().out
+
+
 def test_data_of_another_kind_is_refused_in_one_line(places, tmp_path, capsys):
     assert train(places, ["data.path=PAIRS"], tmp_path / "a") == 2
     assert "data.format=chosen" in capsys.readouterr().err
