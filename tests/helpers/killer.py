@@ -44,7 +44,7 @@ def arm(point: str, calls: int) -> None:
     from train.evaluate import answer
     from train.improve import merge as combine
     from train.improve import phases
-    from train.learn import shares
+    from train.learn import on_policy, shares
     from train.runtime import checkpoint, journal
 
     if point == "sampling":  # between two sampling batches
@@ -63,6 +63,10 @@ def arm(point: str, calls: int) -> None:
         checkpoint.save_weights = killing(checkpoint.save_weights, calls, after=True)
     elif point == "merging":
         combine.merged = killing(combine.merged, calls)
+    elif point == "drawing":  # in the middle of learning from fresh samples
+        on_policy.rollout = killing(on_policy.rollout, calls)
+    elif point == "learning":  # the updates of a step are made, and nothing of it is kept
+        on_policy.learn = killing(on_policy.learn, calls, after=True)
     elif point == "searching":  # replies of the last chunk are not written yet
         from train.search import replies
 
