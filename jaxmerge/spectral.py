@@ -24,7 +24,8 @@ product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 def svd(matrix: Array) -> tuple[Array, Array, Array]:
     """Return U [m, r], the singular values [r] from the largest on, and V^T [r, n], r = min(m, n)."""
-    return jnp.linalg.svd(matrix, full_matrices=False)
+    u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
+    return u, s, v
 
 
 @jax.custom_jvp
