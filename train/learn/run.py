@@ -26,6 +26,7 @@ from ..runtime.sinks import check_sinks, follow
 from ..tasks import build_suite, held_out, pretraining_rows
 from ..tasks.settings import Tasks
 from .batches import Rows, RowSource, steps_of, to_drawn, to_rows
+from .beside import BLOCKS
 from .card import write_cards
 from .checkpoints import SftCheckpoints
 from .settings import Finetune
@@ -89,7 +90,7 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
             seed=config.seed,
             dtype=config.model.dtype,
             held_out=held_out,
-            checkpoints=SftCheckpoints(folder / "checkpoints" / PHASE / "state"),
+            checkpoints=SftCheckpoints(folder / "checkpoints" / PHASE / "state", blocks=folder / BLOCKS),
             trace_to=folder / "trace",
             adapter_to=folder / "adapter",
             on_step=on_step,

@@ -12,6 +12,7 @@ from ..models.settings import Source
 from ..resolve import FINISH_WITH, at_least
 from ..runtime.settings import Distributed, Mesh
 from ..tasks.settings import FamilySpec, Ingredient
+from .decay import Beside
 from .objectives import Objective, ResponseOnly
 from .optimizers import AdamW, Optimizer, ScheduleFree
 
@@ -141,6 +142,7 @@ class Sft:
     step: Step = Step()
     watch: Watch = Watch()
     stay: Stay = Stay()
+    beside: Beside = dataclasses.field(default=Beside())
     lora: Lora | None = None
     """Low-rank adapters {rank, alpha, targets, dropout} are trained and merged at the end; null trains all weights."""
 
@@ -154,6 +156,15 @@ class Sft:
             raise UserError(
                 f"sft.step: ema is {self.step.ema}, masters is {self.step.masters}; schedule_free keeps an average of "
                 "its own, in float32: leave ema at 0 and masters at float32, or take another sft.optimizer"
+            )
+        if self.beside.every and (self.step.ema or isinstance(self.optimizer, ScheduleFree)):
+            raise UserError(
+                "sft.beside: sft.step.ema and schedule_free return an average of their own; give one of the three"
+            )
+        if self.beside.every and self.lora is not None:
+            raise UserError(
+                "sft.beside: the mean of the products B·A is not the product of the means; leave sft.lora, or take "
+                "sft.step.ema, which averages A and B"
             )
         if self.lora is not None and (self.stay.penalised or self.stay.freeze):
             raise UserError("sft.stay: l2, kl and freeze speak of all weights, sft.lora trains none of them; give one")

@@ -25,12 +25,14 @@ from ..models.lora import check_targets, init_lora
 from ..models.lora_files import save_lora
 from ..models.loss import Compute, loss_sums
 from ..models.stacked import stack_layers, unstack_layers
+from ..runtime.checkpoint import abstract
 from ..runtime.mesh import shardings
 from ..runtime.processes import on_first
 from ..runtime.stop import Stopped
 from . import frozen as adapters
 from . import optim
 from .batches import RowSource, steps_of
+from .beside import Blocks, Stream
 from .frozen import Frozen
 from .objectives import ResponseOnly
 from .settings import Sft, Step
@@ -65,6 +67,9 @@ def check_patterns(config: Sft, params: Params, where: str = "") -> None:
 
 class Checkpoints:
     """Where a fine-tuning run saves its state; this one saves nothing and starts from the beginning."""
+
+    blocks: Blocks | None = None
+    """Where the blocks of `sft.beside` are kept."""
 
     def restore(self, like: State) -> tuple[State | None, int, list[dict[str, float]]]:
         """The newest state (None: start over), the step it stands at, the metrics so far."""
@@ -119,6 +124,7 @@ def fine_tune(
     total, rates = config.stay.last(schedule), optim.learning_rates(config, schedule)
     snapshots = snapshots_of(config, total)
     trainee = prepared(model, params, config, mesh=mesh, seed=seed, dtype=dtype, anchor=anchor)
+    beside = streamed(config, total, checkpoints, mesh)
     restored, start, log = checkpoints.restore(trainee.state)
     trainee = trainee if restored is None else trainee._replace(state=restored)
     if start:
@@ -138,6 +144,7 @@ def fine_tune(
             trainee, sums = trainee._replace(state=state), jax.device_get(sums)
             now = time.perf_counter()
             seconds, clock = now - clock, now
+            trainee = trainee._replace(state=beside(trainee.state, number))
             if made(sums, config.step, limit=limit, rate=rate, step=number, total=total):
                 metrics = {"step": number, "learning_rate": rate, **metrics_of(sums, seconds)}
                 if math.isfinite(peak):
@@ -169,6 +176,34 @@ def snapshots_of(config: Sft, total: int) -> dict[int, int]:
     if config.snapshots > total:
         raise UserError(f"sft.snapshots is {config.snapshots}, but there are only {total} steps; lower it")
     return {round(total * (i + 1) / config.snapshots): i for i in range(config.snapshots)}
+
+
+def streamed(
+    config: Sft, total: int, checkpoints: Checkpoints, mesh: jax.sharding.Mesh
+) -> Callable[[State, int], State]:
+    """What is done with the state after every update for `sft.beside`: the last one's has the merged weights."""
+    if not config.beside.every:
+        return lambda state, number: state
+    stream, blocks = Stream(config.beside, total), checkpoints.blocks
+    if config.beside.block is None:
+        blocks = None
+    elif blocks is None:
+        raise UserError("sft.beside.block: this run keeps nothing on disk; leave block null")
+
+    def after(state: State, number: int) -> State:
+        mean, whole = stream.taken(state.beside, state.params, number)
+        state = state._replace(beside=mean)
+        if whole is not None and blocks is not None:
+            blocks.keep(placed(unstack_layers, mean, mesh) if is_stacked(mean) else mean, whole, stream.schedule)
+        if number < total or config.beside.decay is None:
+            return state
+        if blocks is None:
+            return state._replace(average=mean)
+        shapes = jax.eval_shape(unstack_layers, state.params)
+        counts = [count for _, count in stream.blocks]
+        return state._replace(average=blocks.merged(counts, abstract(shapes, shardings(mesh, shapes))))
+
+    return after
 
 
 class Trainee(NamedTuple):

@@ -20,6 +20,7 @@ from ..models.loss import Compute, loss_sums
 from ..runtime.mesh import replicated, shardings
 from . import frozen as adapters
 from . import optim
+from .beside import begun
 from .frozen import Frozen
 from .settings import Sft, Stay, Step
 from .speed import tokens_of
@@ -37,6 +38,8 @@ class State(NamedTuple):
     """Exponential moving average of the weights, float32; None where it is not asked for."""
     skipped: Any
     """Updates not made, [in all, in a row] int32."""
+    beside: Params | None = None
+    """Mean of the snapshots of a block so far, float32; None without `sft.beside`. The step passes it on."""
 
 
 def init_state(config: Sft, params: Params, mesh: jax.sharding.Mesh) -> State:
@@ -49,6 +52,7 @@ def init_state(config: Sft, params: Params, mesh: jax.sharding.Mesh) -> State:
             optim.start(config, params, held(config.stay.freeze, params)),
             jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params) if config.step.ema else None,
             jnp.zeros(2, jnp.int32),
+            begun(params) if config.beside.every else None,
         )
 
     return jax.jit(make, out_shardings=state_shardings(config, params, mesh))(params)
@@ -58,7 +62,8 @@ def state_shardings(config: Sft, params: Params, mesh: jax.sharding.Mesh) -> Sta
     """Without these, `jit` would silently replicate the moments."""
     ours = shardings(mesh, params)
     optimizer = optim.state_places(config, params, mesh, held(config.stay.freeze, params))
-    return State(ours, optimizer, ours if config.step.ema else None, replicated(mesh))
+    average, beside = (ours if asked else None for asked in (config.step.ema, config.beside.every))
+    return State(ours, optimizer, average, replicated(mesh), beside)
 
 
 def compute_of(config: Sft, model: ModelConfig, params: Params, mesh: jax.sharding.Mesh, dtype: str) -> Compute:
@@ -163,7 +168,7 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute):
             average = optax.incremental_update(optim.wide(params), average, moved)
         counts = jnp.where(good, state.skipped * jnp.array([1, 0]), state.skipped + 1)
         sums = {"loss": loss, "weight": weight, "gradient_norm": norm, "skipped": counts, "tokens": tokens_of(batch)}
-        return State(params, optimizer, average, counts), sums
+        return State(params, optimizer, average, counts, state.beside), sums
 
     return step
 
