@@ -232,7 +232,8 @@ def harness(words: Words, assignments: Words, dry: bool) -> int:
 def export(words: Words, assignments: Words, dry: bool) -> int:
     """Write a run's model as a Hugging Face folder, or as a GGUF file for llama.cpp.
 
-    RUN is the folder of a run; without method= it may be any MODEL, a GGUF file for example.
+    RUN is the folder of a run; without method= it may be any MODEL, a GGUF file for example. With decay.name= it is a
+    run of sft or of improve whose fine-tuning kept blocks of snapshots, which are merged.
     """
     del dry
     settings = options(assignments, ExportOptions)
@@ -243,7 +244,7 @@ def export(words: Words, assignments: Words, dry: bool) -> int:
     from ..runtime.processes import on_first
 
     gguf = (settings.type or "q8_0") if settings.format == "gguf" else None
-    which = {"method": settings.method, "number": settings.round}
+    which = {"method": settings.method, "number": settings.round, "decay": settings.decay, "last": settings.last}
     say(str(go(words[0], words[1], **which, dtype=settings.dtype, gguf=gguf, pre=settings.pre)))
     on_first(push_folder, Path(words[1]), settings.push, private=settings.private)
     return 0

@@ -13,8 +13,9 @@ from ..resolve import FINISH_WITH, at_least
 from ..runtime.settings import Distributed, Mesh
 from ..tasks.settings import FamilySpec, Ingredient
 from .decay import Beside
+from .masks import Everything, Masking
 from .objectives import Objective, ResponseOnly
-from .optimizers import AdamW, Optimizer, ScheduleFree
+from .optimizers import AdamW, Lion, Optimizer, ScheduleFree, Sgd
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +143,7 @@ class Sft:
     step: Step = Step()
     watch: Watch = Watch()
     stay: Stay = Stay()
+    mask: Masking = dataclasses.field(default=Everything())
     beside: Beside = dataclasses.field(default=Beside())
     lora: Lora | None = None
     """Low-rank adapters {rank, alpha, targets, dropout} are trained and merged at the end; null trains all weights."""
@@ -165,6 +167,16 @@ class Sft:
             raise UserError(
                 "sft.beside: the mean of the products B·A is not the product of the means; leave sft.lora, or take "
                 "sft.step.ema, which averages A and B"
+            )
+        if not isinstance(self.mask, Everything) and (self.lora is not None or self.step.layers == "stacked"):
+            raise UserError(
+                f"sft.mask is {self.mask.name}; it is of all weights, layer by layer: leave sft.lora, and sft.step.layers "
+                "at unrolled"
+            )
+        if self.mask.sparse and not isinstance(self.optimizer, AdamW | Lion | Sgd):
+            raise UserError(
+                f"sft.mask: {self.mask.name} trains single entries, and {self.optimizer.name} does not work entry by "
+                "entry; take adamw, lion or sgd"
             )
         if self.lora is not None and (self.stay.penalised or self.stay.freeze):
             raise UserError("sft.stay: l2, kl and freeze speak of all weights, sft.lora trains none of them; give one")

@@ -34,9 +34,12 @@ from . import optim
 from .batches import RowSource, steps_of
 from .beside import Blocks, Stream
 from .frozen import Frozen
+from .importance import settled, share_trained
+from .masks import Everything, Mask
 from .objectives import ResponseOnly
 from .settings import Sft, Step
 from .shares import Shares
+from .sparse import Entries, renewing
 from .speed import batch_flops, peak_flops
 from .stay import Anchor, held
 from .step import State, compute_of, init_state, make_step, result
@@ -123,7 +126,7 @@ def fine_tune(
     schedule = steps_of(rows, config)
     total, rates = config.stay.last(schedule), optim.learning_rates(config, schedule)
     snapshots = snapshots_of(config, total)
-    trainee = prepared(model, params, config, mesh=mesh, seed=seed, dtype=dtype, anchor=anchor)
+    trainee = prepared(model, params, config, rows, mesh=mesh, seed=seed, dtype=dtype, anchor=anchor)
     beside = streamed(config, total, checkpoints, mesh)
     restored, start, log = checkpoints.restore(trainee.state)
     trainee = trainee if restored is None else trainee._replace(state=restored)
@@ -144,7 +147,7 @@ def fine_tune(
             trainee, sums = trainee._replace(state=state), jax.device_get(sums)
             now = time.perf_counter()
             seconds, clock = now - clock, now
-            trainee = trainee._replace(state=beside(trainee.state, number))
+            trainee = trainee._replace(state=beside(trainee.renewed(number), number))
             if made(sums, config.step, limit=limit, rate=rate, step=number, total=total):
                 metrics = {"step": number, "learning_rate": rate, **metrics_of(sums, seconds)}
                 if math.isfinite(peak):
@@ -219,6 +222,17 @@ class Trainee(NamedTuple):
     """The weights beside the adapter, with `sft.lora`."""
     lora: Lora | None
     mesh: jax.sharding.Mesh
+    mask: Mask
+    entries: Entries | None
+    """Those that are trained of parameters that are trained in part."""
+
+    def renewed(self, number: int) -> State:
+        """The state after update `number`, the entries chosen anew where the mask says so."""
+        state = self.state
+        if self.entries is None or not self.mask.renews(number):
+            return state
+        places = tuple(x.sharding for x in jax.tree.leaves(state.optimizer))
+        return state._replace(optimizer=renewing(self.entries, places)(state.params, state.optimizer))
 
     def whole(self) -> Params:
         """The model that the run would return now: the adapter merged, the layers one by one."""
@@ -232,6 +246,7 @@ def prepared(
     model: ModelConfig,
     params: Params,
     config: Sft,
+    rows: RowSource,
     *,
     mesh: jax.sharding.Mesh,
     seed: int,
@@ -239,7 +254,10 @@ def prepared(
     anchor: Params | None,
 ) -> Trainee:
     """A state made of `params` and everything its step needs; see `fine_tune` for the arguments."""
-    frozen, trained = None, params
+    frozen, trained, entries = None, params, None
+    if not isinstance(config.mask, Everything):
+        config, entries = settled(config, model, params, rows, mesh=mesh, seed=seed, dtype=dtype)
+        say(f"mask: {share_trained(config, params, entries):.2%} of the model's size is trained")
     if config.lora is not None:
         trained, frozen = adapters.freeze(config.lora, params, mesh, seed=seed)
         say(f"LoRA: {adapters.share(params, trained):.2%} of the model's size is trained")
@@ -250,10 +268,11 @@ def prepared(
         trained = placed(stack_layers, trained, mesh)
         frozen = frozen and frozen._replace(params=placed(stack_layers, frozen.params, mesh))
         near = near and near._replace(params=placed(stack_layers, near.params, mesh))
-    state = init_state(config, trained, mesh)
+    state = init_state(config, trained, mesh, entries)
     how = compute_of(config, model, state.params, mesh, dtype)
     say(f"attention: {how.attention}")
-    return Trainee(state, make_step(model, config, how), how, near, frozen, config.lora, mesh)
+    step = make_step(model, config, how)
+    return Trainee(state, step, how, near, frozen, config.lora, mesh, config.mask, entries)
 
 
 def made(sums: dict[str, Any], step_config: Step, **about: Any) -> bool:

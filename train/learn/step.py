@@ -23,6 +23,7 @@ from . import optim
 from .beside import begun
 from .frozen import Frozen
 from .settings import Sft, Stay, Step
+from .sparse import Entries
 from .speed import tokens_of
 from .stay import Anchor, held, pull
 
@@ -42,26 +43,31 @@ class State(NamedTuple):
     """Mean of the snapshots of a block so far, float32; None without `sft.beside`. The step passes it on."""
 
 
-def init_state(config: Sft, params: Params, mesh: jax.sharding.Mesh) -> State:
-    """A state that owns a copy of `params`; moments lie where their parameters lie."""
+def init_state(config: Sft, params: Params, mesh: jax.sharding.Mesh, entries: Entries | None = None) -> State:
+    """A state that owns a copy of `params`; moments lie where their parameters lie.
+
+    Args:
+      entries: with a sparse `config.mask`, those that are trained.
+    """
     masters = jnp.dtype(config.step.masters)
 
     def make(params):
         return State(
             jax.tree.map(lambda p: jnp.array(p, masters, copy=True), params),
-            optim.start(config, params, held(config.stay.freeze, params)),
+            optim.start(config, params, held(config.stay.freeze, params), entries),
             jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params) if config.step.ema else None,
             jnp.zeros(2, jnp.int32),
             begun(params) if config.beside.every else None,
         )
 
-    return jax.jit(make, out_shardings=state_shardings(config, params, mesh))(params)
+    return jax.jit(make, out_shardings=state_shardings(config, params, mesh, entries))(params)
 
 
-def state_shardings(config: Sft, params: Params, mesh: jax.sharding.Mesh) -> State:
+def state_shardings(config: Sft, params: Params, mesh: jax.sharding.Mesh, entries: Entries | None = None) -> State:
     """Without these, `jit` would silently replicate the moments."""
     ours = shardings(mesh, params)
-    optimizer = optim.state_places(config, params, mesh, held(config.stay.freeze, params))
+    begin = functools.partial(optim.start, config, frozen=held(config.stay.freeze, params), entries=entries)
+    optimizer = optim.state_places(params, mesh, jax.eval_shape(begin, params))
     average, beside = (ours if asked else None for asked in (config.step.ema, config.beside.every))
     return State(ours, optimizer, average, replicated(mesh), beside)
 
@@ -154,13 +160,14 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute):
         kept = held(stay.freeze, state.params)
         if kept is not None:  # their gradients count in no norm
             grads = jax.tree.map(lambda g, is_kept: jnp.zeros_like(g) if is_kept else g, grads, kept)
+        grads = optim.seen(state.optimizer, grads)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limit * jnp.maximum(weight, 1e-6))
         params, optimizer = optim.update(
             config, state.params, state.optimizer, grads, rate=rate, good=good, frozen=kept
         )
         if how.mesh is not None:  # the compiler would lay norms over fsdp, and the next step be another program
-            places = shardings(how.mesh, params), optim.state_places(config, params, how.mesh, kept)
+            places = shardings(how.mesh, params), optim.state_places(params, how.mesh, optimizer)
             params, optimizer = jax.lax.with_sharding_constraint((params, optimizer), places)
         average: Any = state.average
         if average is not None:
