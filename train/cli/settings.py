@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from ..learn.decay import Decay
 from ..log import UserError
 from ..resolve import at_least
 from ..studies.settings import Sweep

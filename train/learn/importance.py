@@ -1,10 +1,11 @@
-r"""Settling a mask when a run begins: importance of the weights for its first batches, and what the mask makes of it."""
+"""Settling a mask when a run begins: how important the weights are for its first batches, and what is trained then."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jaxmerge.tree import named_leaves
 
 from ..models.config import ModelConfig
 from ..models.decoder import Params
-from ..models.loss import Compute, loss_sums
+from ..models.loss import READ, Compute, loss_sums
 from ..runtime.mesh import shardings
 from .batches import RowSource
 from .beside import begun
@@ -22,6 +23,7 @@ from .objectives import ResponseOnly
 from .settings import Sft
 from .shares import Shares
 from .sparse import Entries
+from .stay import held
 
 
 def settled(
@@ -40,27 +42,26 @@ def settled(
         given = itertools.islice(Shares(mesh, plain).batches(rows, seed=seed), batches)
         total, weight = jax.jit(lambda: begun(params), out_shardings=shardings(mesh, params))(), jnp.float32(0)
         for batch in given:
-            total, weight = _add(model, params, batch, Compute(dtype), total, weight)
+            flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in READ if name in batch}
+            total, weight = _add(model, params, flat, Compute(dtype), total, weight)
         return named_leaves(jax.tree.map(lambda w, g: jnp.abs(w.astype(jnp.float32) * g / weight), params, total))
 
     shapes = {path: leaf.shape for path, leaf in named_leaves(params).items()}
     given = Given(model, shapes, seed, importance)
     frozen = config.mask.frozen(given)
     stay = dataclasses.replace(config.stay, freeze=(*config.stay.freeze, *frozen))
-    return dataclasses.replace(config, stay=stay), config.mask.entries(given)
+    return dataclasses.replace(config, stay=stay), config.mask.entries(given) if config.mask.sparse else None
 
 
 def share_trained(config: Sft, params: Params, entries: Entries | None) -> float:
     """Numbers that are trained by settled settings, as a share of all."""
-    kept = held(config.stay.freeze, params)
-    shapes = jax.eval_shape(functools.partial(optim.start, config, frozen=None, entries=entries), params)
-    sizes = [math.prod(x.shape) for x in jax.tree.leaves(params)]
-    vectors = {} if entries is None else {path: len_of(x) for path, x in shapes.places.items()}
-    trained = [
-        0 if is_kept else vectors.get(path, size)
-        for path, size, is_kept in zip(leaf_paths(params), sizes, jax.tree.leaves(kept), strict=True)
-    ]
-    return sum(trained) / sum(sizes)
+    leaves = named_leaves(params)
+    kept = jax.tree.leaves(held(config.stay.freeze, params)) or [False] * len(leaves)
+    places = {} if entries is None else jax.eval_shape(entries.places, leaves)
+    sizes = {path: math.prod(leaf.shape) for path, leaf in leaves.items()}
+    parts = {path: math.prod(leaf.shape) for path, leaf in places.items()}
+    trained = sum((sizes | parts)[path] for path, is_kept in zip(leaves, kept, strict=True) if not is_kept)
+    return trained / sum(sizes.values())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3), donate_argnums=4)

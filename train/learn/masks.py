@@ -1,7 +1,7 @@
 r"""Which parameters a run trains: each mask is its settings with the two places at which it may differ.
 
-A mask names parameters that keep their values, which are then as `sft.stay.freeze` has them; and it may name the entries
-of others that alone are trained (`sparse.py`). The defaults of `Mask` train everything.
+A mask names parameters that keep their values, which are then as `sft.stay.freeze` has them; and it may name the
+entries of others that alone are trained (`sparse.py`). The defaults of `Mask` train everything.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class Half(Mask):
 class Lift(Mask):
     r"""Of every matrix of the layers the entries are trained that are largest in its truncated SVD.
 
-    They are the $k = (m + n) b$ entries of largest $|W_r|$, where $W_r$ is the best approximation of W [m, n] of rank r.
+    They are the $k = (m + n) b$ entries of largest $|W_r|$, where $W_r$ is the best approximation of W [m, n] of rank
+    r.
     They are chosen anew as the weights move; moments of entries that stay are carried over, and new ones begin at 0.
     All else keeps its value.
 

@@ -170,8 +170,8 @@ class Sft:
             )
         if not isinstance(self.mask, Everything) and (self.lora is not None or self.step.layers == "stacked"):
             raise UserError(
-                f"sft.mask is {self.mask.name}; it is of all weights, layer by layer: leave sft.lora, and sft.step.layers "
-                "at unrolled"
+                f"sft.mask is {self.mask.name}; it is of all weights, layer by layer: leave sft.lora, and "
+                "sft.step.layers at unrolled"
             )
         if self.mask.sparse and not isinstance(self.optimizer, AdamW | Lion | Sgd):
             raise UserError(

@@ -194,6 +194,7 @@ def streamed(
         raise UserError("sft.beside.block: this run keeps nothing on disk; leave block null")
 
     def after(state: State, number: int) -> State:
+        assert state.beside is not None, "init_state made it"
         mean, whole = stream.taken(state.beside, state.params, number)
         state = state._replace(beside=mean)
         if whole is not None and blocks is not None:
@@ -294,6 +295,7 @@ def metrics_of(sums: dict[str, Any], seconds: float) -> dict[str, float]:
         "skipped": int(sums["skipped"][0]),
         "seconds": seconds,
         "tokens_per_second": float(sums["tokens"]) / seconds,
+        **{name: float(value) / max(weight, 1e-6) for name, value in sums["metrics"].items()},
     }
 
 

@@ -125,6 +125,7 @@ def renewing(entries: Entries, places: Any) -> Any:
     Args:
       places: the shardings of the state's leaves, as a tuple.
     """
+
     def renew(params: Any, state: Chosen) -> Chosen:
         found = renewed(entries, params, state)
         leaves, structure = jax.tree.flatten(found)
