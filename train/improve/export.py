@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxmerge.files.model_card import Card, write_card
 
-from ..learn.beside import BLOCKS, remerge
+from ..learn.beside import BLOCKS, Blocks, remerge
 from ..learn.decay import Decay
 from ..log import UserError
 from ..models.gguf_write import Type, save_gguf
@@ -59,7 +59,9 @@ def export(
         raise UserError(f"dtype={dtype!r}; choose float32, bfloat16 or float16")
     place, found = Path(out), None
     if method is None:
-        model = open_model(run) if decay is None else open_model(str(Path(run) / "hf"))
+        if decay is not None:
+            Blocks(Path(run) / BLOCKS).schedule()  # says so where there are none
+        model = open_model(run if decay is None else str(Path(run) / "hf"))
         card = functools.partial(exported_card, place, run)
     else:
         found = find_outcome(Path(run), method, number)

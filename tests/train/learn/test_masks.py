@@ -12,15 +12,14 @@ import pytest
 from helpers.sft_cases import LEARNER, SFT, InMemory, Killed, assert_bits, kill_after, tune, with_step
 
 from jaxmerge.tree import named_leaves
-from train.learn import masks
-from train.learn.batches import to_rows
+from train.learn import masks, optim
 from train.learn.checkpoints import SftCheckpoints
+from train.learn.importance import settled
 from train.learn.masks import MASKS, Everything, Given, Half, Heads, Layers, Lift
-from train.learn.optimizers import Lion, Sgd
+from train.learn.optimizers import AdamW, Lion, Sgd
 from train.learn.settings import Sft
 from train.learn.sparse import Chosen, Principal, gathered, principal, renewed, scattered
 from train.log import UserError
-from train.models.characters import PAD_ID
 from train.models.config import ModelConfig
 from train.models.decoder import shapes
 from train.models.loss import loss_sums
@@ -169,23 +168,29 @@ def test_entries_that_stay_keep_their_moments_when_they_are_chosen_anew():
     assert found.inner["count"] == 5
 
 
-@pytest.mark.parametrize("optimizer", [None, Lion(), Sgd(momentum=0.9)], ids=["adamw", "lion", "sgd"])
-def test_with_every_entry_chosen_lift_is_fine_tuning_of_the_matrices(model, rows, mesh, optimizer):
+@pytest.mark.parametrize("optimizer", [AdamW(), Lion(), Sgd(momentum=0.9)], ids=lambda optimizer: optimizer.name)
+def test_with_every_entry_chosen_updates_are_those_of_whole_parameters(optimizer):
     """Clipping is out of the way: the norm is summed in another order."""
-    rest = tuple(path for path in Lift().frozen(given_of(model.config)))
-    config = with_step(SFT if optimizer is None else dataclasses.replace(SFT, optimizer=optimizer), clip=1e9)
-    stay = dataclasses.replace(config.stay, freeze=rest)
-    whole, _ = tune(model, rows, dataclasses.replace(config, stay=stay), mesh)
-    lift, _ = tune(model, rows, dataclasses.replace(config, mask=Lift(rank=64, budget=999, every=2)), mesh)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), lift, whole)
+    numbers = np.random.default_rng(2)
+    params, *grads = ({"layers": {"0": {"w": jnp.asarray(numbers.normal(size=(5, 4)), jnp.float32)}}} for _ in range(4))
+    config = with_step(dataclasses.replace(SFT, optimizer=optimizer), clip=1e9, weight_decay=0.1)
+    entries = Principal(("layers/0/w",), 4, 9)
+    states, tuned = [optim.start(config, params, None, each) for each in (None, entries)], [params, params]
+    for gradient in grads:
+        for i, state in enumerate(states):
+            tuned[i], states[i] = optim.update(
+                config, tuned[i], state, optim.seen(state, gradient), rate=jnp.float32(0.1), good=jnp.bool_(True)
+            )
+        states[1] = renewed(entries, tuned[1], states[1])
+    assert_bits(tuned[1], tuned[0])
+    assert np.abs(np.asarray(tuned[0]["layers"]["0"]["w"] - params["layers"]["0"]["w"])).min() > 0
 
 
-@pytest.mark.parametrize("killed", [4, 6])
-def test_a_killed_run_of_lift_ends_with_the_same_bits(model, rows, mesh, tmp_path, killed):
+def test_a_killed_run_of_lift_ends_with_the_same_bits(model, rows, mesh, tmp_path):
     config = of(Lift(rank=4, budget=3, every=2), checkpoint_every=3)
     whole, _ = tune(model, rows, config, mesh)
     with pytest.raises(Killed):
-        tune(model, rows, config, mesh, checkpoints=SftCheckpoints(tmp_path), on_step=kill_after(killed))
+        tune(model, rows, config, mesh, checkpoints=SftCheckpoints(tmp_path), on_step=kill_after(4))
     tuned, _ = tune(model, rows, config, mesh, checkpoints=SftCheckpoints(tmp_path))
     assert_bits(tuned, whole)
     still, _ = tune(model, rows, of(Lift(rank=4, budget=3, every=0)), mesh)
@@ -244,29 +249,40 @@ def test_the_most_important_heads_and_mlps_are_found(model, rows, mesh):
         for head in range(4)
     }
     mlps = [sum(v.sum() for p, v in scores.items() if f"layers/{i}/mlp" in p) for i in range(2)]
-    tuned, _ = tune(model, rows, of(Heads(count=3, mlps=1)), mesh)
-    found = moved(model, tuned)
-    trained = {
-        (layer, head)
-        for layer, head in by_head
-        if found[f"model/layers/{layer}/self_attn/q_proj/weight"][16 * head].any()
-    }
-    assert trained == set(sorted(by_head, key=lambda h: -by_head[h])[:3])
-    assert [found[f"model/layers/{i}/mlp/up_proj/weight"].all() for i in range(2)] == [m == max(mlps) for m in mlps]
+    config, entries = of_run(model, rows, mesh, Heads(count=3, mlps=1))
+    wanted = sorted(by_head, key=lambda h: -by_head[h])[:3]
+    given = Heads(heads=tuple(wanted)).entries(given_of(model.config))
+    assert sorted(entries.slices) == sorted(given.slices)
+    named = {path for path, *_ in entries.slices} | set(config.stay.freeze)
+    rest = set(named_leaves(model.params)) - named
+    assert rest == {path for path in named_leaves(model.params) if f"layers/{mlps.index(max(mlps))}/mlp/" in path}
+
+
+def of_run(model, rows, mesh, mask):
+    return settled(of(mask), model.config, model.params, rows, mesh=mesh, seed=7, dtype="float32")
 
 
 @pytest.mark.parametrize("train", ["most", "least"])
 def test_layers_are_trained_by_their_importance(model, rows, mesh, train):
     scores = importance_of(model, rows)
     sums = [sum(v.sum() for p, v in scores.items() if f"layers/{i}/" in p) for i in range(2)]
-    tuned, _ = tune(model, rows, of(Layers(train=train), micro_batch=2), mesh)
+    config, entries = of_run(model, rows, mesh, Layers(train=train))
     chosen = sums.index(max(sums) if train == "most" else min(sums))
-    for path, changed in moved(model, tuned).items():
-        assert changed.any() == (f"layers/{1 - chosen}/" not in path), path
+    assert entries is None
+    assert set(config.stay.freeze) == {path for path in named_leaves(model.params) if f"layers/{1 - chosen}/" in path}
+
+
+def test_a_layer_that_is_not_trained_keeps_its_bits(model, rows, mesh):
+    tuned, state = last_state(model, rows, mesh, of(Layers()))
+    found = moved(model, tuned)
+    kept = {path for path, changed in found.items() if not changed.any()}
+    assert kept in [{path for path in found if f"layers/{i}/" in path} for i in range(2)]
+    assert floats(state.optimizer) == 2 * sum(changed.size for path, changed in found.items() if path not in kept)
 
 
 def test_all_layers_trained_is_fine_tuning(model, rows, mesh):
-    assert_bits(tune(model, rows, of(Layers(count=2)), mesh)[0], tune(model, rows, SFT, mesh)[0])
+    config, entries = of_run(model, rows, mesh, Layers(count=2))
+    assert (config.stay, entries) == (SFT.stay, None)
 
 
 # --- what is refused ---------------------------------------------------------------------------------------
@@ -302,9 +318,4 @@ def test_settings_that_cannot_be_are_refused(keys, message):
 )
 def test_what_the_model_does_not_have_is_refused(model, rows, mesh, mask, message):
     with pytest.raises(UserError, match=message):
-        tune(model, rows, of(mask), mesh)
-
-
-@pytest.fixture(scope="module")
-def rows(examples):
-    return to_rows(examples, SFT, PAD_ID)
+        of_run(model, rows, mesh, mask)
