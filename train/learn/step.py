@@ -25,7 +25,7 @@ from .frozen import Frozen
 from .settings import Sft, Stay, Step
 from .sparse import Entries
 from .speed import tokens_of
-from .stay import Anchor, held, pull
+from .stay import Anchor, held, pull, zeroed
 
 
 class State(NamedTuple):
@@ -162,9 +162,7 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute):
         if stay.l2 and anchor is not None:
             grads = pull(state.params, anchor, grads)
         kept = held(stay.freeze, state.params)
-        if kept is not None:  # their gradients count in no norm
-            grads = jax.tree.map(lambda g, is_kept: jnp.zeros_like(g) if is_kept else g, grads, kept)
-        grads = optim.seen(state.optimizer, grads)
+        grads = optim.seen(state.optimizer, grads if kept is None else zeroed(grads, kept))
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limit * jnp.maximum(others["weight"], 1e-6))
         params, optimizer = optim.update(
