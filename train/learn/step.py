@@ -171,15 +171,17 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute):
         if how.mesh is not None:  # the compiler would lay norms over fsdp, and the next step be another program
             places = shardings(how.mesh, params), optim.state_places(params, how.mesh, optimizer)
             params, optimizer = jax.lax.with_sharding_constraint((params, optimizer), places)
-        average: Any = state.average
-        if average is not None:
-            moved = 1 - jnp.where(good, keep, 1.0)
-            average = optax.incremental_update(optim.wide(params), average, moved)
+        average = None if state.average is None else moved(state.average, params, jnp.where(good, keep, 1.0))
         counts = jnp.where(good, state.skipped * jnp.array([1, 0]), state.skipped + 1)
         sums = {"loss": loss, **others, "gradient_norm": norm, "skipped": counts, "tokens": tokens_of(batch)}
         return State(params, optimizer, average, counts, state.beside), sums
 
     return step
+
+
+def moved(average: Params, params: Params, keep: jax.Array) -> Any:
+    """The average of the weights after an update: keep · average + (1 − keep) · params."""
+    return optax.incremental_update(optim.wide(params), average, 1 - keep)
 
 
 def result(state: State) -> Params:

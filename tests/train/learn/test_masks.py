@@ -18,7 +18,7 @@ from train.learn.importance import settled
 from train.learn.masks import MASKS, Everything, Given, Half, Heads, Layers, Lift
 from train.learn.optimizers import AdamW, Lion, Sgd
 from train.learn.settings import Sft
-from train.learn.sparse import Chosen, Principal, gathered, principal, renewed, scattered
+from train.learn.sparse import Chosen, Principal, Slices, gathered, principal, renewed, scattered
 from train.log import UserError
 from train.models.config import ModelConfig
 from train.models.decoder import shapes
@@ -252,6 +252,8 @@ def test_the_most_important_heads_and_mlps_are_found(model, rows, mesh):
     config, entries = of_run(model, rows, mesh, Heads(count=3, mlps=1))
     wanted = sorted(by_head, key=lambda h: -by_head[h])[:3]
     given = Heads(heads=tuple(wanted)).entries(given_of(model.config))
+    assert isinstance(entries, Slices)
+    assert isinstance(given, Slices)
     assert sorted(entries.slices) == sorted(given.slices)
     named = {path for path, *_ in entries.slices} | set(config.stay.freeze)
     rest = set(named_leaves(model.params)) - named
