@@ -12,7 +12,9 @@ from helpers import ROOT
 
 from tpu import check, files, machines
 from train.improve.settings import Improve
+from train.learn.decay import DECAYS
 from train.learn.distill import Divergence
+from train.learn.masks import MASKS
 from train.learn.registry import OBJECTIVES
 from train.learn.settings import Finetune
 from train.log import UserError
@@ -142,9 +144,10 @@ def test_every_text_of_the_settings_is_known_to_be_a_file_or_not(settings):
         "Data": {"format", "split", "ignore", "learn"},
         "Part": {"format", "split", "ignore"},
         "Sft": {"schedule", "overlong", "loss", "start"},
-        **{objective.__name__: {"name"} for objective in OBJECTIVES.values()},
+        **{kind.__name__: {"name"} for kind in (*OBJECTIVES.values(), *DECAYS.values(), *MASKS.values())},
         **{name: {"name", "reference"} for name in ("Dpo", "Ipo", "Kto")},
         "Aft": {"name", "constraint"},
+        "Layers": {"name", "train"},
         "Step": {"attention", "remat", "layers", "masters", "decay"},
         "Watch": {"sinks"},
         "Stay": {"freeze", "divergence"},

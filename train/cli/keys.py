@@ -137,7 +137,8 @@ def plainly(annotation: str) -> str:
       ('[a | b, …] | null', 'map')
     """
     text = re.sub(r"Literal\[([^\]]*)\]", lambda m: m[1].replace("'", "").replace(", ", " | "), annotation)
-    text = re.sub(r"tuple\[([^\]]*), \.\.\.\]", r"[\1, …]", text)
+    while (inner := re.sub(r"tuple\[([^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*), \.\.\.\]", r"[\1, …]", text)) != text:
+        text = inner
     text = re.sub(r"(dict|Mapping)\[.*\]", "map", text)
     words = {
         "str": "text",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from ..learn.decay import Decay
 from ..log import UserError
 from ..resolve import at_least
 from ..studies.settings import Sweep
@@ -155,6 +156,11 @@ class ExportOptions:
     """The model of this method of the run is written; null reads the first argument as any MODEL."""
     round: int | None = None
     """The model that this round ended with is written; null takes the last round."""
+    decay: Decay | None = None
+    """The snapshots that fine-tuning kept in blocks (`sft.beside.block`) are merged by this decay of the rate; null
+    takes the model as it is."""
+    last: float = 1.0
+    """With decay, the snapshots of this last share of the fine-tuning are merged."""
     dtype: Dtype = "float32"
     """The weights of a Hugging Face folder are written in this precision."""
     format: Literal["hf", "gguf"] = "hf"
@@ -173,6 +179,10 @@ class ExportOptions:
             raise UserError(f"export.{given[0]} is of GGUF files; add format=gguf")
         if self.format == "gguf" and self.dtype != "float32":
             raise UserError(f"export.dtype={self.dtype} is of Hugging Face folders; with format=gguf give type=")
+        if self.decay is None and self.last != 1:
+            raise UserError(f"export.last={self.last} is of snapshots that are merged; give decay.name=linear")
+        if not 0 < self.last <= 1:
+            raise UserError(f"export.last is {self.last}; it is a share, above 0 and at most 1")
         pushed(self, "export")
 
 

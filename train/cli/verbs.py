@@ -235,6 +235,8 @@ def export(words: Words, assignments: Words, dry: bool) -> int:
     """Write a run's model as a Hugging Face folder, or as a GGUF file for llama.cpp.
 
     RUN is the folder of a run. If method= is not given, it may also be any MODEL, such as a GGUF file.
+
+    With decay.name= it is a run of sft or of improve whose fine-tuning kept blocks of snapshots. These are merged.
     """
     del dry
     settings = options(assignments, ExportOptions)
@@ -245,7 +247,7 @@ def export(words: Words, assignments: Words, dry: bool) -> int:
     from ..runtime.processes import on_first
 
     gguf = (settings.type or "q8_0") if settings.format == "gguf" else None
-    which = {"method": settings.method, "number": settings.round}
+    which = {"method": settings.method, "number": settings.round, "decay": settings.decay, "last": settings.last}
     say(str(go(words[0], words[1], **which, dtype=settings.dtype, gguf=gguf, pre=settings.pre)))
     on_first(push_folder, Path(words[1]), settings.push, private=settings.private)
     return 0

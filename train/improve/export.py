@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from jaxmerge.files.model_card import Card, write_card
 
+from ..learn.beside import BLOCKS, Blocks, remerge
+from ..learn.decay import Decay
 from ..log import UserError
 from ..models.gguf_write import Type, save_gguf
 from ..models.hf import save_hf
@@ -33,6 +35,8 @@ def export(
     *,
     method: str | None = None,
     number: int | None = None,
+    decay: Decay | None = None,
+    last: float = 1.0,
     dtype: str = "float32",
     gguf: Type | None = None,
     pre: str | None = None,
@@ -43,6 +47,7 @@ def export(
       run: folder of a run, or (without `method`) anything `open_model` reads.
       method: name of a method; probes are made again from the checkpoints they come from.
       number: of the round; the last committed one by default.
+      decay: merges the snapshots that the run's fine-tuning kept in blocks, those of its `last` share.
       dtype: float32, bfloat16 or float16, cast once.
       gguf: the type of the matrices of a GGUF file; None writes a Hugging Face folder.
       pre: llama.cpp's name of the pre-tokenizer, where `save_gguf` does not find it.
@@ -54,19 +59,25 @@ def export(
         raise UserError(f"dtype={dtype!r}; choose float32, bfloat16 or float16")
     place, found = Path(out), None
     if method is None:
-        model = open_model(run)
+        if decay is not None:
+            Blocks(Path(run) / BLOCKS).schedule()  # says so where there are none
+        model = open_model(run if decay is None else str(Path(run) / "hf"))
         card = functools.partial(exported_card, place, run)
     else:
         found = find_outcome(Path(run), method, number)
         model = found.model()
         card = functools.partial(found.card, place)
+    if decay is not None:
+        blocks = Path(run) / BLOCKS if found is None else found.blocks()
+        model = dataclasses.replace(model, params=remerge(blocks, model.params, decay, last))
+        card = functools.partial(exported_card, place, run)
     written = place
     if gguf is None:
         save_hf(out, model.config, model.params, dtype=jnp.dtype(dtype), tokenizer_from=model.tokenizer)
     else:
         written = save_gguf(out, model.config, model.params, model.tokenizer, type=gguf, pre=pre)
     on_first(lambda: write_card(place, card()))
-    if found is not None and found.outcome.model != BASE:
+    if found is not None and found.outcome.model != BASE and decay is None:
         on_first(write_origin, place, found.root, found.outcome.model)
     return written
 
@@ -92,6 +103,13 @@ class Found:
         # Read where this is, not on the mesh of the run.
         config = dataclasses.replace(self.config, mesh=Mesh())
         return Session(config, self.journal, self.todo, list(self.outcomes)).weights.model_of(outcome.model)
+
+    def blocks(self) -> Path:
+        """Where the fine-tuning of this round kept its snapshots."""
+        phase = self.outcome.model
+        if phase == BASE or self.todo[phase].kind not in ("sft", "merge"):
+            raise UserError(f"{self.root}: {self.outcome.method} trains nothing; decay= is of methods that do")
+        return self.root / "checkpoints" / self.todo[phase].inputs.get("tuned", phase) / BLOCKS
 
     def card(self, out: Path) -> Card:
         """Say in a model card what it is and what the run measured of it."""

@@ -20,6 +20,7 @@ from ..evaluate.change import by_layer
 from ..evaluate.importance import loss_of, of_layers, taylor_importance
 from ..evaluate.texts import batches as text_batches
 from ..learn.batches import steps_of, to_rows
+from ..learn.beside import BLOCKS
 from ..learn.checkpoints import SftCheckpoints
 from ..learn.pairs import rows_of
 from ..learn.settings import Sft
@@ -154,7 +155,7 @@ def sft(session: Session, phase: Phase, folder: Path) -> Row:
     pad = session.model.tokenizer.pad_id or 0
     rows = rows_of(learnt, config, pad, seed=seed)
     home = session.weights.folder(phase.name)
-    kept = SftCheckpoints(home / "state", home / "snapshots")
+    kept = SftCheckpoints(home / "state", home / "snapshots", home / BLOCKS)
     steps, root = folder / "steps.jsonl", session.journal.root
     about = {
         "folder": root,

@@ -11,15 +11,17 @@ import orbax.checkpoint as ocp
 from ..models.decoder import Params
 from ..runtime.checkpoint import damage_named, failure_named, save_weights
 from ..runtime.processes import on_first
+from .beside import Blocks
 from .sft import Checkpoints
 from .step import State
 
 
 class SftCheckpoints(Checkpoints):
-    """Keeps the newest state of a fine-tuning run, and its snapshots, below `folder`."""
+    """Keeps the newest state of a fine-tuning run below `folder`, its snapshots and blocks of them elsewhere."""
 
-    def __init__(self, folder: Path, snapshots: Path | None = None):
+    def __init__(self, folder: Path, snapshots: Path | None = None, blocks: Path | None = None):
         self.folder, self.snapshots = folder.absolute(), snapshots
+        self.blocks = None if blocks is None else Blocks(blocks)
         self._manager: ocp.CheckpointManager | None = None
 
     @property

@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmerge.tree import leaf_paths
+from jaxmerge.tree import leaf_paths, named_leaves
 from jaxmerge.where import matches
 
 from ..log import UserError
 from ..runtime.mesh import replicated, shardings
 from .optimizers import Adafactor, AdamW, Lion, Muon, ScheduleFree, Sgd
 from .settings import Sft
+from .sparse import Chosen, Entries, gathered, scattered
 
 Transform = optax.GradientTransformationExtraArgs | optax.GradientTransformation
 
@@ -119,10 +120,22 @@ def transform(config: Sft, params: Any, rate: Any, frozen: Any = None) -> Transf
     return made if frozen is None else optax.transforms.selective_transform(made, freeze_mask=frozen)
 
 
-def start(config: Sft, params: Any, frozen: Any = None) -> Any:
-    """The optimizer's state before the first update: float32, whatever the parameters are."""
+def start(config: Sft, params: Any, frozen: Any = None, entries: Entries | None = None) -> Any:
+    """The optimizer's state before the first update: float32, whatever the parameters are.
+
+    Args:
+      entries: those that are trained of parameters that are trained in part.
+    """
+    places = None if entries is None else entries.places(named_leaves(params))
+    seen = params if places is None else gathered(params, places)
     with jax.numpy_dtype_promotion("standard"):
-        return transform(config, params, 0.0, frozen).init(wide(params))
+        state = transform(config, seen, 0.0, frozen).init(wide(seen))
+    return state if places is None else Chosen(places, state)
+
+
+def seen(state: Any, tree: Any) -> Any:
+    """A tree like the parameters as the optimizer sees it: the entries that are trained, where some are not."""
+    return gathered(tree, state.places) if isinstance(state, Chosen) else tree
 
 
 def update(
@@ -135,14 +148,19 @@ def update(
     Choosing leaf by leaf with `where` instead takes twice the time on a CPU: XLA then copies the moments.
 
     Args:
-      grads: float32. rate: η.
+      grads: float32, `seen` by the optimizer. rate: η.
     """
 
     def made():
-        masters = wide(params)  # moments of one dtype, whatever the parameters are
+        before = seen(state, params)
+        masters = wide(before)  # moments of one dtype, whatever the parameters are
+        inner = state.inner if isinstance(state, Chosen) else state
         with jax.numpy_dtype_promotion("standard"):  # optax counts in int32 and multiplies by it
-            updates, after = transform(config, params, rate, frozen).update(grads, state, masters)
-        return jax.tree.map(lambda p, w, u: (w + u).astype(p.dtype), params, masters, updates), after
+            updates, after = transform(config, before, rate, frozen).update(grads, inner, masters)
+        new = jax.tree.map(lambda p, w, u: (w + u).astype(p.dtype), before, masters, updates)
+        if isinstance(state, Chosen):
+            return scattered(params, new, state.places), Chosen(state.places, after)
+        return new, after
 
     return jax.lax.cond(good, made, lambda: (params, state))
 
@@ -151,8 +169,12 @@ def wide(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def state_places(config: Sft, params: Any, mesh: jax.sharding.Mesh, frozen: Any = None) -> Any:
-    """The sharding of every leaf of the optimizer's state: that of its parameter where it has its shape, else whole."""
+def state_places(params: Any, mesh: jax.sharding.Mesh, state: Any) -> Any:
+    """The sharding of every leaf of the optimizer's state: that of its parameter where it has its shape, else whole.
+
+    Args:
+      state: arrays or shapes.
+    """
     where = {
         path: (leaf.shape, place)
         for (path, leaf), place in zip(
@@ -164,8 +186,7 @@ def state_places(config: Sft, params: Any, mesh: jax.sharding.Mesh, frozen: Any 
         ends = (where[path[i:]] for i in range(len(path)) if path[i:] in where)
         return next((place for shape, place in ends if shape == leaf.shape), replicated(mesh))
 
-    shapes = jax.eval_shape(functools.partial(start, config, frozen=frozen), params)
-    return jax.tree_util.tree_map_with_path(place, shapes)
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def weights_to_keep(state: Any, params: Any) -> Any:

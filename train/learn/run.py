@@ -27,6 +27,7 @@ from ..runtime.sinks import check_sinks, follow
 from ..tasks import build_suite, held_out, pretraining_rows
 from ..tasks.settings import Tasks
 from .batches import Rows, RowSource, steps_of, to_drawn, to_rows
+from .beside import BLOCKS
 from .card import write_cards
 from .checkpoints import SftCheckpoints
 from .pairs import check, good, rows_of
@@ -94,7 +95,7 @@ def train(config: Finetune, journal: Journal, folder: Path, name: str) -> dict[s
             dtype=config.model.dtype,
             held_out=held_out,
             teacher=teacher,
-            checkpoints=SftCheckpoints(folder / "checkpoints" / PHASE / "state"),
+            checkpoints=SftCheckpoints(folder / "checkpoints" / PHASE / "state", blocks=folder / BLOCKS),
             trace_to=folder / "trace",
             adapter_to=folder / "adapter",
             on_step=on_step,

@@ -12,9 +12,11 @@ from ..models.settings import Source
 from ..resolve import FINISH_WITH, at_least
 from ..runtime.settings import Distributed, Mesh
 from ..tasks.settings import FamilySpec, Ingredient
+from .decay import Beside
 from .distill import Distill
+from .masks import Everything, Masking
 from .objectives import ResponseOnly
-from .optimizers import AdamW, Optimizer, ScheduleFree
+from .optimizers import AdamW, Lion, Optimizer, ScheduleFree, Sgd
 from .registry import Objective
 
 
@@ -150,6 +152,8 @@ class Sft:
     stay: Stay = Stay()
     distill: Distill | None = None
     """A teacher's next-token distributions are learnt; null learns what the objective says alone."""
+    mask: Masking = dataclasses.field(default=Everything())
+    beside: Beside = dataclasses.field(default=Beside())
     lora: Lora | None = None
     """Low-rank adapters {rank, alpha, targets, dropout} are trained and merged at the end; null trains all weights."""
 
@@ -169,6 +173,25 @@ class Sft:
                 f"sft.distill.teacher is null: the average of the weights teaches, and step.ema={self.step.ema} or "
                 "schedule_free would keep another one; leave step.ema at 0 and take another sft.optimizer, or give a "
                 "teacher"
+            )
+        if self.beside.every and (self.step.ema or isinstance(self.optimizer, ScheduleFree)):
+            raise UserError(
+                "sft.beside: sft.step.ema and schedule_free return an average of their own; give one of the three"
+            )
+        if self.beside.every and self.lora is not None:
+            raise UserError(
+                "sft.beside: the mean of the products B·A is not the product of the means; leave sft.lora, or take "
+                "sft.step.ema, which averages A and B"
+            )
+        if not isinstance(self.mask, Everything) and (self.lora is not None or self.step.layers == "stacked"):
+            raise UserError(
+                f"sft.mask is {self.mask.name}; it is of all weights, layer by layer: leave sft.lora, and "
+                "sft.step.layers at unrolled"
+            )
+        if self.mask.sparse and not isinstance(self.optimizer, AdamW | Lion | Sgd):
+            raise UserError(
+                f"sft.mask: {self.mask.name} trains single entries, and {self.optimizer.name} does not work entry by "
+                "entry; take adamw, lion or sgd"
             )
         if self.lora is not None and (self.stay.penalised or self.stay.freeze):
             raise UserError("sft.stay: l2, kl and freeze speak of all weights, sft.lora trains none of them; give one")

@@ -26,17 +26,22 @@ from ..models.lora_files import save_lora
 from ..models.loss import Compute, loss_sums
 from ..models.open import Model
 from ..models.stacked import stack_layers, unstack_layers
+from ..runtime.checkpoint import abstract
 from ..runtime.mesh import shardings
 from ..runtime.processes import on_first
 from ..runtime.stop import Stopped
 from . import frozen as adapters
 from . import optim
 from .batches import RowSource, steps_of
+from .beside import Blocks, Stream
 from .frozen import Frozen
+from .importance import settled, share_trained
+from .masks import Everything, Mask
 from .objectives import ResponseOnly
 from .reference import with_reference
 from .settings import Sft, Step
 from .shares import Shares
+from .sparse import Entries, renewing
 from .speed import batch_flops, peak_flops
 from .stay import Anchor, held
 from .step import State, compute_of, init_state, make_step, result
@@ -67,6 +72,9 @@ def check_patterns(config: Sft, params: Params, where: str = "") -> None:
 
 class Checkpoints:
     """Where a fine-tuning run saves its state; this one saves nothing and starts from the beginning."""
+
+    blocks: Blocks | None = None
+    """Where the blocks of `sft.beside` are kept."""
 
     def restore(self, like: State) -> tuple[State | None, int, list[dict[str, float]]]:
         """The newest state (None: start over), the step it stands at, the metrics so far."""
@@ -123,11 +131,12 @@ def fine_tune(
     schedule = steps_of(rows, config)
     total, rates = config.stay.last(schedule), optim.learning_rates(config, schedule)
     snapshots = snapshots_of(config, total)
-    trainee = prepared(model, params, config, mesh=mesh, seed=seed, dtype=dtype, anchor=anchor, teacher=teacher)
+    trainee = prepared(model, params, config, rows, mesh=mesh, seed=seed, dtype=dtype, anchor=anchor, teacher=teacher)
     if config.objective.reference_model():
         base = anchor if anchor is not None and config.objective.reference_model() == "original" else params
         base = placed(stack_layers, base, mesh) if is_stacked(trainee.state.params) else base
         rows = with_reference(model, base, rows, config, trainee.how, mesh=mesh)
+    beside = streamed(config, total, checkpoints, mesh)
     restored, start, log = checkpoints.restore(trainee.state)
     trainee = trainee if restored is None else trainee._replace(state=restored)
     if start:
@@ -147,6 +156,7 @@ def fine_tune(
             trainee, sums = trainee._replace(state=state), jax.device_get(sums)
             now = time.perf_counter()
             seconds, clock = now - clock, now
+            trainee = trainee._replace(state=beside(trainee.renewed(number), number))
             if made(sums, config.step, limit=limit, rate=rate, step=number, total=total):
                 metrics = {"step": number, "learning_rate": rate, **metrics_of(sums, seconds)}
                 if math.isfinite(peak):
@@ -180,6 +190,35 @@ def snapshots_of(config: Sft, total: int) -> dict[int, int]:
     return {round(total * (i + 1) / config.snapshots): i for i in range(config.snapshots)}
 
 
+def streamed(
+    config: Sft, total: int, checkpoints: Checkpoints, mesh: jax.sharding.Mesh
+) -> Callable[[State, int], State]:
+    """What is done with the state after every update for `sft.beside`: the last one's has the merged weights."""
+    if not config.beside.every:
+        return lambda state, number: state
+    stream, blocks = Stream(config.beside, total), checkpoints.blocks
+    if config.beside.block is None:
+        blocks = None
+    elif blocks is None:
+        raise UserError("sft.beside.block: this run keeps nothing on disk; leave block null")
+
+    def after(state: State, number: int) -> State:
+        assert state.beside is not None, "init_state made it"
+        mean, whole = stream.taken(state.beside, state.params, number)
+        state = state._replace(beside=mean)
+        if whole is not None and blocks is not None:
+            blocks.keep(placed(unstack_layers, mean, mesh) if is_stacked(mean) else mean, whole, stream.schedule)
+        if number < total or config.beside.decay is None:
+            return state
+        if blocks is None:
+            return state._replace(average=mean)
+        shapes = jax.eval_shape(unstack_layers, state.params)
+        counts = [count for _, count in stream.blocks]
+        return state._replace(average=blocks.merged(counts, abstract(shapes, shardings(mesh, shapes))))
+
+    return after
+
+
 class Trainee(NamedTuple):
     """What a run trains, how, and what its step reads beside it."""
 
@@ -195,6 +234,17 @@ class Trainee(NamedTuple):
     """Of the model that `sft.distill` names."""
     config: Sft
     mesh: jax.sharding.Mesh
+    mask: Mask
+    entries: Entries | None
+    """Those that are trained of parameters that are trained in part."""
+
+    def renewed(self, number: int) -> State:
+        """The state after update `number`, the entries chosen anew where the mask says so."""
+        state = self.state
+        if self.entries is None or not self.mask.renews(number):
+            return state
+        places = tuple(x.sharding for x in jax.tree.leaves(state.optimizer))
+        return state._replace(optimizer=renewing(self.entries, places)(state.params, state.optimizer))
 
     @property
     def beside(self) -> tuple[Frozen | None, Anchor | None, Params | None]:
@@ -219,6 +269,7 @@ def prepared(
     model: ModelConfig,
     params: Params,
     config: Sft,
+    rows: RowSource,
     *,
     mesh: jax.sharding.Mesh,
     seed: int,
@@ -227,7 +278,10 @@ def prepared(
     teacher: Model | None = None,
 ) -> Trainee:
     """A state made of `params` and everything its step needs; see `fine_tune` for the arguments."""
-    frozen, trained = None, params
+    frozen, trained, entries = None, params, None
+    if not isinstance(config.mask, Everything):
+        config, entries = settled(config, model, params, rows, mesh=mesh, seed=seed, dtype=dtype)
+        say(f"mask: {share_trained(config, params, entries):.2%} of the model's size is trained")
     if config.lora is not None:
         trained, frozen = adapters.freeze(config.lora, params, mesh, seed=seed)
         say(f"LoRA: {adapters.share(params, trained):.2%} of the model's size is trained")
@@ -238,7 +292,7 @@ def prepared(
         trained = placed(stack_layers, trained, mesh)
         frozen = frozen and frozen._replace(params=placed(stack_layers, frozen.params, mesh))
         near = near and near._replace(params=placed(stack_layers, near.params, mesh))
-    state = init_state(config, trained, mesh)
+    state = init_state(config, trained, mesh, entries)
     how = compute_of(config, model, state.params, mesh, dtype)
     say(f"attention: {how.attention}")
     theirs = taught = None
@@ -247,7 +301,8 @@ def prepared(
         if config.step.layers == "stacked":
             theirs = placed(stack_layers, theirs, mesh)
         taught = teacher.config, compute_of(config, teacher.config, theirs, mesh, config.distill.teacher.dtype)
-    return Trainee(state, make_step(model, config, how, taught), how, near, frozen, theirs, config, mesh)
+    step = make_step(model, config, how, taught)
+    return Trainee(state, step, how, near, frozen, theirs, config, mesh, config.mask, entries)
 
 
 def made(sums: dict[str, Any], step_config: Step, **about: Any) -> bool:

@@ -45,3 +45,8 @@ def held(patterns: tuple[str, ...], params: Params) -> Any:
     if all(frozen):
         raise UserError(f"sft.stay.freeze: {', '.join(patterns)} freeze every parameter; leave some to train")
     return jax.tree.unflatten(jax.tree.structure(params), frozen)
+
+
+def zeroed(grads: Any, frozen: Any) -> Any:
+    """The gradients with 0 where a leaf is frozen, so that it counts in no norm."""
+    return jax.tree.map(lambda g, is_frozen: jnp.zeros_like(g) if is_frozen else g, grads, frozen)

@@ -22,10 +22,12 @@ from ..models.settings import Source
 from ..runtime.mesh import replicated, shardings
 from . import frozen as adapters
 from . import optim
+from .beside import begun
 from .frozen import Frozen
 from .settings import Sft, Stay, Step
+from .sparse import Entries
 from .speed import tokens_of
-from .stay import Anchor, held, pull
+from .stay import Anchor, held, pull, zeroed
 
 
 class State(NamedTuple):
@@ -40,30 +42,41 @@ class State(NamedTuple):
     where neither is asked for."""
     skipped: Any
     """Updates not made, [in all, in a row] int32."""
+    beside: Params | None = None
+    """Mean of the snapshots of a block so far, float32; None without `sft.beside`. The step passes it on."""
 
 
-def init_state(config: Sft, params: Params, mesh: jax.sharding.Mesh) -> State:
-    """A state that owns a copy of `params`; moments lie where their parameters lie."""
+def init_state(config: Sft, params: Params, mesh: jax.sharding.Mesh, entries: Entries | None = None) -> State:
+    """A state that owns a copy of `params`; moments lie where their parameters lie.
+
+    Args:
+      entries: with a sparse `config.mask`, those that are trained.
+    """
     masters = jnp.dtype(config.step.masters)
 
     def make(params):
         return State(
             jax.tree.map(lambda p: jnp.array(p, masters, copy=True), params),
-            optim.start(config, params, held(config.stay.freeze, params)),
+            optim.start(config, params, held(config.stay.freeze, params), entries),
             jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
             if config.step.ema or config.self_taught
             else None,
             jnp.zeros(2, jnp.int32),
+            begun(params) if config.beside.every else None,
         )
 
-    return jax.jit(make, out_shardings=state_shardings(config, params, mesh))(params)
+    return jax.jit(make, out_shardings=state_shardings(config, params, mesh, entries))(params)
 
 
-def state_shardings(config: Sft, params: Params, mesh: jax.sharding.Mesh) -> State:
+def state_shardings(config: Sft, params: Params, mesh: jax.sharding.Mesh, entries: Entries | None = None) -> State:
     """Without these, `jit` would silently replicate the moments."""
     ours = shardings(mesh, params)
-    optimizer = optim.state_places(config, params, mesh, held(config.stay.freeze, params))
-    return State(ours, optimizer, ours if config.step.ema or config.self_taught else None, replicated(mesh))
+    begin = functools.partial(optim.start, config, frozen=held(config.stay.freeze, params), entries=entries)
+    optimizer = optim.state_places(params, mesh, jax.eval_shape(begin, params))
+    average, beside = (
+        ours if asked else None for asked in (config.step.ema or config.self_taught, config.beside.every)
+    )
+    return State(ours, optimizer, average, replicated(mesh), beside)
 
 
 def compute_of(config: Sft, model: ModelConfig, params: Params, mesh: jax.sharding.Mesh, dtype: str) -> Compute:
@@ -160,25 +173,26 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute, taught: tuple[Mode
         if stay.l2 and anchor is not None:
             grads = pull(state.params, anchor, grads)
         kept = held(stay.freeze, state.params)
-        if kept is not None:  # their gradients count in no norm
-            grads = jax.tree.map(lambda g, is_kept: jnp.zeros_like(g) if is_kept else g, grads, kept)
+        grads = optim.seen(state.optimizer, grads if kept is None else zeroed(grads, kept))
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limit * jnp.maximum(others["weight"], 1e-6))
         params, optimizer = optim.update(
             config, state.params, state.optimizer, grads, rate=rate, good=good, frozen=kept
         )
         if how.mesh is not None:  # the compiler would lay norms over fsdp, and the next step be another program
-            places = shardings(how.mesh, params), optim.state_places(config, params, how.mesh, kept)
+            places = shardings(how.mesh, params), optim.state_places(params, how.mesh, optimizer)
             params, optimizer = jax.lax.with_sharding_constraint((params, optimizer), places)
-        average: Any = state.average
-        if average is not None:
-            moved = 1 - jnp.where(good, keep, 1.0)
-            average = optax.incremental_update(optim.wide(params), average, moved)
+        average = None if state.average is None else moved(state.average, params, jnp.where(good, keep, 1.0))
         counts = jnp.where(good, state.skipped * jnp.array([1, 0]), state.skipped + 1)
         sums = {"loss": loss, **others, "gradient_norm": norm, "skipped": counts, "tokens": tokens_of(batch)}
-        return State(params, optimizer, average, counts), sums
+        return State(params, optimizer, average, counts, state.beside), sums
 
     return step
+
+
+def moved(average: Params, params: Params, keep: jax.Array) -> Any:
+    """The average of the weights after an update: keep · average + (1 − keep) · params."""
+    return optax.incremental_update(optim.wide(params), average, 1 - keep)
 
 
 def _sums(
