@@ -14,7 +14,7 @@ from ..tasks import Suite, build_suite
 from ..tasks.code import CodeTask
 from . import budget
 from .devices import DEVICES, GIB
-from .plan import Plan, check_sampled, plan
+from .plan import STORED, Plan, check_sampled, plan
 from .settings import Improve
 
 
@@ -37,7 +37,7 @@ def show_plan(config: Improve) -> None:
     show_memory(config, held)
     show_minutes(config, model, suite, todo, max(sum(parts.values()) for parts in held.values()))
     kinds = Counter(p.kind for p in todo.phases)
-    kept = kinds["sft"] + kinds["merge"]
+    kept = sum(kinds[kind] for kind in STORED)
     if config.keep is not None:
         kept = min(kept, (config.keep + 1) * kept // config.rounds)
     say(f"disk: {kept * count * 4 / 1e9:.2f} GB of weights, and {3 * count * 4 / 1e9:.2f} GB while fine-tuning")
@@ -60,7 +60,7 @@ def show_phases(config: Improve, suite: Suite, todo: Plan, count: int) -> None:
             size = f"{train} questions × {samples}"
         elif phase.kind == "evaluate":
             size = f"{tested} questions"
-        elif phase.kind in ("sft", "merge"):
+        elif phase.kind in STORED:
             size = f"writes {count * 4 / 1e9:.2f} GB"
         shared = f"  (also {', '.join(phase.shared_by)})" if phase.shared_by else ""
         say(f"  {phase.name:32} {size}{shared}")

@@ -22,7 +22,7 @@ from ..runtime.processes import on_first
 from ..runtime.settings import Mesh
 from .card import exported_card, run_card
 from .origin import write_origin
-from .plan import BASE, Outcome, Plan, plan
+from .plan import BASE, STORED, Outcome, Plan, plan
 from .session import Session
 from .settings import Improve
 
@@ -85,7 +85,7 @@ class Found:
     def model(self) -> Model:
         """Load the model; probes are made again from the checkpoints they come from."""
         root, outcome = self.root, self.outcome
-        if outcome.model != BASE and self.todo[outcome.model].kind in ("sft", "merge"):
+        if outcome.model != BASE and self.todo[outcome.model].kind in STORED:
             if not (root / "checkpoints" / outcome.model).is_dir():
                 raise UserError(f"{root}: the weights of {outcome.model} are gone (keep= deletes those of old rounds)")
             return open_model(str(root / "checkpoints" / outcome.model))

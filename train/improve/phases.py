@@ -36,6 +36,7 @@ from ..search.settings import Drawing, Search
 from ..search.source import search_solutions
 from . import merge as combine
 from . import probes
+from .branch import part_of
 from .plan import BASE, Phase, spell
 from .rehearse import read_reference, rehearse
 from .select import select as select_examples
@@ -142,6 +143,30 @@ def select(session: Session, phase: Phase, folder: Path) -> Row:
     name, version = dataset_of(phase)
     on_first(write_version, session.journal.root / "samples", name, version, examples, provenance)
     return {**counts, "dataset": f"{name}/{version}"}
+
+
+def part(session: Session, phase: Phase, folder: Path) -> Row:
+    """The examples of one branch, as a dataset of their own."""
+    del folder
+    examples = session.read_examples(session.todo[phase.inputs["data"]])
+    settings = phase.settings
+    mine = part_of(examples, settings["part"], settings["of"], seed=session.config.seed * 1000 + phase.round)
+    if not mine:
+        raise UserError(
+            f"{phase.name}: {len({e['question_id'] for e in examples})} questions with examples cannot be split into "
+            f"{settings['of']} parts; lower branch.count, or give more questions or samples"
+        )
+    name, version = dataset_of(phase)
+    provenance = {"round": phase.round, "method": phase.method, "seed": session.config.seed, **settings}
+    on_first(write_version, session.journal.root / "samples", name, version, mine, provenance)
+    return {**settings, "examples": len(mine), "dataset": f"{name}/{version}"}
+
+
+def join(session: Session, phase: Phase, folder: Path) -> Row:
+    """Merge the branches of a round's fine-tuning."""
+    del folder
+    kept = session.weights.keep(phase, session.weights.join(phase))
+    return {"rule": phase.settings["rule"], "coefficients": phase.settings["parameters"], **kept}
 
 
 def sft(session: Session, phase: Phase, folder: Path) -> Row:
@@ -282,7 +307,9 @@ STEPS: dict[str, Callable[[Session, Phase, Path], Row]] = {
     "load": load,
     "sample": sample,
     "select": select,
+    "part": part,
     "sft": sft,
+    "join": join,
     "merge": merge,
     "rank": rank,
     "probe": probe,

@@ -15,7 +15,9 @@ from ..log import UserError
 from ..resolve import to_dict
 from .settings import Improve, Probe
 
-Kind = Literal["load", "sample", "select", "sft", "merge", "rank", "probe", "evaluate"]
+Kind = Literal["load", "sample", "select", "part", "sft", "join", "merge", "rank", "probe", "evaluate"]
+STORED = ("sft", "join", "merge")
+"""Kinds of phases whose weights are kept on disk; a probe's are made again when asked for."""
 
 BASE = "base"
 """The name of the original model among the inputs of phases."""
@@ -42,8 +44,8 @@ class Phase:
 
     @property
     def makes_weights(self) -> bool:
-        """Whether a model comes out; sft and merge keep it on disk, a probe's is made again when asked for."""
-        return self.kind in ("sft", "merge", "probe")
+        """Whether a model comes out."""
+        return self.kind in (*STORED, "probe")
 
 
 class Plan:
@@ -76,13 +78,18 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The model a method ends a round with, and the phase that evaluated it."""
+    """The model a method ends a round with, and the phase that evaluated it.
+
+    Attributes:
+      tuned: the phase whose model training ended with, before any merge with an anchor; empty if nothing was trained.
+    """
 
     method: str
     round: int
     model: str
     evaluate: str
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tuned: str = ""
 
 
 def spell(number: float) -> str:
@@ -127,7 +134,7 @@ def plan(config: Improve) -> tuple[Plan, list[Outcome]]:
             earlier = {"earlier-0": data[m]} if selection.data == "accumulated" and m in data else {}
             data[m] = todo.add("select", round, m, {"samples": samples} | earlier, selection)
             start = current[m] if sft.start == "merged" else BASE
-            tuned[m] = todo.add("sft", round, m, {"model": start, "data": data[m]}, sft)
+            tuned[m] = plan_training(todo, config, m, round, start, data[m])
             if merge.rule == "none":
                 current[m] = tuned[m]
             else:
@@ -137,12 +144,27 @@ def plan(config: Improve) -> tuple[Plan, list[Outcome]]:
                 settings = {"merge": to_dict(merge), "round": round}
                 current[m] = todo.add("merge", round, m, inputs, settings)
             ended[m].append(current[m])
-            outcomes.append(Outcome(m, round, current[m], todo.add("evaluate", round, m, {"model": current[m]})))
+            evaluate = todo.add("evaluate", round, m, {"model": current[m]})
+            outcomes.append(Outcome(m, round, current[m], evaluate, tuned=tuned[m]))
         for name, method in config.methods.items():
             probe = method.probe
             if probe is not None and round in (probe.rounds or (config.rounds,)):
                 outcomes += plan_probe(todo, config, name, probe, round, tuned[probe.of], current[probe.of])
     return todo, outcomes
+
+
+def plan_training(todo: Plan, config: Improve, method: str, round: int, start: str, data: str) -> str:
+    """Name the phase that a round's training ends with: one fine-tuning, or the merge of several branches of it."""
+    sft, branch = config.block(method, "sft"), config.block(method, "branch")
+    if branch.count == 1:
+        return todo.add("sft", round, method, {"model": start, "data": data}, sft)
+    ends = {}
+    for number in range(1, branch.count + 1):
+        settings, name = {"part": number, "of": branch.count}, f"branch-{number}"
+        part = todo.add("part", round, method, {"data": data}, settings, name=f"{name}-part")
+        ends[name] = todo.add("sft", round, method, {"model": start, "data": part}, sft, name=f"{name}-sft")
+    rule = {"rule": branch.rule, "parameters": dict(branch.parameters)}
+    return todo.add("join", round, method, {"model": start} | ends, rule)
 
 
 def plan_probe(todo: Plan, config: Improve, name: str, probe: Probe, round: int, tuned: str, current: str):
@@ -160,6 +182,11 @@ def plan_probe(todo: Plan, config: Improve, name: str, probe: Probe, round: int,
             outcome({"tuned": current}, {"kind": "line", "coefficient": c}, f"{spell(c)}-", coefficient=c)
             for c in probe.coefficients
         ]
+    if config.block(probe.of, "branch").count > 1:
+        raise UserError(
+            f"methods.{name}: {probe.kind} takes checkpoints of one fine-tuning, and {probe.of} branches into "
+            f"{config.block(probe.of, 'branch').count}; set methods.{probe.of}.branch.count to 1, or probe another"
+        )
     wanted = probe.best if probe.kind == "exme" else 2
     if config.block(probe.of, "sft").snapshots < wanted:
         kept = config.block(probe.of, "sft").snapshots

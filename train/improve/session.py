@@ -25,7 +25,7 @@ from ..runtime.mesh import make_mesh
 from ..runtime.processes import on_first
 from ..tasks import STOP_STRINGS, Question, Suite, build_suite
 from ..tasks.task import Split
-from .plan import BASE, Outcome, Phase, Plan
+from .plan import BASE, STORED, Outcome, Phase, Plan
 from .settings import Improve
 from .weights import Weights
 
@@ -51,9 +51,9 @@ class Session:
 
     def output_of(self, phase: Phase) -> Path | None:
         """What a phase leaves on disk for later ones, beside its own folder."""
-        if phase.kind in ("sft", "merge"):
+        if phase.kind in STORED:
             return self.weights.folder(phase.name) / "weights"
-        if phase.kind == "select":
+        if phase.kind in ("select", "part"):
             return self.journal.root.joinpath("samples", *dataset_of(phase))
         return None
 
@@ -142,5 +142,6 @@ def check_questions(suite: Suite, journal: Journal) -> None:
 
 
 def dataset_of(phase: Phase) -> tuple[str, str]:
-    """TFDS name and version of the examples a select phase writes: a dataset a method, a version a round."""
-    return phase.method.replace("-", "_").lower(), f"{phase.round}.0.0"
+    """TFDS name and version of the examples a phase writes: a dataset a method, a version a round or a part of it."""
+    part = phase.settings["part"] if phase.kind == "part" else 0
+    return phase.method.replace("-", "_").lower(), f"{phase.round}.0.{part}"

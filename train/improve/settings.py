@@ -19,6 +19,7 @@ from ..resolve import at_least, build, check_known, to_dict
 from ..runtime.settings import Distributed, Mesh
 from ..search.settings import Search
 from ..tasks.settings import Tasks
+from .branch import Branch
 
 PROBE_READS = {
     "expo": ("alphas",),
@@ -28,6 +29,8 @@ PROBE_READS = {
     "merge": ("rule", "parameters"),
 }
 """Fields that each kind of probe reads besides of, kind and rounds."""
+BLOCKS = ("sampling", "selection", "sft", "branch", "merge")
+"""Blocks of a run that a method may replace keys of."""
 TREE = ("children", "depth", "gate", "retries", "diverse", "samples", "rollout")
 SEARCH_READS = {
     "dart": ("dart",),
@@ -265,6 +268,8 @@ class Method:
     """These keys of the run's `selection` block are replaced for this method."""
     sft: dict[str, Any] = dataclasses.field(default_factory=dict)
     """These keys of the run's `sft` block are replaced for this method."""
+    branch: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """These keys of the run's `branch` block are replaced for this method."""
     merge: dict[str, Any] = dataclasses.field(default_factory=dict)
     """These keys of the run's `merge` block are replaced for this method."""
     probe: Probe | None = None
@@ -284,6 +289,7 @@ class Improve:
     sampling: Sampling = Sampling()
     selection: Selection = Selection()
     sft: Sft = dataclasses.field(default_factory=Sft)
+    branch: Branch = dataclasses.field(default_factory=Branch)
     merge: Merge = Merge()
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
@@ -303,7 +309,7 @@ class Improve:
             twins = [other for other in self.methods if other.replace("-", "_") == name.replace("-", "_")]
             if len(twins) > 1:
                 raise UserError(f"methods: {' and '.join(twins)} differ in - and _ alone; name one otherwise")
-            if method.probe and any((method.sampling, method.selection, method.sft, method.merge)):
+            if method.probe and any(getattr(method, block) for block in BLOCKS):
                 raise UserError(f"methods.{name} is a probe: it trains nothing; set these on {method.probe.of}")
             if method.probe and any(not 1 <= r <= self.rounds for r in method.probe.rounds):
                 raise UserError(f"methods.{name}.probe.rounds: the run has rounds 1 to {self.rounds}")
@@ -312,7 +318,7 @@ class Improve:
                 raise UserError(
                     f"methods.{name}.probe.of is {method.probe.of!r}; it must be a trained method: {', '.join(trained)}"
                 )
-            for block in ("sampling", "selection", "sft", "merge"):
+            for block in BLOCKS:
                 self.block(name, block)
         check_methods(self)
 

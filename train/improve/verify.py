@@ -49,7 +49,7 @@ from .origin import Origin
 from .plan import BASE, Phase, Plan, plan
 from .rehearse import read_reference
 from .settings import Improve, Merge
-from .weights import Weights
+from .weights import Weights, joined
 
 Progress = Callable[[int, int, str], None]
 Leaves = dict[str, Any]
@@ -120,13 +120,15 @@ def open_run(root: Path) -> Run:
 def chosen(run: Run, model: str) -> list[str]:
     """Return the phases whose models are to be compared: the one that is named, or all merges."""
     made = [phase for phase in run.todo.phases if phase.makes_weights and run.journal.committed(phase.name)]
-    merges = [phase.name for phase in made if phase.kind == "merge"]
+    merges = [phase.name for phase in made if phase.kind in ("join", "merge")]
     if not model:
         if not merges:
             raise Unsure(f"{run.root} has no merge that is committed")
         return merges
     known = [phase.name for phase in made]
-    found = next((name for name in (model, f"{model}/merge", f"{model}/sft") if name in known), None)
+    found = next(
+        (name for name in (model, *(f"{model}/{kind}" for kind in ("merge", "join", "sft"))) if name in known), None
+    )
     if found is None:
         raise Unsure(f"{run.root} has committed no model {model!r}; there are {', '.join(known) or 'none'}")
     return [found]
@@ -235,6 +237,8 @@ def replay(run: Run, phase: Phase, sampled: bool) -> Wanted:
     try:
         if phase.kind == "merge":
             made, reference = remerge(run, phase, taken, sampled)
+        elif phase.kind == "join":
+            made, reference = joined(phase, taken), taken(phase.inputs["model"])
         elif phase.kind == "sft":
             made, reference = taken(phase.name), taken(BASE)
         else:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .read import Run
 
 PHASES = {
-    "load": "loading", "sample": "sampling", "select": "selecting", "sft": "fine-tuning", "merge": "merging",
+    "load": "loading", "sample": "sampling", "select": "selecting", "part": "splitting", "sft": "fine-tuning",
+    "join": "merging branches", "merge": "merging",
     "evaluate": "evaluating", "probe": "probing", "rank": "ranking", "save": "saving",
 }  # fmt: skip
 

@@ -181,8 +181,8 @@ def open_study(root: Path, options: AnalyseOptions) -> Study:
     there, missing = [], []
     for number in range(1, config.rounds + 1):
         own = [p for p in todo.phases if p.round == number and method in (p.method, *p.shared_by)]
-        tuned = next(p for p in own if p.kind == "sft")
-        end = next(o.model for o in outcomes if (o.method, o.round) == (method, number) and not o.extra)
+        outcome = next(o for o in outcomes if (o.method, o.round) == (method, number) and not o.extra)
+        tuned, end = todo[outcome.tuned], outcome.model
         committed = all(session.journal.committed(name) is not None for name in (tuned.name, end))
         if committed and all((session.weights.folder(name) / "weights").is_dir() for name in {tuned.name, end}):
             sample = next(p for p in own if p.kind == "sample")
