@@ -24,13 +24,16 @@ from ..runtime.processes import on_first
 from ..runtime.stop import check
 from ..tasks import Question, Suite, few_shot
 from . import accuracy
+from .diversity import Answered
+from .rerank import AT_K
 
 
 class Answers(NamedTuple):
     """What a model said.
 
     Attributes:
-      rows: one a sample, by question, then sample: {question_id, sample, text, tokens, reason}, and from `ask` score.
+      rows: one a sample, by question, then sample: {question_id, sample, text, tokens, logprob, reason}, and from `ask`
+        score.
       tokens: generated since this start; rows that an earlier start committed are not counted.
       seconds: spent on generating them.
     """
@@ -109,6 +112,11 @@ def is_right(rows: Sequence[Row]) -> dict[str, float]:
     return {id: float(count) for id, count in right(rows).items()}
 
 
+def lengths(rows: Sequence[Row]) -> dict[str, int]:
+    """Tokens of the answer to each question, of rows with one sample a question."""
+    return {row["question_id"]: len(row["tokens"]) for row in rows}
+
+
 SHOWN, SHOWN_OF_FAMILY = 12, 2
 """Answers that a record keeps for the report, in all and of a family in a domain."""
 
@@ -141,13 +149,17 @@ def to_show(questions: Sequence[Question], rows: Sequence[Row]) -> list[Row]:
     ]  # fmt: skip
 
 
-def tell_pass_rates(questions: Sequence[Question], right: Mapping[str, int], samples: int) -> list[dict[str, Any]]:
-    """pass@k of each family, said and returned."""
-    rows = accuracy.pass_rates(questions, right, samples)
+def tell_pass_rates(questions: Sequence[Question], drawn: Mapping[str, Answered], samples: int) -> list[dict[str, Any]]:
+    """pass@k, maj@k and rank@k of each family, said and returned."""
+    rows = accuracy.pass_rates(questions, drawn, samples)
     for row in rows:
-        mean, low, high = map(format_percent, row["value"])
+        told = []
+        for name in AT_K:
+            if row[name] is not None:
+                mean, low, high = map(format_percent, row[name])
+                told.append(f"{name}@{row['k']} {mean} [{low}, {high}]")
         name = f"{row['family']} ({DOMAIN_NAMES[row['domain']]})"
-        say(f"{name}  pass@{row['k']} {mean} [{low}, {high}], {row['n']} questions × {samples} samples")
+        say(f"{name}  {', '.join(told)}, {row['n']} questions × {samples} samples")
     return rows
 
 
@@ -208,5 +220,6 @@ def sample_row(sample: Sample) -> Row:
         "sample": sample.index,
         "text": sample.text,
         "tokens": list(sample.tokens),
+        "logprob": round(sum(sample.logprobs), 4),
         "reason": sample.reason,
     }

@@ -211,6 +211,8 @@ def memory(config: Improve, model: ModelConfig, todo: Plan, read: float) -> dict
         found[{"sample": "sampling"}.get(kind, "evaluating")] = paper.decode_memory(model, program, mesh) | held
     if made := max(beside.get(kind, 0) for kind in ("join", "merge", "probe")):
         found["merging"] = {"models": one * made, "what comes out": one}
+    if any(phase.kind == "graft" for phase in todo.phases):
+        found["grafting"] = {"models": 2 * one, "mask, its moments and gradient": 4 * one, "the grafted model": 2 * one}
     return found
 
 

@@ -15,7 +15,7 @@ import jaxmerge
 
 from ..data.versions import write_version
 from ..evaluate import accuracy
-from ..evaluate.answer import generate, is_right, to_show, verify
+from ..evaluate.answer import generate, is_right, lengths, to_show, verify
 from ..evaluate.change import by_layer
 from ..evaluate.importance import loss_of, of_layers, taylor_importance
 from ..evaluate.texts import batches as text_batches
@@ -293,12 +293,12 @@ def evaluate_model(session: Session, phase: Phase, folder: Path) -> Row:
     scores = is_right(answers.rows)
     outcome = next(o for o in session.outcomes if o.evaluate == phase.name)
     about = {"method": phase.method, "number": phase.round, "seconds": answers.seconds, **outcome.extra}
-    table = accuracy.rows(questions, scores, **about)
+    table = accuracy.rows(questions, scores, lengths=lengths(answers.rows), **about)
     config = session.config.evaluation
     if config.samples and (config.sampled == "all" or phase.round in (0, session.config.rounds)):
         asked = [q for q in questions if q.split == "test"]
-        right = session.successes(model, asked, folder / "sampled", f"{phase.name} pass@k")
-        accuracy.add_pass_at(table, asked, right, config.samples)
+        drawn = session.drawn(model, asked, folder / "sampled", f"{phase.name} pass@k")
+        accuracy.add_at_k(table, asked, drawn, config.samples)
     on_first(write_jsonl, folder / "scores.jsonl", [{"question_id": q.id, "score": scores[q.id]} for q in questions])
     return {"model": phase.inputs["model"], "rows": table, "examples": to_show(questions, answers.rows)}
 
@@ -312,6 +312,7 @@ STEPS: dict[str, Callable[[Session, Phase, Path], Row]] = {
     "join": join,
     "merge": merge,
     "rank": rank,
+    "graft": probes.graft,
     "probe": probe,
     "evaluate": evaluate_model,
 }

@@ -15,8 +15,8 @@ from ..log import UserError
 from ..resolve import to_dict
 from .settings import Improve, Probe
 
-Kind = Literal["load", "sample", "select", "part", "sft", "join", "merge", "rank", "probe", "evaluate"]
-STORED = ("sft", "join", "merge")
+Kind = Literal["load", "sample", "select", "part", "sft", "join", "merge", "rank", "graft", "probe", "evaluate"]
+STORED = ("sft", "join", "merge", "graft")
 """Kinds of phases whose weights are kept on disk; a probe's are made again when asked for."""
 
 BASE = "base"
@@ -175,6 +175,9 @@ def plan_probe(todo: Plan, config: Improve, name: str, probe: Probe, round: int,
         evaluate = todo.add("evaluate", round, name, {"model": model}, name=f"{label}evaluate")
         return Outcome(name, round, model, evaluate, extra)
 
+    if probe.kind == "graft":
+        model = todo.add("graft", round, name, {"tuned": tuned}, probe.graft, name="merge")
+        return [Outcome(name, round, model, todo.add("evaluate", round, name, {"model": model}))]
     if probe.kind == "expo":
         return [outcome({"tuned": tuned}, {"kind": "expo", "alpha": probe.alphas[0]}, "")]
     if probe.kind == "line":

@@ -14,7 +14,9 @@ import numpy as np
 
 from ..data.versions import read_version
 from ..evaluate import accuracy
-from ..evaluate.answer import Answers, ask, is_right, join_completion, right
+from ..evaluate.answer import Answers, ask, is_right, join_completion
+from ..evaluate.diversity import Answered
+from ..evaluate.rerank import drawn
 from ..evaluate.texts import Text
 from ..generate.settings import Settings
 from ..log import UserError
@@ -92,8 +94,8 @@ class Session:
             shots=self.config.tasks.few_shot, batch=self.config.evaluation.batch, folder=folder, title=title,
         )  # fmt: skip
 
-    def successes(self, model: Model, questions: Sequence[Question], folder: Path, title: str) -> dict[str, int]:
-        """How many of `evaluation.samples` samples of each question are right."""
+    def drawn(self, model: Model, questions: Sequence[Question], folder: Path, title: str) -> dict[str, Answered]:
+        """`evaluation.samples` samples of each question, judged."""
         block = self.config.evaluation
         on_first(folder.mkdir, exist_ok=True)
         key = jax.random.fold_in(self.key, np.uint32(accuracy.SAMPLED))
@@ -101,7 +103,7 @@ class Session:
             model, self.suite, questions, block.sampling(self.greedily), key,
             shots=self.config.tasks.few_shot, batch=block.batch, folder=folder, title=title,
         )  # fmt: skip
-        return right(answers.rows)
+        return drawn(self.suite, questions, answers.rows)
 
     def validate(self, model: Model, folder: Path, title: str) -> float:
         """Mean over the domains of the accuracy on validation questions: what searches maximise."""

@@ -20,6 +20,7 @@ from ..runtime.settings import Distributed, Mesh
 from ..search.settings import Search
 from ..tasks.settings import Tasks
 from .branch import Branch
+from .graft import Graft
 
 PROBE_READS = {
     "expo": ("alphas",),
@@ -27,6 +28,7 @@ PROBE_READS = {
     "line": ("coefficients",),
     "best": (),
     "merge": ("rule", "parameters"),
+    "graft": ("graft",),
 }
 """Fields that each kind of probe reads besides of, kind and rounds."""
 BLOCKS = ("sampling", "selection", "sft", "branch", "merge")
@@ -219,10 +221,10 @@ class Probe:
 
     of: str
     """The probe is made from the checkpoints of this method."""
-    kind: Literal["expo", "exme", "line", "best", "merge"] = "expo"
+    kind: Literal["expo", "exme", "line", "best", "merge", "graft"] = "expo"
     """The probe is made in this way. expo: θ_t + α(θ_t − θ_b). exme: the best snapshots on validation are each
     extrapolated, then merged. line: base + λ·change for each λ in `coefficients`. best: the best snapshot is taken.
-    merge: all snapshots are merged by `rule`."""
+    merge: all snapshots are merged by `rule`. graft: base + mask·change, the mask learned."""
     alphas: tuple[float, ...] = (0.3,)
     """The models are extrapolated this far: one α for expo, one for each snapshot for exme."""
     weights: tuple[float, ...] = (0.5, 0.5)
@@ -238,6 +240,7 @@ class Probe:
     """merge: the rule takes these coefficients."""
     coefficients: tuple[float, ...] = ()
     """line: a model is made for each of these λ."""
+    graft: Graft = dataclasses.field(default_factory=Graft)
     rounds: tuple[int, ...] = ()
     """These rounds are probed; () is the last one."""
 

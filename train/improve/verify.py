@@ -143,10 +143,10 @@ def check(run: Run, phase: Phase, folder: str | None, everything: bool, progress
     if digest not in (None, recorded):
         said = f"its digest is {digest}, the run recorded {recorded}"
         altered = Verdict("(the checkpoint)", "different", detail=f"{said}: it was changed after the run wrote it")
-    if phase.kind == "sft" and folder is None:
+    if phase.kind in ("sft", "graft") and folder is None:
         if altered is not None:
             return summarise(where, [altered], (), ())
-        raise Unsure(f"{phase.name} is no merge: training cannot be replayed; its digest is the one the run recorded")
+        raise Unsure(f"{phase.name} is no merge: learning cannot be replayed; its digest is the one the run recorded")
     sampled = not everything and is_elementwise(phase)
     report = compare(where, replay(run, phase, sampled), found, sampled, progress)
     if sampled and (report["code"] == WRONG or altered is not None):
@@ -239,7 +239,7 @@ def replay(run: Run, phase: Phase, sampled: bool) -> Wanted:
             made, reference = remerge(run, phase, taken, sampled)
         elif phase.kind == "join":
             made, reference = joined(phase, taken), taken(phase.inputs["model"])
-        elif phase.kind == "sft":
+        elif phase.kind in ("sft", "graft"):
             made, reference = taken(phase.name), taken(BASE)
         else:
             made, reference = run.weights.make_probe(phase)[0], taken(BASE)

@@ -122,11 +122,13 @@ class Weights:
         """A probe's weights from its inputs, and what its record says of them unless it was searched."""
         base, settings = self.get(BASE), phase.settings
         kind = settings["kind"]
-        if kind in ("expo", "line"):
-            alpha = settings["alpha"] if kind == "expo" else settings["coefficient"] - 1.0
-            tuned = self.get(phase.inputs["tuned"])
-            told = {"alpha": alpha} if kind == "expo" else {"lambda": settings["coefficient"]}
-            return jaxmerge.extrapolate([tuned], base=base, alpha=alpha), {"coefficients": told}
+        if kind == "expo":
+            alpha, tuned = settings["alpha"], self.get(phase.inputs["tuned"])
+            return jaxmerge.extrapolate([tuned], base=base, alpha=alpha), {"coefficients": {"alpha": alpha}}
+        if kind == "line":
+            # λ = 0 and λ = 1 are the two models to the bit; beyond 1 this extrapolates.
+            t, tuned = settings["coefficient"], self.get(phase.inputs["tuned"])
+            return jaxmerge.interpolate([base, tuned], t=t), {"coefficients": {"lambda": t}}
         if kind == "merge":
             models = [self.read(path) for path in self.snapshots(phase.inputs["tuned"])]
             try:

@@ -11,6 +11,7 @@ import yaml
 from helpers import ROOT
 
 import jaxmerge
+from train.cli.__main__ import main
 from train.improve import phases
 from train.improve.branch import part_of
 from train.improve.origin import Origin
@@ -52,8 +53,11 @@ def test_one_branch_is_the_plain_plan():
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("branch")
     methods = {"plain": {}, "bam": BAM, "bam-imm": {**BAM, "merge": {"rule": "imm", "alpha": 0.5}}}
-    return improve(config(methods), name="branch", out=tmp_path_factory.mktemp("branch") / "run", quiet=True)
+    (folder / "branch.yaml").write_text(yaml.safe_dump({**TINY, "methods": methods}))
+    assert main(["improve", str(folder / "branch.yaml"), "rounds=1", f"out={folder / 'run'}"]) == 0
+    return folder / "run"
 
 
 def test_the_branches_are_averaged_and_the_merge_with_the_anchor_follows(done):
