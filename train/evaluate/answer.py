@@ -99,6 +99,35 @@ def ask(
     return answers._replace(rows=verify(suite, {q.id: q for q in questions}, answers.rows))
 
 
+def go_on(
+    model: Model,
+    suite: Suite,
+    begun: Sequence[tuple[Question, str]],
+    settings: Settings,
+    key: jax.Array,
+    *,
+    shots: int = 0,
+    title: str = "go on",
+) -> list[str | None]:
+    """Let a model go on with completions that are begun; None where there is no room for `max_new_tokens` more.
+
+    Args:
+      begun: (question, beginning of its completion, which may be empty).
+    """
+    asked = []
+    for number, (question, text) in enumerate(begun):
+        head, tail = join_completion(suite, model.tokenizer, question, text, shots)
+        if len(head) + len(tail) + settings.max_new_tokens <= model.config.context:
+            asked.append(Prompt(str(number), (*head, *tail)))
+    with progress(title, total=len(asked), unit="completions") as bar:
+        samples = rollout(
+            model.config, model.params, model.tokenizer, asked, settings, key,
+            on_sample=lambda tokens: bar.advance(1), between=check,
+        )  # fmt: skip
+    said = {int(sample.prompt_id): sample.text for sample in samples}
+    return [said.get(number) for number in range(len(begun))]
+
+
 def right(rows: Sequence[Row]) -> dict[str, int]:
     """Count the right samples of each question, by its id; what cannot be judged counts as wrong."""
     counts: dict[str, int] = {}
