@@ -55,7 +55,7 @@ def test_one_branch_is_the_plain_plan():
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("branch")
     methods = {"plain": {}, "bam": BAM, "bam-imm": {**BAM, "merge": {"rule": "imm", "alpha": 0.5}}}
-    (folder / "branch.yaml").write_text(yaml.safe_dump({**TINY, "methods": methods}))
+    (folder / "branch.yaml").write_text(yaml.safe_dump({**TINY, "methods": methods}, sort_keys=False))
     assert main(["improve", str(folder / "branch.yaml"), "rounds=1", f"out={folder / 'run'}"]) == 0
     return folder / "run"
 
