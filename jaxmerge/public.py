@@ -19,9 +19,10 @@ from jaxmerge.leaves import Operands, leafwise
 from jaxmerge.localise import Graft, learn_mask
 from jaxmerge.measure import change, check_finite, cosines, nonfinite, norms, to_floats
 from jaxmerge.rules import RULES, rule
-from jaxmerge.selection import arcee_fusion, nearswap, ram, ramplus_tl
+from jaxmerge.selection import arcee_fusion, consensus_ta, magmax, nearswap, ram, ramplus_tl
 from jaxmerge.sparse import delta_rule
 from jaxmerge.sparsify import drop, rank_drop, trim, two_sided_trim, variance_select
+from jaxmerge.spectral import iso_c, iso_cts, opcm, svc, tsvm, wudi
 from jaxmerge.spherical import karcher, multislerp, nuslerp, slerp
 from jaxmerge.statistics import fisher, graft_mask, grafting, regmean
 from jaxmerge.stock import model_stock
@@ -57,6 +58,7 @@ __all__ = [
     "change",
     "check_finite",
     "collinear",
+    "consensus_ta",
     "cosines",
     "dare",
     "dare_linear",
@@ -82,6 +84,8 @@ __all__ = [
     "guarded",
     "imm",
     "interpolate",
+    "iso_c",
+    "iso_cts",
     "judge_line",
     "karcher",
     "layer_group",
@@ -89,6 +93,7 @@ __all__ = [
     "leafwise",
     "learn_mask",
     "linear",
+    "magmax",
     "masked",
     "matches",
     "model_stock",
@@ -101,6 +106,7 @@ __all__ = [
     "nuslerp",
     "offload",
     "onload",
+    "opcm",
     "passthrough",
     "ram",
     "ramplus_tl",
@@ -114,12 +120,15 @@ __all__ = [
     "select",
     "slerp",
     "staged",
+    "svc",
     "task_arithmetic",
     "task_vector",
     "ties",
     "to_floats",
     "trim",
+    "tsvm",
     "two_sided_trim",
     "variance_select",
     "weighted_sum",
+    "wudi",
 ]
