@@ -146,7 +146,7 @@ def check(run: Run, phase: Phase, folder: str | None, everything: bool, progress
     if phase.kind in ("sft", "graft") and folder is None:
         if altered is not None:
             return summarise(where, [altered], (), ())
-        raise Unsure(f"{phase.name} is no merge: learning cannot be replayed; its digest is the one the run recorded")
+        raise Unsure(f"{phase.name} is no merge: training cannot be replayed; its digest is the one the run recorded")
     sampled = not everything and is_elementwise(phase)
     report = compare(where, replay(run, phase, sampled), found, sampled, progress)
     if sampled and (report["code"] == WRONG or altered is not None):

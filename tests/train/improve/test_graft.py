@@ -69,7 +69,7 @@ def test_a_graft_takes_each_parameter_from_the_base_or_from_the_tuned_model(run)
 
 
 def test_what_is_learned_is_kept_and_cannot_be_replayed(run):
-    with pytest.raises(Unsure, match="learning cannot be replayed"):
+    with pytest.raises(Unsure, match="training cannot be replayed"):
         verify(str(run.folder), Origin(run.folder, "round-1/graft"))
 
 
