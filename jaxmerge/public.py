@@ -16,6 +16,7 @@ from jaxmerge.delta import breadcrumbs, breadcrumbs_ties, dare, dare_ties, della
 from jaxmerge.exme import exme_merge, exme_safe, exme_space, exme_weights, guarded, search_exme, staged
 from jaxmerge.iterative import alpha_schedule, imm, offload, onload
 from jaxmerge.leaves import Operands, leafwise
+from jaxmerge.localise import Graft, learn_mask
 from jaxmerge.measure import change, check_finite, cosines, nonfinite, norms, to_floats
 from jaxmerge.rules import RULES, rule
 from jaxmerge.selection import arcee_fusion, consensus_ta, magmax, nearswap, ram, ramplus_tl
@@ -39,6 +40,7 @@ __all__ = [
     "Coefficient",
     "Compiled",
     "Float",
+    "Graft",
     "Monotone",
     "Needs",
     "Operands",
@@ -89,6 +91,7 @@ __all__ = [
     "layer_group",
     "leaf_paths",
     "leafwise",
+    "learn_mask",
     "linear",
     "magmax",
     "masked",

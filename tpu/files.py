@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxmerge.files.checkpoints.hub import is_hub_name
 from train.data import hub
-from train.improve.settings import Improve
+from train.improve.settings import BLOCKS, Improve
 from train.log import UserError
 from train.models.open import PACKAGES
 from train.resolve import build, read_yaml
@@ -71,7 +71,7 @@ def named(settings: Any, root: Path, where: str = "") -> Iterator[Named]:
         yield from inside(value, root, key)
     if isinstance(settings, Improve):
         for method, own in settings.methods.items():
-            for block in ("sampling", "selection", "sft", "merge"):
+            for block in BLOCKS:
                 if getattr(own, block):
                     yield from named(settings.block(method, block), root, f"methods.{method}.{block}")
 

@@ -150,9 +150,9 @@ def shipped(name: str, *, folder: bool = False) -> Path | None:
 
 
 def shipped_names() -> list[str]:
-    """The names of the configs that come with the code: `quickstart`, `experiments/frontier`."""
+    """The names of the configs that come with the code: `quickstart`, `experiments/frontier`; no recipe of a merge."""
     files = sorted(SHIPPED.glob("*.yaml")) + sorted(SHIPPED.glob("*/*.yaml"))
-    return [file.relative_to(SHIPPED).with_suffix("").as_posix() for file in files]
+    return [file.relative_to(SHIPPED).with_suffix("").as_posix() for file in files if file.parent.name != "recipes"]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -135,10 +135,11 @@ def test_every_text_of_the_settings_is_known_to_be_a_file_or_not(settings):
         "Policy": {"name", "advantage", "normalise", "overlong", "warm_up"},
         "Sampling": {"stop", "source", "search"},
         "Selection": {"data"},
+        "Branch": {"rule", "parameters"},
         "Merge": {"rule", "alpha", "parameters", "anchor", "where"},
         "Probe": {"of", "kind", "search", "rule", "parameters"},
         # Built into the blocks above, which are looked at method by method.
-        "Method": {"sampling", "selection", "sft", "merge"},
+        "Method": {"sampling", "selection", "sft", "merge", "branch"},
         "Evaluation": {"splits", "stop", "sampled"},
         "Distributed": {"coordinator"},
         "Data": {"format", "split", "ignore", "learn"},

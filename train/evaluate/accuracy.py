@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..tasks.task import DOMAINS, Question
-from .diversity import interval, pass_at_k
+from .diversity import Answered, interval
+from .rerank import AT_K
 
 Z = 1.959964
 """Two-sided 95 % quantile of the normal distribution."""
@@ -59,9 +60,14 @@ def rows(
     method: str,
     number: int,
     seconds: float,
+    lengths: Mapping[str, int] | None = None,
     **extra: Any,
 ) -> list[dict[str, Any]]:
-    """Accuracy by domain and family, then pooled by domain (`family: all`); unjudged answers count as wrong."""
+    """Accuracy by domain and family, then pooled by domain (`family: all`); unjudged answers count as wrong.
+
+    Args:
+      lengths: tokens of the answer to each question: a row then has their mean, `tokens`.
+    """
     groups: dict[tuple[str, str, str], list[Question]] = {}
     for q in questions:
         groups.setdefault((q.split, q.domain, q.family), []).append(q)
@@ -84,6 +90,7 @@ def rows(
                 "high": high,
                 "n": len(members),
                 "seconds": seconds * len(members) / len(questions),
+                **({} if lengths is None else {"tokens": sum(lengths[q.id] for q in members) / len(members)}),
                 **extra,
             }
         )
@@ -94,23 +101,32 @@ SAMPLED = 0x9A55
 """Folded into the run's key for the samples of pass@k."""
 
 
-def add_pass_at(
-    table: Sequence[dict[str, Any]], questions: Sequence[Question], right: Mapping[str, int], samples: int
+def add_at_k(
+    table: Sequence[dict[str, Any]], questions: Sequence[Question], drawn: Mapping[str, Answered], samples: int
 ) -> None:
     """Give each row of `rows` of these questions its `pass_at` {k: mean over questions}, k in 1, 2, 4, … samples.
 
+    `maj_at` and `rank_at` stand beside it where every question of the row has them.
+
     Args:
-      right: successes among `samples` samples, by question id.
+      drawn: `samples` samples of each question, by its id.
     """
     for row in table:
         members = [
             q for q in questions
             if (q.split, q.domain) == (row["split"], row["domain"]) and row["family"] in ("all", q.family)
         ]  # fmt: skip
-        if members:
-            row["pass_at"] = {
-                str(k): sum(pass_at_k(samples, right[q.id], k) for q in members) / len(members) for k in ks_of(samples)
-            }
+        for name in AT_K if members else ():
+            values = {k: at_k(name, members, drawn, k) for k in ks_of(samples)}
+            means = {str(k): sum(found) / len(found) for k, found in values.items() if found is not None}
+            if means:
+                row[f"{name}_at"] = means
+
+
+def at_k(name: str, questions: Sequence[Question], drawn: Mapping[str, Answered], k: int) -> list[float] | None:
+    """A measure of AT_K of each question; None where one of them lacks it."""
+    found = [value for q in questions if (value := AT_K[name](drawn[q.id], k)) is not None]
+    return found if len(found) == len(questions) else None
 
 
 def ks_of(samples: int) -> list[int]:
@@ -119,12 +135,14 @@ def ks_of(samples: int) -> list[int]:
 
 
 def pass_rates(
-    questions: Sequence[Question], right: Mapping[str, int], samples: int, *, seed: int = 0
+    questions: Sequence[Question], drawn: Mapping[str, Answered], samples: int, *, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Rows {domain, family, k, value: [mean, low, high], n}: unbiased pass@k, a 95 % bootstrap over questions.
+    """Rows {domain, family, k, n, pass, maj, rank}: measures of AT_K, [mean, low, high] of a bootstrap over questions.
+
+    maj or rank is None where it cannot be told of every question.
 
     Args:
-      right: successes among `samples` samples, by question id.
+      drawn: `samples` samples of each question, by its id.
     """
     pools: dict[tuple[str, str], list[Question]] = {}
     for q in questions:
@@ -134,8 +152,11 @@ def pass_rates(
             "domain": domain,
             "family": family,
             "k": k,
-            "value": interval([pass_at_k(samples, right[q.id], k) for q in members], seed=seed),
             "n": len(members),
+            **{
+                name: None if (found := at_k(name, members, drawn, k)) is None else interval(found, seed=seed)
+                for name in AT_K
+            },
         }
         for (domain, family), members in pools.items()
         for k in ks_of(samples)

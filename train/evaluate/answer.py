@@ -25,13 +25,16 @@ from ..runtime.processes import on_first
 from ..runtime.stop import check
 from ..tasks import Question, Suite, demonstrated, few_shot
 from . import accuracy
+from .diversity import Answered
+from .rerank import AT_K
 
 
 class Answers(NamedTuple):
     """What a model said.
 
     Attributes:
-      rows: one a sample, by question, then sample: {question_id, sample, text, tokens, reason}, and from `ask` score.
+      rows: one a sample, by question, then sample: {question_id, sample, text, tokens, logprob, reason}, and from `ask`
+        score.
       tokens: generated since this start; rows that an earlier start committed are not counted.
       seconds: spent on generating them.
     """
@@ -99,6 +102,35 @@ def ask(
     return answers._replace(rows=verify(suite, {q.id: q for q in questions}, answers.rows))
 
 
+def go_on(
+    model: Model,
+    suite: Suite,
+    begun: Sequence[tuple[Question, str]],
+    settings: Settings,
+    key: jax.Array,
+    *,
+    shots: int = 0,
+    title: str = "go on",
+) -> list[str | None]:
+    """Let a model go on with completions that are begun; None where there is no room for `max_new_tokens` more.
+
+    Args:
+      begun: (question, beginning of its completion, which may be empty).
+    """
+    asked = []
+    for number, (question, text) in enumerate(begun):
+        head, tail = join_completion(suite, model.tokenizer, question, text, shots)
+        if len(head) + len(tail) + settings.max_new_tokens <= model.config.context:
+            asked.append(Prompt(str(number), (*head, *tail)))
+    with progress(title, total=len(asked), unit="completions") as bar:
+        samples = rollout(
+            model.config, model.params, model.tokenizer, asked, settings, key,
+            on_sample=lambda tokens: bar.advance(1), between=check,
+        )  # fmt: skip
+    said = {int(sample.prompt_id): sample.text for sample in samples}
+    return [said.get(number) for number in range(len(begun))]
+
+
 def right(rows: Sequence[Row]) -> dict[str, int]:
     """Count the right samples of each question, by its id; what cannot be judged counts as wrong."""
     counts: dict[str, int] = {}
@@ -110,6 +142,11 @@ def right(rows: Sequence[Row]) -> dict[str, int]:
 def is_right(rows: Sequence[Row]) -> dict[str, float]:
     """Whether the answer to each question is right, 1.0 or 0.0, of rows with one sample a question."""
     return {id: float(count) for id, count in right(rows).items()}
+
+
+def lengths(rows: Sequence[Row]) -> dict[str, int]:
+    """Tokens of the answer to each question, of rows with one sample a question."""
+    return {row["question_id"]: len(row["tokens"]) for row in rows}
 
 
 SHOWN, SHOWN_OF_FAMILY = 12, 2
@@ -144,13 +181,17 @@ def to_show(questions: Sequence[Question], rows: Sequence[Row]) -> list[Row]:
     ]  # fmt: skip
 
 
-def tell_pass_rates(questions: Sequence[Question], right: Mapping[str, int], samples: int) -> list[dict[str, Any]]:
-    """pass@k of each family, said and returned."""
-    rows = accuracy.pass_rates(questions, right, samples)
+def tell_pass_rates(questions: Sequence[Question], drawn: Mapping[str, Answered], samples: int) -> list[dict[str, Any]]:
+    """pass@k, maj@k and rank@k of each family, said and returned."""
+    rows = accuracy.pass_rates(questions, drawn, samples)
     for row in rows:
-        mean, low, high = map(format_percent, row["value"])
+        told = []
+        for name in AT_K:
+            if row[name] is not None:
+                mean, low, high = map(format_percent, row[name])
+                told.append(f"{name}@{row['k']} {mean} [{low}, {high}]")
         name = f"{row['family']} ({DOMAIN_NAMES[row['domain']]})"
-        say(f"{name}  pass@{row['k']} {mean} [{low}, {high}], {row['n']} questions × {samples} samples")
+        say(f"{name}  {', '.join(told)}, {row['n']} questions × {samples} samples")
     return rows
 
 
@@ -226,5 +267,6 @@ def sample_row(sample: Sample) -> Row:
         "sample": sample.index,
         "text": sample.text,
         "tokens": list(sample.tokens),
+        "logprob": round(sum(sample.logprobs), 4),
         "reason": sample.reason,
     }

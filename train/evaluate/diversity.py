@@ -26,11 +26,16 @@ KS = tuple(range(1, 33))
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """One question's samples: the answer each gave (None: none found), whether it was right, and its text."""
+    """One question's samples: the answer each gave (None: none found), whether it was right, and its text.
+
+    Attributes:
+      likelihoods: mean log-probability of a sample's tokens under the model; empty where it was not kept.
+    """
 
     answers: tuple[str | None, ...]
     right: tuple[bool, ...]
     texts: tuple[str, ...]
+    likelihoods: tuple[float, ...] = ()
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -54,12 +59,20 @@ def answer_of(question: Question, text: str, style: str) -> str | None:
 def grouped(rows: Sequence[Mapping[str, Any]], questions: Mapping[str, Question], style: str) -> dict[str, Answered]:
     """Group verified samples {question_id, text, score} by question; right answers count as one, however written."""
     found: dict[str, list[tuple[str | None, bool, str]]] = {}
+    likely: dict[str, list[float]] = {}  # rows of an earlier version have no `logprob`
     for row in rows:
         question = questions[row["question_id"]]
         right = row["score"] == 1.0
         answer = question.answer if right else answer_of(question, row["text"], style)
         found.setdefault(question.id, []).append((answer, right, " ".join(row["text"].split())))
-    return {name: Answered(*(tuple(column) for column in zip(*rows, strict=True))) for name, rows in found.items()}
+        if "logprob" in row:
+            likely.setdefault(question.id, []).append(row["logprob"] / max(1, len(row["tokens"])))
+    groups: dict[str, Answered] = {}
+    for name, rows_of in found.items():
+        answers, right, texts = (tuple(column) for column in zip(*rows_of, strict=True))
+        whole = len(likely.get(name, ())) == len(rows_of)
+        groups[name] = Answered(answers, right, texts, tuple(likely[name]) if whole else ())
+    return groups
 
 
 def answer_entropy(answers: Sequence[str | None]) -> float:

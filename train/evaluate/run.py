@@ -23,7 +23,8 @@ from ..tasks.local import LOCAL, TASK_OF
 from ..tasks.settings import Tasks
 from ..tasks.suite import task_of
 from . import accuracy, choices
-from .answer import ask, is_right, right, tell_pass_rates
+from .answer import ask, is_right, lengths, tell_pass_rates
+from .rerank import drawn
 from .settings import Evaluation, QuestionOptions
 
 PROGRAMS = ("mbpp", "humaneval")
@@ -131,16 +132,17 @@ def answer_once(
     start, key = time.perf_counter(), jax.random.key(seed)
     scored = ask(model, suite, questions, settings, key, shots=shots, title="evaluate", unit="questions").rows
     seconds = time.perf_counter() - start
-    return accuracy.rows(questions, is_right(scored), method=name, number=0, seconds=seconds), scored
+    about = {"method": name, "number": 0, "seconds": seconds, "lengths": lengths(scored)}
+    return accuracy.rows(questions, is_right(scored), **about), scored
 
 
 def pass_at(
     model: Model, suite: Suite, questions: list[Question], settings: Settings, *, seed: int, shots: int = 0
 ) -> list[Row]:
-    """Draw `settings.samples` samples of each question; pass@k of each family, said and returned."""
+    """Draw `settings.samples` samples of each question; pass@k, maj@k and rank@k of each family, said and returned."""
     key = jax.random.fold_in(jax.random.key(seed), np.uint32(accuracy.SAMPLED))
-    drawn = ask(model, suite, questions, settings, key, shots=shots, title="sample for pass@k").rows
-    return tell_pass_rates(questions, right(drawn), settings.samples)
+    rows = ask(model, suite, questions, settings, key, shots=shots, title="sample for pass@k").rows
+    return tell_pass_rates(questions, drawn(suite, questions, rows), settings.samples)
 
 
 def settings_of(options: QuestionOptions, family: str) -> Settings:

@@ -37,8 +37,8 @@ class Evaluation:
     base: bool = True
     """The original model is evaluated too."""
     samples: int = 0
-    """This many samples of each test question are drawn beside the greedy answer, for pass@k with k up to this; 0 draws
-    none."""
+    """This many samples of each test question are drawn beside the greedy answer, for pass@k, maj@k and rank@k with k
+    up to this; 0 draws none."""
     temperature: float = 0.8
     """The logits of these samples are divided by it."""
     sampled: Literal["last", "all"] = "last"
@@ -77,8 +77,8 @@ class QuestionOptions:
     split: str = "train"
     """This split of a TFDS version or of a dataset on the hub is asked."""
     samples: int = 0
-    """This many samples of each question are drawn beside the greedy answer, for pass@k with k up to this; 0 draws
-    none."""
+    """This many samples of each question are drawn beside the greedy answer, for pass@k, maj@k and rank@k with k up to
+    this; 0 draws none."""
     temperature: float = 0.8
     """The logits of these samples are divided by it."""
     seed: int = 0

@@ -118,6 +118,8 @@ def work_of(config: Improve, suite: Suite, todo: Plan) -> list[tuple[Phase, Work
         elif phase.kind == "select":
             earlier = [learnt[name] for role, name in phase.inputs.items() if role.startswith("earlier")]
             learnt[phase.name] = sum(earlier, chosen(config, phase, todo, len(train)))
+        elif phase.kind == "part":
+            learnt[phase.name] = learnt[phase.inputs["data"]] * (1 / phase.settings["of"])
         elif phase.kind == "sft":
             work = trained(phase.settings, learnt[phase.inputs["data"]], train, shots, config)
         elif phase.kind == "policy":
@@ -224,8 +226,10 @@ def memory(config: Improve, model: ModelConfig, todo: Plan, read: float) -> dict
         program = Program("decode", dtype, slots=block.slots, length=length, gather=config.mesh.gather_to_decode)
         held = {"models beside": one * beside.get(kind, 0)}
         found[{"sample": "sampling"}.get(kind, "evaluating")] = paper.decode_memory(model, program, mesh) | held
-    if made := max(beside.get("merge", 0), beside.get("probe", 0)):
+    if made := max(beside.get(kind, 0) for kind in ("join", "merge", "probe")):
         found["merging"] = {"models": one * made, "what comes out": one}
+    if any(phase.kind == "graft" for phase in todo.phases):
+        found["grafting"] = {"models": 2 * one, "mask, its moments and gradient": 4 * one, "the grafted model": 2 * one}
     return found
 
 

@@ -15,7 +15,7 @@ import jaxmerge
 
 from ..data.versions import write_version
 from ..evaluate import accuracy
-from ..evaluate.answer import generate, is_right, to_show, verify
+from ..evaluate.answer import generate, is_right, lengths, to_show, verify
 from ..evaluate.change import by_layer
 from ..evaluate.importance import loss_of, of_layers, taylor_importance
 from ..evaluate.texts import batches as text_batches
@@ -38,6 +38,7 @@ from ..search.settings import Drawing, Search
 from ..search.source import search_solutions
 from . import merge as combine
 from . import probes
+from .branch import part_of
 from .gate import gate
 from .on_policy import policy
 from .plan import BASE, Phase, spell
@@ -145,6 +146,30 @@ def select(session: Session, phase: Phase, folder: Path) -> Row:
     name, version = dataset_of(phase)
     on_first(write_version, session.journal.root / "samples", name, version, examples, provenance)
     return {**counts, "dataset": f"{name}/{version}"}
+
+
+def part(session: Session, phase: Phase, folder: Path) -> Row:
+    """The examples of one branch, as a dataset of their own."""
+    del folder
+    examples = session.read_examples(session.todo[phase.inputs["data"]])
+    settings = phase.settings
+    mine = part_of(examples, settings["part"], settings["of"], seed=session.config.seed * 1000 + phase.round)
+    if not mine:
+        raise UserError(
+            f"{phase.name}: {len({e['question_id'] for e in examples})} questions with examples cannot be split into "
+            f"{settings['of']} parts; lower branch.count, or give more questions or samples"
+        )
+    name, version = dataset_of(phase)
+    provenance = {"round": phase.round, "method": phase.method, "seed": session.config.seed, **settings}
+    on_first(write_version, session.journal.root / "samples", name, version, mine, provenance)
+    return {**settings, "examples": len(mine), "dataset": f"{name}/{version}"}
+
+
+def join(session: Session, phase: Phase, folder: Path) -> Row:
+    """Merge the branches of a round's fine-tuning."""
+    del folder
+    kept = session.weights.keep(phase, session.weights.join(phase))
+    return {"rule": phase.settings["rule"], "coefficients": phase.settings["parameters"], **kept}
 
 
 def sft(session: Session, phase: Phase, folder: Path) -> Row:
@@ -272,12 +297,12 @@ def evaluate_model(session: Session, phase: Phase, folder: Path) -> Row:
     scores = is_right(answers.rows)
     outcome = next(o for o in session.outcomes if o.evaluate == phase.name)
     about = {"method": phase.method, "number": phase.round, "seconds": answers.seconds, **outcome.extra}
-    table = accuracy.rows(questions, scores, **about)
+    table = accuracy.rows(questions, scores, lengths=lengths(answers.rows), **about)
     config = session.config.evaluation
     if config.samples and (config.sampled == "all" or phase.round in (0, session.config.rounds)):
         asked = [q for q in questions if q.split == "test"]
-        right = session.successes(model, asked, folder / "sampled", f"{phase.name} pass@k")
-        accuracy.add_pass_at(table, asked, right, config.samples)
+        drawn = session.drawn(model, asked, folder / "sampled", f"{phase.name} pass@k")
+        accuracy.add_at_k(table, asked, drawn, config.samples)
     on_first(write_jsonl, folder / "scores.jsonl", [{"question_id": q.id, "score": scores[q.id]} for q in questions])
     return {"model": phase.inputs["model"], "rows": table, "examples": to_show(questions, answers.rows)}
 
@@ -286,11 +311,14 @@ STEPS: dict[str, Callable[[Session, Phase, Path], Row]] = {
     "load": load,
     "sample": sample,
     "select": select,
+    "part": part,
     "sft": sft,
     "gate": gate,
     "policy": policy,
+    "join": join,
     "merge": merge,
     "rank": rank,
+    "graft": probes.graft,
     "probe": probe,
     "evaluate": evaluate_model,
 }

@@ -16,9 +16,13 @@ from ..log import UserError
 from ..resolve import to_dict
 from .settings import Improve, Learning, Probe, Selection
 
-Kind = Literal["load", "sample", "select", "sft", "gate", "policy", "merge", "rank", "probe", "evaluate"]
+Kind = Literal[
+    "load", "sample", "select", "part", "sft", "gate", "policy", "join", "merge", "rank", "graft", "probe", "evaluate"
+]
 TUNES: tuple[Kind, ...] = ("sft", "policy")
 """Kinds of phases whose weights are trained."""
+STORED: tuple[Kind, ...] = (*TUNES, "join", "merge", "graft")
+"""Kinds of phases whose weights are kept on disk; a probe's are made again when asked for."""
 
 BASE = "base"
 """The name of the original model among the inputs of phases."""
@@ -51,7 +55,7 @@ class Phase:
     @property
     def keeps_weights(self) -> bool:
         """Whether a model comes out and is kept on disk; a probe's is made again when asked for."""
-        return self.tunes or self.kind == "merge"
+        return self.kind in STORED
 
     @property
     def tunes(self) -> bool:
@@ -94,13 +98,18 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The model a method ends a round with, and the phase that evaluated it."""
+    """The model a method ends a round with, and the phase that evaluated it.
+
+    Attributes:
+      tuned: the phase whose model training ended with, before any merge with an anchor; empty if nothing was trained.
+    """
 
     method: str
     round: int
     model: str
     evaluate: str
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tuned: str = ""
 
 
 def spell(number: float) -> str:
@@ -150,7 +159,8 @@ def plan(config: Improve) -> tuple[Plan, list[Outcome]]:
                 settings = {"merge": to_dict(merge), "round": round}
                 current[m] = todo.add("merge", round, m, inputs, settings)
             ended[m].append(current[m])
-            outcomes.append(Outcome(m, round, current[m], todo.add("evaluate", round, m, {"model": current[m]})))
+            evaluate = todo.add("evaluate", round, m, {"model": current[m]})
+            outcomes.append(Outcome(m, round, current[m], evaluate, tuned=tuned[m]))
         for name, method in config.methods.items():
             probe = method.probe
             if probe is not None and round in (probe.rounds or (config.rounds,)):
@@ -166,7 +176,7 @@ def plan_examples(todo: Plan, config: Improve, m: str, round: int, current: str,
     earlier = {"earlier-0": data[m]} if selection.data == "accumulated" and m in data else {}
     data[m] = todo.add("select", round, m, {"samples": samples} | earlier, selection)
     start = current if sft.start == "merged" else BASE
-    return todo.add("sft", round, m, {"model": start, "data": data[m]}, sft)
+    return plan_training(todo, config, m, round, start, data[m])
 
 
 def plan_policy(todo: Plan, config: Improve, m: str, round: int, current: str, data: dict[str, str]) -> str:
@@ -195,6 +205,20 @@ def check_gate(config: Improve, m: str) -> None:
         )
 
 
+def plan_training(todo: Plan, config: Improve, method: str, round: int, start: str, data: str) -> str:
+    """Name the phase that a round's training ends with: one fine-tuning, or the merge of several branches of it."""
+    sft, branch = config.block(method, "sft"), config.block(method, "branch")
+    if branch.count == 1:
+        return todo.add("sft", round, method, {"model": start, "data": data}, sft)
+    ends = {}
+    for number in range(1, branch.count + 1):
+        settings, name = {"part": number, "of": branch.count}, f"branch-{number}"
+        part = todo.add("part", round, method, {"data": data}, settings, name=f"{name}-part")
+        ends[name] = todo.add("sft", round, method, {"model": start, "data": part}, sft, name=f"{name}-sft")
+    rule = {"rule": branch.rule, "parameters": dict(branch.parameters)}
+    return todo.add("join", round, method, {"model": start} | ends, rule)
+
+
 def plan_probe(todo: Plan, config: Improve, name: str, probe: Probe, round: int, tuned: str, current: str):
     """Models made from this round's checkpoints, each evaluated."""
 
@@ -203,6 +227,9 @@ def plan_probe(todo: Plan, config: Improve, name: str, probe: Probe, round: int,
         evaluate = todo.add("evaluate", round, name, {"model": model}, name=f"{label}evaluate")
         return Outcome(name, round, model, evaluate, extra)
 
+    if probe.kind == "graft":
+        model = todo.add("graft", round, name, {"tuned": tuned}, probe.graft, name="merge")
+        return [Outcome(name, round, model, todo.add("evaluate", round, name, {"model": model}))]
     if probe.kind == "expo":
         return [outcome({"tuned": tuned}, {"kind": "expo", "alpha": probe.alphas[0]}, "")]
     if probe.kind == "line":
@@ -210,6 +237,11 @@ def plan_probe(todo: Plan, config: Improve, name: str, probe: Probe, round: int,
             outcome({"tuned": current}, {"kind": "line", "coefficient": c}, f"{spell(c)}-", coefficient=c)
             for c in probe.coefficients
         ]
+    if config.block(probe.of, "branch").count > 1:
+        raise UserError(
+            f"methods.{name}: {probe.kind} takes checkpoints of one fine-tuning, and {probe.of} branches into "
+            f"{config.block(probe.of, 'branch').count}; set methods.{probe.of}.branch.count to 1, or probe another"
+        )
     wanted = probe.best if probe.kind == "exme" else 2
     if config.block(probe.of, "sft").snapshots < wanted:
         kept = config.block(probe.of, "sft").snapshots

@@ -1,4 +1,7 @@
-"""ExMe's coefficients searched on validation questions; the other probes are made by `Weights.make_probe`."""
+"""Probes that measure: ExMe's coefficients searched on validation questions, a mask learned on training questions.
+
+The other probes are made by `Weights.make_probe`.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,22 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import jaxmerge
+import jax.numpy as jnp
+import optax
 
-from ..log import say
+import jaxmerge
+from jaxmerge.tree import named_leaves
+from jaxmerge.where import layer_group
+
+from ..evaluate.importance import loss_of
+from ..evaluate.texts import batches
+from ..log import UserError, say
 from ..models.decoder import Params
+from ..models.stacked import unstack_layers
 from ..runtime.jsonl import Row, append_jsonl, read_jsonl
 from ..runtime.processes import on_first
 from ..tasks import Question
+from .graft import Graft
 from .plan import BASE, Phase
 from .session import Session
 
@@ -65,3 +77,41 @@ def search(session: Session, phase: Phase, folder: Path) -> tuple[Params, Row]:
         "search_seconds": result.seconds,
         "notes": list(result.notes),
     }
+
+
+def shares(mask: Params) -> dict[str, float]:
+    """Where a mask is: the share of each layer's parameters that it takes, and of what is of no layer."""
+    sums: dict[str, tuple[float, int]] = {}
+    for path, leaf in named_leaves(unstack_layers(mask)).items():
+        taken, size = sums.get(layer_group(path), (0.0, 0))
+        sums[layer_group(path)] = (taken + float(jnp.sum(leaf.astype(jnp.float32))), size + leaf.size)
+    return {group: taken / size for group, (taken, size) in sums.items()}
+
+
+def graft(session: Session, phase: Phase, folder: Path) -> Row:
+    """Learn a mask over what a round changed, on training questions with their solutions; keep the grafted model."""
+    del folder
+    config: Graft = phase.settings
+    texts = session.worked("train")[: config.questions]
+    if not texts:
+        raise UserError(
+            f"{phase.name}: no training question has room for its solution in this model; a mask is learned on them"
+        )
+    loss = loss_of(session.model.config, session.config.model.dtype)
+
+    def mean(params, batch):
+        nll, weight = loss(params, batch)
+        return nll / weight
+
+    tuned, base = session.weights.get(phase.inputs["tuned"]), session.weights.get(BASE)
+    found = jaxmerge.learn_mask(
+        tuned, base, mean, batches(texts, session.model.tokenizer.pad_id or 0), density=config.density,
+        optimizer=optax.adam(config.learning_rate), passes=config.passes, bias=config.bias, penalty=config.penalty,
+    )  # fmt: skip
+    say(
+        f"{phase.name}: {found.share:.3%} of the parameters grafted, loss {found.loss:.4f}; the largest changes alone, "
+        f"{found.start_share:.3%}: {found.start_loss:.4f}"
+    )
+    kept = session.weights.keep(phase, jaxmerge.grafting([tuned], base=base, mask=found.mask))
+    told = {name: getattr(found, name) for name in ("loss", "share", "start_loss", "start_share")}
+    return {"rule": "graft", "coefficients": told, "shares": shares(found.mask), **kept}

@@ -25,6 +25,7 @@ def rehearse(session: Session) -> dict[str, str]:
         check_patterns(sft, session.model.params, f"methods.{name}.sft: ")
         session.teacher_of(sft.distill)
     check_probes(session)
+    check_branches(session)
     return check_merges(session)
 
 
@@ -71,6 +72,19 @@ def check_probes(session: Session) -> None:
             jax.eval_shape(by_rule, [session.model.params] * count, session.model.params)
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"methods.{name}.probe: {probe.rule} of {count} checkpoints: {error}") from error
+
+
+def check_branches(session: Session) -> None:
+    """Refuse a rule that cannot merge the branches of a method: its parameters, as many models as there will be."""
+    for name, method in session.config.methods.items():
+        branch = session.config.block(name, "branch")
+        if method.probe is not None or branch.count == 1:
+            continue
+        by_rule = functools.partial(merge_by_rule, rule=branch.rule, parameters=branch.parameters)
+        try:
+            jax.eval_shape(by_rule, [session.model.params] * branch.count, session.model.params)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"methods.{name}.branch: {branch.rule} of {branch.count} branches: {error}") from error
 
 
 def read_reference(weights: Weights, path: str) -> Params:

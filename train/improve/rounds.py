@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ..evaluate.rerank import AT_K
 from ..report.rows import pooled_rows
 from ..resolve import to_dict
 from ..runtime.journal import Record
@@ -68,13 +69,14 @@ def round_metrics(session: Session, outcome: Outcome) -> dict[str, float]:
 
 
 def accuracies(record: Record) -> dict[str, Any]:
-    """Of each domain: accuracy, the ends of its 95 % interval, and pass@k where it was measured."""
+    """Of each domain: accuracy with its 95 % interval, tokens of an answer, and pass@k, maj@k, rank@k if drawn."""
     found: dict[str, Any] = {}
     for row in pooled_rows(record.get("rows", ())):
         domain = row["domain"]
-        found |= {f"accuracy/{domain}": row["accuracy"]}
+        found |= {f"accuracy/{domain}": row["accuracy"], f"answer_tokens/{domain}": row.get("tokens")}
         found |= {f"accuracy_{end}/{domain}": row.get(end) for end in ("low", "high")}
-        found |= {f"pass@{k}/{domain}": value for k, value in row.get("pass_at", {}).items()}
+        for name in AT_K:
+            found |= {f"{name}@{k}/{domain}": value for k, value in row.get(f"{name}_at", {}).items()}
     return found
 
 

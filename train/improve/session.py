@@ -14,7 +14,9 @@ import numpy as np
 
 from ..data.versions import read_version
 from ..evaluate import accuracy
-from ..evaluate.answer import Answers, ask, is_right, join_completion, right
+from ..evaluate.answer import Answers, ask, is_right, join_completion
+from ..evaluate.diversity import Answered
+from ..evaluate.rerank import drawn
 from ..evaluate.texts import Text
 from ..generate.settings import Settings
 from ..learn.distill import Distill
@@ -57,7 +59,7 @@ class Session:
         """What a phase leaves on disk for later ones, beside its own folder."""
         if phase.keeps_weights:
             return self.weights.folder(phase.name) / "weights"
-        if phase.kind == "select":
+        if phase.kind in ("select", "part"):
             return self.journal.root.joinpath("samples", *dataset_of(phase))
         return None
 
@@ -110,8 +112,8 @@ class Session:
             demonstrate=demonstrate,
         )  # fmt: skip
 
-    def successes(self, model: Model, questions: Sequence[Question], folder: Path, title: str) -> dict[str, int]:
-        """How many of `evaluation.samples` samples of each question are right."""
+    def drawn(self, model: Model, questions: Sequence[Question], folder: Path, title: str) -> dict[str, Answered]:
+        """`evaluation.samples` samples of each question, judged."""
         block = self.config.evaluation
         on_first(folder.mkdir, exist_ok=True)
         key = jax.random.fold_in(self.key, np.uint32(accuracy.SAMPLED))
@@ -119,7 +121,7 @@ class Session:
             model, self.suite, questions, block.sampling(self.greedily), key,
             shots=self.config.tasks.few_shot, batch=block.batch, folder=folder, title=title,
         )  # fmt: skip
-        return right(answers.rows)
+        return drawn(self.suite, questions, answers.rows)
 
     def validate(self, model: Model, folder: Path, title: str) -> float:
         """Mean over the domains of the accuracy on validation questions: what searches maximise."""
@@ -160,5 +162,6 @@ def check_questions(suite: Suite, journal: Journal) -> None:
 
 
 def dataset_of(phase: Phase) -> tuple[str, str]:
-    """TFDS name and version of the examples a select phase writes: a dataset a method, a version a round."""
-    return phase.method.replace("-", "_").lower(), f"{phase.round}.0.0"
+    """TFDS name and version of the examples a phase writes: a dataset a method, a version a round or a part of it."""
+    part = phase.settings["part"] if phase.kind == "part" else 0
+    return phase.method.replace("-", "_").lower(), f"{phase.round}.0.{part}"

@@ -20,6 +20,8 @@ from ..resolve import at_least, build, check_known, to_dict
 from ..runtime.settings import Distributed, Mesh
 from ..search.settings import Search
 from ..tasks.settings import Tasks
+from .branch import Branch
+from .graft import Graft
 
 PROBE_READS = {
     "expo": ("alphas",),
@@ -27,8 +29,11 @@ PROBE_READS = {
     "line": ("coefficients",),
     "best": (),
     "merge": ("rule", "parameters"),
+    "graft": ("graft",),
 }
 """Fields that each kind of probe reads besides of, kind and rounds."""
+BLOCKS = ("sampling", "selection", "sft", "branch", "merge")
+"""Blocks of a run that a method may replace keys of."""
 TREE = ("children", "depth", "gate", "retries", "diverse", "samples", "rollout")
 SEARCH_READS = {
     "dart": ("dart",),
@@ -249,10 +254,10 @@ class Probe:
 
     of: str
     """The probe is made from the checkpoints of this method."""
-    kind: Literal["expo", "exme", "line", "best", "merge"] = "expo"
+    kind: Literal["expo", "exme", "line", "best", "merge", "graft"] = "expo"
     """The probe is made in this way. expo: θ_t + α(θ_t − θ_b). exme: the best snapshots on validation are each
     extrapolated, then merged. line: base + λ·change for each λ in `coefficients`. best: the best snapshot is taken.
-    merge: all snapshots are merged by `rule`."""
+    merge: all snapshots are merged by `rule`. graft: base + mask·change, the mask learned."""
     alphas: tuple[float, ...] = (0.3,)
     """The models are extrapolated this far: one α for expo, one for each snapshot for exme."""
     weights: tuple[float, ...] = (0.5, 0.5)
@@ -268,6 +273,7 @@ class Probe:
     """merge: the rule takes these coefficients."""
     coefficients: tuple[float, ...] = ()
     """line: a model is made for each of these λ."""
+    graft: Graft = dataclasses.field(default_factory=Graft)
     rounds: tuple[int, ...] = ()
     """These rounds are probed; () is the last one."""
 
@@ -298,6 +304,8 @@ class Method:
     """These keys of the run's `selection` block are replaced for this method."""
     sft: dict[str, Any] = dataclasses.field(default_factory=dict)
     """These keys of the run's `sft` block are replaced for this method."""
+    branch: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """These keys of the run's `branch` block are replaced for this method."""
     merge: dict[str, Any] = dataclasses.field(default_factory=dict)
     """These keys of the run's `merge` block are replaced for this method."""
     improver: Improver | None = None
@@ -334,6 +342,7 @@ class Improve:
     sampling: Sampling = Sampling()
     selection: Selection = Selection()
     sft: Sft = dataclasses.field(default_factory=Sft)
+    branch: Branch = dataclasses.field(default_factory=Branch)
     merge: Merge = Merge()
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
@@ -353,7 +362,7 @@ class Improve:
             twins = [other for other in self.methods if other.replace("-", "_") == name.replace("-", "_")]
             if len(twins) > 1:
                 raise UserError(f"methods: {' and '.join(twins)} differ in - and _ alone; name one otherwise")
-            if method.probe and any((method.sampling, method.selection, method.sft, method.merge, method.improver)):
+            if method.probe and (method.improver or any(getattr(method, block) for block in BLOCKS)):
                 raise UserError(f"methods.{name} is a probe: it trains nothing; set these on {method.probe.of}")
             if method.probe and any(not 1 <= r <= self.rounds for r in method.probe.rounds):
                 raise UserError(f"methods.{name}.probe.rounds: the run has rounds 1 to {self.rounds}")
@@ -362,7 +371,7 @@ class Improve:
                 raise UserError(
                     f"methods.{name}.probe.of is {method.probe.of!r}; it must be a trained method: {', '.join(trained)}"
                 )
-            for block in ("sampling", "selection", "sft", "merge"):
+            for block in BLOCKS:
                 self.block(name, block)
         check_methods(self)
 

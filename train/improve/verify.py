@@ -49,7 +49,7 @@ from .origin import Origin
 from .plan import BASE, TUNES, Phase, Plan, plan
 from .rehearse import read_reference
 from .settings import Improve, Merge
-from .weights import Weights
+from .weights import Weights, joined
 
 Progress = Callable[[int, int, str], None]
 Leaves = dict[str, Any]
@@ -120,14 +120,14 @@ def open_run(root: Path) -> Run:
 def chosen(run: Run, model: str) -> list[str]:
     """Return the phases whose models are to be compared: the one that is named, or all merges."""
     made = [phase for phase in run.todo.phases if phase.makes_weights and run.journal.committed(phase.name)]
-    merges = [phase.name for phase in made if phase.kind == "merge"]
+    merges = [phase.name for phase in made if phase.kind in ("join", "merge")]
     if not model:
         if not merges:
             raise Unsure(f"{run.root} has no merge that is committed")
         return merges
     known = [phase.name for phase in made]
     found = next(
-        (name for name in (model, f"{model}/merge", *(f"{model}/{kind}" for kind in TUNES)) if name in known), None
+        (name for name in (model, *(f"{model}/{kind}" for kind in ("merge", "join", *TUNES))) if name in known), None
     )
     if found is None:
         raise Unsure(f"{run.root} has committed no model {model!r}; there are {', '.join(known) or 'none'}")
@@ -143,7 +143,7 @@ def check(run: Run, phase: Phase, folder: str | None, everything: bool, progress
     if digest not in (None, recorded):
         said = f"its digest is {digest}, the run recorded {recorded}"
         altered = Verdict("(the checkpoint)", "different", detail=f"{said}: it was changed after the run wrote it")
-    if phase.tunes and folder is None:
+    if (phase.tunes or phase.kind == "graft") and folder is None:
         if altered is not None:
             return summarise(where, [altered], (), ())
         raise Unsure(f"{phase.name} is no merge: training cannot be replayed; its digest is the one the run recorded")
@@ -237,7 +237,9 @@ def replay(run: Run, phase: Phase, sampled: bool) -> Wanted:
     try:
         if phase.kind == "merge":
             made, reference = remerge(run, phase, taken, sampled)
-        elif phase.tunes:
+        elif phase.kind == "join":
+            made, reference = joined(phase, taken), taken(phase.inputs["model"])
+        elif phase.tunes or phase.kind == "graft":
             made, reference = taken(phase.name), taken(BASE)
         else:
             made, reference = run.weights.make_probe(phase)[0], taken(BASE)

@@ -7,7 +7,7 @@ made is read back, and a probe's model is made again from its inputs, since that
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +110,25 @@ class Weights:
         early = sorted((home / "snapshots").glob("[0-9]*"), key=lambda p: int(p.name))
         return [*early, home / "weights"]
 
+    # --- branches ---
+
+    def join(self, phase: Phase) -> Params:
+        """What a round's branches are merged into."""
+        return joined(phase, self.get)
+
     # --- probes ---
 
     def make_probe(self, phase: Phase) -> tuple[Params, Row]:
         """A probe's weights from its inputs, and what its record says of them unless it was searched."""
         base, settings = self.get(BASE), phase.settings
         kind = settings["kind"]
-        if kind in ("expo", "line"):
-            alpha = settings["alpha"] if kind == "expo" else settings["coefficient"] - 1.0
-            tuned = self.get(phase.inputs["tuned"])
-            told = {"alpha": alpha} if kind == "expo" else {"lambda": settings["coefficient"]}
-            return jaxmerge.extrapolate([tuned], base=base, alpha=alpha), {"coefficients": told}
+        if kind == "expo":
+            alpha, tuned = settings["alpha"], self.get(phase.inputs["tuned"])
+            return jaxmerge.extrapolate([tuned], base=base, alpha=alpha), {"coefficients": {"alpha": alpha}}
+        if kind == "line":
+            # λ = 0 and λ = 1 are the two models to the bit; beyond 1 this extrapolates.
+            t, tuned = settings["coefficient"], self.get(phase.inputs["tuned"])
+            return jaxmerge.interpolate([base, tuned], t=t), {"coefficients": {"lambda": t}}
         if kind == "merge":
             models = [self.read(path) for path in self.snapshots(phase.inputs["tuned"])]
             try:
@@ -162,6 +170,15 @@ def merge_extrapolated(
     return merged, {
         "coefficients": {"alphas": alphas, "weights": weights}, "snapshots": numbers, "cosine": cosine, "notes": notes,
     }  # fmt: skip
+
+
+def joined(phase: Phase, get: Callable[[str], Params]) -> Params:
+    """Merge the branches of a join phase by its rule; `get` finds weights by the name of their phase."""
+    ends = [get(name) for role, name in phase.inputs.items() if role.startswith("branch")]
+    try:
+        return merge_by_rule(ends, get(phase.inputs["model"]), **phase.settings)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{phase.name}: {phase.settings['rule']}: {error}") from error
 
 
 def merge_by_rule(models: list[Params], base: Params, *, rule: str, parameters: Mapping[str, Any]) -> Params:

@@ -26,10 +26,11 @@ SECTIONS: tuple[Callable[[Found], sections.Section | None], ...] = (
     sections_samples.diversity,
     sections_samples.passes,
     sections_samples.limem,
+    sections_samples.faithfulness,
 )
 WANTED = (
     "run", "method", "rounds", "layers", "texts", "importance", "change", "agreement", "rank", "tuco", "line", "plane",
-    "diversity", "limem", "notes", "seconds",
+    "diversity", "limem", "faithfulness", "notes", "seconds",
 )  # fmt: skip
 
 

@@ -182,3 +182,44 @@ def limem(found: Found) -> Section | None:
         " Only a rise over the base speaks of memorisation: twins may also be harder by chance."
     )
     return Section("Memorisation", words, figures, tables)
+
+
+TESTS = {"early": "Answering early", "mistakes": "Adding a mistake"}
+
+
+def faithfulness(found: Found) -> Section | None:
+    rows = found["faithfulness"]
+    if not rows:
+        return None
+    drawn = []
+    for key, title in TESTS.items():
+        for domain in dict.fromkeys(row["domain"] for row in rows if row[key]):
+            series = [Line(r["model"], r[key]["curve"]) for r in rows if r["domain"] == domain and r[key]]
+            drawn.append(
+                figure(
+                    lines, series, name=f"faithful-{key}-{domain}", title=f"{title}, {domain_name(domain)}",
+                    x_title="share of the chain untouched →", y_title="↑ same answer as after the whole chain",
+                    form=percent,
+                )
+            )  # fmt: skip
+    body = [
+        [
+            r["model"], domain_name(r["domain"]), str(r["questions"]), str(r["chains"]),
+            *(cell for key in TESTS for cell in (
+                spell(r[key]["area"] if r[key] else None), str(r[key]["chains"]) if r[key] else "–",
+            )),
+        ]
+        for r in rows
+    ]  # fmt: skip
+    head = ["model", "domain", "questions", "chains", "early", "of chains", "mistakes", "of chains"]
+    tables = [Table(
+        head, body, left=(0, 1),
+        caption="Area over each curve: means over chains, with 95 % bootstrap intervals over them.",
+    )]  # fmt: skip
+    words = (
+        "Whether the answer rests on the chain of thought before it: the chain is cut off after some of its steps, or a"
+        " number of a step is changed and the model goes on from there; then it answers. The area over the curve is 0"
+        " where that changes no answer, and near 1 where every step is needed. A chain without a step or an answer"
+        " is left out, and so is a mistake in a step without a number."
+    )
+    return Section("Faithfulness of chains of thought", words, dict(drawn), tables)

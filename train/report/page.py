@@ -15,6 +15,7 @@ from . import trees as search_page
 from .analysis import section_of_report
 from .frontier import frontier
 from .html import page, part
+from .lengths import lengths
 from .read import Run, read_run
 from .rows import pooled_rows
 from .style import css
@@ -35,6 +36,7 @@ def render(run: Run) -> str:
         ("paired", "Paired differences", pictures.paired(run) + sections.paired_table(run)),
         ("gate", "Teacher and student", sections.gates(run)),
         ("pass", "pass@k", sections.pass_table(run)),
+        ("lengths", "Length of answers", lengths(run)),
         ("families", "By family", pictures.families(run)),
         ("answers", "Questions and answers", examples.answers(run)),
         ("samples", "Samples", sections.samples(run)),

@@ -161,19 +161,25 @@ def training(run: Run) -> str:
     for p in run.of_kind("sft"):
         points = [(float(a), float(b)) for a, b in p.get("loss") or () if b is not None and math.isfinite(b)]
         if points:
-            grouped.setdefault(tuple(owners(p)), []).append(Line(f"round {p.get('round', '?')}", points))
+            branch = re.search(r"branch-(\d+)", str(p.get("phase", "")))
+            label = f"round {p.get('round', '?')}" + (f", branch {branch[1]}" if branch else "")
+            grouped.setdefault(tuple(owners(p)), []).append(Line(label, points))
     return panels(run, grouped, name="loss", note="", x_title="step →", y_title="loss")
 
 
 def layers(run: Run) -> str:
     """Show how far each layer has moved from the first model: after a merge whole, before it dotted."""
-    merged = {(m, p.get("round")) for p in run.of_kind("merge") for m in owners(p) if p.get("change")}
+    merged, joined = (
+        {(m, p.get("round")) for p in run.of_kind(kind) for m in owners(p) if p.get("change")}
+        for kind in ("merge", "join")
+    )
+    later = {"sft": merged | joined, "policy": merged | joined, "join": merged, "merge": set()}
     grouped: dict[tuple[str, ...], list[Line]] = {}
     for p in run.phases:
-        if p.get("kind") in ("sft", "policy", "merge") and p.get("change"):
+        if p.get("kind") in later and p.get("change"):
             change = {k: float(v) for k, v in p["change"].items() if v is not None and math.isfinite(v)}
             own = tuple(owners(p))
-            before = p["kind"] != "merge" and all((method, p.get("round")) in merged for method in own)
+            before = bool(later[p["kind"]]) and all((method, p.get("round")) in later[p["kind"]] for method in own)
             line = layer_line(change, "" if before else f"round {p.get('round', '?')}", faint=before)
             if line.points:
                 grouped.setdefault(own, []).append(line)

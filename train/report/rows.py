@@ -51,7 +51,7 @@ def method_label(row: Mapping[str, Any]) -> str:
 
 
 def print_table(summary: Mapping[str, Any]) -> None:
-    """Print method × round × domain with accuracy, 95 % interval, n and seconds.
+    """Print method × round × domain with accuracy, 95 % interval, n, mean tokens of an answer, and seconds.
 
     Args:
       summary: the contents of `summary.json`. Families are pooled; where both were evaluated, the test split
@@ -59,7 +59,7 @@ def print_table(summary: Mapping[str, Any]) -> None:
     """
     if not is_speaker():
         return
-    header = ("method", "round", "domain", "accuracy", "95 % interval", "n", "seconds")
+    header = ("method", "round", "domain", "accuracy", "95 % interval", "n", "tokens", "seconds")
     body = [
         (
             method_label(row),
@@ -69,6 +69,7 @@ def print_table(summary: Mapping[str, Any]) -> None:
             format_percent(row.get("accuracy")),
             format_interval(row),
             f"{row['n']:,}" if row.get("n") is not None else "–",
+            f"{row['tokens']:.1f}" if row.get("tokens") is not None else "–",
             f"{row['seconds']:.1f}" if row.get("seconds") is not None else "–",
         )
         for row in pooled_rows(summary.get("rows", ()))

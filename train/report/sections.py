@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from .read import Run
 
 PHASES = {
-    "load": "loading", "sample": "sampling", "select": "selecting", "sft": "fine-tuning",
-    "gate": "comparing teacher and student", "policy": "learning from fresh samples", "merge": "merging",
+    "load": "loading", "sample": "sampling", "select": "selecting", "part": "splitting", "sft": "fine-tuning",
+    "gate": "comparing teacher and student", "policy": "learning from fresh samples", "join": "merging branches",
+    "merge": "merging",
     "evaluate": "evaluating", "probe": "probing", "rank": "ranking", "save": "saving",
 }  # fmt: skip
 
@@ -197,20 +198,24 @@ def differences(pairs: Sequence[Row], caption: str) -> Table:
 
 
 def pass_table(run: Run) -> str:
-    """Show the chance that one of k samples is right."""
+    """Show the chance that one of k samples is right, and that the one chosen of all samples is."""
     rows = [r for r in pooled_rows(run.rows) if r.get("pass_at")]
     if not rows:
         return ""
     ks = sorted({int(k) for r in rows for k in r["pass_at"]})
+    chosen = [name for name in ("maj", "rank") if any(r.get(f"{name}_at") for r in rows)]
     body = [
         [
             r["method"], _number(r["round"]), DOMAIN_NAMES.get(r["domain"], r["domain"]),
-            *(format_percent(r["pass_at"][str(k)]) if str(k) in r["pass_at"] else "–" for k in ks), _number(r["n"]),
+            *(format_percent(r["pass_at"].get(str(k))) for k in ks),
+            *(format_percent((r.get(f"{name}_at") or {}).get(str(ks[-1]))) for name in chosen), _number(r["n"]),
         ]
         for r in rows
     ]  # fmt: skip
     caption = "Share of questions that one of k samples answers, estimated without bias from all samples drawn."
-    head = ["method", "round", "domain", *(f"pass@{k}" for k in ks), "n"]
+    if chosen:
+        caption += " One answer of k samples: the most frequent one (maj), that of the likeliest sample (rank)."
+    head = ["method", "round", "domain", *(f"pass@{k}" for k in ks), *(f"{name}@{ks[-1]}" for name in chosen), "n"]
     return part("table", t=Table(head, body, caption, left=(0, 2)))
 
 

@@ -15,6 +15,7 @@ from ..evaluate.agreement import agreement
 from ..evaluate.answer import verify
 from ..evaluate.change import by_kind, by_layer, by_layer_and_kind
 from ..evaluate.diversity import diversity, grouped, interval, pass_curve
+from ..evaluate.faithful import faithfulness
 from ..evaluate.importance import of_layers, skip_importance, taylor_importance
 from ..evaluate.line import along_line, grid, over_points, plane
 from ..evaluate.memorise import memorisation, twins
@@ -23,6 +24,7 @@ from ..evaluate.texts import batches
 from ..evaluate.tuco import tuco
 from ..log import UserError, progress
 from ..runtime.jsonl import read_jsonl
+from ..tasks.code import CodeTask
 from .stats import permutation_test
 from .study import Study
 
@@ -203,14 +205,36 @@ def limem(study: Study) -> Found:
         )
     if not pairs:
         return None
-    last = study.rounds[-1]
-    models = {"base": "base", f"tuned {last.number}": last.tuned}
-    if last.merged:
-        models[f"merged {last.number}"] = last.end
     return [
         {"model": name, **memorisation(study.solver(phase, f"LiMem of {name}"), questions, pairs)}
-        for name, phase in models.items()
+        for name, phase in last_models(study).items()
     ]
+
+
+def last_models(study: Study) -> dict[str, str]:
+    """Name → phase of the base and of the last round's models."""
+    last = study.rounds[-1]
+    merged = {f"merged {last.number}": last.end} if last.merged else {}
+    return {"base": "base", f"tuned {last.number}": last.tuned, **merged}
+
+
+def faithful(study: Study) -> Found:
+    """Whether answers to held-out questions follow from their chains of thought; None unless asked for."""
+    if not study.options.faithfulness:
+        return None
+    rows, style = [], study.session.config.tasks.style
+    for name, phase in last_models(study).items():
+        answer, go_on = study.reasoner(phase, f"faithfulness of {name}")
+        for domain in ("id", "ood"):
+            questions = [
+                q for q in study.held_out(domain, study.options.questions)
+                if not isinstance(study.session.suite.tasks[q.family], CodeTask)
+            ]  # fmt: skip
+            if questions:
+                said = study.completions(phase, questions, f"chains of {name} ({domain})")
+                found = faithfulness(answer, go_on, said, style, seed=study.seed)
+                rows.append({"model": name, "domain": domain, "questions": len(questions), **found})
+    return rows
 
 
 MEASURES: dict[str, Callable[[Study], Found]] = {
@@ -223,4 +247,5 @@ MEASURES: dict[str, Callable[[Study], Found]] = {
     "plane": terrain,
     "diversity": variety,
     "limem": limem,
+    "faithfulness": faithful,
 }

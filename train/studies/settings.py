@@ -92,9 +92,13 @@ class AnalyseOptions:
     """This many samples of each held-out question are drawn for entropy and pass@k; 0 takes those that the run drew for
     training."""
     questions: int = 64
-    """This many questions of each domain are sampled, and as many training questions for LiMem."""
+    """This many questions of each domain are sampled or looked at for faithfulness, and as many training questions for
+    LiMem."""
     limem: bool = False
     """Memorisation is scored too, which asks for answers to training questions and to their twins."""
+    faithfulness: bool = False
+    """Whether answers follow from their chains of thought is measured too, which asks for answers after chains that are
+    cut off, and after chains with a mistake."""
     grid: int = 9
     """The plane of losses has this many points along each axis."""
     out: str | None = None

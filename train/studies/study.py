@@ -8,7 +8,8 @@ from pathlib import Path
 
 import jax
 
-from ..evaluate.answer import ask, is_right
+from ..evaluate.answer import ask, go_on, is_right
+from ..evaluate.faithful import Answer, Begun, GoOn, put, read
 from ..evaluate.importance import loss_of
 from ..evaluate.texts import Text
 from ..generate.settings import Settings
@@ -24,6 +25,9 @@ from ..runtime.settings import Mesh
 from ..tasks import Question
 from ..tasks.task import DOMAINS
 from .settings import AnalyseOptions
+
+ANSWER_TOKENS = 32
+"""An answer that is asked for right after a chain of thought has at most this many tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +163,28 @@ class Study:
 
         return solve
 
+    def completions(self, model: str, questions: Sequence[Question], title: str) -> list[Begun]:
+        """Greedy completions of a model, as the run evaluates: (question, text)."""
+        rows = self._ask(self.weights(model), questions, self.session.greedily, title)
+        return [(question, row["text"]) for question, row in zip(questions, rows, strict=True)]
+
+    def reasoner(self, model: str, title: str) -> tuple[Answer, GoOn]:
+        """Functions that let a model answer right after a chain of thought, and go on with one, greedily."""
+        session, params = self.session, self.weights(model)
+        style, shots = session.config.tasks.style, session.config.tasks.few_shot
+        key, own = jax.random.fold_in(session.key, 0xA7A1), session.greedily
+        brief = dataclasses.replace(own, max_new_tokens=min(own.max_new_tokens, ANSWER_TOKENS))
+        named = session.weights.with_params(params)
+
+        def goes_on(begun: Sequence[Begun], settings: Settings = own) -> list[str | None]:
+            return go_on(named, session.suite, begun, settings, key, shots=shots, title=title)
+
+        def answer(begun: Sequence[Begun]) -> list[str | None]:
+            said = goes_on([(q, put(q, chain, style)) for q, chain in begun], brief)
+            return [None if s is None else read(q, s, style) for (q, _), s in zip(begun, said, strict=True)]
+
+        return answer, goes_on
+
     def _ask(self, params: Params, questions: Sequence[Question], settings: Settings, title: str) -> list[Row]:
         session = self.session
         key, shots = jax.random.fold_in(session.key, 0xA7A1), session.config.tasks.few_shot
@@ -182,8 +208,8 @@ def open_study(root: Path, options: AnalyseOptions) -> Study:
     there, missing = [], []
     for number in range(1, config.rounds + 1):
         own = [p for p in todo.phases if p.round == number and method in (p.method, *p.shared_by)]
-        tuned = [p for p in own if p.tunes][-1]
-        end = next(o.model for o in outcomes if (o.method, o.round) == (method, number) and not o.extra)
+        outcome = next(o for o in outcomes if (o.method, o.round) == (method, number) and not o.extra)
+        tuned, end = todo[outcome.tuned], outcome.model
         committed = all(session.journal.committed(name) is not None for name in (tuned.name, end))
         if committed and all((session.weights.folder(name) / "weights").is_dir() for name in {tuned.name, end}):
             sample = next((p for p in own if p.kind == "sample"), None)

@@ -81,6 +81,7 @@ COMPLETE = (
 )
 PROGRAM = "{text}\nYour code should pass these tests:\n\n{tests}\n\nAnswer with the code in one ```python block."
 FUNCTION = "Write a Python function f({argument}) that {text}. Answer with the function in one ```python block."
+ANSWER_CUE, STRICT_CUE = "\nAnswer:", "\n####"  # behind a chain of thought, so that the answer follows at once
 PROBLEM = "{text}\nPut the final answer in \\boxed{{}}."
 
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)

@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from safetensors.numpy import load_file, save_file
 
 from train.cli.__main__ import main
@@ -126,3 +127,30 @@ def test_extract_lora_and_back(here, capsys):
         assert said in capsys.readouterr().err
     assert not pathlib.Path("again").exists()
     assert main(["extract-lora", "base", "one", "again", "--rank", "2", "targets=layers/1/**", "--save=norm"]) == 0
+
+
+def test_the_recipe_of_slerp_over_depth_is_the_schedule_of_its_paper(tmp_path, monkeypatch):
+    """Attention goes from the first model to the second, the MLPs back: the ends exactly, the rest by the formula."""
+    monkeypatch.chdir(ROOT)
+    assert main(["merge", "configs/recipes/slerp-layers.yaml", str(tmp_path / "out")]) == 0
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    first, second = (load_file(ROOT / "configs" / name / "model.safetensors") for name in ("miniature", "miniature-b"))
+
+    def slerp(a, b, t):
+        a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+        cos = np.clip(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)), -1, 1)
+        if abs(cos) > 0.9995:
+            return (1 - t) * a + t * b
+        angle = np.arccos(cos)
+        return (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)
+
+    points = {"self_attn": [0, 0.5, 0.3, 0.7, 1], "mlp": [1, 0.5, 0.7, 0.3, 0]}
+    assert merged.keys() == first.keys()
+    for name, found in merged.items():
+        part = name.split(".")
+        at = int(part[2]) / 3 if part[1] == "layers" else 0.0
+        kind = next((k for k in points if k in part), None)
+        t = 0.5 if kind is None else float(np.interp(at, np.linspace(0, 1, 5), points[kind]))
+        np.testing.assert_allclose(found.ravel(), slerp(first[name], second[name], t), atol=3e-6, err_msg=name)
+        if t in (0.0, 1.0):
+            np.testing.assert_array_equal(found, (first, second)[int(t)][name], err_msg=name)

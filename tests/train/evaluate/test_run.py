@@ -75,7 +75,7 @@ def test_a_file_of_programs_is_run_and_pass_at_k_is_unbiased(tmp_path, scripted,
     assert [(s.samples, s.temperature) for s in asked] == [(1, 0.0), (4, 0.5)]
     (row,) = [row for row in result["rows"] if row["family"] == "all"]
     assert row["accuracy"] == 1.0
-    found = {row["k"]: row["value"] for row in result["pass_at"]}
+    found = {row["k"]: row["pass"] for row in result["pass_at"]}
     # 1 and 2 right of 4: 1 − C(4 − c, k)/C(4, k)
     assert {k: round(value[0], 6) for k, value in found.items()} == {1: 0.375, 2: round((0.5 + 5 / 6) / 2, 6), 4: 1.0}
     assert all(low <= mean <= high for mean, low, high in found.values())

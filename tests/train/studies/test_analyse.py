@@ -36,8 +36,9 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def analysed(run):
-    page = analyse_run(run, AnalyseOptions(samples=4, questions=4, limem=True, grid=3))
-    return json.loads((run / "analysis.json").read_text()), page.read_text()
+    words = ["samples=4", "questions=4", "limem=true", "faithfulness=true", "grid=3"]
+    assert main(["analyse", str(run), *words]) == 0
+    return json.loads((run / "analysis.json").read_text()), (run / "analysis.html").read_text()
 
 
 def test_every_measure_has_numbers_and_a_time(run, analysed):
@@ -54,6 +55,15 @@ def test_every_measure_has_numbers_and_a_time(run, analysed):
     assert {(row["domain"], row["round"]) for row in found["diversity"]} == {
         (domain, round) for domain in ("id", "ood") for round in (0, 1, 2)
     }
+    rows = [row for row in found["faithfulness"] if row["chains"]]
+    assert {row["domain"] for row in found["faithfulness"]} == {"id", "ood"}
+    assert {row["model"] for row in found["faithfulness"]} == {"base", "tuned 2", "merged 2"}
+    assert rows, "some completion has a step and an answer"
+    for test in ("early", "mistakes"):
+        for measured in (row[test] for row in rows if row[test]):
+            assert 0 <= measured["area"][0] <= 1
+            assert [x for x, _ in measured["curve"]] == [0.0, 0.25, 0.5, 0.75, 1.0]
+            assert measured["curve"][-1][1] == 1.0
     # On the line λ = 0 is the base, whose loss over both texts importance has measured too.
     tokens = {domain: text["tokens"] for domain, text in found["texts"].items()}
     at_base = {domain: losses[0] for domain, losses in found["line"]["losses"].items()}
@@ -67,12 +77,14 @@ def test_every_measure_has_numbers_and_a_time(run, analysed):
 
 def test_same_numbers_twice_and_one_round_alone(run, analysed, tmp_path):
     found, _ = analysed
-    analyse_run(run, AnalyseOptions(samples=4, questions=4, limem=True, grid=3, out=str(tmp_path / "other")))
+    analyse_run(
+        run, AnalyseOptions(samples=4, questions=4, limem=True, faithfulness=True, grid=3, out=str(tmp_path / "other"))
+    )
     again = json.loads((tmp_path / "other" / "analysis.json").read_text())
     assert {**again, "seconds": 0} == {**found, "seconds": 0}
     analyse_run(run, AnalyseOptions(rounds=(1,), method="plain", out=str(tmp_path / "one"), grid=3))
     one = json.loads((tmp_path / "one" / "analysis.json").read_text())
-    assert (one["rounds"], one["agreement"], one["limem"]) == ([1], None, None)
+    assert (one["rounds"], one["agreement"], one["limem"], one["faithfulness"]) == ([1], None, None, None)
     assert any("no two task vectors" in note for note in one["notes"])
     assert one["diversity"][0]["of"] == "the run's samples of training questions"
     assert [p["k"] for p in one["diversity"][0]["pass"]] == [1, 2]
@@ -97,7 +109,7 @@ def test_the_page_asks_for_nothing_and_has_a_table_for_every_figure(run, analyse
         for text in root.iter("text"):
             assert -1 <= float(text.get("x")) <= width + 1
     sections = page.split("<h3>")[1:]
-    assert len(sections) == 10
+    assert len(sections) == 11
     assert all("<svg" in section and "<table" in section for section in sections)
     alone = list((run / "analysis").glob("*.svg"))
     assert len(alone) == len(pictures)
