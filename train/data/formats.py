@@ -10,7 +10,8 @@ mbpp      text or prompt, code, test_list                       Python functions
 choices   question, choices, answer (a letter or an index)      multiple choice
 problem   problem or question, answer; solution                 free-form answers
 
-A line of any format may have a `reward`, a number, which `sft.objective: {name: reward_weighted}` reads.
+A line of any format may have a `reward`, a number, which `sft.objective: {name: reward_weighted}` reads, and the
+numbers `complexity`, `quality` and `difficulty`, which `data.pick` reads.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 from ..log import UserError
 from ..runtime.jsonl import Row
-from .records import Record, letter_index, turns
+from .records import SCORES, Record, letter_index, turns
 
 # Keys that say where a line came from and change nothing about what it teaches.
 PROVENANCE = frozenset({
@@ -66,7 +67,8 @@ def read_row(row: Row, name: str | None = None, *, ignore: Collection[str] = ())
     if name is not None and name not in FORMATS:
         raise UserError(f"no format {name!r}; choose one of {', '.join(FORMATS)}")
     row = {key: value for key, value in row.items() if key not in ignore}
-    reward = _number(row.pop("reward", 0.0))
+    reward = _number("reward", row.pop("reward", 0.0))
+    scores = {key: _number(key, row.pop(key)) for key in SCORES if key in row}
     name = name or detect(row)
     form = FORMATS[name]
     missing = [names for names in form.required if not any(key in row for key in names.split("|"))]
@@ -80,7 +82,7 @@ def read_row(row: Row, name: str | None = None, *, ignore: Collection[str] = ())
             f"format {name}: the key {unknown[0]!r} is not understood (known: {', '.join(sorted(form.known))});"
             f" pass over it with data.ignore=[{', '.join(unknown)}]"
         )
-    return dataclasses.replace(form.read(row), reward=reward)
+    return dataclasses.replace(form.read(row), reward=reward, scores=scores)
 
 
 def detect(row: Row) -> str:
@@ -114,9 +116,9 @@ def _text(row: Row, *names: str, default: str | None = None) -> str:
     return default
 
 
-def _number(value: Any) -> float:
+def _number(key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"reward is {value!r:.60}; a finite number is wanted")
+        raise UserError(f"{key} is {value!r:.60}; a finite number is wanted")
     return float(value)
 
 

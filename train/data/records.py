@@ -12,6 +12,8 @@ from ..log import UserError
 
 Message = Mapping[str, str]  # {"role": …, "content": …}
 ROLES = ("system", "user", "assistant", "tool")
+SCORES = ("complexity", "quality", "difficulty")
+"""Numbers that a line of any format may have, and what picks examples reads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Record:
       choices: the possible answers of a multiple-choice question, in order.
       tests: assertions that a solution in code must pass.
       reward: how good the answer is, for objectives that weigh examples by it.
+      scores: what scorers gave the example, by their names in `SCORES`; ways of picking examples read them.
       id: a name that is the same in every run; made from the contents where the source gives none.
     """
 
@@ -35,6 +38,7 @@ class Record:
     tests: tuple[str, ...] = ()
     id: str = ""
     reward: float = 0.0
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         check_messages(self.messages, only=("role", "content"))
@@ -110,6 +114,7 @@ def columns(records: Sequence[Record]) -> list[dict[str, Any]]:
             "choices": list(r.choices),
             "tests": list(r.tests),
             "reward": r.reward,
+            "scores": json.dumps(dict(r.scores), sort_keys=True),
         }
         for r in records
     ]
@@ -130,4 +135,5 @@ def from_columns(row: Mapping[str, Any]) -> Record:
         tuple(map(text, row["tests"])),
         text(row["id"]),
         float(row.get("reward", 0.0)),  # sets written before there was one
+        json.loads(text(row.get("scores", "{}"))),
     )

@@ -124,8 +124,10 @@ def plan(config: Improve) -> tuple[Plan, list[Outcome]]:
             selection = config.block(m, "selection")
             samples = todo.add("sample", round, m, {"model": current[m]}, config.block(m, "sampling"))
             # What the last round selected holds what those before it did.
-            earlier = {"earlier-0": data[m]} if selection.data == "accumulated" and m in data else {}
-            data[m] = todo.add("select", round, m, {"samples": samples} | earlier, selection)
+            carried = selection.data == "accumulated" or selection.rewrite.remembers
+            earlier = {"earlier-0": data[m]} if carried and m in data else {}
+            measured = {"model": current[m]} if selection.pick.measures else {}
+            data[m] = todo.add("select", round, m, {"samples": samples} | earlier | measured, selection)
             start = current[m] if sft.start == "merged" else BASE
             tuned[m] = todo.add("sft", round, m, {"model": start, "data": data[m]}, sft)
             if merge.rule == "none":

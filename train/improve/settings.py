@@ -12,6 +12,7 @@ import jaxmerge
 
 from ..evaluate.settings import Evaluation
 from ..generate.settings import Draw
+from ..learn.picks import All, Picking
 from ..learn.settings import Sft
 from ..log import UserError
 from ..models.settings import Source
@@ -19,6 +20,7 @@ from ..resolve import at_least, build, check_known, to_dict
 from ..runtime.settings import Distributed, Mesh
 from ..search.settings import Search
 from ..tasks.settings import Tasks
+from .rewrites import Right, Ways
 
 PROBE_READS = {
     "expo": ("alphas",),
@@ -85,6 +87,7 @@ def check_methods(config: Improve) -> None:
             merge: Merge = config.block(name, "merge")
             check_merge(config, name, method, merge)
             check_sampling(name, method, config.block(name, "sampling"))
+            check_rewrite(config, name)
 
 
 def check_merge(config: Improve, name: str, method: Method, merge: Merge) -> None:
@@ -100,6 +103,15 @@ def check_merge(config: Improve, name: str, method: Method, merge: Merge) -> Non
     if measured and not any(f.validation for f in config.tasks.families):
         raise UserError(
             f"methods.{name}.merge.alpha: {next(iter(measured[0]))} needs validation questions; give families some"
+        )
+
+
+def check_rewrite(config: Improve, name: str) -> None:
+    rewrite, objective = config.block(name, "selection").rewrite, config.block(name, "sft").objective
+    if rewrite.objective and objective.name != rewrite.objective:
+        raise UserError(
+            f"methods.{name}: selection.rewrite is {rewrite.name}, whose examples sft.objective={objective.name} "
+            f"cannot learn; set methods.{name}.sft.objective={{name: {rewrite.objective}}}"
         )
 
 
@@ -163,6 +175,8 @@ class Selection:
     real_ratio: float = 0.0
     """This share of the questions, 0 to 1, is learnt from the generator's worked solution in place of the model's
     own."""
+    rewrite: Ways = dataclasses.field(default=Right())
+    pick: Picking = dataclasses.field(default=All())
 
     def __post_init__(self):
         if not 0 <= self.real_ratio <= 1:
@@ -324,5 +338,7 @@ class Improve:
         values = to_dict(ours)
         for key, value in check_known(type(ours), override, where).items():
             nested = dataclasses.is_dataclass(getattr(ours, key)) and isinstance(value, Mapping)
-            values[key] = {**values[key], **value} if nested else value
+            # Another objective, optimizer or rewrite has other keys.
+            renamed = nested and value.get("name", values[key].get("name")) != values[key].get("name")
+            values[key] = {**values[key], **value} if nested and not renamed else value
         return build(type(ours), values, where)

@@ -60,12 +60,12 @@ class Rows:
     @property
     def targets(self) -> int:
         """Tokens with a loss."""
-        return int((self.weights[:, 1:] > 0).sum())
+        return int((self.weights[:, 1:] != 0).sum())
 
     @functools.cached_property
     def positions(self) -> np.ndarray | None:
         """Where each row has its targets, [n, K] filled up with 0; None if most positions are targets."""
-        has = self.weights[:, 1:] > 0
+        has = self.weights[:, 1:] != 0
         width = target_width(int(has.sum(axis=1).max()), has.shape[1])
         return None if width is None else target_positions(has, width)
 
@@ -115,7 +115,7 @@ class Drawn:
     @functools.cached_property
     def _width(self) -> int | None:
         """K of the targets of a row, the same for every batch."""
-        learnt = [int((w[1:] > 0).sum()) for w in self.weights]
+        learnt = [int((w[1:] != 0).sum()) for w in self.weights]
         return target_width(max(sum(learnt[i] for i in row) for rows in self.epochs for row in rows), self.length - 1)
 
     def count(self, epoch: int) -> int:
@@ -135,7 +135,7 @@ class Drawn:
             )
         batch = {"tokens": tokens, "weights": weights}
         if self._width is not None:
-            batch["targets"] = target_positions(weights[:, 1:] > 0, self._width)
+            batch["targets"] = target_positions(weights[:, 1:] != 0, self._width)
         return batch | ({"segments": segments} if self.packed else {})
 
     def summary(self) -> dict[str, Any]:
@@ -240,10 +240,12 @@ def to_arrays(
             dropped += 1  # cut, nothing would be left to learn
         elif n > config.max_length and config.overlong == "drop":
             dropped += 1
-        else:
+        elif weight := config.objective.weight_of(e):  # of weight 0 nothing is learnt
             truncated += n > keep
             tokens.append(np.asarray(e["tokens"][:keep], np.int32))
-            weights.append(learnt[:keep] * np.float32(config.objective.weight_of(e)))
+            weights.append(learnt[:keep] * np.float32(weight))
+    if not tokens and examples and not dropped:
+        raise UserError(f"sft: all {len(examples)} examples{where} have the weight 0; nothing would be learnt")
     if not tokens:
         raise UserError(
             f"sft: none of {len(examples)} examples{where} is at most sft.max_length={config.max_length} tokens long;"

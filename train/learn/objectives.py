@@ -22,14 +22,22 @@ class Tokens:
 
     factored: ClassVar[bool] = False
     """Whether `factors` is asked; elsewhere the losses are taken once, without it."""
+    signed: ClassVar[bool] = False
+    """Whether weights may be below 0; the loss is then divided by the number of learnt tokens in place of Σ w."""
 
     def check(self, vocab_size: int) -> None:
         """Raise what does not fit the model."""
         del vocab_size
 
     def weight_of(self, example: Mapping[str, Any]) -> float:
-        """The weight w of an example's tokens; above 0."""
-        return example.get("weight", 1.0)
+        """The weight w of an example's tokens: 0 or more, and of any sign where the objective is `signed`."""
+        weight = example.get("weight", 1.0)
+        if weight < 0:
+            raise UserError(
+                f"an example has the weight {weight:g}; weights below 0 are learnt by sft.objective={{name: signed}}, "
+                "without sft.watch.held_out"
+            )
+        return weight
 
     def inputs(
         self, tokens: np.ndarray, weights: np.ndarray, *, numbers: np.ndarray, seed: int, done: float
@@ -97,7 +105,7 @@ class MaskedThought(Tokens):
         # Orders are drawn from keys below 2^62 and above 2^63 (batches.py).
         draws = [np.random.Generator(np.random.Philox(key=[seed, (1 << 62) + int(n)])) for n in numbers]
         hidden = np.stack([draw.random(tokens.shape[1]) for draw in draws]) < p
-        return np.where(hidden & (weights > 0), np.int32(self.token or 0), tokens)
+        return np.where(hidden & (weights != 0), np.int32(self.token or 0), tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +172,32 @@ class Talr(Tokens):
         return jnp.maximum(jnp.exp(-losses / self.temperature), self.floor)
 
 
-Objective = ResponseOnly | MaskedThought | RewardWeighted | Talr
+@dataclasses.dataclass(frozen=True)
+class Signed(Tokens):
+    r"""The loss with weights of either sign, over n learnt tokens: $\frac1n\sum_t w_t (-\log p_\theta(y_t))$.
+
+    An example of negative weight is made less likely. Elsewhere Σ w divides the loss, and a common factor of all
+    weights cancels; here it stays, as the control variate of TRICE needs, whose weights vanish when all answers are
+    right. w is the key `reward` of a line, or the weight of a sample of a run. An example of weight 0 is left out.
+
+    References:
+      Phan et al., "Training Chain-of-Thought via Latent-Variable Inference", https://arxiv.org/abs/2312.02179
+    """
+
+    signed: ClassVar[bool] = True
+    name: Literal["signed"] = "signed"
+    """The objective."""
+
+    def weight_of(self, example):
+        return example.get("reward", example.get("weight", 1.0))
+
+
+Objective = ResponseOnly | MaskedThought | RewardWeighted | Talr | Signed
 OBJECTIVES: dict[str, type[Tokens]] = {
     "response_only": ResponseOnly,
     "masked_thought": MaskedThought,
     "reward_weighted": RewardWeighted,
     "talr": Talr,
+    "signed": Signed,
 }
 """By name: what `sft.objective` may be."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..data.hub import pin
-from ..log import format_percent, say
+from ..log import UserError, format_percent, say
 from ..models.characters import PAD_ID
 from ..models.hf import save_hf
 from ..models.open import Model, load_source, with_date, write_model_files
@@ -28,6 +29,8 @@ from ..tasks.settings import Tasks
 from .batches import Rows, RowSource, steps_of, to_drawn, to_rows
 from .card import write_cards
 from .checkpoints import SftCheckpoints
+from .measure import ModelMeasure
+from .picks import Measure, Pick
 from .settings import Finetune
 from .sft import check_patterns, fine_tune, one_epoch
 from .watch import hold_out, speed_of
@@ -141,6 +144,8 @@ def read_rows(config: Finetune, model: Model, home: Path) -> tuple[RowSource, Ro
     if several():
         on_first(lambda: read() and None)  # it writes the TFDS versions that all then read
     examples, notes = read()
+    measure = ModelMeasure(lambda: model, list(chain(*examples)), dtype=config.model.dtype)
+    examples = pick(examples, notes, data.pick, measure)
     pad = model.tokenizer.pad_id or 0
     # The samples of a run may have several solutions of a question.
     examples, held = hold_out(
@@ -154,6 +159,24 @@ def read_rows(config: Finetune, model: Model, home: Path) -> tuple[RowSource, Ro
     return rows, unseen, notes
 
 
+def pick(
+    sources: list[list[dict[str, Any]]], notes: list[dict[str, Any]], way: Pick, measure: Measure
+) -> list[list[dict[str, Any]]]:
+    """The examples of each source that are picked of all, noted with each source."""
+    chosen, first = set(way.choose(list(chain(*sources)), measure)), 0
+    picked = []
+    for examples, note in zip(sources, notes, strict=True):
+        picked.append([e for i, e in enumerate(examples, start=first) if i in chosen])
+        first += len(examples)
+        if len(picked[-1]) < len(examples):
+            note["picked"] = len(picked[-1])
+        if not picked[-1]:
+            raise UserError(
+                f"data.pick: none of the {len(examples)} examples of {note['source']} is picked; raise its keys"
+            )
+    return picked
+
+
 def text_rows(tokens: np.ndarray, learnt: np.ndarray) -> Rows:
     """Rows of plain text, of which the tokens of `learnt` are learnt."""
     return Rows(tokens.astype(np.int32), learnt.astype(np.float32), lengths=(tokens != PAD_ID).sum(axis=1))
@@ -164,6 +187,7 @@ def describe_rows(rows: RowSource, notes: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"{note['source']}: {note['examples']:,} examples, {note['tokens']:,} tokens"
         + ("" if note["rate"] is None else f", rate {note['rate']:g}")
+        + (f", {note['picked']:,} examples picked" if "picked" in note else "")
         for note in notes
     ]
     found = rows.summary()

@@ -14,6 +14,7 @@ from ..runtime.settings import Distributed, Mesh
 from ..tasks.settings import FamilySpec, Ingredient
 from .objectives import Objective, ResponseOnly
 from .optimizers import AdamW, Optimizer, ScheduleFree
+from .picks import All, Picking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +207,7 @@ class Data:
     """This split of a TFDS version or of a dataset on the hub is read."""
     ignore: tuple[str, ...] = ()
     """These keys of the lines are passed over; other unknown keys are errors."""
+    pick: Picking = dataclasses.field(default=All())
     learn: Literal["assistant", "last", "each"] = "assistant"
     """These turns of a conversation have a loss: all of the assistant's; the last alone; or all, each in an example
     that ends with it, for templates that render earlier turns otherwise (Qwen3's, which drops their reasoning)."""

@@ -124,7 +124,7 @@ def tokenise(
     for number, record in enumerate(records, start=1):
         try:
             for e in encode(tokenizer, record, learn=data.learn, **variables):
-                examples.append({"tokens": e.tokens, "learnt": e.learnt, "reward": record.reward})
+                examples.append({"tokens": e.tokens, "learnt": e.learnt, "reward": record.reward, **record.scores})
         except UserError as error:
             raise UserError(f"{where}, example {number}: {error}") from error
     return examples

@@ -109,13 +109,14 @@ def make_step(model: ModelConfig, config: Sft, how: Compute | str) -> Callable[.
 def _make_step(model: ModelConfig, config: Sft, how: Compute):
     micro, stay = config.micro_batch or config.batch, config.stay
     factors = config.objective.factors if config.objective.factored else None
+    signed = config.objective.signed
 
     def mean_gradient(params, batch, frozen, anchor):
         def sums(params, part):
             if config.lora is not None:
                 params = adapters.joined(config.lora, frozen, params, part)
             near = (anchor.params, anchor.kl) if stay.kl else None
-            return loss_sums(model, params, part, how, near=near, factors=factors)
+            return loss_sums(model, params, part, how, near=near, factors=factors, signed=signed)
 
         gradient = jax.value_and_grad(sums, has_aux=True)
         if micro == config.batch:

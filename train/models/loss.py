@@ -45,6 +45,7 @@ def loss_sums(
     *,
     near: tuple[Params, Any] | None = None,
     factors: Callable[[jax.Array], jax.Array] | None = None,
+    signed: bool = False,
 ):
     r"""Σ w·(−log p) and Σ w over a batch.
 
@@ -55,6 +56,7 @@ def loss_sums(
         which the model reads in place of the tokens, whose labels stay.
       near: (θ_0, β): Σ w·β·KL(p_0 ‖ p_θ) is added to the losses.
       factors: of tokens with the losses −log p: they multiply the losses, have no gradient and are not in Σ w.
+      signed: weights are of either sign, and the number of those that are not 0 stands in place of Σ w.
 
     Returns:
       (sum of weighted losses, sum of weights): their ratio is the mean loss a token.
@@ -72,7 +74,7 @@ def loss_sums(
         theirs, _, _ = at_targets(config, base, batch, how)
         pair = (head.weight(params), hidden), (head.weight(base), theirs)
         loss += beta * kl_sum(head, how.logits_at_once, *pair, weights)
-    return loss, jnp.sum(weights)
+    return loss, jnp.sum((weights != 0).astype(jnp.float32) if signed else weights)
 
 
 def at_targets(config: ModelConfig, params: Params, batch: dict[str, jax.Array], how: Compute):
@@ -129,7 +131,7 @@ def unpacked_positions(weights: jax.Array) -> jax.Array:
     position must not look there.
     """
     index = jnp.broadcast_to(jnp.arange(weights.shape[1]), weights.shape)
-    return jnp.minimum(index, jnp.max(jnp.where(weights > 0, index, 0), axis=1, keepdims=True))
+    return jnp.minimum(index, jnp.max(jnp.where(weights != 0, index, 0), axis=1, keepdims=True))
 
 
 def restart(segments: jax.Array) -> jax.Array:

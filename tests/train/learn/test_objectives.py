@@ -24,7 +24,7 @@ from train.resolve import build, to_dict
 
 SETTINGS = {
     "response_only": {}, "masked_thought": {"token": 3}, "reward_weighted": {"temperature": 0.5},
-    "talr": {"temperature": 2.0},
+    "talr": {"temperature": 2.0}, "signed": {},
 }  # fmt: skip
 
 
