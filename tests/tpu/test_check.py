@@ -153,6 +153,8 @@ def test_every_text_of_the_settings_is_known_to_be_a_file_or_not(settings):
         "Lora": {"targets"},
         "Search": {"kind"},
         "Dart": {"mode"},
+        "Retro": {"step", "switches"},
+        "Reflection": {"step", "phrase"},
         "Questions": {"domain"},
         "AdamW": {"name"},
         "Lion": {"name"},

@@ -12,7 +12,7 @@ from ..log import UserError
 from ..models.tokenizer import DATE, Tokenizer
 from ..runtime.jsonl import Row
 from ..tasks import Question, Suite
-from .rewrites import Draft, Judged
+from .rewrites import Draft, Judged, text_of
 from .settings import Selection
 
 SHOWN = 4
@@ -42,7 +42,7 @@ class Choice:
         self.memory = {row["question_id"]: row for row in earlier if row["score"] == 1.0} if remembers else {}
         learnt = [] if remembers else earlier
         self.examples = {self.key(row["question_id"], row["prompt"], row["completion"]): row for row in learnt}
-        self.seen = {(row["question_id"], config.rewrite.distinct(row["completion"])) for row in learnt}
+        self.seen = {self.kind_of(row) for row in learnt}
         # At most `per_question` of the model's own, of all rounds whose examples are learnt.
         self.kept_of = Counter(row["question_id"] for row in self.examples.values() if row["sample"] >= 0)
 
@@ -57,7 +57,7 @@ class Choice:
             return "unfinished"
         if id in self.real:
             return "replaced by the worked solution"
-        if (id, self.config.rewrite.distinct(row["text"])) in self.seen:
+        if self.kind_of(row) in self.seen:
             return "duplicate"
         if limit is not None and self.kept_of[id] >= limit:
             return "over per_question"
@@ -69,15 +69,21 @@ class Choice:
     def keep(self, row: Row) -> None:
         """Note that a sample is kept, so that the next like it is a duplicate."""
         self.kept_of[row["question_id"]] += 1
-        self.seen.add((row["question_id"], self.config.rewrite.distinct(row["text"])))
+        self.seen.add(self.kind_of(row))
+
+    def kind_of(self, row: Row) -> tuple[str, str, str]:
+        """What two samples share that are duplicates."""
+        prompt = row.get("prompt", self.prompt_of[row["question_id"]])
+        return row["question_id"], prompt, self.config.rewrite.distinct(text_of(row))
 
     def write(self, draft: Draft) -> None:
         """Make an example of a draft, unless there is one like it."""
-        id = draft.question_id
-        if draft.asked is None:
-            prompt, tokens, bare = self.prompt_of[id], self.tokens_of[id], id in self.bare
-        else:
-            prompt, bare = self.asking(id, draft.asked), id in self.bare
+        id, row = draft.question_id, draft.row
+        prompt, tokens, bare = self.prompt_of[id], self.tokens_of[id], id in self.bare
+        if row is not None and "prompt_tokens" in row:  # it answers another prompt
+            prompt, tokens = row["prompt"], list(row["prompt_tokens"])
+        elif draft.asked is not None:
+            prompt = self.asking(id, draft.asked)
             tokens = self.tokenizer.encode(prompt, special=bare)
         example = {
             "question_id": id,

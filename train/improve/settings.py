@@ -35,6 +35,10 @@ SEARCH_READS = {
     "dart": ("dart",),
     "tot": (*TREE, "beam"),
     "mcts": (*TREE, "iterations", "leaves", "exploration", "bonus", "reflect"),
+    "retro": ("samples", "retro"),
+    "reflect": ("samples", "reflection"),
+    "critique": ("samples",),
+    "guidance": ("samples",),
 }
 """Keys of `sampling.search` that each source reads."""
 
@@ -143,9 +147,12 @@ class Sampling(Draw):
     """Logits are divided by it; samples for training need it above 0 to differ."""
     batch: int = 64
     """The samples of this many questions are committed to disk together; a kill loses at most one such batch."""
-    source: Literal["plain", "dart", "tot", "mcts"] = "plain"
+    source: Literal["plain", "dart", "tot", "mcts", "retro", "reflect", "critique", "guidance"] = "plain"
     """Solutions come from here. plain: `samples` a question are drawn. dart: solutions are drawn until enough are
-    right, by difficulty. tot, mcts: a tree is searched, and its best solutions are taken."""
+    right, by difficulty. tot, mcts: a tree is searched, and its best solutions are taken. retro: right solutions are
+    made shorter at their changes of thought. reflect: the model goes on from wrong solutions behind a doubt. critique:
+    the model's critiques of solutions are taken that conclude what is true. guidance: guidance is taken that leads to
+    the right answer."""
     search: dict[str, Any] = dataclasses.field(default_factory=dict)
     """These are keys of the `search` block of `jaxmerge search` (docs/search.md); sources other than plain read
     them."""
@@ -159,7 +166,7 @@ class Sampling(Draw):
             build(Search, {**self.search, "kind": self.source}, "sampling.search")
         elif self.search:
             raise UserError(
-                "sampling.search is read with sampling.source: dart, tot or mcts; set it, or leave search out"
+                "sampling.search is read with a sampling.source other than plain; set it, or leave search out"
             )
 
 
