@@ -18,6 +18,7 @@ from ..log import UserError
 from .mixture import Mixture
 from .packing import fill, pack
 from .settings import Sft
+from .stages import staged
 
 Batch = dict[str, np.ndarray]
 WINDOW = 4096
@@ -180,6 +181,7 @@ def to_drawn(
     *,
     rates: Sequence[float] = (),
     draws: int | None = None,
+    stages: Sequence[Sequence[float]] = (),
     seed: int,
 ) -> Drawn:
     """Rows of several sources mixed at `rates`, for each of `config.epochs` epochs.
@@ -188,6 +190,7 @@ def to_drawn(
       sources: examples of each.
       rates: () draws every example of every source once an epoch.
       draws: examples of an epoch; None goes on until every example of every source has come once.
+      stages: of each source, its shares in the stages, which are gone through in place of a mixture (stages.py).
     """
     arrays = [to_arrays(examples, config, f" of source {k}" if len(sources) > 1 else "")
               for k, examples in enumerate(sources)]  # fmt: skip
@@ -198,21 +201,27 @@ def to_drawn(
     longest = max(map(len, tokens))
     length = row_length(config.max_length if config.packing else longest)
     size = draws or mixture.epoch
+    passes = (
+        staged(mixture.sizes, stages, config.epochs, seed)
+        if stages
+        else [[mixture.draw(epoch * size, (epoch + 1) * size)] for epoch in range(config.epochs)]
+    )
     epochs = []
-    for epoch in range(config.epochs):
-        source, example = mixture.draw(epoch * size, (epoch + 1) * size)
-        numbers = first[source] + example
-        if not config.packing:
-            epochs.append(tuple((int(i),) for i in numbers))
-            continue
-        rows = pack([len(tokens[i]) for i in numbers], length, window=WINDOW)
-        # Best fit leaves the fullest rows first; a batch is to hold rows of every kind.
-        mixed = shuffle_windows([tuple(int(numbers[i]) for i in row) for row in rows], (seed, epoch))
-        epochs.append(tuple(mixed))
+    for epoch, drawn in enumerate(passes):
+        epochs.append([])
+        for at, (source, example) in enumerate(drawn):
+            numbers = first[source] + example
+            if not config.packing:
+                epochs[-1] += [(int(i),) for i in numbers]
+                continue
+            rows = pack([len(tokens[i]) for i in numbers], length, window=WINDOW)
+            # Best fit leaves the fullest rows first; a batch is to hold rows of every kind.
+            key = (seed, epoch * len(drawn) + at)
+            epochs[-1] += shuffle_windows([tuple(int(numbers[i]) for i in row) for row in rows], key)
     return Drawn(
         tokens,
         weights,
-        tuple(epochs),
+        tuple(map(tuple, epochs)),
         length,
         pad_id,
         config.packing,

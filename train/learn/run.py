@@ -152,10 +152,11 @@ def read_rows(config: Finetune, model: Model, home: Path) -> tuple[RowSource, Ro
         examples, config.sft.watch.held_out, seed=config.seed, question=lambda e: e.get("question_id")
     )
     unseen = to_rows(held, one_epoch(config.sft), pad, seed=config.seed) if held else None
-    if len(examples) == 1 and data.draws is None:
+    stages = [part.stages for part in data.sources if part.stages]
+    if len(examples) == 1 and data.draws is None and not stages:
         return to_rows(examples[0], config.sft, pad, seed=config.seed), unseen, notes
     rates = [part.rate for part in data.sources if part.rate is not None]
-    rows = to_drawn(examples, config.sft, pad, rates=rates, draws=data.draws, seed=config.seed)
+    rows = to_drawn(examples, config.sft, pad, rates=rates, draws=data.draws, stages=stages, seed=config.seed)
     return rows, unseen, notes
 
 
