@@ -98,7 +98,7 @@ class Right(Rewrite):
     name: Literal["right"] = "right"
     """Samples become examples in this way; which other keys there are depends on it."""
     same: Literal["text", "equations"] = "text"
-    """Of solutions that are the same one is learnt: those with the same words (text), or with the same equations in the
+    """One of several solutions that are the same is learnt: with the same words (text), or with the same equations in the
     same order (equations), as in the paper of RFT; without an equation the text decides."""
 
     def distinct(self, text):

@@ -111,7 +111,12 @@ class Choice:
         """The prompt that puts a text in a question's place."""
         if id not in self.bare:
             return self.tokenizer.chat([{"role": "user", "content": text}], date_string=DATE)
-        before, _, after = self.prompt_of[id].rpartition(self.by_id[id].text)
+        before, found, after = self.prompt_of[id].rpartition(self.by_id[id].text)
+        if not found:
+            raise UserError(
+                f"selection.rewrite={self.config.rewrite.name} asks something in place of the question, and the prompt "
+                f"of {id} does not hold its text; take a model with a chat template and tasks.few_shot=0"
+            )
         return before + text + after
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import itertools
 import random
+import types
 
 import pytest
 from helpers.scripts import play, subject
+from helpers.tiny_tokenizers import CHATML, byte_level
 
 from train.log import UserError
+from train.models.tokenizer import Tokenizer
 from train.resolve import build
 from train.search.ask import Reply
 from train.search.kinds import KINDS
 from train.search.prompts import load_prompts
 from train.search.read import read_verdict
 from train.search.revise import doubted, reflect, retro, split
-from train.search.settings import Retro, SearchRun
+from train.search.settings import Drawing, Retro, SearchRun
 from train.search.teach import critique, guidance
+from train.search.voice import Voice
 
 WAY = {"step": ";", "switches": ("Wait", "But"), "tries": 3}
 
@@ -165,6 +169,34 @@ def test_guidance_is_right_if_the_answer_after_it_is():
     assert [(s.text, s.verdict, s.prompt) for s in found.solutions] == [
         ("way 0", 0.0, "guide"), ("way 1", 1.0, "guide"), ("way 2", 0.0, "guide"),
     ]  # fmt: skip
+
+
+def test_a_chain_goes_on_from_its_beginning_and_texts_may_be_as_long_as_those_they_stand_for():
+    tokenizer = Tokenizer(byte_level(), {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, chat_template=CHATML)
+    model = types.SimpleNamespace(tokenizer=tokenizer, config=types.SimpleNamespace(context=4096))
+    voice = object.__new__(Voice)  # without an engine
+    given = {"prompts": load_prompts("mathematics"), "drawing": Drawing(chain=5, write=7), "seed": 0, "chain": None}
+    voice.__dict__.update(given, model=model, temperatures={}, begins={}, read_tokens=0)
+    c = subject()
+
+    def said(ask):
+        request = voice.request(0, "q", ask)
+        assert request is not None
+        return tokenizer.decode(request.prompt, special=True), request.max_new_tokens
+
+    whole, most = said(c.ask("chain0", "chain"))
+    assert (
+        said(c.ask("chain0/thought1/0", "chain", begun="One.\n\n"))
+        == (whole + "One.\n\n", most)
+        == (whole + "One.\n\n", 5)
+    )
+    assert said(c.ask("a", "critique", text="x = 1"))[1] == said(c.ask("b", "guide"))[1] == 7
+    assert said(c.ask("c", "follow", text="Add."))[1] == 5
+    assert "x = 1" in said(c.ask("a", "critique", text="x = 1"))[0]
+    voice.chain = lambda id, begun: (1, 2, len(begun))
+    request = voice.request(0, "q", c.ask("chain0", "chain", begun="One."))
+    assert request is not None
+    assert request.prompt == (1, 2, 4)
 
 
 def test_a_domain_without_the_prompts_of_a_kind_is_refused(tmp_path):
