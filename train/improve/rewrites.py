@@ -98,8 +98,8 @@ class Right(Rewrite):
     name: Literal["right"] = "right"
     """Samples become examples in this way; which other keys there are depends on it."""
     same: Literal["text", "equations"] = "text"
-    """One of several solutions that are the same is learnt: with the same words (text), or with the same equations in the
-    same order (equations), as in the paper of RFT; without an equation the text decides."""
+    """One of several solutions that are the same is learnt: with the same words (text), or with the same equations in
+    the same order (equations), as in the paper of RFT; without an equation the text decides."""
 
     def distinct(self, text):
         found = ["".join(match.split()) for match in EQUATION.findall(text)] if self.same == "equations" else []

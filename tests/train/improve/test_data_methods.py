@@ -102,7 +102,7 @@ def test_the_methods_make_what_they_say(run, examples, records):
     assert {(e["prompt"][-1], e["completion"]) for e in examples("critique")} == {("!", "1"), ("!", "0")}
     critic = examples("critic")
     assert all(e["prompt"].endswith("!") and e["completion"][-8:] in ("score:10", ";score:0") for e in critic)
-    assert all("#" not in e["completion"] and e["prompt"].endswith("?") for e in examples("guidance"))
+    assert all("," not in e["completion"] and e["prompt"].endswith("?") for e in examples("guidance"))
     whole = len(examples("rft"))
     assert records["round-1/select2reason/select"]["picked"] == len(examples("select2reason")) < whole
     assert len(examples("deita")) <= whole
