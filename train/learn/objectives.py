@@ -1,8 +1,8 @@
 r"""What fine-tuning minimises: each objective is its settings with the three places at which it may differ.
 
-The loss is $\sum_t w_t\,c_t\,(-\log p_\theta(y_t \mid \tilde y_{<t})) / \sum_t w_t$. An objective says what weight w an
-example has, which inputs $\tilde y$ the model sees in place of the tokens, and by which factors c, from the losses,
-tokens count. The defaults of `Tokens` change nothing.
+The loss is $\sum_t w_t\,(-\log p_\theta(y_t \mid \tilde y_{<t})) / \sum_t w_t$, or any function of these
+log-probabilities. An objective says what weight w an example has, which inputs $\tilde y$ the model sees in place of
+the tokens, and what is computed from the log-probabilities. The defaults of `Tokens` change nothing.
 """
 
 from __future__ import annotations
@@ -20,17 +20,15 @@ from ..log import UserError
 class Tokens:
     """The loss of every learnt token, each by itself; objectives override what they change."""
 
-    factored: ClassVar[bool] = False
-    """Whether `factors` is asked; elsewhere the losses are taken once, without it."""
-    signed: ClassVar[bool] = False
-    """Whether weights may be below 0; the loss is then divided by the number of learnt tokens in place of Σ w."""
+    joint: ClassVar[bool] = False
+    """Whether `loss` is asked; elsewhere the weighted losses are summed, which computes the logits once, not twice."""
 
     def check(self, vocab_size: int) -> None:
         """Raise what does not fit the model."""
         del vocab_size
 
     def weight_of(self, example: Mapping[str, Any]) -> float:
-        """The weight w of an example's tokens: 0 or more, and of any sign where the objective is `signed`."""
+        """The weight w of an example's tokens: 0 or more, and of either sign for the objective `signed`."""
         weight = example.get("weight", 1.0)
         if weight < 0:
             raise UserError(
@@ -45,16 +43,17 @@ class Tokens:
         """What the model sees in place of `tokens` [B, T] int32; None is the tokens themselves.
 
         Args:
-          weights: [B, T], above 0 where a token is learnt.
+          weights: [B, T], not 0 where a token is learnt.
           numbers: of the rows in the run [B], so that a resumed run draws what an undisturbed one does.
           done: share of the steps that are behind.
         """
         del tokens, weights, numbers, seed, done
         return None
 
-    def factors(self, losses: Any) -> Any:
-        """The factors c of tokens with these losses; no gradient flows through either."""
-        return losses * 0 + 1
+    def loss(self, logps: Any, weights: Any, beside: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+        """Sum of losses, sum of weights, sums of metrics: `Objective` of models/loss.py, which says the shapes."""
+        del beside
+        return -(weights * logps).sum(), weights.sum(), {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +122,7 @@ class RewardWeighted(Tokens):
     name: Literal["reward_weighted"] = "reward_weighted"
     """The objective."""
     temperature: float = 1.0
-    """τ: rewards this far apart have weights e times apart."""
+    """If the rewards of two examples differ by this τ, their weights differ by the factor e."""
 
     def __post_init__(self):
         if not self.temperature > 0:
@@ -152,11 +151,11 @@ class Talr(Tokens):
       https://arxiv.org/abs/2509.20758 (token-adaptive loss reweighting)
     """
 
-    factored: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     name: Literal["talr"] = "talr"
     """The objective."""
     temperature: float = 1.0
-    """τ: a token whose loss is this high counts 1/e of a certain one."""
+    """A token with a loss of this τ counts 1/e of a token with a loss of 0."""
     floor: float = 0.01
     """The smallest factor of a token."""
 
@@ -166,10 +165,12 @@ class Talr(Tokens):
                 f"sft.objective: temperature is {self.temperature} (above 0), floor is {self.floor} (a share, 0 to 1)"
             )
 
-    def factors(self, losses):
-        import jax.numpy as jnp  # settings are read without jax, which takes a second
+    def loss(self, logps, weights, beside):
+        import jax  # settings are read without jax, which takes a second
+        import jax.numpy as jnp
 
-        return jnp.maximum(jnp.exp(-losses / self.temperature), self.floor)
+        factors = jnp.maximum(jnp.exp(jax.lax.stop_gradient(logps) / self.temperature), self.floor)
+        return super().loss(logps, weights * factors, beside)[0], weights.sum(), {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,12 +185,15 @@ class Signed(Tokens):
       Phan et al., "Training Chain-of-Thought via Latent-Variable Inference", https://arxiv.org/abs/2312.02179
     """
 
-    signed: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     name: Literal["signed"] = "signed"
     """The objective."""
 
     def weight_of(self, example):
         return example.get("reward", example.get("weight", 1.0))
+
+    def loss(self, logps, weights, beside):
+        return super().loss(logps, weights, beside)[0], (weights != 0).astype(logps.dtype).sum(), {}
 
 
 Objective = ResponseOnly | MaskedThought | RewardWeighted | Talr | Signed

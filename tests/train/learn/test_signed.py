@@ -12,7 +12,7 @@ from train.learn.batches import batches, to_rows
 from train.learn.objectives import ResponseOnly, Signed
 from train.log import UserError
 from train.models.characters import PAD_ID
-from train.models.loss import loss_sums
+from train.models.loss import Compute, loss_sums, objective_sums
 
 SIGNED = dataclasses.replace(SFT, objective=Signed())
 WEIGHTS = (1.0, -0.5, 0.0, 0.25)
@@ -25,8 +25,13 @@ def weighted(examples):
 
 def sums(model, rows, *, signed):
     batch: Any = next(batches(rows, dataclasses.replace(SFT, batch=16), seed=0))
-    of = jax.value_and_grad(lambda p: loss_sums(model.config, p, batch, signed=signed), has_aux=True)
-    return of(model.params)
+
+    def of(params):
+        if signed:
+            return objective_sums(model.config, params, batch, Compute(), Signed().loss)[:2]
+        return loss_sums(model.config, params, batch)
+
+    return jax.value_and_grad(of, has_aux=True)(model.params)
 
 
 def test_the_loss_and_its_gradient_are_the_weighted_sum_over_the_number_of_tokens(model, weighted):
