@@ -302,12 +302,13 @@ class Trice(Rewrite):
             rows: dict[tuple[str, bool], Row] = {}
             for row, weight in terms:
                 if row is not None and (weight or row is last):
-                    key = (text_of(row), fits(row))
+                    key = (self.distinct(text_of(row)), fits(row))
                     rows[key] = row
                     weights[key] = weights.get(key, 0.0) + float(weight)
-            end = (text_of(last), True) if last is not None else None
+            end = (self.distinct(text_of(last)), True) if last is not None else None
             for key in sorted(rows, key=lambda key: key == end):
-                yield Draft(one.question.id, key[0], rows[key]["sample"], float(key[1]), weights[key], row=rows[key])
+                row = rows[key]
+                yield Draft(one.question.id, text_of(row), row["sample"], float(key[1]), weights[key], row=row)
 
 
 def row_of(one: Judged, z: int) -> Row | None:

@@ -23,7 +23,7 @@ class Choice:
     """Examples chosen so far from the samples of some questions, in order, with what decides the next.
 
     Attributes:
-      examples: (question id, prompt and text with single spaces) → example; first those of earlier rounds.
+      examples: (question id, prompt and text with single spaces, score) → example; first those of earlier rounds.
       memory: question id → the example of an earlier round that the rewrite remembers; it is none of `examples`.
       real: ids of the questions learnt from their worked solutions.
     """
@@ -41,7 +41,9 @@ class Choice:
         remembers = config.rewrite.remembers
         self.memory = {row["question_id"]: row for row in earlier if row["score"] == 1.0} if remembers else {}
         learnt = [] if remembers else earlier
-        self.examples = {self.key(row["question_id"], row["prompt"], row["completion"]): row for row in learnt}
+        self.examples = {
+            self.key(row["question_id"], row["prompt"], row["completion"], row["score"]): row for row in learnt
+        }
         self.seen = {self.kind_of(row) for row in learnt}
         # At most `per_question` of the model's own, of all rounds whose examples are learnt.
         self.kept_of = Counter(row["question_id"] for row in self.examples.values() if row["sample"] >= 0)
@@ -63,8 +65,8 @@ class Choice:
             return "over per_question"
         return "kept"
 
-    def key(self, id: str, prompt: str, text: str) -> tuple[str, str]:
-        return id, one_spaced(f"{prompt}\n{text}")
+    def key(self, id: str, prompt: str, text: str, score: float) -> tuple[str, str, float]:
+        return id, one_spaced(f"{prompt}\n{text}"), round(score, 5)  # of earlier rounds it is in 32 bits
 
     def keep(self, row: Row) -> None:
         """Note that a sample is kept, so that the next like it is a duplicate."""
@@ -96,7 +98,7 @@ class Choice:
             "weight": draft.weight,
             "sample": draft.sample,
         }
-        self.examples.setdefault(self.key(id, prompt, draft.text), example)
+        self.examples.setdefault(self.key(id, prompt, draft.text, draft.score), example)
 
     def completion(self, draft: Draft, prompt: str, bare: bool) -> list[int]:
         """The tokens learnt; each example ends by saying that it ends, unless a sample was cut off."""

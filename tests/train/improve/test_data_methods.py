@@ -47,7 +47,7 @@ IN_SYMBOLS = {
 
 
 def command(*words: object) -> None:
-    result = forks.run(list(map(str, words)), ENVIRONMENT, cwd=ROOT)
+    result = forks.run(list(map(str, words)), ENVIRONMENT, cwd=ROOT, seconds=600)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 

@@ -219,6 +219,15 @@ def test_the_memory_goes_from_round_to_round(suite, tokenizer):
     assert cut["tokens"][-1] != EOS_ID, "a proposal without an end is not made to end"
 
 
+def test_a_memory_that_a_proposal_without_an_end_repeats_is_kept(suite, tokenizer):
+    a, b = suite.questions("train")[:2]
+    said = {0: [f"#{a.answer}", f"#{a.answer}…"], 1: [f"#{b.answer}"] * 2}
+    found = examples_of(suite, tokenizer, said, {"name": "trice"})
+    assert [(e["completion"], e["weight"], e["tokens"][-1] == EOS_ID) for e in found if e["question_id"] == a.id] == [
+        (f"#{a.answer}", -0.5, False), (f"#{a.answer}", 1.0, True),
+    ]  # fmt: skip
+
+
 def test_trice_needs_an_objective_that_takes_its_weights():
     values = {
         "model": {"random": {"hidden_size": 8}},
