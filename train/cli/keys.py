@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import re
 import textwrap
 import types
@@ -179,6 +180,8 @@ def default(field: dataclasses.Field) -> str:
     if dataclasses.is_dataclass(value):
         return ""
     words = {None: "null", True: "true", False: "false", "": '""'}
+    if isinstance(value, str) and "\n" in value:  # a line of a table is one line
+        return json.dumps(value, ensure_ascii=False)
     if isinstance(value, tuple):
         return f"[{', '.join(map(str, value))}]"
     return words.get(value, str(value)) if isinstance(value, bool | str | None) else str(value)

@@ -44,7 +44,10 @@ FEATURES = {
     "tests": tfds.features.Sequence(Text()),
     "reward": tfds.features.Scalar(np.float64),
     "rejected": Text(),
+    "scores": Text(),
 }
+LATER = {"reward", "scores"}
+"""Features that sets written before there were such lack."""
 
 
 class Local(tfds.core.DatasetInfo):
@@ -196,7 +199,7 @@ def read_folder(folder: str | os.PathLike[str], split: str = "train") -> list[Re
     if split not in builder.info.splits:
         raise UserError(f"{folder}: no split {split!r}; there are: {', '.join(builder.info.splits)}")
     rows = builder.as_data_source(split=split)
-    if set(builder.info.features or ()) == set(FEATURES):
+    if set(FEATURES) - LATER <= set(builder.info.features or ()) <= set(FEATURES):
         return [from_columns(rows[i]) for i in range(len(rows))]
     if builder.name in SETS:
         return list(read_set(builder.name, rows))

@@ -13,7 +13,8 @@ pairs     chosen, rejected; prompt (pairs.py)                   a better and a w
 chosen    the same                                              the better answers alone, never told by the keys
 labelled  prompt, completion, label (pairs.py)                  an answer, and whether it is good (KTO)
 
-A line of any format may have a `reward`, a number, which `sft.objective: {name: reward_weighted}` reads.
+A line of any format may have a `reward`, a number, which `sft.objective: {name: reward_weighted}` reads, and the
+numbers `complexity`, `quality` and `difficulty`, which `data.pick` reads.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 from ..log import UserError
 from ..runtime.jsonl import Row
 from . import pairs
-from .records import Record, letter_index, turns
+from .records import SCORES, Record, letter_index, turns
 
 # Keys that say where a line came from and change nothing about what it teaches.
 PROVENANCE = frozenset({
@@ -70,7 +71,8 @@ def read_row(row: Row, name: str | None = None, *, ignore: Collection[str] = ())
     if name is not None and name not in FORMATS:
         raise UserError(f"no format {name!r}; choose one of {', '.join(FORMATS)}")
     row = {key: value for key, value in row.items() if key not in ignore}
-    reward = {"reward": _number(row.pop("reward"))} if "reward" in row else {}
+    reward = {"reward": _number("reward", row.pop("reward"))} if "reward" in row else {}
+    scores = {key: _number(key, row.pop(key)) for key in SCORES if key in row}
     name = name or detect(row)
     form = FORMATS[name]
     missing = [names for names in form.required if not any(key in row for key in names.split("|"))]
@@ -84,7 +86,7 @@ def read_row(row: Row, name: str | None = None, *, ignore: Collection[str] = ())
             f"format {name}: the key {unknown[0]!r} is not understood (known: {', '.join(sorted(form.known))});"
             f" pass over it with data.ignore=[{', '.join(unknown)}]"
         )
-    return dataclasses.replace(form.read(row), **reward)
+    return dataclasses.replace(form.read(row), **reward, scores=scores)
 
 
 def detect(row: Row) -> str:
@@ -120,9 +122,9 @@ def _text(row: Row, *names: str, default: str | None = None) -> str:
     return default
 
 
-def _number(value: Any) -> float:
+def _number(key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"reward is {value!r:.60}; a finite number is wanted")
+        raise UserError(f"{key} is {value!r:.60}; a finite number is wanted")
     return float(value)
 
 

@@ -12,6 +12,8 @@ from ..log import UserError
 
 Message = Mapping[str, str]  # {"role": …, "content": …}
 ROLES = ("system", "user", "assistant", "tool")
+SCORES = ("complexity", "quality", "difficulty")
+"""Numbers that a line of any format may have, and what picks examples reads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Record:
       tests: assertions that a solution in code must pass.
       reward: how good the answer is, for objectives that weigh examples by it.
       rejected: a worse answer than the last of `messages`, to the same; the record is then a pair.
+      scores: what scorers gave the example, by their names in `SCORES`; ways of picking examples read them.
       id: a name that is the same in every run; made from the contents where the source gives none.
     """
 
@@ -37,6 +40,7 @@ class Record:
     id: str = ""
     reward: float = 0.0
     rejected: str = ""
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         check_messages(self.messages, only=("role", "content"))
@@ -114,6 +118,7 @@ def columns(records: Sequence[Record]) -> list[dict[str, Any]]:
             "tests": list(r.tests),
             "reward": r.reward,
             "rejected": r.rejected,
+            "scores": json.dumps(dict(r.scores), sort_keys=True),
         }
         for r in records
     ]
@@ -135,4 +140,5 @@ def from_columns(row: Mapping[str, Any]) -> Record:
         text(row["id"]),
         float(row.get("reward", 0.0)),  # sets written before there was one
         text(row.get("rejected", "")),
+        json.loads(text(row.get("scores", "{}"))),
     )

@@ -257,8 +257,17 @@ def prompts(
 
 
 def verify(suite: Suite, questions: Mapping[str, Question], samples: Sequence[Row]) -> list[Row]:
-    """Samples with `score`: 1.0 right, 0.0 wrong, None where the task could not judge."""
-    return [{**row, "score": suite.verify(questions[row["question_id"]], row["text"])} for row in samples]
+    """Samples with `score`: 1.0 right, 0.0 wrong, None where the task could not judge.
+
+    A sample that brings its verdict with it is no answer to its question, and keeps it.
+    """
+    return [
+        {
+            **row,
+            "score": row["verdict"] if "verdict" in row else suite.verify(questions[row["question_id"]], row["text"]),
+        }
+        for row in samples
+    ]
 
 
 def sample_row(sample: Sample) -> Row:

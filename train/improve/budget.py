@@ -154,6 +154,9 @@ def sampled(settings: Sampling, questions: list[Question], shots: int) -> Work:
         wanted = Amount(max(search.dart.right, search.dart.samples), search.dart.most)
         answers = Amount(one.about * wanted.about, one.most * wanted.most) * count
         return Work(answers, read * count * wanted.most, settings.slots)
+    if not search.plans:  # about as much again is drawn to revise, criticise or follow
+        answers = Amount(one.about * 2 * search.samples, one.most * 3 * search.samples) * count
+        return Work(answers, read * count * 2 * search.samples, settings.slots)
     # Nodes that are expanded: a hint, then steps, each with a score; then the plan is written out.
     nodes = search.iterations if settings.source == "mcts" else search.depth * search.beam
     hint = drawing.hint if search.reflects else 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import jaxmerge
 
@@ -22,6 +23,7 @@ from ..evaluate.texts import batches as text_batches
 from ..learn.batches import steps_of, to_rows
 from ..learn.beside import BLOCKS
 from ..learn.checkpoints import SftCheckpoints
+from ..learn.measure import ModelMeasure
 from ..learn.pairs import rows_of
 from ..learn.settings import Sft
 from ..learn.sft import fine_tune, one_epoch
@@ -120,6 +122,8 @@ def select(session: Session, phase: Phase, folder: Path) -> Row:
         seed=session.config.seed * 1000 + phase.round,
         earlier=earlier,
     )
+    made, examples = len(examples), pick(session, phase, examples, scored)
+    counts |= {"picked": len(examples)} if len(examples) < made else {}
     failures = session.suite.describe_unjudged()
     if not examples:
         raise UserError(
@@ -170,6 +174,18 @@ def join(session: Session, phase: Phase, folder: Path) -> Row:
     del folder
     kept = session.weights.keep(phase, session.weights.join(phase))
     return {"rule": phase.settings["rule"], "coefficients": phase.settings["parameters"], **kept}
+
+
+def pick(session: Session, phase: Phase, examples: Sequence[Row], scored: Sequence[Row]) -> list[Row]:
+    """The examples that `selection.pick` chooses; the difficulty of a question is the share of its wrong samples."""
+    wrong: dict[str, list[bool]] = {}
+    for row in scored:
+        wrong.setdefault(row["question_id"], []).append(row["score"] != 1.0)
+    shown = [e | {"difficulty": float(np.mean(wrong.get(e["question_id"], [True])))} for e in examples]
+    measure = ModelMeasure(
+        lambda: session.weights.model_of(phase.inputs["model"]), shown, dtype=session.config.model.dtype
+    )
+    return [examples[i] for i in phase.settings.pick.choose(shown, measure)]
 
 
 def sft(session: Session, phase: Phase, folder: Path) -> Row:

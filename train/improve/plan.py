@@ -14,7 +14,8 @@ from typing import Any, Literal
 from ..learn.settings import Sft
 from ..log import UserError
 from ..resolve import to_dict
-from .settings import Improve, Learning, Probe, Selection
+from .probing import Probe
+from .settings import Improve, Learning, Selection
 
 Kind = Literal[
     "load", "sample", "select", "part", "sft", "gate", "policy", "join", "merge", "rank", "graft", "probe", "evaluate"
@@ -173,8 +174,10 @@ def plan_examples(todo: Plan, config: Improve, m: str, round: int, current: str,
     sft, selection = config.block(m, "sft"), config.block(m, "selection")
     samples = todo.add("sample", round, m, {"model": current}, config.block(m, "sampling"))
     # What the last round selected holds what those before it did.
-    earlier = {"earlier-0": data[m]} if selection.data == "accumulated" and m in data else {}
-    data[m] = todo.add("select", round, m, {"samples": samples} | earlier, selection)
+    carried = selection.data == "accumulated" or selection.rewrite.remembers
+    earlier = {"earlier-0": data[m]} if carried and m in data else {}
+    measured = {"model": current} if selection.pick.measures else {}
+    data[m] = todo.add("select", round, m, {"samples": samples} | earlier | measured, selection)
     start = current if sft.start == "merged" else BASE
     return plan_training(todo, config, m, round, start, data[m])
 

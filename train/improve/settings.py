@@ -8,11 +8,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import jaxmerge
-
 from ..evaluate.settings import Evaluation
 from ..generate.settings import Draw
 from ..learn.improvers import Improver, check_taught
+from ..learn.picks import All, Picking
 from ..learn.settings import Sft
 from ..log import UserError
 from ..models.settings import Source
@@ -21,24 +20,18 @@ from ..runtime.settings import Distributed, Mesh
 from ..search.settings import Search
 from ..tasks.settings import Tasks
 from .branch import Branch
-from .graft import Graft
+from .probing import Probe
+from .rewrites import Right, Ways
 
-PROBE_READS = {
-    "expo": ("alphas",),
-    "exme": ("best", "search", "alphas", "weights"),
-    "line": ("coefficients",),
-    "best": (),
-    "merge": ("rule", "parameters"),
-    "graft": ("graft",),
-}
-"""Fields that each kind of probe reads besides of, kind and rounds."""
-BLOCKS = ("sampling", "selection", "sft", "branch", "merge")
-"""Blocks of a run that a method may replace keys of."""
 TREE = ("children", "depth", "gate", "retries", "diverse", "samples", "rollout")
 SEARCH_READS = {
     "dart": ("dart",),
     "tot": (*TREE, "beam"),
     "mcts": (*TREE, "iterations", "leaves", "exploration", "bonus", "reflect"),
+    "retro": ("samples", "retro"),
+    "reflect": ("samples", "reflection"),
+    "critique": ("samples",),
+    "guidance": ("samples",),
 }
 """Keys of `sampling.search` that each source reads."""
 
@@ -67,23 +60,6 @@ def check_alpha(alpha: Any) -> None:
             raise UserError(f"merge.alpha.importance holds {others[0]!r}; its two ends are finite numbers")
 
 
-def check_probe(probe: Probe) -> None:
-    """Refuse fields that differ from their defaults and that a probe of this kind does not read."""
-    reads = PROBE_READS[probe.kind]
-    if probe.kind == "exme" and probe.search is not None:
-        reads = tuple(name for name in reads if name not in ("alphas", "weights"))
-    for field in dataclasses.fields(probe):
-        if field.name in ("of", "kind", "rounds", *reads):
-            continue
-        value, made = getattr(probe, field.name), field.default_factory
-        if value != (field.default if made is dataclasses.MISSING else made()):
-            searched = " with a search" if probe.kind == "exme" and probe.search is not None else ""
-            raise UserError(
-                f"probe.{field.name} is {value!r}, and a probe of kind {probe.kind}{searched} does not read it; "
-                f"it reads {', '.join(reads) or 'none of these'}: leave it out, or choose another kind"
-            )
-
-
 def check_methods(config: Improve) -> None:
     """Refuse what a method sets and its run does not read, and what needs questions that are not there."""
     for name, method in config.methods.items():
@@ -96,6 +72,7 @@ def check_methods(config: Improve) -> None:
                 config.block(name, "sft", method.improver.warm_up)
             check_taught(config.block(name, "sft"), method.improver, f"methods.{name}")
             check_pairs(name, config.block(name, "selection"), config.block(name, "sft"))
+            check_rewrite(config, name)
 
 
 def check_merge(config: Improve, name: str, method: Method, merge: Merge) -> None:
@@ -123,6 +100,21 @@ def check_pairs(name: str, selection: Selection, sft: Sft) -> None:
             + ("compares answers, and selection.pairs is 0; set it to 1 or more" if compares else
                f"learns from single answers, and selection.pairs is {selection.pairs}; set it to 0, or take dpo, say")
         )  # fmt: skip
+
+
+def check_rewrite(config: Improve, name: str) -> None:
+    selection, objective = config.block(name, "selection"), config.block(name, "sft").objective
+    rewrite = selection.rewrite
+    if selection.pairs and rewrite.name != "right":
+        raise UserError(
+            f"methods.{name}: selection.pairs are of right and wrong samples, and selection.rewrite is {rewrite.name}; "
+            "leave one of them out"
+        )
+    if rewrite.objective and objective.name != rewrite.objective:
+        raise UserError(
+            f"methods.{name}: selection.rewrite is {rewrite.name}, whose examples sft.objective={objective.name} "
+            f"cannot learn; set methods.{name}.sft.objective={{name: {rewrite.objective}}}"
+        )
 
 
 def check_sampling(name: str, method: Method, sampling: Sampling) -> None:
@@ -164,9 +156,12 @@ class Sampling(Draw):
     """Logits are divided by it; samples for training need it above 0 to differ."""
     batch: int = 64
     """The samples of this many questions are committed to disk together; a kill loses at most one such batch."""
-    source: Literal["plain", "dart", "tot", "mcts"] = "plain"
+    source: Literal["plain", "dart", "tot", "mcts", "retro", "reflect", "critique", "guidance"] = "plain"
     """Solutions come from here. plain: `samples` a question are drawn. dart: solutions are drawn until enough are
-    right, by difficulty. tot, mcts: a tree is searched, and its best solutions are taken."""
+    right, by difficulty. tot, mcts: a tree is searched, and its best solutions are taken. retro: right solutions are
+    made shorter at their changes of thought. reflect: the model goes on from wrong solutions behind a doubt. critique:
+    the model's critiques of solutions are taken that conclude what is true. guidance: guidance is taken that leads to
+    the right answer."""
     search: dict[str, Any] = dataclasses.field(default_factory=dict)
     """These are keys of the `search` block of `jaxmerge search` (docs/search.md); sources other than plain read
     them."""
@@ -180,7 +175,7 @@ class Sampling(Draw):
             build(Search, {**self.search, "kind": self.source}, "sampling.search")
         elif self.search:
             raise UserError(
-                "sampling.search is read with sampling.source: dart, tot or mcts; set it, or leave search out"
+                "sampling.search is read with a sampling.source other than plain; set it, or leave search out"
             )
 
 
@@ -199,6 +194,8 @@ class Selection:
     pairs: int = 0
     """At most this many pairs of a right and a wrong sample of a question are learnt, with an `sft.objective` that
     compares answers; 0 pairs nothing, and right samples are learnt."""
+    rewrite: Ways = dataclasses.field(default=Right())
+    pick: Picking = dataclasses.field(default=All())
 
     def __post_init__(self):
         at_least(self, "selection", pairs=0)
@@ -246,52 +243,6 @@ class Merge:
             raise UserError(f"merge: drop and reference are imm's, and the rule is {self.rule}; use parameters")
         if self.rule == "imm" and self.parameters:
             raise UserError(f"merge.parameters={dict(self.parameters)}: imm has drop and reference instead")
-
-
-@dataclasses.dataclass(frozen=True)
-class Probe:
-    """A model made from a round's checkpoints without training, evaluated and not fed back."""
-
-    of: str
-    """The probe is made from the checkpoints of this method."""
-    kind: Literal["expo", "exme", "line", "best", "merge", "graft"] = "expo"
-    """The probe is made in this way. expo: θ_t + α(θ_t − θ_b). exme: the best snapshots on validation are each
-    extrapolated, then merged. line: base + λ·change for each λ in `coefficients`. best: the best snapshot is taken.
-    merge: all snapshots are merged by `rule`. graft: base + mask·change, the mask learned."""
-    alphas: tuple[float, ...] = (0.3,)
-    """The models are extrapolated this far: one α for expo, one for each snapshot for exme."""
-    weights: tuple[float, ...] = (0.5, 0.5)
-    """exme: the extrapolated snapshots are merged with these weights, one for each."""
-    search: Literal["staged", "grid", "coordinate", "golden", "cma_es"] | None = None
-    """exme: this strategy chooses alphas and weights on validation questions; null takes those given."""
-    best: int = 2
-    """exme: this many snapshots are taken, the best on validation first."""
-    rule: str = ""
-    """merge: the snapshots are merged by this rule, any of `jaxmerge.RULES` that needs no data: average, ties
-    or model_stock."""
-    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """merge: the rule takes these coefficients."""
-    coefficients: tuple[float, ...] = ()
-    """line: a model is made for each of these λ."""
-    graft: Graft = dataclasses.field(default_factory=Graft)
-    rounds: tuple[int, ...] = ()
-    """These rounds are probed; () is the last one."""
-
-    def __post_init__(self):
-        if self.kind == "expo" and len(self.alphas) != 1:
-            raise UserError(f"an expo probe needs one alpha, found {list(self.alphas)}; add a method for each")
-        if self.kind == "line" and not self.coefficients:
-            raise UserError("a probe of kind line needs coefficients: [λ, …]")
-        at_least(self, "probe", best=1)
-        fixed = self.kind == "exme" and self.search is None
-        if fixed and (len(self.alphas) != self.best or len(self.weights) != self.best):
-            raise UserError(
-                f"an exme probe of {self.best} snapshots needs as many alphas and weights, found {self.alphas}, "
-                f"{self.weights}; or a search"
-            )
-        if (self.kind == "merge") != bool(self.rule) or (self.rule and self.rule not in jaxmerge.RULES):
-            raise UserError(f"probe.rule is {self.rule!r}; kind: merge takes one of {', '.join(jaxmerge.RULES)}")
-        check_probe(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,5 +334,7 @@ class Improve:
         values = to_dict(ours)
         for key, value in check_known(type(ours), override, where).items():
             nested = dataclasses.is_dataclass(getattr(ours, key)) and isinstance(value, Mapping)
-            values[key] = {**values[key], **value} if nested else value
+            # Another objective, optimizer or rewrite has other keys.
+            renamed = nested and value.get("name", values[key].get("name")) != values[key].get("name")
+            values[key] = {**values[key], **value} if nested and not renamed else value
         return build(type(ours), values, where)

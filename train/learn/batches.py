@@ -18,6 +18,7 @@ from ..log import UserError
 from .mixture import Mixture
 from .packing import fill, pack
 from .settings import Sft
+from .stages import staged
 
 Batch = dict[str, np.ndarray]
 WINDOW = 4096
@@ -60,12 +61,12 @@ class Rows:
     @property
     def targets(self) -> int:
         """Tokens with a loss."""
-        return int((self.weights[:, 1:] > 0).sum())
+        return int((self.weights[:, 1:] != 0).sum())
 
     @functools.cached_property
     def positions(self) -> np.ndarray | None:
         """Where each row has its targets, [n, K] filled up with 0; None if most positions are targets."""
-        has = self.weights[:, 1:] > 0
+        has = self.weights[:, 1:] != 0
         width = target_width(int(has.sum(axis=1).max()), has.shape[1])
         return None if width is None else target_positions(has, width)
 
@@ -115,7 +116,7 @@ class Drawn:
     @functools.cached_property
     def _width(self) -> int | None:
         """K of the targets of a row, the same for every batch."""
-        learnt = [int((w[1:] > 0).sum()) for w in self.weights]
+        learnt = [int((w[1:] != 0).sum()) for w in self.weights]
         return target_width(max(sum(learnt[i] for i in row) for rows in self.epochs for row in rows), self.length - 1)
 
     def count(self, epoch: int) -> int:
@@ -135,7 +136,7 @@ class Drawn:
             )
         batch = {"tokens": tokens, "weights": weights}
         if self._width is not None:
-            batch["targets"] = target_positions(weights[:, 1:] > 0, self._width)
+            batch["targets"] = target_positions(weights[:, 1:] != 0, self._width)
         return batch | ({"segments": segments} if self.packed else {})
 
     def summary(self) -> dict[str, Any]:
@@ -180,6 +181,7 @@ def to_drawn(
     *,
     rates: Sequence[float] = (),
     draws: int | None = None,
+    stages: Sequence[Sequence[float]] = (),
     seed: int,
 ) -> Drawn:
     """Rows of several sources mixed at `rates`, for each of `config.epochs` epochs.
@@ -188,6 +190,7 @@ def to_drawn(
       sources: examples of each.
       rates: () draws every example of every source once an epoch.
       draws: examples of an epoch; None goes on until every example of every source has come once.
+      stages: of each source, its shares in the stages, which are gone through in place of a mixture (stages.py).
     """
     arrays = [to_arrays(examples, config, f" of source {k}" if len(sources) > 1 else "")
               for k, examples in enumerate(sources)]  # fmt: skip
@@ -198,21 +201,27 @@ def to_drawn(
     longest = max(map(len, tokens))
     length = row_length(config.max_length if config.packing else longest)
     size = draws or mixture.epoch
+    passes = (
+        staged(mixture.sizes, stages, config.epochs, seed)
+        if stages
+        else [[mixture.draw(epoch * size, (epoch + 1) * size)] for epoch in range(config.epochs)]
+    )
     epochs = []
-    for epoch in range(config.epochs):
-        source, example = mixture.draw(epoch * size, (epoch + 1) * size)
-        numbers = first[source] + example
-        if not config.packing:
-            epochs.append(tuple((int(i),) for i in numbers))
-            continue
-        rows = pack([len(tokens[i]) for i in numbers], length, window=WINDOW)
-        # Best fit leaves the fullest rows first; a batch is to hold rows of every kind.
-        mixed = shuffle_windows([tuple(int(numbers[i]) for i in row) for row in rows], (seed, epoch))
-        epochs.append(tuple(mixed))
+    for epoch, drawn in enumerate(passes):
+        epochs.append([])
+        for at, (source, example) in enumerate(drawn):
+            numbers = first[source] + example
+            if not config.packing:
+                epochs[-1] += [(int(i),) for i in numbers]
+                continue
+            rows = pack([len(tokens[i]) for i in numbers], length, window=WINDOW)
+            # Best fit leaves the fullest rows first; a batch is to hold rows of every kind.
+            key = (seed, epoch * len(drawn) + at)
+            epochs[-1] += shuffle_windows([tuple(int(numbers[i]) for i in row) for row in rows], key)
     return Drawn(
         tokens,
         weights,
-        tuple(epochs),
+        tuple(map(tuple, epochs)),
         length,
         pad_id,
         config.packing,
@@ -240,11 +249,12 @@ def to_arrays(
             dropped += 1  # cut, nothing would be left to learn
         elif n > config.max_length and config.overlong == "drop":
             dropped += 1
-        else:
+        elif (weight := np.broadcast_to(np.float32(config.objective.weight_of(e)), n)).any():  # else nothing is learnt
             truncated += n > keep
             tokens.append(np.asarray(e["tokens"][:keep], np.int32))
-            factors = np.broadcast_to(np.asarray(config.objective.weight_of(e), np.float32), n)
-            weights.append(learnt[:keep] * factors[:keep])
+            weights.append(learnt[:keep] * weight[:keep])
+    if not tokens and examples and not dropped:
+        raise UserError(f"sft: all {len(examples)} examples{where} have the weight 0; nothing would be learnt")
     if not tokens:
         raise UserError(
             f"sft: none of {len(examples)} examples{where} is at most sft.max_length={config.max_length} tokens long;"

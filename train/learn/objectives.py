@@ -36,8 +36,17 @@ class Tokens:
         return None
 
     def weight_of(self, example: Mapping[str, Any]) -> Any:
-        """The weight w of an example's tokens, above 0: one number, or one for each token."""
-        return example.get("weight", 1.0)
+        """The weight w of an example's tokens, one number or one for each token.
+
+        It is 0 or more, and of either sign for the objective `signed`.
+        """
+        weight = example.get("weight", 1.0)
+        if weight < 0:
+            raise UserError(
+                f"an example has the weight {weight:g}; weights below 0 are learnt by sft.objective={{name: signed}}, "
+                "without sft.watch.held_out"
+            )
+        return weight
 
     def inputs(
         self, tokens: np.ndarray, weights: np.ndarray, *, numbers: np.ndarray, seed: int, done: float
@@ -45,7 +54,7 @@ class Tokens:
         """What the model sees in place of `tokens` [B, T] int32; None is the tokens themselves.
 
         Args:
-          weights: [B, T], above 0 where a token is learnt.
+          weights: [B, T], not 0 where a token is learnt.
           numbers: of the rows in the run [B], so that a resumed run draws what an undisturbed one does.
           done: share of the steps that are behind.
         """
@@ -106,7 +115,7 @@ class MaskedThought(Tokens):
         # Orders are drawn from keys below 2^62 and above 2^63 (batches.py).
         draws = [np.random.Generator(np.random.Philox(key=[seed, (1 << 62) + int(n)])) for n in numbers]
         hidden = np.stack([draw.random(tokens.shape[1]) for draw in draws]) < p
-        return np.where(hidden & (weights > 0), np.int32(self.token or 0), tokens)
+        return np.where(hidden & (weights != 0), np.int32(self.token or 0), tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,3 +193,26 @@ class Talr(Tokens):
             temperature = jnp.maximum(jnp.where(real > 0, middle / 2, 1.0), 1e-6)
         factors = jnp.maximum(jnp.exp(held / temperature), self.floor)
         return super().loss(logps, weights * factors, beside)[0], weights.sum(), {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Signed(Tokens):
+    r"""The loss with weights of either sign, over n learnt tokens: $\frac1n\sum_t w_t (-\log p_\theta(y_t))$.
+
+    An example of negative weight is made less likely. Elsewhere Σ w divides the loss, and a common factor of all
+    weights cancels; here it stays, as the control variate of TRICE needs, whose weights vanish when all answers are
+    right. w is the key `reward` of a line, or the weight of a sample of a run. An example of weight 0 is left out.
+
+    References:
+      Phan et al., "Training Chain-of-Thought via Latent-Variable Inference", https://arxiv.org/abs/2312.02179
+    """
+
+    joint: ClassVar[bool] = True
+    name: Literal["signed"] = "signed"
+    """The objective."""
+
+    def weight_of(self, example):
+        return example.get("reward", example.get("weight", 1.0))
+
+    def loss(self, logps, weights, beside):
+        return super().loss(logps, weights, beside)[0], (weights != 0).astype(logps.dtype).sum(), {}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import shutil
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from .batches import Rows, RowSource, steps_of, to_drawn, to_rows
 from .beside import BLOCKS
 from .card import write_cards
 from .checkpoints import SftCheckpoints
+from .measure import ModelMeasure
 from .pairs import check, good, rows_of
+from .picks import Measure, Pick
 from .settings import Finetune
 from .sft import check_patterns, fine_tune, one_epoch
 from .teacher import open_teacher
@@ -147,6 +149,8 @@ def read_rows(config: Finetune, model: Model, home: Path) -> tuple[RowSource, Ro
     if several():
         on_first(lambda: read() and None)  # it writes the TFDS versions that all then read
     examples, notes = read()
+    measure = ModelMeasure(lambda: model, list(chain(*examples)), dtype=config.model.dtype)
+    examples = pick(examples, notes, data.pick, measure)
     pad = model.tokenizer.pad_id or 0
     # The samples of a run may have several solutions of a question.
     examples, held = hold_out(
@@ -154,17 +158,37 @@ def read_rows(config: Finetune, model: Model, home: Path) -> tuple[RowSource, Ro
     )
     unseen = to_rows(good(held), one_epoch(config.sft), pad, seed=config.seed) if held else None
     rates = [part.rate for part in data.sources if part.rate is not None]
+    stages = [part.stages for part in data.sources if part.stages]
     grouped = config.sft.objective.learns in ("pairs", "labels")
-    if grouped and (rates or data.draws is not None):
+    if grouped and (rates or stages or data.draws is not None):
         raise UserError(
-            f"data: rates and draws mix single answers, and {config.sft.objective.name} compares them; leave them out"
+            f"data: rates, stages and draws mix single answers, and {config.sft.objective.name} compares them; leave "
+            "them out"
         )
-    if grouped or (len(examples) == 1 and data.draws is None):
-        return rows_of(list(itertools.chain(*examples)), config.sft, pad, seed=config.seed), unseen, notes
+    if grouped or (len(examples) == 1 and data.draws is None and not stages):
+        return rows_of(list(chain(*examples)), config.sft, pad, seed=config.seed), unseen, notes
     for found in examples:
         check(found, config.sft.objective.learns, config.sft.objective.name)
-    rows = to_drawn(examples, config.sft, pad, rates=rates, draws=data.draws, seed=config.seed)
+    rows = to_drawn(examples, config.sft, pad, rates=rates, draws=data.draws, stages=stages, seed=config.seed)
     return rows, unseen, notes
+
+
+def pick(
+    sources: list[list[dict[str, Any]]], notes: list[dict[str, Any]], way: Pick, measure: Measure
+) -> list[list[dict[str, Any]]]:
+    """The examples of each source that are picked of all, noted with each source."""
+    chosen, first = set(way.choose(list(chain(*sources)), measure)), 0
+    picked = []
+    for examples, note in zip(sources, notes, strict=True):
+        picked.append([e for i, e in enumerate(examples, start=first) if i in chosen])
+        first += len(examples)
+        if len(picked[-1]) < len(examples):
+            note["picked"] = len(picked[-1])
+        if not picked[-1]:
+            raise UserError(
+                f"data.pick: none of the {len(examples)} examples of {note['source']} is picked; raise its keys"
+            )
+    return picked
 
 
 def text_rows(tokens: np.ndarray, learnt: np.ndarray) -> Rows:
@@ -177,6 +201,7 @@ def describe_rows(rows: RowSource, notes: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"{note['source']}: {note['examples']:,} examples, {note['tokens']:,} tokens"
         + ("" if note["rate"] is None else f", rate {note['rate']:g}")
+        + (f", {note['picked']:,} examples picked" if "picked" in note else "")
         for note in notes
     ]
     found = rows.summary()

@@ -17,6 +17,7 @@ from .distill import Distill
 from .masks import Everything, Masking
 from .objectives import ResponseOnly
 from .optimizers import AdamW, Lion, Optimizer, ScheduleFree, Sgd
+from .picks import All, Picking
 from .registry import Objective
 
 
@@ -235,8 +236,15 @@ class Part:
     """This split of a TFDS version or of a dataset on the hub is read."""
     ignore: tuple[str, ...] = ()
     """These keys of the lines are passed over; other unknown keys are errors."""
+    stages: tuple[float, ...] = ()
+    """Training goes through stages, and takes this share of the part's examples, 0 to 1, in each; () has no stages. All
+    parts have as many."""
 
     def __post_init__(self):
+        if any(not 0 <= share <= 1 for share in self.stages):
+            raise UserError(
+                f"data.parts: the stages of {self.path or 'a suite'} are {list(self.stages)}; shares, 0 to 1"
+            )
         if bool(self.path) == bool(self.families):
             raise UserError("data.parts: a part has either a path or families, not both and not neither")
         if self.families and (self.format is not None or self.ignore):
@@ -263,6 +271,7 @@ class Data:
     """This split of a TFDS version or of a dataset on the hub is read."""
     ignore: tuple[str, ...] = ()
     """These keys of the lines are passed over; other unknown keys are errors."""
+    pick: Picking = dataclasses.field(default=All())
     learn: Literal["assistant", "last", "each"] = "assistant"
     """These turns of a conversation have a loss: all of the assistant's; the last alone; or all, each in an example
     that ends with it, for templates that render earlier turns otherwise (Qwen3's, which drops their reasoning)."""
@@ -291,6 +300,17 @@ class Data:
             raise UserError(f"data.parts: {rated} of {len(self.parts)} parts have a rate; give all one, or none")
         if self.draws is not None:
             at_least(self, "data", draws=1)
+        counts = {len(part.stages) for part in self.parts}
+        if len(counts) > 1:
+            raise UserError(
+                f"data.parts: the parts have {sorted(counts)} stages; give each as many, a share of 0 for none"
+            )
+        if any(counts) and (rated or self.draws is not None):
+            raise UserError("data: with stages every part has its shares; leave out rate and draws")
+        if empty := [
+            i for i, shares in enumerate(zip(*(part.stages for part in self.parts), strict=True)) if not any(shares)
+        ]:
+            raise UserError(f"data.parts: no part has a share in stage {empty[0] + 1}; leave the stage out")
 
     @property
     def sources(self) -> tuple[Part, ...]:

@@ -128,7 +128,7 @@ def tokenise(
                 examples.append(encode_pair(tokenizer, record, **variables))
                 continue
             for e in encode(tokenizer, record, learn=data.learn, **variables):
-                examples.append({"tokens": e.tokens, "learnt": e.learnt, "reward": record.reward})
+                examples.append({"tokens": e.tokens, "learnt": e.learnt, "reward": record.reward, **record.scores})
         except UserError as error:
             raise UserError(f"{where}, example {number}: {error}") from error
     return examples

@@ -69,7 +69,7 @@ def tokens_of(batch: Mapping[str, Any]) -> jax.Array:
     if "segments" in batch:
         return jnp.sum(batch["segments"] > 0)
     weights = batch["weights"]
-    return jnp.sum(jnp.max(jnp.where(weights > 0, jnp.arange(weights.shape[-1]), 0), axis=-1))
+    return jnp.sum(jnp.max(jnp.where(weights != 0, jnp.arange(weights.shape[-1]), 0), axis=-1))
 
 
 @functools.cache

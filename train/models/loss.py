@@ -177,7 +177,7 @@ def token_losses(head: Head, how: Compute, params: Params, hidden: jax.Array, la
 
 
 def token_logps(config: ModelConfig, params: Params, batch: dict[str, jax.Array], how: Compute) -> jax.Array:
-    """log p of each token of a batch's `tokens`, of their shape, without a gradient; 0 where no weight is above 0.
+    """log p of each token of a batch's `tokens`, of their shape, without a gradient; 0 where there is no weight.
 
     With them as another array of the batch, an objective has the log-probabilities of a reference or of a sampler.
     """
@@ -185,7 +185,7 @@ def token_logps(config: ModelConfig, params: Params, batch: dict[str, jax.Array]
     flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in READ if name in batch}
     hidden, labels, weights = at_targets(config, params, flat, how)
     logps = -token_losses(Head(config, jnp.dtype(how.dtype), how.mesh), how, params, hidden, labels)
-    logps = jnp.where(weights > 0, logps, 0.0)
+    logps = jnp.where(weights != 0, logps, 0.0)
     if "targets" not in flat:
         return jnp.pad(logps, ((0, 0), (1, 0))).reshape(*groups, T)
     rows = jnp.arange(len(logps))[:, None]
@@ -241,7 +241,7 @@ def unpacked_positions(weights: jax.Array) -> jax.Array:
     position must not look there.
     """
     index = jnp.broadcast_to(jnp.arange(weights.shape[1]), weights.shape)
-    return jnp.minimum(index, jnp.max(jnp.where(weights > 0, index, 0), axis=1, keepdims=True))
+    return jnp.minimum(index, jnp.max(jnp.where(weights != 0, index, 0), axis=1, keepdims=True))
 
 
 def restart(segments: jax.Array) -> jax.Array:

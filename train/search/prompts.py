@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,10 @@ from ..resolve import at_least, build, read_yaml
 
 INSTALLED = Path(__file__).with_name("prompts.yaml")
 PROMPTS = ("step", "hint", "score", "chain", "write")
+LATER = ("critique", "guide", "follow")
+"""Prompts that a domain may lack."""
+LENGTHS = {"critique": "write", "guide": "write", "follow": "chain"}
+"""Prompts whose replies may be as long as those to others."""
 SPECIMEN: dict[str, Any] = {"question": "q", "steps": ["s"], "hint": "h", "siblings": ["t"], "text": "x"}
 """What templates may read."""
 
@@ -49,7 +53,10 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The prompts of one domain; a model without a `hint` reflects on nothing."""
+    """The prompts of one domain; a model without a `hint` reflects on nothing.
+
+    `conclusions`: with which texts a critique says that a solution is right, and that it is wrong.
+    """
 
     step: Prompt
     score: Prompt
@@ -58,13 +65,28 @@ class Prompts:
     target: str
     complete: str | None = None
     hint: Prompt | None = None
+    critique: Prompt | None = None
+    guide: Prompt | None = None
+    follow: Prompt | None = None
+    conclusions: tuple[str, ...] = ("Conclusion: right", "Conclusion: wrong")
+
+    def __post_init__(self):
+        if len(self.conclusions) != 2 or "" in self.conclusions or len(set(self.conclusions)) < 2:
+            raise UserError(f"prompts: conclusions is {list(self.conclusions)}; two texts, for right and for wrong")
 
     def __getitem__(self, name: str) -> Prompt:
         return getattr(self, name)
 
 
-def load_prompts(domain: str, path: str | Path | None = None, *, reflects: bool = False) -> Prompts:
-    """The prompts of a domain, every template tried on a specimen; `reflects`: the search asks for hints."""
+def load_prompts(
+    domain: str, path: str | Path | None = None, *, reflects: bool = False, needs: Sequence[str] = ()
+) -> Prompts:
+    """The prompts of a domain, every template tried on a specimen.
+
+    Args:
+      reflects: the search asks for hints.
+      needs: prompts of `LATER` that the search puts.
+    """
     where = Path(path) if path is not None else INSTALLED
     domains = read_yaml(where)
     if domain not in domains:
@@ -72,7 +94,9 @@ def load_prompts(domain: str, path: str | Path | None = None, *, reflects: bool 
     found = build(Prompts, domains[domain], f"{where}: {domain}")
     if reflects and found.hint is None:
         raise UserError(f"{where}: {domain} has no prompt hint; add it, or set search.reflect=false")
-    for name in PROMPTS if found.hint else (p for p in PROMPTS if p != "hint"):
+    if lacking := [name for name in needs if found[name] is None]:
+        raise UserError(f"{where}: {domain} has no prompt {lacking[0]}; add it")
+    for name in (p for p in PROMPTS + LATER if found[p] is not None):
         for template in (*(m["content"] for m in found[name].messages), found[name].prefix):
             check(template, f"{where}: {domain}.{name}")
     check(found.target, f"{where}: {domain}.target")

@@ -54,6 +54,17 @@ def normal(step: str) -> str:
     return "".join(c for c in step.casefold() if c.isalnum() or c in "+-*/<>=%")
 
 
+def read_verdict(reply: Reply, conclusions: tuple[str, str]) -> float | None:
+    """What a critique concludes: 1 right, 0 wrong, by which of the two texts stands last in it; None without either.
+
+    Example:
+      >>> read_verdict(Reply("Not wrong: 2 + 3 is 5. Conclusion: right"), ("Conclusion: right", "Conclusion: wrong"))
+      1.0
+    """
+    right, wrong = (reply.text.rfind(conclusion) for conclusion in conclusions)
+    return None if reply.reason in ("length", "context") or right == wrong else float(right > wrong)
+
+
 def read_score(reply: Reply) -> float | None:
     """The critic's score on [0, 1]: one line `Score: N` with N from 0 to 10, and no other N; None if it is not there.
 

@@ -38,7 +38,8 @@ from ..tasks.code import CodeProblem
 from .ask import ROLES, Ask
 from .driver import Driver
 from .examples import distribution, select, whole
-from .kinds import KINDS, Found
+from .found import Found
+from .kinds import KINDS
 from .prompts import Prompts, load_prompts
 from .questions import Item, read_questions
 from .read import SCALE
@@ -141,7 +142,7 @@ def refuse_others(folder: Path, items: list[Item], prompts: Prompts) -> None:
         write_durably(path, json.dumps(ours, indent=1, ensure_ascii=False))
         return
     theirs = json.loads(path.read_text())
-    changed = [name for name in ours if ours[name] != theirs.get(name)]
+    changed = [name for name in ours if name in theirs and ours[name] != theirs[name]]  # some came later
     if changed:
         raise UserError(
             f"{path}: the prompts {', '.join(changed)} changed since this search began; restore them or choose another "

@@ -13,7 +13,9 @@ from ..runtime.settings import Distributed, Mesh
 from ..tasks.settings import FamilySpec
 from .ask import ROLES
 
-Kind = Literal["mcts", "tot", "cot", "dart"]
+Kind = Literal["mcts", "tot", "cot", "dart", "retro", "reflect", "critique", "guidance"]
+NEEDS: dict[str, tuple[str, ...]] = {"critique": ("critique",), "guidance": ("guide", "follow")}
+"""Prompts that a kind puts besides those that every domain has."""
 Domain = Literal["code", "mathematics"]
 
 
@@ -54,12 +56,48 @@ class Dart:
 
 
 @dataclasses.dataclass(frozen=True)
+class Retro:
+    """How the changes of thought of a right chain are looked at again."""
+
+    step: str = "\n\n"
+    """This stands between two steps of a chain."""
+    switches: tuple[str, ...] = ("Alternatively", "Wait", "But", "However", "Hmm", "Let me try", "Another")
+    """A step that begins with one of these, in large or small letters, changes the thought."""
+    tries: int = 1
+    """At each change of thought this many paths are tried, until one is right and shorter."""
+
+    def __post_init__(self):
+        at_least(self, "search.retro", tries=1)
+        if not self.step or not self.switches or "" in self.switches:
+            raise UserError("search.retro: step is a text, and switches are one text or more; none is empty")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reflection:
+    """How wrong chains are doubted."""
+
+    step: str = "\n"
+    """This stands between two steps of a chain."""
+    phrase: str = "Wait, this step does not look right. Let me check it."
+    """This stands behind the wrong step, as a step of its own; the model goes on after it."""
+    tries: int = 1
+    """This many corrections of each wrong chain are drawn."""
+
+    def __post_init__(self):
+        at_least(self, "search.reflection", tries=1)
+        if not self.step or not self.phrase:
+            raise UserError("search.reflection: step and phrase are texts, and neither is empty")
+
+
+@dataclasses.dataclass(frozen=True)
 class Search:
     """How solutions of one question are looked for."""
 
     kind: Kind = "mcts"
     """Solutions are looked for in this way. mcts: SRA-MCTS. tot: Tree of Thoughts, breadth first. cot: chains of
-    thought. dart: chains until enough are right."""
+    thought. dart: chains until enough are right. retro: right chains are made shorter by paths they did not take.
+    reflect: wrong chains are doubted and gone on with. critique, guidance: texts about chains and questions, which
+    `jaxmerge improve` learns in their place."""
     iterations: int = 16
     """mcts: this many nodes of a tree are expanded. The paper's code takes 2, which cannot make a plan of three
     steps."""
@@ -87,9 +125,12 @@ class Search:
     beam: int = 3
     """tot: this many plans are kept at each depth."""
     samples: int = 1
-    """cot: this many chains of a question are drawn. mcts, tot: this many texts are written from each plan."""
+    """mcts, tot: this many texts are written from each plan. All others but dart: this many chains, or pieces of
+    guidance, of a question are drawn."""
     rollout: Rollout = Rollout()
     dart: Dart = Dart()
+    retro: Retro = Retro()
+    reflection: Reflection = Reflection()
 
     def __post_init__(self):
         at_least(
@@ -103,6 +144,16 @@ class Search:
     def reflects(self) -> bool:
         """Whether hints are asked for: mcts alone does."""
         return self.kind == "mcts" and self.reflect
+
+    @property
+    def plans(self) -> bool:
+        """Whether a tree of plans is searched."""
+        return self.kind in ("tot", "mcts")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Prompts that are put besides those that every domain has."""
+        return NEEDS.get(self.kind, ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +267,11 @@ class SearchRun:
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
 
     def __post_init__(self):
+        if self.search.needs:
+            raise UserError(
+                f"search.kind is {self.search.kind}, which makes no solutions; it is of a run of jaxmerge improve: "
+                f"sampling.source={self.search.kind}"
+            )
         unknown = [name for name in self.roles if name not in ROLES]
         if unknown:
             raise UserError(f"roles.{unknown[0]}: no such role; there are {', '.join(ROLES)}")

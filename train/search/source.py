@@ -13,7 +13,6 @@ from ..evaluate.answer import prompts as prompts_of
 from ..generate.settings import Settings
 from ..log import progress
 from ..models.open import Model
-from ..models.tokenizer import Tokenizer
 from ..runtime.jsonl import Row, write_jsonl
 from ..runtime.processes import on_first
 from ..runtime.stop import check
@@ -22,8 +21,9 @@ from ..tasks.code import CodeTask
 from .ask import ROLES, Ask
 from .driver import Driver
 from .examples import whole
-from .kinds import KINDS, Found
-from .prompts import Prompt, Prompts, load_prompts
+from .found import Found
+from .kinds import KINDS
+from .prompts import Prompt, load_prompts
 from .replies import Replies
 from .settings import Drawing, Search
 from .subject import Subject
@@ -47,19 +47,29 @@ def search_solutions(
     tokenizer, start = model.tokenizer, time.perf_counter()
     code = all(isinstance(suite.tasks[q.family], CodeTask) for q in questions)
     domain = "compact" if suite.style == "compact" else "code" if code else "mathematics"
-    prompts = load_prompts(domain, reflects=search.reflects)
+    prompts = load_prompts(domain, reflects=search.reflects, needs=search.needs)
     # A chain is asked for in the words in which the run samples and evaluates.
     chain = Prompt(prompts.chain.messages, stop=settings.stop)
     prompts = dataclasses.replace(prompts, chain=chain)
     if prompts.score.after:
         drawing = dataclasses.replace(drawing, score=drawing.step)
-    asked = prompts_of(suite, tokenizer, questions, shots)
-    voice = Voice(
-        model, prompts, drawing, seed=seed, dtype=settings.dtype, chains={p.id: p.tokens for p in asked},
-        gather=settings.gather,
-    )  # fmt: skip
+    asked = {p.id: p.tokens for p in prompts_of(suite, tokenizer, questions, shots)}
     by_id = {q.id: q for q in questions}
-    subjects = [Subject(q.id, q.text, search, seed=seed, judged=True, complete=prompts.complete) for q in questions]
+
+    def chain_of(id: str, begun: str) -> tuple[int, ...]:
+        if not begun:
+            return asked[id]
+        head, tail = join_completion(suite, tokenizer, by_id[id], begun, shots)
+        return (*head, *tail)
+
+    voice = Voice(
+        model, prompts, drawing, seed=seed, dtype=settings.dtype, chain=chain_of, gather=settings.gather
+    )  # fmt: skip
+    right, wrong = prompts.conclusions
+    subjects = [
+        Subject(q.id, q.text, search, seed=seed, judged=True, complete=prompts.complete, conclusions=(right, wrong))
+        for q in questions
+    ]
     found: dict[str, Found] = {}
 
     def verify(id: str, ask: Ask) -> float | None:
@@ -75,26 +85,36 @@ def search_solutions(
     rows = []
     for q in questions:
         join = functools.partial(join_completion, suite, tokenizer, q, shots=shots)
-        rows += rows_of(q.id, found[q.id], prompts, tokenizer, join)
+        rows += rows_of(q, found[q.id], voice, join)
     on_first(write_jsonl, folder / "batch-0000.jsonl", rows)
     new = driver.counts["tokens"]
     return rows, new + driver.counts["replayed_tokens"], new, time.perf_counter() - start
 
 
 def rows_of(
-    id: str, found: Found, prompts: Prompts, tokenizer: Tokenizer, join: Callable[[str], tuple[list[int], list[int]]]
+    question: Question, found: Found, voice: Voice, join: Callable[[str], tuple[list[int], list[int]]]
 ) -> list[Row]:
     """Solutions as samples: the whole text, and the end token where it ended by itself.
+
+    A text that answers another prompt than the question's has that prompt with it, and its verdict: the task cannot
+    judge it.
 
     Args:
       join: from a text to the tokens of the question's prompt and of the text behind it.
     """
     rows = []
     for number, solution in enumerate(found.solutions):
-        text = whole(prompts, dataclasses.asdict(solution))
+        text = whole(voice.prompts, dataclasses.asdict(solution))
         cut = solution.reason in ("length", "context")
-        _, tokens = join(text)
-        tokens = tokens if cut else tokenizer.close(tokens)
-        reason = "length" if cut else "eos"
-        rows.append({"question_id": id, "sample": number, "text": text, "tokens": tokens, "reason": reason})
+        row: Row = {"question_id": question.id, "sample": number, "text": text}
+        if solution.prompt:
+            prompt = voice.prompts[solution.prompt]
+            values = {"question": question.text, "steps": [], "hint": "", "siblings": [], **solution.about}
+            spelt, special = voice.spelt(*prompt.render(values), plain=prompt.plain)
+            head, tokens = voice.model.tokenizer.join(spelt, text, special=special)
+            row |= {"prompt": spelt, "prompt_tokens": head, "verdict": solution.verdict}
+        else:
+            _, tokens = join(text)
+        tokens = tokens if cut else voice.model.tokenizer.close(tokens)
+        rows.append({**row, "tokens": tokens, "reason": "length" if cut else "eos"})
     return rows

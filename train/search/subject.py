@@ -21,6 +21,7 @@ class Subject:
       id: names the question; with the seed it keys every draw.
       judged: whether a verifier can say who is right.
       complete: what a step contains that completes its plan.
+      conclusions: with which texts a critique says right and wrong.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Subject:
     seed: int = 0
     judged: bool = False
     complete: str | None = None
+    conclusions: tuple[str, str] = ("right", "wrong")
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
     grown: Tree | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from ..models.open import Model
 from ..models.tokenizer import DATE
 from ..tasks.wording import untemplated
 from .ask import Ask, Reply
-from .prompts import Prompts
+from .prompts import LENGTHS, Prompts
 from .settings import Drawing
 
 
@@ -31,7 +31,8 @@ class Voice:
     Args:
       temperatures: of the roles that differ from the prompts' and from `drawing`'s.
       dtype: of the matmuls' operands.
-      chains: tokens, by question, that a chain of thought goes on from, in place of the prompt file's.
+      chain: by a question's id and the beginning of a chain of thought, the tokens that the chain goes on from, in
+        place of the prompt file's.
       gather: as the engine's.
     """
 
@@ -44,11 +45,11 @@ class Voice:
         seed: int,
         dtype: str = "float32",
         temperatures: Mapping[str, float] | None = None,
-        chains: Mapping[str, tuple[int, ...]] | None = None,
+        chain: Callable[[str, str], tuple[int, ...]] | None = None,
         gather: bool = False,
     ):
         self.model, self.prompts, self.drawing, self.seed = model, prompts, drawing, seed
-        self.temperatures, self.chains = temperatures or {}, chains or {}
+        self.temperatures, self.chain = temperatures or {}, chain
         self.engine = Engine(
             model.config,
             model.params,
@@ -67,9 +68,13 @@ class Voice:
     def request(self, number: int, id: str, ask: Ask) -> Request | None:
         """What the engine is given; None if the model has no room for it."""
         prompt = self.prompts[ask.prompt]
-        given = self.chains.get(id) if ask.prompt == "chain" else None
-        tokens = self.tokens(*prompt.render(ask.values), plain=prompt.plain) if given is None else given
-        most = getattr(self.drawing, ask.prompt)
+        begun = ask.values.get("begun", "")
+        if ask.prompt == "chain" and self.chain is not None:
+            tokens = self.chain(id, begun)
+        else:
+            messages, prefix = prompt.render(ask.values)
+            tokens = self.tokens(messages, prefix + begun, plain=prompt.plain)
+        most = getattr(self.drawing, LENGTHS.get(ask.prompt, ask.prompt))
         if len(tokens) + most > self.model.config.context:
             return None
         self.read_tokens += len(tokens)
@@ -85,12 +90,17 @@ class Voice:
 
     def tokens(self, messages: Sequence[Mapping[str, str]], prefix: str, *, plain: bool = False) -> tuple[int, ...]:
         """A chat with the beginning of its answer; to a model without a template, what is said, one below the other."""
+        text, special = self.spelt(messages, prefix, plain=plain)
+        return tuple(self.model.tokenizer.encode(text, special=special))
+
+    def spelt(self, messages: Sequence[Mapping[str, str]], prefix: str, *, plain: bool = False) -> tuple[str, bool]:
+        """What `tokens` are the tokens of, and whether they have those that the tokenizer puts around a text."""
         tokenizer = self.model.tokenizer
         if plain:
-            return tuple(tokenizer.encode("".join(m["content"] for m in messages) + prefix, special=True))
+            return "".join(m["content"] for m in messages) + prefix, True
         if tokenizer.has_chat_template:
-            return tuple(tokenizer.encode(tokenizer.chat(messages, date_string=DATE) + prefix))
-        return tuple(tokenizer.encode(untemplated([m["content"] for m in messages]) + prefix, special=True))
+            return tokenizer.chat(messages, date_string=DATE) + prefix, False
+        return untemplated([m["content"] for m in messages]) + prefix, True
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  # a voice lives as long as its search
     def stops(self, strings: tuple[str, ...], begins: bool) -> Stops:

@@ -27,7 +27,7 @@ from train.runtime.settings import Mesh
 
 SETTINGS = {
     "response_only": {}, "masked_thought": {"token": 3}, "reward_weighted": {"temperature": 0.5},
-    "talr": {"temperature": 2.0},
+    "talr": {"temperature": 2.0}, "signed": {},
 }  # fmt: skip
 
 
