@@ -308,7 +308,9 @@ def batches(
             chosen = order[numbers[numbers < len(order)]]
             missing = len(share) - len(chosen)
             batch = rows.take(chosen, epoch)
-            yield {name: np.pad(values, ((0, missing), (0, 0))) for name, values in batch.items()}
+            yield {
+                name: np.pad(values, ((0, missing), *[(0, 0)] * (values.ndim - 1))) for name, values in batch.items()
+            }
         step += steps
 
 

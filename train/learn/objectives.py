@@ -1,8 +1,8 @@
 r"""What fine-tuning minimises: each objective is its settings with the three places at which it may differ.
 
-The loss is $\sum_t w_t\,c_t\,(-\log p_\theta(y_t \mid \tilde y_{<t})) / \sum_t w_t$. An objective says what weight w an
-example has, which inputs $\tilde y$ the model sees in place of the tokens, and by which factors c, from the losses,
-tokens count. The defaults of `Tokens` change nothing.
+The loss is $\sum_t w_t\,(-\log p_\theta(y_t \mid \tilde y_{<t})) / \sum_t w_t$, or any function of these
+log-probabilities. An objective says what weight w an example has, which inputs $\tilde y$ the model sees in place of
+the tokens, and what is computed from the log-probabilities. The defaults of `Tokens` change nothing.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..log import UserError
 class Tokens:
     """The loss of every learnt token, each by itself; objectives override what they change."""
 
-    factored: ClassVar[bool] = False
-    """Whether `factors` is asked; elsewhere the losses are taken once, without it."""
+    joint: ClassVar[bool] = False
+    """Whether `loss` is asked; elsewhere the weighted losses are summed, which computes the logits once, not twice."""
 
     def check(self, vocab_size: int) -> None:
         """Raise what does not fit the model."""
@@ -44,9 +44,10 @@ class Tokens:
         del tokens, weights, numbers, seed, done
         return None
 
-    def factors(self, losses: Any) -> Any:
-        """The factors c of tokens with these losses; no gradient flows through either."""
-        return losses * 0 + 1
+    def loss(self, logps: Any, weights: Any, beside: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+        """Sum of losses, sum of weights, sums of metrics: `Objective` of models/loss.py, which says the shapes."""
+        del beside
+        return -(weights * logps).sum(), weights.sum(), {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Talr(Tokens):
       https://arxiv.org/abs/2509.20758 (token-adaptive loss reweighting)
     """
 
-    factored: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     name: Literal["talr"] = "talr"
     """The objective."""
     temperature: float = 1.0
@@ -158,10 +159,12 @@ class Talr(Tokens):
                 f"sft.objective: temperature is {self.temperature} (above 0), floor is {self.floor} (a share, 0 to 1)"
             )
 
-    def factors(self, losses):
-        import jax.numpy as jnp  # settings are read without jax, which takes a second
+    def loss(self, logps, weights, beside):
+        import jax  # settings are read without jax, which takes a second
+        import jax.numpy as jnp
 
-        return jnp.maximum(jnp.exp(-losses / self.temperature), self.floor)
+        factors = jnp.maximum(jnp.exp(jax.lax.stop_gradient(logps) / self.temperature), self.floor)
+        return super().loss(logps, weights * factors, beside)[0], weights.sum(), {}
 
 
 Objective = ResponseOnly | MaskedThought | RewardWeighted | Talr

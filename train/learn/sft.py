@@ -240,6 +240,7 @@ def metrics_of(sums: dict[str, Any], seconds: float) -> dict[str, float]:
         "skipped": int(sums["skipped"][0]),
         "seconds": seconds,
         "tokens_per_second": float(sums["tokens"]) / seconds,
+        **{name: float(value) / max(weight, 1e-6) for name, value in sums["metrics"].items()},
     }
 
 

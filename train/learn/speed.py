@@ -58,7 +58,8 @@ def step_flops(model: ModelConfig, rows: int, length: int, targets: int, *, froz
 
 def batch_flops(model: ModelConfig, batch: Mapping[str, Any], *, frozen: bool = False) -> float:
     """Operations of an update on this batch, padding included: what the device is asked to do."""
-    rows, length = batch["tokens"].shape[0], batch["tokens"].shape[1] - 1
+    *rows_of, length = batch["tokens"].shape
+    rows, length = math.prod(rows_of), length - 1
     targets = batch["targets"].size if "targets" in batch else rows * length
     return step_flops(model, rows, length, targets, frozen=frozen)
 
@@ -68,7 +69,7 @@ def tokens_of(batch: Mapping[str, Any]) -> jax.Array:
     if "segments" in batch:
         return jnp.sum(batch["segments"] > 0)
     weights = batch["weights"]
-    return jnp.sum(jnp.max(jnp.where(weights > 0, jnp.arange(weights.shape[1]), 0), axis=1))
+    return jnp.sum(jnp.max(jnp.where(weights > 0, jnp.arange(weights.shape[-1]), 0), axis=-1))
 
 
 @functools.cache

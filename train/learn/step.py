@@ -16,7 +16,7 @@ from ..log import UserError
 from ..models.config import ModelConfig
 from ..models.decoder import Params, is_stacked
 from ..models.fused import choose
-from ..models.loss import Compute, loss_sums
+from ..models.loss import Compute, loss_sums, objective_sums
 from ..runtime.mesh import replicated, shardings
 from . import frozen as adapters
 from . import optim
@@ -108,30 +108,34 @@ def make_step(model: ModelConfig, config: Sft, how: Compute | str) -> Callable[.
 @functools.lru_cache(maxsize=8)
 def _make_step(model: ModelConfig, config: Sft, how: Compute):
     micro, stay = config.micro_batch or config.batch, config.stay
-    factors = config.objective.factors if config.objective.factored else None
+    objective = config.objective
 
     def mean_gradient(params, batch, frozen, anchor):
         def sums(params, part):
             if config.lora is not None:
                 params = adapters.joined(config.lora, frozen, params, part)
             near = (anchor.params, anchor.kl) if stay.kl else None
-            return loss_sums(model, params, part, how, near=near, factors=factors)
+            if objective.joint:
+                loss, weight, metrics = objective_sums(model, params, part, how, objective.loss, near=near)
+            else:
+                (loss, weight), metrics = loss_sums(model, params, part, how, near=near), {}
+            return loss, {"weight": weight, "metrics": metrics}
 
         gradient = jax.value_and_grad(sums, has_aux=True)
         if micro == config.batch:
-            (loss, weight), grads = gradient(params, batch)
+            (loss, others), grads = gradient(params, batch)
         else:
             # Part i has rows i, i + n, …: each device cuts its own rows, none moves.
             parts = jax.tree.map(lambda x: x.reshape(micro, -1, *x.shape[1:]).swapaxes(0, 1), batch)
-            zero = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+            shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
+            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
 
             def add(total, part):
-                (loss, weight), grads = gradient(params, part)
-                return jax.tree.map(jnp.add, total, ((loss, weight), optim.wide(grads))), None
+                return jax.tree.map(jnp.add, total, optim.wide(gradient(params, part))), None
 
-            (loss, weight), grads = jax.lax.scan(add, zero, parts)[0]
-        total = jnp.maximum(weight, 1e-6)
-        return loss, weight, jax.tree.map(lambda g: g.astype(jnp.float32) / total, grads)
+            (loss, others), grads = jax.lax.scan(add, zero, parts)[0]
+        total = jnp.maximum(others["weight"], 1e-6)
+        return loss, others, jax.tree.map(lambda g: g.astype(jnp.float32) / total, grads)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(
@@ -143,14 +147,14 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute):
         frozen: Frozen | None = None,
         anchor: Anchor | None = None,
     ):
-        loss, weight, grads = mean_gradient(state.params, batch, frozen, anchor)
+        loss, others, grads = mean_gradient(state.params, batch, frozen, anchor)
         if stay.l2 and anchor is not None:
             grads = pull(state.params, anchor, grads)
         kept = held(stay.freeze, state.params)
         if kept is not None:  # their gradients count in no norm
             grads = jax.tree.map(lambda g, is_kept: jnp.zeros_like(g) if is_kept else g, grads, kept)
         norm = optax.tree.norm(grads)
-        good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limit * jnp.maximum(weight, 1e-6))
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss <= limit * jnp.maximum(others["weight"], 1e-6))
         params, optimizer = optim.update(
             config, state.params, state.optimizer, grads, rate=rate, good=good, frozen=kept
         )
@@ -162,7 +166,7 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute):
             moved = 1 - jnp.where(good, keep, 1.0)
             average = optax.incremental_update(optim.wide(params), average, moved)
         counts = jnp.where(good, state.skipped * jnp.array([1, 0]), state.skipped + 1)
-        sums = {"loss": loss, "weight": weight, "gradient_norm": norm, "skipped": counts, "tokens": tokens_of(batch)}
+        sums = {"loss": loss, **others, "gradient_norm": norm, "skipped": counts, "tokens": tokens_of(batch)}
         return State(params, optimizer, average, counts), sums
 
     return step

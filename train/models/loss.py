@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +43,6 @@ def loss_sums(
     how: Compute = Compute(),
     *,
     near: tuple[Params, Any] | None = None,
-    factors: Callable[[jax.Array], jax.Array] | None = None,
 ):
     r"""Σ w·(−log p) and Σ w over a batch.
 
@@ -54,25 +52,116 @@ def loss_sums(
         int32, equal and contiguous for the tokens of one sequence of a packed row; optionally `inputs` [B, T] int32,
         which the model reads in place of the tokens, whose labels stay.
       near: (θ_0, β): Σ w·β·KL(p_0 ‖ p_θ) is added to the losses.
-      factors: of tokens with the losses −log p: they multiply the losses, have no gradient and are not in Σ w.
 
     Returns:
       (sum of weighted losses, sum of weights): their ratio is the mean loss a token.
     """
     hidden, labels, weights = at_targets(config, params, batch, how)
     head = Head(config, jnp.dtype(how.dtype), how.mesh)
-    counted = weights
-    if factors is not None:
-        ours = jax.lax.stop_gradient((head.weight(params), hidden))
-        each = _over_chunks(head, how.logits_at_once, *ours, labels, weights, gradient=False)[1]
-        counted = weights * factors(each)
-    loss = nll_sum(head, how.logits_at_once, head.weight(params), hidden, labels, counted)
+    loss = nll_sum(head, how.logits_at_once, head.weight(params), hidden, labels, weights)
     if near is not None:
-        base, beta = jax.lax.stop_gradient(near)
-        theirs, _, _ = at_targets(config, base, batch, how)
-        pair = (head.weight(params), hidden), (head.weight(base), theirs)
-        loss += beta * kl_sum(head, how.logits_at_once, *pair, weights)
+        loss += _pull(head, how, params, hidden, weights, near, config, batch)
     return loss, jnp.sum(weights)
+
+
+def objective_sums(
+    config: ModelConfig,
+    params: Params,
+    batch: dict[str, jax.Array],
+    how: Compute,
+    objective: Objective,
+    *,
+    near: tuple[Params, Any] | None = None,
+):
+    r"""An objective that is any function L of the tokens' log-probabilities, and its gradient.
+
+    The logits are never all in memory. The log-probabilities ℓ are computed first, a chunk of logits at a time; the
+    objective gives $c_i = \partial L / \partial \ell_i$; then $\sum_i c_i \nabla \ell_i$ is the gradient of a weighted
+    sum of losses, which `nll_sum` takes as it takes that of fine-tuning. The projection to logits is computed twice.
+
+    Args:
+      batch: as for `loss_sums`. With groups of G sequences that belong together, what the model reads is [B, G, T].
+        All else is handed to the objective: arrays of the shape of `tokens` where the targets are, others as they are.
+      objective: see `Objective`.
+      near: as for `loss_sums`; its mean over the tokens is added to that of the objective.
+
+    Returns:
+      (sum of losses, sum of weights, sums of metrics): what is divided by the sum of weights is the mean.
+    """
+    groups = batch["tokens"].shape[:-1]
+    flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in READ if name in batch}
+    hidden, labels, weights = at_targets(config, params, flat, how)
+    head = Head(config, jnp.dtype(how.dtype), how.mesh)
+    each = token_losses(head, how, params, hidden, labels)
+    beside = {
+        name: there(flat, values.reshape(-1, values.shape[-1])).reshape(*groups, -1)
+        if values.shape == batch["tokens"].shape
+        else values
+        for name, values in batch.items()
+        if name not in READ
+    }
+
+    def of(each):
+        loss, weight, metrics = objective(-each.reshape(*groups, -1), weights.reshape(*groups, -1), beside)
+        return loss, (weight, metrics)
+
+    (loss, (weight, metrics)), slopes = jax.value_and_grad(of, has_aux=True)(each)
+    moved = nll_sum(head, how.logits_at_once, head.weight(params), hidden, labels, jax.lax.stop_gradient(slopes))
+    loss += moved - jax.lax.stop_gradient(moved)
+    if near is not None:
+        mean = _pull(head, how, params, hidden, weights, near, config, flat) / jnp.maximum(jnp.sum(weights), 1e-6)
+        loss += weight * mean
+    return loss, weight, metrics
+
+
+READ = ("tokens", "weights", "targets", "segments", "inputs")
+"""What a model reads of a batch."""
+
+
+class Objective(Protocol):
+    """A loss of a batch as a function of the log-probabilities of its tokens."""
+
+    def __call__(
+        self, logps: jax.Array, weights: jax.Array, beside: dict[str, jax.Array], /
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """(Sum of losses, sum of what they are divided by, sums of metrics divided by the same).
+
+        Args:
+          logps: of the targets, [B, K] or with groups [B, G, K], float32.
+          weights: of the same shape; 0 where there is no target, everywhere in a row that only fills up the batch.
+          beside: what else the batch holds.
+        """
+        ...
+
+
+def token_losses(head: Head, how: Compute, params: Params, hidden: jax.Array, labels: jax.Array) -> jax.Array:
+    """−log p of each label [B, K], without a gradient."""
+    ours = jax.lax.stop_gradient((head.weight(params), hidden))
+    return _over_chunks(head, how.logits_at_once, *ours, labels, jnp.ones(labels.shape, jnp.float32), gradient=False)[1]
+
+
+def token_logps(config: ModelConfig, params: Params, batch: dict[str, jax.Array], how: Compute) -> jax.Array:
+    """log p of each token of a batch's `tokens`, of their shape, without a gradient; 0 where no weight is above 0.
+
+    With them as another array of the batch, an objective has the log-probabilities of a reference or of a sampler.
+    """
+    groups, T = batch["tokens"].shape[:-1], batch["tokens"].shape[-1]
+    flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in READ if name in batch}
+    hidden, labels, weights = at_targets(config, params, flat, how)
+    logps = -token_losses(Head(config, jnp.dtype(how.dtype), how.mesh), how, params, hidden, labels)
+    logps = jnp.where(weights > 0, logps, 0.0)
+    if "targets" not in flat:
+        return jnp.pad(logps, ((0, 0), (1, 0))).reshape(*groups, T)
+    rows = jnp.arange(len(logps))[:, None]
+    return jnp.zeros((len(logps), T), jnp.float32).at[rows, flat["targets"]].add(logps).reshape(*groups, T)
+
+
+def _pull(head: Head, how: Compute, params, hidden, weights, near, config, batch) -> jax.Array:
+    """Σ w·β·KL(p_0 ‖ p_θ)."""
+    base, beta = jax.lax.stop_gradient(near)
+    theirs, _, _ = at_targets(config, base, batch, how)
+    pair = (head.weight(params), hidden), (head.weight(base), theirs)
+    return beta * kl_sum(head, how.logits_at_once, *pair, weights)
 
 
 def at_targets(config: ModelConfig, params: Params, batch: dict[str, jax.Array], how: Compute):
@@ -89,13 +178,16 @@ def at_targets(config: ModelConfig, params: Params, batch: dict[str, jax.Array],
     dtype = jnp.dtype(how.dtype)
     with activations_on(how.mesh):
         hidden, _ = bind(config, params)(inputs[:, :-1], positions, seen, dtype=dtype, remat=how.remat)
-    if targets is None:
-        labels, weights = tokens[:, 1:], weights[:, 1:]
-    else:
+    if targets is not None:
         hidden = jnp.take_along_axis(hidden, jnp.maximum(targets - 1, 0)[..., None], axis=1)
-        labels = jnp.take_along_axis(tokens, targets, axis=1)
-        weights = jnp.where(targets > 0, jnp.take_along_axis(weights, targets, axis=1), 0.0)
-    return hidden, labels, weights
+    weights = there(batch, weights)
+    return hidden, there(batch, tokens), weights if targets is None else jnp.where(targets > 0, weights, 0.0)
+
+
+def there(batch: dict[str, jax.Array], values: jax.Array) -> jax.Array:
+    """Of values [B, T] of the tokens those of the targets, [B, K]."""
+    targets = batch.get("targets")
+    return values[:, 1:] if targets is None else jnp.take_along_axis(values, targets, axis=1)
 
 
 def kl_sum(head: Head, at_once: int, ours, theirs, weights: jax.Array) -> jax.Array:

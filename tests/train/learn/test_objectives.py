@@ -15,12 +15,14 @@ from train.learn.batches import batches, to_rows
 from train.learn.objectives import OBJECTIVES, MaskedThought, ResponseOnly, RewardWeighted, Talr
 from train.learn.settings import Sft
 from train.learn.shares import Shares
-from train.learn.step import make_step
+from train.learn.step import init_state, make_step
 from train.log import UserError
 from train.models.characters import PAD_ID
 from train.models.decoder import bind
-from train.models.loss import Compute, loss_sums
+from train.models.loss import Compute, loss_sums, objective_sums, token_logps
 from train.resolve import build, to_dict
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 
 SETTINGS = {
     "response_only": {}, "masked_thought": {"token": 3}, "reward_weighted": {"temperature": 0.5},
@@ -132,7 +134,7 @@ def test_talr_is_its_formula_and_no_gradient_flows_through_its_factors(model, ro
     objective = Talr(temperature=2.0, floor=floor)
 
     def ours(params):
-        return loss_sums(model.config, params, batch, Compute(), factors=objective.factors)
+        return objective_sums(model.config, params, batch, Compute(), objective.loss)[:2]
 
     (loss, total), gradient = jax.value_and_grad(ours, has_aux=True)(model.params)
     np.testing.assert_allclose(loss, np.sum(weights * factors * each), rtol=1e-5)
@@ -150,7 +152,7 @@ def test_talr_is_its_formula_and_no_gradient_flows_through_its_factors(model, ro
 def test_talr_at_a_high_temperature_is_the_plain_loss(model, rows):
     batch: Any = next(batches(rows, SFT, seed=0))
     plain = loss_sums(model.config, model.params, batch)
-    hot = loss_sums(model.config, model.params, batch, factors=Talr(temperature=1e9).factors)
+    hot = objective_sums(model.config, model.params, batch, Compute(), Talr(temperature=1e9).loss)[:2]
     np.testing.assert_allclose(hot, plain, rtol=1e-6)
 
 
@@ -197,3 +199,74 @@ def test_the_model_reads_the_inputs_and_learns_the_labels(model, rows):
     changed = loss_sums(model.config, model.params, batch | {"inputs": hidden})
     assert changed[1] == same[1]
     assert abs(changed[0] - same[0]) > 1e-3
+
+
+# --- objectives that are functions of log-probabilities ---
+
+
+def pairwise(logps, weights, beside):
+    """A loss of pairs that every token's log-probability is in, not linearly; metrics beside it."""
+    sums = jnp.sum(weights * logps, -1)  # [B, 2]
+    near = jnp.sum(weights * beside["like_tokens"] * logps)
+    each = jnp.tanh(sums[:, 0] - 0.5 * sums[:, 1]) * beside["of_rows"]
+    return jnp.sum(each) + 0.1 * near, jnp.float32(len(sums)), {"first": jnp.sum(sums[:, 0])}
+
+
+@pytest.mark.parametrize("at_once", [16, 4096])
+@pytest.mark.parametrize("narrow", [False, True])  # whether the batch says where its targets are
+def test_the_gradient_of_any_function_of_log_probabilities_is_autodiffs(model, rows, at_once, narrow):
+    batch: Any = {k: jnp.asarray(v)[:8] for k, v in next(batches(rows, SFT, seed=0)).items()}
+    if not narrow:
+        batch.pop("targets", None)
+    B, T = batch["tokens"].shape
+    pairs = {k: v.reshape(B // 2, 2, -1) for k, v in batch.items()}
+    noise = jax.random.normal(jax.random.key(3), (B // 2, 2, T))
+    pairs |= {"like_tokens": noise, "of_rows": jnp.arange(1.0, B // 2 + 1)}
+
+    def ours(params):
+        loss, *others = objective_sums(model.config, params, pairs, Compute(logits_at_once=at_once), pairwise)
+        return loss, others
+
+    def plain(params):
+        index = jnp.broadcast_to(jnp.arange(T - 1), (B, T - 1))
+        seen = jnp.broadcast_to(jnp.tril(jnp.ones((T - 1, T - 1), bool)), (B, T - 1, T - 1))
+        net = bind(model.config, params)
+        hidden, _ = net(batch["tokens"][:, :-1], index, seen)
+        logps = jax.nn.log_softmax(net.head(hidden, jnp.dtype("float32")))
+        logps = jnp.take_along_axis(logps, batch["tokens"][:, 1:, None], -1)[..., 0].reshape(B // 2, 2, -1)
+        beside = {"like_tokens": noise[..., 1:], "of_rows": pairs["of_rows"]}
+        loss, *others = pairwise(logps, pairs["weights"][..., 1:], beside)
+        return loss, (others, logps)
+
+    (loss, others), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(model.params)
+    (wanted, (theirs, logps)), slope = jax.jit(jax.value_and_grad(plain, has_aux=True))(model.params)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    np.testing.assert_allclose(others[1]["first"], theirs[1]["first"], rtol=1e-5)
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(slope))
+    for a, b in zip(*map(jax.tree.leaves, (gradient, slope)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * scale)
+    found = jax.jit(token_logps, static_argnums=(0, 3))(model.config, model.params, pairs, Compute())
+    np.testing.assert_allclose(found[..., 1:], jnp.where(pairs["weights"][..., 1:] > 0, logps, 0), atol=2e-5)
+
+
+def test_a_batch_of_groups_in_parts_is_the_batch(model, rows):
+    """Micro-batches keep groups together, and metrics are summed as losses are."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Pairwise(ResponseOnly):
+        joint = True
+
+        def loss(self, logps, weights, beside):
+            return pairwise(logps, weights, beside)
+
+    batch: Any = {k: jnp.asarray(v)[:8] for k, v in next(batches(rows, SFT, seed=0)).items()}
+    pairs = {k: v.reshape(4, 2, -1) for k, v in batch.items()}
+    pairs |= {"like_tokens": jnp.ones(pairs["tokens"].shape), "of_rows": jnp.arange(1.0, 5)}
+    found = []
+    for micro in (None, 2):
+        config = dataclasses.replace(SFT, batch=4, micro_batch=micro, objective=Pairwise())
+        state = init_state(config, model.params, make_mesh(Mesh()))
+        found.append(make_step(model.config, config, "float32")(state, pairs, np.float32(1e-3))[1])
+    for name in ("loss", "weight", "gradient_norm", "tokens"):
+        np.testing.assert_allclose(found[1][name], found[0][name], rtol=1e-5)
+    np.testing.assert_allclose(found[1]["metrics"]["first"], found[0]["metrics"]["first"], rtol=1e-5)
