@@ -100,7 +100,10 @@ def compose(model: Model, decode: Decode) -> Model:
     opened: dict[str, Model] = {}
     for key, path in decode.paths.items():
         if path not in opened:
-            opened[path] = open_model(path, mesh)
+            try:
+                opened[path] = open_model(path, mesh)
+            except UserError as error:
+                raise UserError(f"{decode.block}.{key}: {error}") from error
             check_vocabulary(model.tokenizer, opened[path].tokenizer, f"{decode.block}.{key}={path}")
     return join(model, [opened[path] for path in decode.paths.values()], decode.formula, decode.numbers)
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import jaxmerge
 
 from ..evaluate.settings import Evaluation
+from ..generate.decodings import Alone, Decode
 from ..generate.settings import Draw
 from ..learn.settings import Sft
 from ..log import UserError
@@ -131,6 +132,7 @@ class Sampling(Draw):
     """Logits are divided by it; samples for training need it above 0 to differ."""
     batch: int = 64
     """The samples of this many questions are committed to disk together; a kill loses at most one such batch."""
+    decode: Decode = dataclasses.field(default=Alone())
     source: Literal["plain", "dart", "tot", "mcts"] = "plain"
     """Solutions come from here. plain: `samples` a question are drawn. dart: solutions are drawn until enough are
     right, by difficulty. tot, mcts: a tree is searched, and its best solutions are taken."""
@@ -324,5 +326,7 @@ class Improve:
         values = to_dict(ours)
         for key, value in check_known(type(ours), override, where).items():
             nested = dataclasses.is_dataclass(getattr(ours, key)) and isinstance(value, Mapping)
-            values[key] = {**values[key], **value} if nested else value
+            # Keys of a kind chosen by name are not another kind's.
+            same = nested and value.get("name", name := values[key].get("name")) == values[key].get("name")
+            values[key] = {**values[key], **value} if same else value
         return build(type(ours), values, where)

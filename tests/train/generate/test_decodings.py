@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,12 @@ from train.generate.rollout import Prompt, rollout, sample_keys
 from train.generate.score import score
 from train.generate.settings import SampleOptions, Settings
 from train.generate.slots import Request
-from train.generate.together import compose
+from train.generate.together import Together, compose
 from train.log import UserError
 from train.models.characters import SYMBOLS, encode
 from train.models.decoder import forward
 from train.models.hf import save_hf
 from train.models.open import open_model, random_model
-from train.models.tokenizer import Tokenizer
 from train.resolve import build
 from train.runtime.mesh import make_mesh
 from train.runtime.settings import Mesh
@@ -55,7 +55,7 @@ def models(paths):
 
 
 def run(model, prompts=PROMPTS, **settings):
-    given = {"max_new_tokens": 12, "slots": 16, **settings}
+    given = {"max_new_tokens": 12, "slots": 8, **settings}
     return rollout(model.config, model.params, model.tokenizer, prompts, Settings(**given), KEY)
 
 
@@ -168,7 +168,6 @@ def test_continuations_are_scored_under_the_sum(case, paths, models):
 # --- the limits ---
 
 
-@pytest.mark.parametrize("sampled", [{}, {"samples": 3, "temperature": 0.8, "top_k": 9}])
 @pytest.mark.parametrize(
     "decode",
     [
@@ -180,8 +179,9 @@ def test_continuations_are_scored_under_the_sum(case, paths, models):
         lambda p: Alone(),
     ],
 )
-def test_without_a_change_the_model_stays_as_it_is_bit_for_bit(decode, sampled, paths, models):
-    assert exactly(run(compose(models["large"], decode(paths)), **sampled)) == exactly(run(models["large"], **sampled))
+def test_without_a_change_the_model_stays_as_it_is_bit_for_bit(decode, paths, models):
+    drawn = {"samples": 2, "temperature": 0.8}
+    assert exactly(run(compose(models["large"], decode(paths)), **drawn)) == exactly(run(models["large"], **drawn))
 
 
 def test_up_scaling_is_proxy_tuning_with_alpha_1(paths, models):
@@ -211,19 +211,17 @@ def sampled(tuned):
 
 
 def test_results_do_not_depend_on_slots_or_other_prompts(tuned, sampled):
-    assert_same(run(tuned, samples=4, temperature=1.0, slots=8), sampled)
+    assert_same(run(tuned, samples=4, temperature=1.0, slots=32), sampled)
     assert_same(run(tuned, [PROMPTS[3]], samples=4, temperature=1.0), sampled[12:16])
 
 
 def test_results_do_not_depend_on_the_mesh(paths, sampled):
-    """Large and small models over the same eight devices, each divided by the same rules."""
-    for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}):
-        mesh = make_mesh(Mesh(**sizes))
-        model = compose(
-            open_model(paths["large"], mesh), ProxyTuning(expert=paths["one"], antiexpert=paths["two"], alpha=0.7)
-        )
-        assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(model.params["models"]))
-        assert_same(run(model, samples=4, temperature=1.0, gather="data" in sizes), sampled)
+    """The large model and the small ones over the same eight devices, each divided by the same rules."""
+    mesh = make_mesh(Mesh(data=2, fsdp=2, tensor=2))
+    tuning = ProxyTuning(expert=paths["one"], antiexpert=paths["two"], alpha=0.7)
+    model = compose(open_model(paths["large"], mesh), tuning)
+    assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(model.params["models"]))
+    assert_same(run(model, samples=4, temperature=1.0), sampled)
 
 
 def test_kept_prompts_change_nothing(tuned):
@@ -243,7 +241,7 @@ def test_kept_prompts_change_nothing(tuned):
 
 
 def test_another_alpha_compiles_nothing(paths, models, sampled):
-    decode = engines.decode
+    decode: Any = engines.decode
     before = decode._cache_size()
     other = compose(models["large"], ProxyTuning(expert=paths["one"], antiexpert=paths["two"], alpha=1.5))
     assert [s.tokens for s in run(other, samples=4, temperature=1.0)] != [s.tokens for s in sampled]
@@ -267,7 +265,7 @@ def test_the_first_token_that_differs_is_named(tmp_path, paths, models):
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     (other / "tokenizer.json").write_text(json.dumps(text))
     with pytest.raises(
-        UserError, match=rf"decode.antiexpert=.*other: token 20 is '.', and MODEL has '.' there"
+        UserError, match=r"decode.antiexpert=.*other: token 20 is '.', and MODEL has '.' there"
     ) as error:
         compose(models["large"], ProxyTuning(expert=paths["one"], antiexpert=str(other)))
     assert repr(a) in str(error.value)
@@ -285,6 +283,7 @@ def test_a_model_with_fewer_tokens_is_refused_and_one_with_more_is_cut(tmp_path,
         compose(more, ProxyTuning(expert=paths["one"], antiexpert=paths["two"]))
     save_hf(tmp_path / "more", more.config, more.params, tokenizer_from=more.tokenizer)
     together = compose(models["one"], UniR(reasoners=(str(tmp_path / "more"),)))
+    assert isinstance(together.config, Together)
     assert together.config.vocabulary == V
 
 
@@ -306,9 +305,9 @@ def test_settings_are_checked(keys, said):
 
 
 def test_every_name_is_that_of_its_class():
-    assert {name: cls.__dataclass_fields__["name"].default for name, cls in DECODINGS.items()} == dict(
-        zip(DECODINGS, DECODINGS, strict=True)
-    )
+    for name, cls in DECODINGS.items():
+        assert dataclasses.is_dataclass(cls)
+        assert {field.name: field.default for field in dataclasses.fields(cls)}["name"] == name
 
 
 # --- the verbs ---
@@ -325,7 +324,7 @@ def test_sample_takes_a_decoding(case, tmp_path, paths, models):
     )
     out = tmp_path / "out.jsonl"
     words = ["sample", paths["large"], str(tmp_path / "in.jsonl"), str(out), words_of(case, paths)]
-    assert main([*words, "max_new_tokens=12", "slots=16", "chat=false"]) == 0
+    assert main([*words, "max_new_tokens=12", "slots=8", "chat=false"]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [tuple(row["tokens"]) for row in rows] == [s.tokens for s in run(composed(case, paths, models))]
 
