@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
+from helpers import ROOT
 
 from train.cli.__main__ import main
 from train.generate import engine as engines
@@ -313,25 +316,42 @@ def test_every_name_is_that_of_its_class():
 # --- the verbs ---
 
 
-def words_of(case, paths):
-    return f"decode={json.dumps(settings_of(case, paths))}"
+ROWS = {row["name"]: row["keys"] for row in yaml.safe_load((ROOT / "docs/methods/decoding.yaml").read_text())}
+FOLDERS = {
+    "EXPERT": "one",
+    "ANTIEXPERT": "two",
+    "SMALL": "one",
+    "TUNED": "two",
+    "OTHER": "three",
+    "ONE": "one",
+    "TWO": "three",
+}
 
 
-@pytest.mark.parametrize("case", ["proxy_tuning", "emulated_fine_tuning", "up_scaling", "unir"])
-def test_sample_takes_a_decoding(case, tmp_path, paths, models):
-    (tmp_path / "in.jsonl").write_text(
-        "".join(json.dumps({"prompt": text, "id": f"q{i}"}) + "\n" for i, text in enumerate(TEXTS))
-    )
-    out = tmp_path / "out.jsonl"
-    words = ["sample", paths["large"], str(tmp_path / "in.jsonl"), str(out), words_of(case, paths)]
+def test_every_decoding_has_a_row():
+    named = {key.partition("name: ")[2].partition(",")[0] for keys in ROWS.values() for key in keys}
+    assert named == DECODINGS.keys() - {"alone"}
+
+
+@pytest.mark.parametrize(("row", "case"), list(zip(ROWS, [case for case in CASES if case != "padded"], strict=True)))
+def test_sample_takes_the_keys_of_a_row(row, case, tmp_path, paths, models):
+    lines = [json.dumps({"prompt": text, "id": p.id}) for text, p in zip(TEXTS, PROMPTS, strict=True)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    keys = [re.sub(r"\b[A-Z]+\b", lambda word: paths[FOLDERS[word[0]]], key) for key in ROWS[row]]
+    words = ["sample", paths["large"], str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), *keys]
     assert main([*words, "max_new_tokens=12", "slots=8", "chat=false"]) == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [tuple(row["tokens"]) for row in rows] == [s.tokens for s in run(composed(case, paths, models))]
 
 
 def test_evaluate_asks_the_models_together(tmp_path, paths, models):
     (tmp_path / "q.jsonl").write_text('{"question": "1+1?", "choices": ["2", "3"], "answer": "A"}\n')
-    words = ["evaluate", paths["large"], str(tmp_path / "q.jsonl"), words_of("proxy_tuning", paths)]
+    words = [
+        "evaluate",
+        paths["large"],
+        str(tmp_path / "q.jsonl"),
+        f"decode={json.dumps(settings_of('proxy_tuning', paths))}",
+    ]
     assert main([*words, f"out={tmp_path / 'found.json'}", "max_new_tokens=4"]) == 0
     (found,) = json.loads((tmp_path / "found.json").read_text())["scored"]
     model = composed("proxy_tuning", paths, models)
