@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import yaml
 from helpers import ROOT
+from helpers.goldens.family_cases import FAMILY_CASES
+from helpers.tiny_families import IDS, logits, run_engine, weights
+from helpers.tiny_models import config_of
 
 from train.cli.__main__ import main
 from train.generate import engine as engines
@@ -20,12 +23,12 @@ from train.generate.rollout import Prompt, rollout, sample_keys
 from train.generate.score import score
 from train.generate.settings import SampleOptions, Settings
 from train.generate.slots import Request
-from train.generate.together import Together, compose
+from train.generate.together import Together, compose, join
 from train.log import UserError
 from train.models.characters import SYMBOLS, encode
 from train.models.decoder import forward
 from train.models.hf import save_hf
-from train.models.open import open_model, random_model
+from train.models.open import Model, open_model, random_model
 from train.resolve import build
 from train.runtime.mesh import make_mesh
 from train.runtime.settings import Mesh
@@ -241,6 +244,20 @@ def test_kept_prompts_change_nothing(tuned):
     (wanted, none), (found, computed) = done(0), done(16)
     assert none == 0 < computed < sum(len(r.prompt) for r in asked)
     assert {i: c.tokens for i, c in found.items()} == {i: c.tokens for i, c in wanted.items()}
+
+
+def test_each_model_turns_its_keys_at_its_own_length(models):
+    """LongRoPE models of 16 and of 22 tokens: a sequence is prefilled again where either turns."""
+    sizes = [FAMILY_CASES["phi3_long"] | {"original_max_position_embeddings": n} for n in (16, 22)]
+    configs = [config_of(attributes) for attributes in sizes]
+    two = [Model(config, weights(config), models["one"].tokenizer) for config in configs]
+    joined = join(two[0], two[1:], UniR(reasoners=("m",)).formula, {"weights": (1.0,)})
+    prompt = IDS[1, :12].tolist()
+    (new,) = run_engine(joined.config, joined.params, [prompt], 14)
+    ids = np.zeros((2, 32), np.int32)
+    ids[:, :26] = [*prompt, *new]
+    steps = [sum(logits(m.config, m.params, ids, lengths=[n] * 2)[0, n - 1] for m in two) for n in range(12, 26)]
+    assert list(new) == np.argmax(steps, axis=-1).tolist()
 
 
 def test_another_alpha_compiles_nothing(paths, models, sampled):
