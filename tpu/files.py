@@ -28,17 +28,21 @@ Kind = Literal["file", "model", "config", "args"]
 
 PATHS: dict[str, dict[str, Kind]] = {
     "Data": {"path": "file", "chat_template": "file", "exclude": "config"},
+    "EmulatedFineTuning": {"tuned": "model", "small": "model"},
     "FamilySpec": {"args": "args"},
     "Ingredient": {"args": "args"},
     "Merge": {"reference": "model"},
     "Part": {"path": "file"},
+    "ProxyTuning": {"expert": "model", "antiexpert": "model"},
     "Questions": {"path": "file"},
     "SearchRun": {"prompts": "file"},
     "Source": {"path": "model"},
+    "UniR": {"reasoners": "model"},
 }
 """Settings' class → its fields that name a file or folder. file: a file or folder of this machine. model: that, or a
-package's file or a hub name. config: an improve config, of which the tasks are read. args: a map in which `path` is a
-file. A test holds this against every class: a new text field is put here or into the test's list of others."""
+package's file or a hub name; a list is of several. config: an improve config, of which the tasks are read. args: a map
+in which `path` is a file. A test holds this against every class: a new text field is put here or into the test's list
+of others."""
 
 
 class Named(NamedTuple):
@@ -63,6 +67,8 @@ def named(settings: Any, root: Path, where: str = "") -> Iterator[Named]:
         if kind == "args":
             if value.get("path"):
                 yield Named(f"{key}.path", "file", str(value["path"]))
+        elif kind and isinstance(value, tuple):
+            yield from (Named(f"{key}[{number}]", kind, path) for number, path in enumerate(value))
         elif kind and value and (field.name, value) != ("reference", "anchor"):
             yield Named(key, kind, value)
             if kind == "config" and (root / value).is_file():

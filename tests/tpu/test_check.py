@@ -11,6 +11,7 @@ import yaml
 from helpers import ROOT
 
 from tpu import check, files, machines
+from train.generate.decodings import DECODINGS
 from train.improve.settings import Improve
 from train.learn.decay import DECAYS
 from train.learn.distill import Divergence
@@ -104,6 +105,10 @@ def test_a_file_inside_a_config_that_a_config_names(root):
          ["data.parts[0].families[0].args.path"]),
         ("sft", {"model": {"path": "m.gguf"}, "data": {"path": "a"}}, ["model.path", "data.path"]),
         ("improve", IMPROVE | {"merge": {"rule": "imm", "reference": "base"}}, ["merge.reference"]),
+        ("improve", IMPROVE | {"sampling": {"decode": {"name": "proxy_tuning", "expert": "e", "antiexpert": "a"}}},
+         ["sampling.decode.expert", "sampling.decode.antiexpert"]),
+        ("improve", IMPROVE | {"methods": {"imm": {"sampling": {"decode": {"name": "unir", "reasoners": ["r", "s"]}}}}},
+         ["methods.imm.sampling.decode.reasoners[0]", "methods.imm.sampling.decode.reasoners[1]"]),
         ("improve", IMPROVE | {"methods": {"imm": {"merge": {"rule": "imm", "reference": "base"}}}},
          ["methods.imm.merge.reference"]),
         ("improve", IMPROVE | {"tasks": {"families": [FAMILY | {"family": "mbpp", "args": {"path": "a"}}]}},
@@ -127,6 +132,7 @@ def test_every_text_of_the_settings_is_known_to_be_a_file_or_not(settings):
     """A new field that holds text must be put into `files.PATHS` or here, whichever it is."""
     names_no_file = {
         "Source": {"sha256", "random", "dtype"},
+        **{decoding.__name__: {"name"} for decoding in DECODINGS.values()},
         "Tasks": {"style"},
         "FamilySpec": {"family", "domain"},
         "Ingredient": {"family", "learn"},

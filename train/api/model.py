@@ -75,7 +75,7 @@ class Model(files.Model):
           logprobs: give a `Sample` in place of each text: `text`, `tokens`, `logprobs` (one for each token) and
             `reason` (eos, stop or length).
           keys: as of `jaxmerge sample`: temperature (0, the default, takes the likeliest token), max_new_tokens (128),
-            samples, top_k, top_p, stop, seed, chat, date, slots, dtype.
+            samples, top_k, top_p, stop, seed, chat, date, slots, dtype, decode (a dictionary).
 
         Returns:
           One text for each prompt; with `samples` above 1 a list of texts for each.

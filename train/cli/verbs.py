@@ -206,12 +206,13 @@ def harness(words: Words, assignments: Words, dry: bool) -> int:
     check_file(result.out)
     settings = options(others, HarnessOptions)
     start_jax(settings)
+    from ..generate.together import compose
     from ..models.open import open_model
     from ..runtime.mesh import make_mesh
     from ..runtime.processes import on_first
 
     found = go(
-        open_model(words[0], make_mesh(settings.mesh)),
+        compose(open_model(words[0], make_mesh(settings.mesh)), settings.decode),
         words[1].split(","),
         dtype=settings.dtype,
         slots=settings.slots,

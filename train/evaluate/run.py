@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from ..generate.settings import Settings
+from ..generate.together import compose
 from ..log import UserError, format_percent, progress, say
 from ..models.open import Model, open_model
 from ..report.rows import print_table
@@ -46,6 +47,7 @@ def examine(path: Model | str, source: Path, options: QuestionOptions) -> dict[s
     suite = open_suite(source, options)
     questions = list(suite.all)
     model, name = opened(path, options.mesh)
+    model = compose(model, options.decode)
     family = suite.specs[0].family
     asked = family != "choice" or model.tokenizer.has_chat_template
     if family != "choice" and not asked_plainly(options, family) and not model.tokenizer.has_chat_template:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..data.hub import is_hub
+from ..generate.decodings import Alone, Decode
 from ..generate.settings import COLDEST, Settings
 from ..log import UserError
 from ..resolve import at_least
@@ -87,6 +88,7 @@ class QuestionOptions:
     """An answer ends after this many tokens."""
     slots: int = 64
     """This many answers are decoded side by side; no result depends on it."""
+    decode: Decode = dataclasses.field(default=Alone())
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Every matmul takes its operands in this precision."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
@@ -112,6 +114,7 @@ class HarnessOptions:
     """Prompts are put through the chat template."""
     slots: int = 64
     """This many sequences are decoded side by side; no result depends on it."""
+    decode: Decode = dataclasses.field(default=Alone())
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Every matmul takes its operands in this precision."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)

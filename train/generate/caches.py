@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,16 @@ import jax.numpy as jnp
 from ..models.attention import KV
 from ..models.config import ModelConfig
 from ..runtime.mesh import activations_on, spread, spread_sharding
+from .together import Together
 
 OnMesh = jax.sharding.Mesh | None
 """The mesh of the parameters; None is one device."""
 
 
 def empty_caches(c: ModelConfig, slots: int, length: int, dtype: str, mesh: OnMesh = None) -> tuple[KV, ...]:
-    """One KV a layer: slots over the mesh's rows, heads over its tensor axis."""
+    """One KV a layer, model after model: slots over the mesh's rows, heads over its tensor axis."""
+    if isinstance(c, Together):
+        return tuple(itertools.chain(*(empty_caches(part, slots, length, dtype, mesh) for part in c.parts)))
     shape = (slots, c.num_key_value_heads, length, c.head_dim)
     where = None if mesh is None else spread_sharding(mesh, shape, tensor=1)
 

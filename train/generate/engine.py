@@ -20,12 +20,13 @@ from jax import lax
 
 from ..models.attention import KV, visible
 from ..models.config import ModelConfig
-from ..models.decoder import Params, bind, count_up
+from ..models.decoder import Params, count_up
 from ..runtime.mesh import activations_on, everywhere, mesh_of, row_ways, spread
 from .caches import OnMesh, empty_caches, fill, grow, kept
 from .sample import choose
 from .shelf import Shelf
 from .slots import CHUNK, Completion, Request, Slot, Slots
+from .together import bind, change_each, parts_of
 from .weights import to_decode
 
 Ready = dict[tuple[int, ...], tuple[tuple[KV, ...], int]]
@@ -103,7 +104,7 @@ def decode(
         mask = (jnp.arange(S) <= position[:, None])[:, None]
         caches = jax.tree.map(lambda cache: spread(cache, tensor=1), caches)
         hidden, caches = decoder(last[:, None], position[:, None], mask, caches, position, dtype=dtype)
-        logits = decoder.head(hidden[:, 0], dtype)
+        logits = decoder.head(jax.tree.map(lambda state: state[:, 0], hidden), dtype)
         last, logprob = choose(
             logits, wrapped, steps + i, temperature, greedy=how.greedy, top_k=how.top_k, top_p=how.top_p
         )
@@ -119,7 +120,7 @@ class Engine:
     """Generates completions for requests with a fixed set of shapes.
 
     Args:
-      config, params: the model; params stay where they are (sharded or not).
+      config, params: the model, or several together (together.py); params stay where they are (sharded or not).
       slots: sequences decoded side by side, N; halves of it where there are fewer.
       how: greedy or sampled, cut-offs, operand dtype.
       eos: tokens that end a sequence.
@@ -145,13 +146,13 @@ class Engine:
         self.mesh = mesh_of(params)
         self.slots = bucket(slots, row_ways(self.mesh))
         self.prefills = bucket(PREFILL, row_ways(self.mesh))
-        self.params = to_decode(params, how.dtype, gather=gather)
+        self.params = change_each(config, params, functools.partial(to_decode, dtype=how.dtype, gather=gather))
         self.eos = frozenset(eos)
         self.temperature = jnp.float32(temperature)
         self.stop = stop
-        self.turn = turn_of(config)
+        self.turns = turns_of(config)
         # LongRoPE turns all keys once a sequence is long: rows of the short kind would not do.
-        self.shelved = 0 if self.turn is not None or not shelf else bucket(max(shelf, 2 * self.slots), self.prefills)
+        self.shelved = 0 if self.turns or not shelf else bucket(max(shelf, 2 * self.slots), self.prefills)
         self.computed = 0
         """Prompt tokens computed by way of the shelf."""
         self.decoded = 0
@@ -168,8 +169,7 @@ class Engine:
             return
         longest = max(len(r.prompt) for r in given)
         most = max(len(r.prompt) + r.max_new_tokens for r in given)
-        if self.turn is not None and longest < self.turn < most:
-            longest = self.turn
+        longest = max([longest, *(turn for turn in self.turns if turn < most)])
         feed, count = iter([given]), self.slots
         while len(given) <= count // 2 and self.halves(count):
             count //= 2  # not as many slots as requests: every other number would be a program of its own
@@ -277,7 +277,7 @@ class Engine:
             if done is not None:
                 slots.active[n] = None
                 ended.append(done)
-            elif slot.length == self.turn:
+            elif slot.length in self.turns:
                 slots.active[n] = None
                 queue.appendleft(slot)
         return ended
@@ -303,7 +303,7 @@ class Engine:
                 reason = "length"
             if reason:
                 return Completion(request.id, tuple(slot.tokens), tuple(slot.logprobs), reason)
-            if slot.length == self.turn:
+            if slot.length in self.turns:
                 return None
         return None
 
@@ -354,7 +354,7 @@ class Engine:
         return fill(caches, prompts, into, np.array([*rows, *[0] * padding], np.int32), mesh=self.mesh)
 
 
-def turn_of(config: ModelConfig) -> int | None:
-    """Length at which LongRoPE turns all keys by other frequencies: the sequence is then prefilled again."""
-    scaling = config.rope_scaling
-    return scaling.original_max_position_embeddings + 1 if scaling is not None and scaling.kind == "longrope" else None
+def turns_of(config: ModelConfig) -> frozenset[int]:
+    """Lengths at which LongRoPE turns all keys by other frequencies: the sequence is then prefilled again."""
+    scalings = [part.rope_scaling for part in parts_of(config)]
+    return frozenset(s.original_max_position_embeddings + 1 for s in scalings if s is not None and s.kind == "longrope")

@@ -19,6 +19,7 @@ from ..runtime.mesh import make_mesh
 from ..runtime.processes import on_first
 from .rollout import Prompt, Sample, batched, rollout
 from .settings import SampleOptions
+from .together import compose
 
 
 def sample_file(path: str, source: Path, out: Path, options: SampleOptions) -> int:
@@ -61,6 +62,7 @@ def generate(
     """
     date = datetime.date.fromisoformat(options.date or on_first(lambda: datetime.date.today().isoformat()))
     model = dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, date=date))
+    model = compose(model, options.decode)
     prompts = [to_prompt(model, line, options.chat, place) for line, place in zip(lines, places, strict=True)]
     settings = options.settings(dtype=options.dtype, gather=options.mesh.gather_to_decode)
     samples = rollout(

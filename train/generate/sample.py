@@ -29,13 +29,17 @@ def restrict(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0) -> jax.Ar
         kth = lax.top_k(logits, top_k)[0][:, -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
     if top_p < 1.0:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-        # A token is in if the mass strictly before it is below top_p.
-        inside = jnp.concatenate([jnp.zeros_like(mass[:, :1]), mass[:, :-1]], axis=-1) < top_p
-        least = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        logits = jnp.where(logits < least_of(logits, top_p), -jnp.inf, logits)
     return logits
+
+
+def least_of(logits: jax.Array, top_p: float | jax.Array) -> jax.Array:
+    """The smallest logit [..., 1] among the likeliest tokens whose probabilities reach top_p."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+    # A token is in if the mass strictly before it is below top_p.
+    inside = jnp.concatenate([jnp.zeros_like(mass[..., :1]), mass[..., :-1]], axis=-1) < top_p
+    return jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
 
 
 def invert(logits: jax.Array, uniform: jax.Array) -> jax.Array:

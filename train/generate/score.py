@@ -17,9 +17,10 @@ from jax import lax
 from ..log import UserError
 from ..models.attention import visible
 from ..models.config import ModelConfig
-from ..models.decoder import Params, bind, count_up, logprobs
+from ..models.decoder import Params, count_up, logprobs
 from ..models.tokenizer import Tokenizer
 from ..runtime.mesh import activations_on, everywhere, mesh_of
+from .together import bind
 
 TOKENS_AT_ONCE = 4096
 """Positions of a batch, padding included."""
@@ -122,7 +123,8 @@ def score_batch(config: ModelConfig, params: Params, tokens, targets, lengths, *
     decoder = bind(config, params)
     with activations_on(mesh):
         hidden, _ = decoder(tokens[:, :-1], positions, visible(positions), dtype=jnp.dtype(dtype))
-    hidden = jnp.take_along_axis(hidden, jnp.maximum(targets - 1, 0)[..., None], axis=1)
+    before = jnp.maximum(targets - 1, 0)[..., None]
+    hidden = jax.tree.map(lambda state: jnp.take_along_axis(state, before, axis=1), hidden)
     labels = jnp.take_along_axis(tokens, targets, axis=1)
 
     def judge(part):
@@ -130,7 +132,7 @@ def score_batch(config: ModelConfig, params: Params, tokens, targets, lengths, *
         logits = decoder.head(h, jnp.dtype(dtype))
         return logprobs(logits, label), jnp.argmax(logits, axis=-1) == label
 
-    flat, ids = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    flat, ids = jax.tree.map(lambda state: state.reshape(-1, state.shape[-1]), hidden), labels.reshape(-1)
     found, greedy = lax.map(judge, (flat, ids), batch_size=min(LOGITS_AT_ONCE, ids.size))
     with activations_on(mesh):
         return everywhere(found.reshape(labels.shape)), everywhere(greedy.reshape(labels.shape))

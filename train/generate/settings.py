@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from ..log import UserError
 from ..resolve import at_least
 from ..runtime.settings import Distributed, Mesh
+from .decodings import Alone, Decode
 
 COLDEST = 1e-30
 """Temperatures below it are greedy: divided by them, logits would leave float32."""
@@ -94,6 +95,7 @@ class SampleOptions(Draw):
     """Prompts are rendered through the chat template; null does so if the model has one."""
     date: str | None = None
     """Chat templates that ask for today's date are told this one, written as 2026-01-31; null tells them today's."""
+    decode: Decode = dataclasses.field(default=Alone())
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Every matmul takes its operands in this precision."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)

@@ -16,8 +16,9 @@ import numpy as np
 
 from ..models.attention import KV
 from ..models.config import ModelConfig
-from ..models.decoder import Params, bind
+from ..models.decoder import Params
 from ..runtime.mesh import activations_on, spread
+from .together import bind
 
 Tokens = tuple[int, ...]
 STEP = 32

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from ..learn.settings import Sft
 from ..learn.speed import step_flops, token_flops
 from ..models.config import ModelConfig
+from ..models.open import read_config
 from ..resolve import build
 from ..runtime.settings import Mesh
 from ..search.settings import Search
@@ -54,12 +55,14 @@ class Work:
     Attributes:
       answers: tokens to sample. prompts: tokens to read before them.
       slots: sequences decoded side by side.
+      beside: paths of the models that decide with the run's.
       examples: to learn, all epochs. length: tokens of a row.
     """
 
     answers: Amount = Amount()
     prompts: float = 0.0
     slots: int = 1
+    beside: tuple[str, ...] = ()
     examples: Amount = Amount()
     length: Amount = Amount()
 
@@ -114,7 +117,8 @@ def work_of(config: Improve, suite: Suite, todo: Plan) -> list[tuple[Phase, Work
     for phase in todo.phases:
         work = None
         if phase.kind == "sample":
-            work = sampled(phase.settings, train, shots)
+            beside = tuple(phase.settings.decode.paths.values())
+            work = dataclasses.replace(sampled(phase.settings, train, shots), beside=beside)
         elif phase.kind == "select":
             earlier = [learnt[name] for role, name in phase.inputs.items() if role.startswith("earlier")]
             learnt[phase.name] = sum(earlier, chosen(config, phase, todo, len(train)))
@@ -227,8 +231,10 @@ def memory(config: Improve, model: ModelConfig, todo: Plan, read: float) -> dict
     for kind, block in {"sample": config.sampling, "evaluate": config.evaluation}.items():
         length = int(read) + block.max_new_tokens
         program = Program("decode", dtype, slots=block.slots, length=length, gather=config.mesh.gather_to_decode)
-        held = {"models beside": one * beside.get(kind, 0)}
-        found[{"sample": "sampling"}.get(kind, "evaluating")] = paper.decode_memory(model, program, mesh) | held
+        others = [read_config(path) for path in block.decode.paths.values()] if isinstance(block, Sampling) else []
+        held = {"models beside": one * beside.get(kind, 0) + sum(paper.masters(other, mesh) for other in others)}
+        parts = [paper.decode_memory(part, program, mesh) for part in (model, *others)]
+        found[{"sample": "sampling"}.get(kind, "evaluating")] = {k: sum(p[k] for p in parts) for k in parts[0]} | held
     if made := max(beside.get(kind, 0) for kind in ("join", "merge", "probe")):
         found["merging"] = {"models": one * made, "what comes out": one}
     if any(phase.kind == "graft" for phase in todo.phases):
@@ -262,15 +268,16 @@ def seconds(config: Improve, model: ModelConfig, work: Work, device: Device) -> 
     mesh = axes(config.mesh)
     devices = mesh["data"] * mesh["fsdp"] * mesh["tensor"]
     products = device.flops * devices * TRAINING
-    every, head = token_flops(model)
+    models = [model, *(read_config(path) for path in work.beside)]
+    every, head = map(sum, zip(*map(token_flops, models), strict=True))
     total = Amount()
     if work.answers.most:
         t, width = mesh["tensor"], paper.WIDTH[config.model.dtype]
         # Half full on average.
         length = max(int(config.sampling.max_new_tokens / 2), 1)
         program = Program("decode", config.model.dtype, slots=work.slots, length=length)
-        caches = paper.decode_memory(model, program, mesh)["caches"]
-        read = (width * paper.parameters(model) / t + caches) / (device.hbm_rate * DECODING)
+        caches = sum(paper.decode_memory(each, program, mesh)["caches"] for each in models)
+        read = (width * sum(map(paper.parameters, models)) / t + caches) / (device.hbm_rate * DECODING)
         step = max(read, 2 * (every + head) * work.slots / products)
         total += work.answers * (step / work.slots) + Amount(1.0, 1.0) * (2 * every * work.prompts / products)
     if work.examples.most:

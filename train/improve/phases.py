@@ -44,7 +44,7 @@ from .branch import part_of
 from .gate import gate
 from .on_policy import policy
 from .plan import BASE, Phase, spell
-from .rehearse import read_reference, rehearse
+from .rehearse import join_models, read_reference, rehearse
 from .select import select as select_examples
 from .session import Session, dataset_of
 from .settings import Merge, Sampling, Selection
@@ -75,16 +75,17 @@ def sample(session: Session, phase: Phase, folder: Path) -> Row:
         dtype=session.config.model.dtype, gather=session.config.mesh.gather_to_decode, stop=session.stops(config.stop)
     )
     key = jax.random.fold_in(session.key, phase.round)
+    model = join_models(session.weights, session.weights.model_of(phase.inputs["model"]), config.decode)
     if config.source == "plain":
         rows, new, seconds = generate(
-            session.weights.model_of(phase.inputs["model"]), session.suite, questions, settings, key,
+            model, session.suite, questions, settings, key,
             shots=session.config.tasks.few_shot, batch=config.batch, folder=folder, title=phase.name,
         )  # fmt: skip
         generated = sum(len(r["tokens"]) for r in rows)
     else:
         search = build(Search, {**config.search, "kind": config.source}, "sampling.search")
         rows, generated, new, seconds = search_solutions(
-            session.weights.model_of(phase.inputs["model"]), session.suite, questions, search, drawing_of(config),
+            model, session.suite, questions, search, drawing_of(config),
             shots=session.config.tasks.few_shot, settings=settings, folder=folder,
             seed=session.config.seed * 1000 + phase.round, title=phase.name,
         )  # fmt: skip

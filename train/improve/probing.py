@@ -20,8 +20,6 @@ PROBE_READS = {
     "graft": ("graft",),
 }
 """Fields that each kind of probe reads besides of, kind and rounds."""
-BLOCKS = ("sampling", "selection", "sft", "branch", "merge")
-"""Blocks of a run that a method may replace keys of."""
 
 
 def check_probe(probe: Probe) -> None:

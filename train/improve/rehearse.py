@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 
+from ..generate.decodings import Decode
+from ..generate.together import compose
 from ..learn.sft import check_patterns
 from ..log import UserError
 from ..models.decoder import Params
-from ..models.open import load_model
+from ..models.open import Model, load_model
 from ..runtime import checkpoint
 from ..runtime.mesh import sharding_of
 from . import merge
@@ -19,14 +21,14 @@ from .weights import Weights, merge_by_rule
 
 
 def rehearse(session: Session) -> dict[str, str]:
-    """Try path patterns, merges and probes of every method; the digests of the models that merges refer to."""
+    """Try path patterns, merges, probes and decodings of every method; the digests of the models that they refer to."""
     for name in trained(session):
         sft = session.config.block(name, "sft")
         check_patterns(sft, session.model.params, f"methods.{name}.sft: ")
         session.teacher_of(sft.distill)
     check_probes(session)
     check_branches(session)
-    return check_merges(session)
+    return check_merges(session) | check_decodings(session)
 
 
 def trained(session: Session) -> list[str]:
@@ -58,6 +60,31 @@ def check_merges(session: Session) -> dict[str, str]:
 def shapes_and_digest(session: Session, path: str) -> tuple[Any, str]:
     params = read_reference(session.weights, path)
     return jax.eval_shape(lambda: params), checkpoint.digest(params)
+
+
+def check_decodings(session: Session) -> dict[str, str]:
+    """Refuse models that cannot decide beside the run's; the digest of each."""
+    found: dict[str, str] = {}
+    for name in trained(session):
+        decode = session.config.block(name, "sampling").decode
+        if not set(decode.paths.values()) <= found.keys():
+            found |= digests(compose(session.model, decode), decode)
+    return found
+
+
+def digests(together: Model, decode: Decode) -> dict[str, str]:
+    """The digest of each model beside the first, under its path."""
+    return {
+        path: checkpoint.digest(together.params["models"][str(i)]) for i, path in enumerate(decode.paths.values(), 1)
+    }
+
+
+def join_models(weights: Weights, model: Model, decode: Decode) -> Model:
+    """A model with those that decide beside it; refused if they are not those that the run began with."""
+    together = compose(model, decode)
+    for path, digest in digests(together, decode).items():
+        check_unchanged(weights, f"sampling.decode: {path}", path, digest)
+    return together
 
 
 def check_probes(session: Session) -> None:
@@ -93,11 +120,14 @@ def read_reference(weights: Weights, path: str) -> Params:
         params = load_model(path, sharding=functools.partial(sharding_of, weights.mesh)).params
     except UserError as error:
         raise UserError(f"merge.reference: {error}") from None
-    record = weights.journal.committed("base/load") or {}
-    then = record.get("references", {}).get(path)
-    if then is not None and then != checkpoint.digest(params):
-        raise UserError(
-            f"merge.reference={path}: the weights changed since this run began; restore them or choose another folder "
-            "with out=DIR"
-        )
+    check_unchanged(weights, f"merge.reference={path}", path, checkpoint.digest(params))
     return params
+
+
+def check_unchanged(weights: Weights, where: str, path: str, digest: str) -> None:
+    """Raise where the model at a path is another than when the run began."""
+    record = weights.journal.committed("base/load") or {}
+    if record.get("references", {}).get(path, digest) != digest:
+        raise UserError(
+            f"{where}: the weights changed since this run began; restore them or choose another folder with out=DIR"
+        )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from ..evaluate.settings import Evaluation
+from ..generate.decodings import Alone, Decode
 from ..generate.settings import Draw
 from ..learn.improvers import Improver, check_taught
 from ..learn.picks import All, Picking
@@ -23,6 +24,8 @@ from .branch import Branch
 from .probing import Probe
 from .rewrites import Right, Ways
 
+BLOCKS = ("sampling", "selection", "sft", "branch", "merge")
+"""Blocks of a run that a method may replace keys of."""
 TREE = ("children", "depth", "gate", "retries", "diverse", "samples", "rollout")
 SEARCH_READS = {
     "dart": ("dart",),
@@ -156,6 +159,7 @@ class Sampling(Draw):
     """Logits are divided by it; samples for training need it above 0 to differ."""
     batch: int = 64
     """The samples of this many questions are committed to disk together; a kill loses at most one such batch."""
+    decode: Decode = dataclasses.field(default=Alone())
     source: Literal["plain", "dart", "tot", "mcts", "retro", "reflect", "critique", "guidance"] = "plain"
     """Solutions come from here. plain: `samples` a question are drawn. dart: solutions are drawn until enough are
     right, by difficulty. tot, mcts: a tree is searched, and its best solutions are taken. retro: right solutions are

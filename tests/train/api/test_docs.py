@@ -1,4 +1,4 @@
-"""The blocks of docs/api.md run in their order, and leave what the page says."""
+"""The blocks of docs/api.md and docs/decoding.md run in their order, and leave what the pages say."""
 
 from __future__ import annotations
 
@@ -37,3 +37,17 @@ def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
     assert run.path.parent.name == "runs"
     assert (tmp_path / "tiny-run" / "report.html").is_file()
     assert scope["report"]["tensors"] == len(jax.tree.leaves(base))
+
+
+def test_the_example_of_decoding_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "decoding.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    scope: dict = {}
+    for block in blocks:
+        exec(compile(block.replace("jaxmerge.train", "train"), "docs/decoding.md", "exec"), scope)
+    large, asked = scope["large"], ["g12,8?", "g21,6?"]
+    assert large.generate(asked, max_new_tokens=24) == ["12%8=4,8%4=0#4", "21%6=1,6%1=0#1"]
+    assert all(text.startswith("#") for text in large.generate(asked, max_new_tokens=24, decode=scope["guide"]))
+    gentle = large.generate(asked, max_new_tokens=24, decode=scope["guide"] | {"alpha": 0.3})
+    assert all("%" in text for text in gentle)

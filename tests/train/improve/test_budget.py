@@ -9,8 +9,11 @@ from train.improve.budget import Amount
 from train.improve.devices import GIB, Device
 from train.improve.plan import plan
 from train.improve.settings import Improve
-from train.models.open import random_config
+from train.models.hf import save_hf
+from train.models.open import random_config, random_model
 from train.resolve import build
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 from train.tasks import build_suite
 
 SIZES = {
@@ -98,6 +101,26 @@ def test_memory_is_that_of_the_programs_and_the_models_beside_them():
     halved = budget.memory(spread, model, plan(spread)[0], read=30)
     assert halved["fine-tuning"]["moments"] == one
     assert halved["sampling"]["weights"] == one  # gathered, in the float32 that this model computes in
+
+
+def test_models_that_decide_beside_the_run_s_are_counted(tmp_path):
+    small = random_model(SIZES | {"num_hidden_layers": 1}, make_mesh(Mesh()), seed=0)
+    save_hf(tmp_path / "small", small.config, small.params, tokenizer_from=small.tokenizer)
+    decode = {"name": "proxy_tuning", "expert": str(tmp_path / "small"), "antiexpert": str(tmp_path / "small")}
+    alone = config()
+    given, model = (
+        config(sampling={"samples": 3, "max_new_tokens": 20, "slots": 8, "decode": decode}),
+        random_config(SIZES),
+    )
+    one, two = (budget.memory(c, model, plan(c)[0], read=30) for c in (alone, given))
+    assert two["sampling"]["caches"] == 2 * one["sampling"]["caches"], "two layers and twice one"
+    few = 4 * paper.parameters(small.config)
+    assert two["sampling"]["weights"] == one["sampling"]["weights"] + 2 * few
+    assert two["sampling"]["models beside"] == one["sampling"]["models beside"] + 2 * few
+    assert two["evaluating"] == one["evaluating"]
+    slow = Device(GIB, flops=1e30, hbm_rate=1e6)
+    step, steps = (budget.seconds(c, model, work(c)["round-1/plain/sample"], slow).most for c in (alone, given))
+    assert 1.5 < steps / step < 2.5
 
 
 def test_seconds_are_bytes_over_bandwidth_and_products_over_their_peak():

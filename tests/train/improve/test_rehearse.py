@@ -24,6 +24,7 @@ from train.models.config import ModelConfig
 from train.models.decoder import shapes
 from train.resolve import build
 from train.runtime.journal import Journal
+from train.runtime.jsonl import read_jsonl
 
 TINY = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
 
@@ -57,6 +58,10 @@ def probe(rule: str, **parameters):
         (
             {"m": {"sft": {"lora": {"targets": ["q_proj", "vproj"]}}}},
             r"methods\.m\.sft: lora\.targets: 'vproj' names no matrix",
+        ),
+        (
+            {"m": {"sampling": {"decode": {"name": "unir", "reasoners": ["nowhere"]}}}},
+            r"decode\.reasoners\[0\]: nowhere: no such model",
         ),
         ({"m": {"merge": {"rule": "imm", "reference": "nowhere"}}}, r"merge\.reference: nowhere: no such model"),
         (
@@ -110,6 +115,39 @@ def test_another_reference_is_refused(tmp_path, monkeypatch):
         improve(values, name="x", out=out, quiet=True)
     shutil.copy(ROOT / "configs" / "miniature" / "model.safetensors", model)
     improve(values, name="x", out=out, quiet=True)
+
+
+def test_samples_are_of_the_models_together_and_another_model_is_refused(tmp_path, monkeypatch):
+    one, other = (ROOT / "configs" / name for name in ("miniature", "miniature-b"))
+    model, out = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(one, model)
+    family = {"family": "gcd", "domain": "id", "args": {"max_value": 30}, "train": 8, "test": 2}
+    few = {"tasks": {"style": "compact", "families": [family]}}
+    guided = {"name": "proxy_tuning", "expert": str(other), "antiexpert": str(model)}
+    values = config({"m": {"sampling": {"decode": guided}}}, model={"path": str(one)}, **few)
+
+    def go_to(phase, values, folder):
+        with monkeypatch.context() as patch:
+            patch.setitem(phases.STEPS, phase, cut)
+            with pytest.raises(Cut):
+                improve(values, name="x", out=folder, quiet=True)
+
+    go_to("sample", values, out)
+    found = json.loads((out / "phases/base/load/record.json").read_text())["references"]
+    assert list(found) == [guided["expert"], guided["antiexpert"]]
+    shutil.copy(other / "model.safetensors", model)
+    with pytest.raises(UserError, match=r"sampling\.decode: .*model: the weights changed since this run began"):
+        improve(values, name="x", out=out, quiet=True)
+    shutil.copy(one / "model.safetensors", model)
+    go_to("select", values, out)
+    # one + (other - one) is the other: the same questions and keys, so the same samples.
+    go_to("select", config({"m": {}}, model={"path": str(other)}, **few), tmp_path / "alone")
+    together, alone = (
+        [row["text"] for path in sorted(run.glob("phases/round-1/m/sample/batch-*")) for row in read_jsonl(path)]
+        for run in (out, tmp_path / "alone")
+    )
+    assert len(alone) == 16
+    assert together == alone
 
 
 @pytest.mark.parametrize("what", ["answer", "text", "solution"])

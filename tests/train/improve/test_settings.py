@@ -9,11 +9,12 @@ import pytest
 import yaml
 from helpers import ROOT
 
+from train.generate.decodings import ProxyTuning, UniR
 from train.improve.plan import check_sampled, plan, spell
 from train.improve.settings import Improve
 from train.learn.settings import Finetune, Sft
 from train.log import UserError
-from train.resolve import build, load, override, to_dict
+from train.resolve import build, load, override, read_yaml, to_dict
 from train.runtime.folder import differences, fingerprint
 from train.search.settings import SearchRun
 from train.studies.sweep import Experiment
@@ -135,6 +136,17 @@ def test_overrides_reach_every_depth():
     assert (config.rounds, config.sft.learning_rate, config.mesh.fsdp) == (3, 2e-5, 2)
     assert config.block("imm", "merge").alpha == 0.6
     assert config.block("plain", "merge").rule == "none"
+
+
+def test_a_method_may_choose_another_kind_than_the_run():
+    run, own = {"name": "proxy_tuning", "expert": "e", "antiexpert": "a"}, "methods.plain.sampling.decode"
+    values = override(read_yaml(TINY), [f"sampling.decode={run}"])
+    assert build(Improve, override(values, [f"{own}={{alpha: 2}}"])).block("plain", "sampling").decode == ProxyTuning(
+        expert="e", antiexpert="a", alpha=2.0
+    )
+    other = build(Improve, override(values, [f"{own}={{name: unir, reasoners: [r]}}"]))
+    assert other.block("plain", "sampling").decode == UniR(reasoners=("r",))
+    assert other.block("imm", "sampling").decode == ProxyTuning(expert="e", antiexpert="a")
 
 
 def test_missing_and_broken_files(tmp_path):
