@@ -7,9 +7,11 @@ r"""Merges and runs killed at random moments and gone on with, over and over: py
 
 A cycle of `merge` merges two models and their base by a recipe (linear and dare_ties in turns) in a process that is
 killed (SIGKILL) at a random moment of the time that an undisturbed one takes, and ends the merge in this process. A
-cycle of `improve` is a run of configs/tiny.yaml, killed and begun again in processes of its own. After each, the result
-is held to the undisturbed one: a merge byte by byte, a run by its metrics, in which the digests of all weights are, and
-by the names of its files. Files that are left over (beside the result, in the run, in the folder of temporary files),
+cycle of `improve` is a run of configs/tiny.yaml, killed and begun again in processes of its own. A cycle of the other
+verbs is one of sft, search, sample, evaluate, export to both formats and extract-lora, in turns, killed and given again
+in the same way. After each, the result is held to the undisturbed one: a merge byte by byte, a run by its metrics, in
+which the digests of all weights are, other results by their files apart from what a clock says, and all by the names of
+their files. Files that are left over (beside the result, in the run, in the folder of temporary files),
 open files and the memory of this process, which does all merges, must not grow. The exit code is 1 if any of that
 fails.
 """
@@ -187,6 +189,95 @@ def run_cycles(place: pathlib.Path, rng: random.Random, kills: int, tally: Tally
         yield
 
 
+# --- the other verbs ---
+
+SEARCH = """model: {path: model}
+questions: {domain: d, families: [{family: chain_sum, domain: id, args: {min_terms: 2, max_terms: 2}, train: 6}]}
+search: {kind: tot, children: 2, depth: 2, beam: 2}
+sampling: {step: 8, hint: 8, score: 4, write: 8, slots: 8}
+"""
+TUNE = """model: {path: model}
+data: {path: lines.jsonl}
+sft: {epochs: 6, batch: 4, learning_rate: 1.0e-3, checkpoint_every: 2}
+"""
+VERBS = {
+    "sft": ("sft", "tune.yaml", "out=OUT"),
+    "search": ("search", "search.yaml", "out=OUT"),
+    "sample": ("sample", "model", "lines.jsonl", "OUT", "max_new_tokens=12"),
+    "evaluate": ("evaluate", "model", str(ROOT / "configs/tiny.yaml"), "out=OUT"),
+    "export": ("export", "model", "OUT", "dtype=bfloat16"),
+    "export to GGUF": ("export", "model", "OUT", "format=gguf", "type=bf16"),
+    "extract-lora": ("extract-lora", "model", "tuned", "OUT", "rank=2"),
+}
+OF_CLOCKS = ("metrics.jsonl", "steps.jsonl", "report.html", "config.yaml", "README.md", ".log")
+
+
+def contents_of(out: pathlib.Path) -> dict[str, str]:
+    """Digest of each file of a result, but of those that tell times or the folder's name."""
+    files = [out] if out.is_file() else sorted(path for path in out.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(out)): "" if path.name.endswith(OF_CLOCKS) else digest_of_file(path)
+        for path in files
+        if path.parent.name != "d"
+    }
+
+
+def digest_of_file(path: pathlib.Path) -> str:
+    data = path.read_bytes()
+    if path.suffix in (".json", ".jsonl"):
+        data = json.dumps([timeless(json.loads(line)) for line in data.splitlines()]
+                          if path.suffix == ".jsonl" else timeless(json.loads(data))).encode()  # fmt: skip
+    return hashlib.sha256(data).hexdigest()
+
+
+def verb_cycles(place: pathlib.Path, rng: random.Random, kills: int, tally: Tally) -> Iterator[None]:
+    """The first step makes what is compared with; each after it is one command, killed, given again, compared."""
+    (place / "search.yaml").write_text(SEARCH)
+    (place / "tune.yaml").write_text(TUNE)
+    lines = [{"prompt": f"{n} + {n + 1} =", "completion": f" {2 * n + 1}"} for n in range(24)]
+    (place / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = ("improve", str(ROOT / "configs/tiny.yaml"), "rounds=1", "out=run")
+    whole(place, *run)
+    for name, method in (("model", "plain"), ("tuned", "imm")):
+        whole(place, "export", "run", name, f"method={method}")
+    shutil.rmtree(place / "run")
+    wanted, seconds = {}, {}
+    for name, words in VERBS.items():
+        for _ in range(2):  # the second finds its programs compiled
+            remove(place / "whole")
+            seconds[name] = whole(place, *(word.replace("OUT", "whole") for word in words))
+        wanted[name] = contents_of(place / "whole")
+        remove(place / "whole")
+    before = {path.name for path in place.iterdir()}
+    yield
+    for name, words in itertools.cycle(VERBS.items()):
+        given = [word.replace("OUT", "out") for word in words]
+        for _ in range(rng.randint(1, kills)):
+            took = {given[1]: seconds[name]}
+            if killed(place, rng.uniform(0.2, 1), took, *given):
+                tally.kills += 1
+                tally.begun += (place / "out").exists()
+            seconds[name] = took[given[1]]
+            if name not in ("sft", "search"):
+                remove(place / "out")  # it was finished, and a finished result is not written over
+        whole(place, *given)
+        found = contents_of(place / "out")
+        if found != wanted[name]:
+            tally.different += 1
+            print(f"{name}: {sorted(found.items() ^ wanted[name].items())[:6]}", file=sys.stderr)
+        remove(place / "out")
+        tally.left |= {path.name for path in place.iterdir()} - before | set(os.listdir(place / "tmp"))
+        tally.cycles += 1
+        yield
+
+
+def remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 # --- all ---
 
 
@@ -197,8 +288,10 @@ def held() -> tuple[int, int]:
 
 
 def soak(place: pathlib.Path, minutes: float, seed: int, kills: int, size: int) -> int:
-    """Alternate so that both kinds get half of the time; print a table."""
-    makers: dict[str, Callable[..., Iterator[None]]] = {"merge": merge_cycles, "improve": run_cycles}
+    """Alternate so that every kind gets the same time; print a table."""
+    makers: dict[str, Callable[..., Iterator[None]]] = {
+        "merge": merge_cycles, "improve": run_cycles, "other verbs": verb_cycles,
+    }  # fmt: skip
     tallies = {kind: Tally() for kind in makers}
     spent = dict.fromkeys(makers, 0.0)
     cycles = {}

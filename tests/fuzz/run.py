@@ -1,15 +1,16 @@
 """Damage files of twelve kinds by seeds, and hold what happens to the rules: `python tests/fuzz/run.py count=300`.
 
 A damaged file is read, or refused in one line of at most 2,000 characters that names a file, folder or key. A
-traceback, a reading that takes longer than 10 s, a file left behind, and a file that is read though its reference
-library refuses it are faults: their seeds are printed, and the exit code is 1. `kinds=recipe,index` chooses kinds,
-`first=1000` the first seed, `workers=2` the processes.
+traceback, raised or told on stderr, a reading that takes longer than 10 s, a file left behind, and a file that is read
+though its reference library refuses it are faults: their seeds are printed, and the exit code is 1.
+`kinds=recipe,index` chooses kinds, `first=1000` the first seed, `workers=2` the processes.
 """
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -58,7 +60,26 @@ def try_batch(name: str, first: int, count: int) -> list[tuple[int, str, str]]:
         kind.make(folder)
         kind.read(folder)  # the seed itself is right, and what is compiled once is compiled
         kind.refuses(folder)
-        return [(seed, *try_mutant(name, kind, folder, seed)) for seed in range(first, first + count)]
+        with _stderr_in(folder.parent / f"{folder.name}.stderr") as told:
+            found = [(seed, *try_mutant(name, kind, folder, seed)) for seed in range(first, first + count)]
+        # A thread of a library may tell what was raised in it long after: it belongs to the batch.
+        return [*found, (first, "told", lines[-200:])] if "Traceback" in (lines := told()) else found
+
+
+@contextlib.contextmanager
+def _stderr_in(file: pathlib.Path) -> Iterator[Callable[[], str]]:
+    """What the process and its threads write to stderr goes to a file; its text is had after the block."""
+    kept, text = os.dup(2), ""
+    with file.open("w") as there:
+        os.dup2(there.fileno(), 2)
+    try:
+        yield lambda: text
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        text = file.read_text(errors="replace")
+        file.unlink()
 
 
 def try_mutant(name: str, kind: Any, folder: pathlib.Path, seed: int) -> tuple[str, str]:

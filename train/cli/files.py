@@ -18,10 +18,10 @@ from .words import Words, options
 
 
 def merge(words: Words, assignments: Words, dry: bool) -> int:
-    """Merge checkpoints on disk by a recipe (mergekit's YAML is read).
+    """Merge checkpoints on disk by a recipe, which may be a YAML file of mergekit's.
 
-    Memory is bounded by the largest tensor. Killed, the same command goes on where it was.
-    --dry-run checks everything, prints sizes and memory and stops.
+    The merge holds a few tensors in memory at a time, whatever the size of the models. If it is killed, the same
+    command continues it. With --dry-run it checks everything, prints sizes and the memory that it needs, and stops.
     """
     settings = dataclasses.asdict(options(assignments, MergeOptions))
     where, private = settings.pop("push"), settings.pop("private")
@@ -57,7 +57,8 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
 def push(words: Words, assignments: Words, dry: bool) -> int:
     """Put a folder that `merge` or `export` wrote on the Hugging Face hub, in one commit with its card.
 
-    The token is HF_TOKEN, or that of `hf auth login`. What an attempt that failed has sent is not sent again.
+    The token is read from HF_TOKEN, or it is that of `hf auth login`. If an attempt fails, the next one does not send
+    again what has arrived.
     """
     del dry
     push_folder(Path(words[0]), words[1], private=options(assignments, PushOptions).private)
@@ -92,10 +93,11 @@ def push_folder(folder: Path, name: str | None, *, private: bool) -> None:
 def inspect(words: Words, assignments: Words, dry: bool) -> int:
     """Show what is in a checkpoint, or what changed between checkpoints, per layer.
 
-    One MODEL is described from the headers of its files: parameters, dtypes and bytes.
+    With one MODEL, its parameters, dtypes and bytes are listed, as the headers of its files give them.
 
-    For each of MODELS: the size of its change from BASE, cosines, and the share of elements changed.
-    MODELS is one, or several with commas between; then it is also shown how well their changes agree.
+    With BASE and MODELS, the table shows for each model the size of its change from BASE, cosines, and the share of
+    elements that changed. MODELS is one name, or several with commas between them. For several, the table also shows
+    how well their changes agree.
     """
     del dry
     settings = options(assignments, InspectOptions)

@@ -78,9 +78,9 @@ def sweep(path: str, values: dict, out: str | None, command: str, dry: bool) -> 
 def sft(words: Words, assignments: Words, dry: bool) -> int:
     """Fine-tune or pretrain a model on examples, or resume the unfinished run in its folder.
 
-    Without a config, DATA is JSON lines (messages, prompt and completion, Alpaca, GSM8K, MBPP, multiple choice: told
-    by their keys), the folder of a TFDS version or a dataset of the hub (hf:ORG/NAME/SUBSET), and OUT is the folder of
-    the run.
+    Without a config, DATA is a file of JSON lines, the folder of a TFDS version or a dataset of the hub
+    (hf:ORG/NAME/SUBSET), and OUT is the folder of the run. The keys of the lines tell their format: messages, prompt
+    and completion, Alpaca, GSM8K, MBPP or multiple choice.
     """
     del dry
     place, others = split(assignments, Place)
@@ -100,10 +100,11 @@ def sft(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def data(words: Words, assignments: Words, dry: bool) -> int:
-    """Show what a file or a dataset of the hub would become: examples, lengths, what is learnt, what is cut.
+    """Show which examples a file or a dataset of the hub would give, how long they are, and what is learnt or cut.
 
-    PATH is what `sft` and `evaluate` take: JSON lines, the folder of a TFDS version, or hf:ORG/NAME/SUBSET:SPLIT. What
-    is learnt stands in ⟦ ⟧. With model= lengths are in tokens and the chat template is shown.
+    PATH is what `sft` and `evaluate` take: JSON lines, the folder of a TFDS version, or hf:ORG/NAME/SUBSET:SPLIT. The
+    text that would be learnt stands in ⟦ ⟧. If model= is given, lengths are counted in its tokens, and conversations
+    are shown in its chat template.
     """
     del dry
     settings = options(assignments, DataOptions)
@@ -120,11 +121,11 @@ def data(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def sample(words: Words, assignments: Words, dry: bool) -> int:
-    """Generate: a line of JSON a prompt goes in, a line comes out.
+    """Generate texts for a file of prompts.
 
-    A line of PROMPTS is {"prompt": "…"} or {"messages": […]}, optionally with "id"; messages that end with the
-    assistant's are gone on with. OUT gets a line for each prompt with text, tokens and log-probabilities (lists of them
-    when samples > 1).
+    Each line of PROMPTS is {"prompt": "…"} or {"messages": […]}, and may have an "id". If the last message is the
+    assistant's, the model continues it. For each prompt OUT gets a line of JSON with the text, its tokens and their
+    log-probabilities, or with lists of them if samples is above 1.
     """
     del dry
     settings = options(assignments, SampleOptions)
@@ -140,8 +141,8 @@ def sample(words: Words, assignments: Words, dry: bool) -> int:
 def search(words: Words, assignments: Words, dry: bool) -> int:
     """Look for solutions step by step, and write trees, examples and a report.
 
-    The search is SRA-MCTS, Tree of Thoughts, chains or difficulty-aware sampling; the same command resumes it.
-    QUESTIONS is JSON lines with question, optionally id and answer.
+    The search is SRA-MCTS, Tree of Thoughts, independent chains or difficulty-aware sampling. The same command resumes
+    a search that was stopped. QUESTIONS is a file of JSON lines with a question each, and may have ids and answers.
     """
     del dry
     place, others = split(assignments, Place)
@@ -164,9 +165,10 @@ def search(words: Words, assignments: Words, dry: bool) -> int:
 def evaluate(words: Words, assignments: Words, dry: bool) -> int:
     """Measure the accuracy of a model on the questions of a config or a file.
 
-    CONFIG is one of `improve`: its tasks and evaluation blocks are read, and its keys are taken (`improve --help`).
-    FILE is JSON lines (GSM8K, multiple choice, problem and answer, MBPP: told by their keys), the folder of a TFDS
-    version, a dataset of the hub (hf:ORG/NAME/SUBSET:SPLIT), or the word humaneval; then these keys are taken.
+    CONFIG is a config of `improve`, of which the blocks tasks and evaluation are read. `improve --help` lists its keys.
+    FILE is a file of JSON lines, the folder of a TFDS version, a dataset of the hub (hf:ORG/NAME/SUBSET:SPLIT), or the
+    word humaneval. The keys of the lines tell their format: GSM8K, multiple choice, problem and answer, or MBPP. The
+    keys below are those for a FILE.
     """
     del dry
     result, others = split(assignments, Result)
@@ -195,7 +197,7 @@ def evaluate(words: Words, assignments: Words, dry: bool) -> int:
 def harness(words: Words, assignments: Words, dry: bool) -> int:
     """Evaluate a model on tasks of EleutherAI's lm-evaluation-harness, in process.
 
-    TASKS are names of tasks with commas between.
+    TASKS is a list of names of tasks, with commas between them.
     """
     del dry
     from ..evaluate.harness import evaluate as go
@@ -232,7 +234,7 @@ def harness(words: Words, assignments: Words, dry: bool) -> int:
 def export(words: Words, assignments: Words, dry: bool) -> int:
     """Write a run's model as a Hugging Face folder, or as a GGUF file for llama.cpp.
 
-    RUN is the folder of a run; without method= it may be any MODEL, a GGUF file for example.
+    RUN is the folder of a run. If method= is not given, it may also be any MODEL, such as a GGUF file.
     """
     del dry
     settings = options(assignments, ExportOptions)
@@ -250,7 +252,7 @@ def export(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def report(words: Words, assignments: Words, dry: bool) -> int:
-    """Write report.html of a run again from its metrics."""
+    """Write the report of a run, report.html, again from its metrics."""
     del assignments, dry
     from ..report.page import write_report
 
@@ -263,7 +265,7 @@ def report(words: Words, assignments: Words, dry: bool) -> int:
 def analyse(words: Words, assignments: Words, dry: bool) -> int:
     """Measure what training did to a run's layers, weights and samples.
 
-    analysis.json, analysis.html and analysis/*.svg are written; the run's report shows them too.
+    The results are written to analysis.json, analysis.html and analysis/*.svg, and the run's report shows them too.
     """
     del dry
     from ..studies.analyse import analyse_run
@@ -275,7 +277,7 @@ def analyse(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def results(words: Words, assignments: Words, dry: bool) -> int:
-    """Write docs/results.md and its pictures from the rows of the experiments; nothing is run."""
+    """Write docs/results.md and its pictures from the rows of the experiments, without running any."""
     del words, dry
     settings = options(assignments, ResultsOptions)
     from ..studies.page import write
@@ -285,7 +287,7 @@ def results(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def doctor(words: Words, assignments: Words, dry: bool) -> int:
-    """Say which devices, versions and extras are here, what is missing, and how to get it."""
+    """Show which devices, versions and extras are installed, what is missing, and how to get it."""
     del words, assignments, dry
     from .doctor import doctor as diagnose
     from .doctor import print_checks
@@ -296,7 +298,7 @@ def doctor(words: Words, assignments: Words, dry: bool) -> int:
 def configs(words: Words, assignments: Words, dry: bool) -> int:
     """List the configs that come with the code, each with the command that runs it and what it is for.
 
-    Where a verb wants a CONFIG, the name of one of them is enough: jaxmerge improve quickstart
+    A verb that takes a CONFIG also takes the name of one of these: jaxmerge improve quickstart
     """
     del words, assignments, dry
     from .configs import listing

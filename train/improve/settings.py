@@ -196,10 +196,11 @@ class Merge:
     ] = "none"  # fmt: skip
     """This rule merges the tuned model with the anchor at the end of a round; none merges nothing."""
     alpha: Any = 0.5
-    """The tuned model has this weight: a number; a list, one entry a round; `{schedule: linear | cosine, start, end}`
-    over the rounds; `{pattern: α or [α, …]}` by path, a list being a gradient over depth (`{"**": [0.3, 0.7]}` is
-    layer-adaptive); `{importance: [α, α]}` from the first, where a layer matters most and moved most, to the second
-    where least; `{search: [α, …]}` takes the best on the validation questions, anew each round."""
+    """The tuned model has this weight α in the merge. A number is the same in all rounds, and a list has one entry for
+    each. `{schedule: linear | cosine, start: α, end: α}` changes it over the rounds. `{PATTERN: α}` gives it by path;
+    in place of α, `[α, …]` is a gradient over depth. `{importance: [α, α]}` goes from the first α, for the layer that
+    matters and moved most, to the second, for the one that did least. `{search: [α, …]}` takes the best on the
+    validation questions of every round."""
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
     """These are the coefficients of rules other than imm: density, epsilon, scale, … as `jaxmerge.RULES` takes them."""
     anchor: Literal["original", "previous", "average"] = "original"

@@ -116,7 +116,7 @@ class RewardWeighted(Tokens):
     name: Literal["reward_weighted"] = "reward_weighted"
     """The objective."""
     temperature: float = 1.0
-    """τ: rewards this far apart have weights e times apart."""
+    """If the rewards of two examples differ by this τ, their weights differ by the factor e."""
 
     def __post_init__(self):
         if not self.temperature > 0:
@@ -149,7 +149,7 @@ class Talr(Tokens):
     name: Literal["talr"] = "talr"
     """The objective."""
     temperature: float = 1.0
-    """τ: a token whose loss is this high counts 1/e of a certain one."""
+    """A token with a loss of this τ counts 1/e of a token with a loss of 0."""
     floor: float = 0.01
     """The smallest factor of a token."""
 

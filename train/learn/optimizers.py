@@ -16,15 +16,15 @@ class AdamW:
     name: Literal["adamw"] = "adamw"
     """The optimizer; which other keys there are depends on it."""
     b1: float = 0.9
-    """Share of the mean gradient that an update keeps."""
+    """The mean gradient is an exponential average that keeps this share of itself at every update."""
     b2: float = 0.999
-    """Share of the mean squared gradient that an update keeps."""
+    """The mean squared gradient is an exponential average that keeps this share of itself at every update."""
     eps: float = 1e-8
-    """Number that is added to the root of the mean squared gradient."""
+    """This number is added to the root of the mean squared gradient."""
     eps_root: float = 0.0
-    """Number that is added to the mean squared gradient, under the root."""
+    """This number is added to the mean squared gradient, under the root."""
     nesterov: bool = False
-    """Whether the mean gradient looks one update ahead, as Nesterov's momentum does."""
+    """If true, the mean gradient looks one update ahead, as Nesterov's momentum does."""
 
     def __post_init__(self):
         shares(self, "b1", "b2")
@@ -37,9 +37,9 @@ class Lion:
     name: Literal["lion"] = "lion"
     """The optimizer."""
     b1: float = 0.9
-    """The update is the sign of a sum of mean gradient and new gradient, in which the mean has this share."""
+    """The update is the sign of a sum of mean gradient and new gradient, and the mean has this share in it."""
     b2: float = 0.99
-    """Share of the mean gradient that an update keeps."""
+    """The mean gradient is an exponential average that keeps this share of itself at every update."""
 
     def __post_init__(self):
         shares(self, "b1", "b2")
@@ -58,15 +58,15 @@ class Adafactor:
     decay_offset: int = 0
     """The first update counts as if this many had been made before it."""
     multiply_by_parameter_scale: bool = True
-    """Whether an update is multiplied by the root mean square of its parameter."""
+    """If true, an update is multiplied by the root mean square of its parameter."""
     clipping_threshold: float | None = 1.0
-    """Largest root mean square of a parameter's update; null clips none."""
+    """A parameter's update is scaled down to this root mean square where it is larger; null clips none."""
     momentum: float | None = None
-    """Share of the mean update that an update keeps; null keeps no mean."""
+    """Updates are averaged exponentially, and the average keeps this share of itself each time; null averages none."""
     eps: float = 1e-30
-    """Number that is added to the squared gradient."""
+    """This number is added to the squared gradient."""
     factored: bool = True
-    """Whether second moments are kept as row and column means at all."""
+    """If false, every second moment is kept whole."""
 
     def __post_init__(self):
         shares(self, "momentum")
@@ -79,9 +79,9 @@ class Sgd:
     name: Literal["sgd"] = "sgd"
     """The optimizer."""
     momentum: float | None = None
-    """Share of the summed gradients that an update keeps; null keeps no sum."""
+    """Gradients are summed, and the sum keeps this share of itself at every update; null takes the gradient alone."""
     nesterov: bool = False
-    """Whether the sum looks one update ahead, as Nesterov's momentum does."""
+    """If true, the sum looks one update ahead, as Nesterov's momentum does."""
 
     def __post_init__(self):
         shares(self, "momentum")
@@ -94,26 +94,26 @@ class Muon:
     name: Literal["muon"] = "muon"
     """The optimizer."""
     ns_steps: int = 5
-    """Steps of the Newton-Schulz iteration that makes a mean gradient orthogonal."""
+    """The Newton-Schulz iteration that makes a mean gradient orthogonal takes this many steps."""
     beta: float = 0.95
-    """Share of a matrix's mean gradient that an update keeps."""
+    """A matrix's mean gradient is an exponential average that keeps this share of itself at every update."""
     eps: float = 1e-8
-    """Number that is added to denominators, in Adam too."""
+    """This number is added to denominators, in Adam too."""
     nesterov: bool = True
-    """Whether mean gradients look one update ahead, as Nesterov's momentum does; in Adam too."""
+    """If true, mean gradients look one update ahead, as Nesterov's momentum does; in Adam too."""
     adaptive: bool = False
-    """Whether an update is multiplied by the dual norm of its gradient (https://arxiv.org/abs/2409.20325)."""
+    """If true, an update is multiplied by the dual norm of its gradient (https://arxiv.org/abs/2409.20325)."""
     preconditioning: Literal["frobenius", "spectral", "aol", "schatten"] = "frobenius"
-    """How a matrix is scaled before the first Newton-Schulz step."""
+    """A matrix is scaled by this norm before the first Newton-Schulz step."""
     adam_b1: float = 0.9
-    """`b1` of the Adam that updates embeddings, head, norms and biases."""
+    """Adam updates embeddings, head, norms and biases, and this is its `b1`."""
     adam_b2: float = 0.999
-    """`b2` of the Adam that updates embeddings, head, norms and biases."""
+    """Adam updates embeddings, head, norms and biases, and this is its `b2`."""
     adam_eps_root: float = 0.0
-    """`eps_root` of the Adam that updates embeddings, head, norms and biases."""
+    """Adam updates embeddings, head, norms and biases, and this is its `eps_root`."""
     consistent_rms: float | None = None
-    """Root mean square that every matrix's update gets, whatever its shape; 0.2 suits rates chosen for AdamW. null
-    scales by the root of max(1, out/in) instead."""
+    """Every matrix's update is scaled to this root mean square, whatever its shape; 0.2 suits rates that were chosen
+    for AdamW. null scales by the root of max(1, out/in) instead."""
 
     def __post_init__(self):
         shares(self, "beta", "adam_b1", "adam_b2")
@@ -130,11 +130,11 @@ class ScheduleFree:
     name: Literal["schedule_free"] = "schedule_free"
     """The optimizer."""
     b1: float = 0.9
-    """Gradients are taken at a mix of weights and average, in which the average has this share."""
+    """Gradients are taken at a mix of weights and average, and the average has this share in it."""
     b2: float = 0.999
-    """`b2` of the AdamW inside."""
+    """The AdamW inside has this `b2`."""
     eps: float = 1e-8
-    """`eps` of the AdamW inside."""
+    """The AdamW inside has this `eps`."""
     weight_lr_power: float = 2.0
     """In the average, the weights after an update count by the largest rate so far to this power."""
 

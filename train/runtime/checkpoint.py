@@ -7,10 +7,8 @@ import errno
 import gc
 import glob
 import hashlib
-import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxmerge.files.checkpoints.orbax import one_error
 from jaxmerge.tree import PyTree
 
 from ..log import UserError
@@ -38,47 +37,18 @@ def failure_named(path: Path) -> Iterator[None]:
 
     The first of them is raised, and what was written half is removed; the others are passed over.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_only_the_first())
-        try:
+    try:
+        with one_error():
             yield
-        except Exception as error:
-            first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-            first = "no space left" if os.strerror(errno.ENOSPC) in str(error) else first
-            error.__traceback__ = None  # it holds the other writers' errors, which are told when they are let go of
-            gc.collect()
-            stack.pop_all()  # some are let go of later
-            if jax.process_index() == 0:
-                for left in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(left, ignore_errors=True)
-            raise UserError(
-                f"{path}: the checkpoint could not be written ({first}); is the disk full, or gone?"
-            ) from error
-
-
-@contextlib.contextmanager
-def _only_the_first() -> Iterator[None]:
-    """Pass over what Orbax's many writers tell of their failures, one by one, in its log, asyncio's and on stderr."""
-    logs = [logging.getLogger(name) for name in ("asyncio", "absl")]
-    print_error, print_lost = sys.excepthook, sys.unraisablehook
-
-    def is_ours(text: str) -> bool:
-        return not any(part in text for part in _OF_WRITERS)
-
-    def keep(record: logging.LogRecord) -> bool:
-        return is_ours(record.getMessage())
-
-    for log in logs:
-        log.addFilter(keep)
-    sys.excepthook = lambda kind, error, trace: print_error(kind, error, trace) if is_ours(str(error)) else None
-    sys.unraisablehook = lambda lost: print_lost(lost) if is_ours(str(lost.exc_value)) else None
-    yield
-    for log in logs:
-        log.removeFilter(keep)
-    sys.excepthook, sys.unraisablehook = print_error, print_lost
-
-
-_OF_WRITERS = ("exception was never retrieved", "_SignalingThread.run() raised", "Event loop is closed")
+    except Exception as error:
+        first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        first = "no space left" if os.strerror(errno.ENOSPC) in str(error) else first
+        error.__traceback__ = None  # it holds the other writers' errors, which are told when they are let go of
+        gc.collect()
+        if jax.process_index() == 0:
+            for left in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
+        raise UserError(f"{path}: the checkpoint could not be written ({first}); is the disk full, or gone?") from error
 
 
 def load_weights(path: Path, like: Any) -> PyTree:
@@ -93,7 +63,8 @@ def load_weights(path: Path, like: Any) -> PyTree:
 def damage_named(path: Path) -> Iterator[None]:
     """Orbax raises many kinds of errors for a damaged checkpoint; all mean the same to the user."""
     try:
-        yield
+        with one_error():
+            yield
     except Exception as error:
         first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise UserError(

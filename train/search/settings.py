@@ -68,8 +68,8 @@ class Search:
     depth: int = 8
     """The longest plan has this many steps."""
     leaves: int = 1
-    """mcts: this many leaves of a tree are expanded side by side. It changes the search, as all else here does, unlike
-    `sampling.slots`."""
+    """mcts: this many leaves of a tree are expanded at the same time. Other numbers give other trees, while
+    `sampling.slots` changes only the speed."""
     exploration: float = 0.05
     """mcts: the upper bound has this c; 0.05 on values in [0, 1] is the 0.5 of the paper's code on its scale of 10."""
     bonus: float = 0.0
@@ -205,7 +205,8 @@ class SearchRun:
     search: Search = Search()
     sampling: Drawing = Drawing()
     roles: dict[str, Role] = dataclasses.field(default_factory=dict)
-    """The roles critic and reflector may have a model and a temperature of their own, the policy a temperature."""
+    """NAME is critic, reflector or policy. The first two may have a model and a temperature of their own, and the
+    policy a temperature."""
     filters: Filters = Filters()
     prompts: str | None = None
     """Prompts are read from this file in place of the one that is installed (train/search/prompts.yaml)."""

@@ -7,11 +7,14 @@ own restore takes a fifth of a second a call. Written as `out/weights` with conf
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -126,7 +129,7 @@ def open_checkpoint(name: str, checkpoint: pathlib.Path) -> Source:
     except ImportError:
         raise ValueError(f"model {name!r}: {_missing()}") from None
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with one_error(), ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata(checkpoint.absolute()).item_metadata.tree
     except Exception as error:  # Orbax raises errors of many kinds for a damaged checkpoint
         raise ValueError(f"{checkpoint}: no readable Orbax checkpoint ({_first_line(error)}); copy it again") from None
@@ -143,6 +146,57 @@ def open_checkpoint(name: str, checkpoint: pathlib.Path) -> Source:
         notes += (f"{name} has no config.json",)
     files = tuple(sorted(file for file in checkpoint.rglob("*") if file.is_file()))
     return Source(name, folder, tensors, config, files, notes, functools.partial(companions_of, folder))
+
+
+@contextlib.contextmanager
+def one_error() -> Iterator[None]:
+    """Pass over what the many threads of a failed reading or writing each tell of it, in logs and on stderr.
+
+    One of their errors is raised, which is enough. After it they are passed over to the end of the process, because
+    some threads end later.
+    """
+    if _STRAYS.installed:
+        yield
+        return
+    _STRAYS.install()
+    yield
+    _STRAYS.remove()  # not reached where it failed
+
+
+class _Strays:
+    """What is told of failures of Orbax's and TensorStore's threads goes to nobody while this is installed."""
+
+    told = ("exception was never retrieved", "_SignalingThread.run() raised", "Event loop is closed")
+    logs = tuple(logging.getLogger(name) for name in ("asyncio", "absl"))
+
+    def __init__(self):
+        self.installed = False
+        self.hooks: tuple[Any, Any] = (None, None)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not self.is_stray(record.getMessage())
+
+    def is_stray(self, text: str) -> bool:
+        return any(part in text for part in self.told)
+
+    def install(self) -> None:
+        print_error, print_lost = self.hooks = (sys.excepthook, sys.unraisablehook)
+        sys.excepthook = lambda kind, error, trace: (
+            None if self.is_stray(str(error)) else print_error(kind, error, trace)
+        )
+        sys.unraisablehook = lambda lost: None if self.is_stray(str(lost.exc_value)) else print_lost(lost)
+        for log in self.logs:
+            log.addFilter(self)
+        self.installed = True
+
+    def remove(self) -> None:
+        for log in self.logs:
+            log.removeFilter(self)
+        sys.excepthook, sys.unraisablehook = self.hooks
+        self.installed = False
+
+
+_STRAYS = _Strays()
 
 
 def _leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:

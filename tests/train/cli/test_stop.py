@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import os
 import pathlib
 import re
@@ -15,7 +16,7 @@ import pytest
 from helpers import ROOT
 from safetensors.numpy import load_file, save_file
 
-from jaxmerge.files.checkpoints import safetensors
+from jaxmerge.files.checkpoints import orbax, safetensors
 from train.cli import __main__ as cli
 from train.cli.verbs import VERBS
 from train.log import UserError, say
@@ -216,3 +217,38 @@ def test_a_checkpoint_that_found_no_room_leaves_nothing(tmp_path, capsys):
     with wanted, failure_named(tmp_path / "3"):
         raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28']")
     assert names(tmp_path) == []
+
+
+@pytest.fixture
+def no_failure_before(monkeypatch):
+    if orbax._STRAYS.installed:  # by a failure that another test met
+        orbax._STRAYS.remove()
+    strays = orbax._Strays()
+    monkeypatch.setattr(orbax, "_STRAYS", strays)
+    yield
+    if strays.installed:
+        strays.remove()
+
+
+def test_of_a_failure_one_error_is_told_whatever_the_threads_say(no_failure_before, monkeypatch, capsys, caplog):
+    """What threads of a library tell, on stderr and in logs, is passed over during a failure and after it."""
+
+    def tell():
+        for text in ("Event loop is closed", "the rest"):
+            sys.excepthook(RuntimeError, RuntimeError(text), None)
+            logging.getLogger("asyncio").error("Task exception was never retrieved" if "loop" in text else text)
+        lines = [*capsys.readouterr().err.splitlines(), *caplog.messages]
+        caplog.clear()
+        return lines
+
+    before = sys.excepthook
+    with orbax.one_error():
+        assert tell() == ["RuntimeError: the rest", "the rest"]
+    assert sys.excepthook is before
+    assert len(tell()) == 4
+    for _ in range(3):  # one filter, however often
+        with pytest.raises(ValueError, match="damaged"), orbax.one_error():
+            raise ValueError("damaged")
+        assert tell() == ["RuntimeError: the rest", "the rest"]
+    orbax._STRAYS.remove()
+    assert sys.excepthook is before
