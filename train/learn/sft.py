@@ -112,9 +112,10 @@ def fine_tune(
 
     Returns:
       The tuned parameters (their average, with `config.step.ema`) in the dtype of `params`, and the metrics of every
-      update made: step, loss (a target; β·KL is in it with `config.stay.kl`, and is not in held_out_loss), targets,
-      gradient_norm, learning_rate, skipped (updates so far), seconds, tokens_per_second (up to each row's last
-      target), mfu (of every position computed), and held_out_loss where it was measured.
+      update made: step, loss (a target; β·KL is in it with `config.stay.kl`, and is not in held_out_loss), targets
+      (tokens; pairs, with an objective of pairs), gradient_norm, learning_rate, skipped (updates so far), seconds,
+      tokens_per_second (up to each row's last target), mfu (of every position computed), the objective's own metrics,
+      and held_out_loss where it was measured.
 
     Raises:
       UserError: `max_skipped` updates in a row, or the last one, were not finite or spikes.
