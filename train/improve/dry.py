@@ -81,6 +81,7 @@ def show_minutes(config: Improve, model: ModelConfig, suite: Suite, todo: Plan, 
     """
     work = budget.work_of(config, suite, todo)
     answers = budget.by_kind([(phase, w.answers) for phase, w in work])
+    answers["sampling"] += answers["training"]  # of phases that sample as they train
     examples = budget.by_kind([(phase, w.examples) for phase, w in work])["training"]
     for name in ("sampling", "evaluating"):
         told = answers[name]

@@ -71,6 +71,18 @@ def test_searches_and_rankings_are_counted():
     assert found["round-1/imm/merge"].answers.most == 2 * 4 * 24
 
 
+def test_fresh_samples_are_drawn_and_learnt_step_by_step():
+    """Five steps of 4 questions × 3 samples, learnt twice; other questions may be asked twice more."""
+    improver = {"name": "grpo", "steps": 5, "questions": 4, "iterations": 2, "redraws": 2, "warm_up": {"epochs": 2}}
+    sampling = {"samples": 3, "max_new_tokens": 20, "slots": 8, "temperature": 1.0}
+    found = work(config(methods={"m": {"improver": improver}}, sampling=sampling))
+    done = found["round-1/m/policy"]
+    assert (done.answers.most, done.slots) == (5 * 4 * 3 * 20 * 3, 8)
+    assert (done.examples.about, done.examples.most) == (5 * 4 * 3 * 2,) * 2
+    assert found["round-1/m/warm-up"].examples.most == 2 * 10
+    assert "round-2/m/warm-up" not in found
+
+
 def test_models_that_are_held_are_those_that_a_run_holds():
     def beside(**given):
         return budget.models_beside(one := config(**given), plan(one)[0])
