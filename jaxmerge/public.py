@@ -18,9 +18,10 @@ from jaxmerge.iterative import alpha_schedule, imm, offload, onload
 from jaxmerge.leaves import Operands, leafwise
 from jaxmerge.measure import change, check_finite, cosines, nonfinite, norms, to_floats
 from jaxmerge.rules import RULES, rule
-from jaxmerge.selection import arcee_fusion, nearswap, ram, ramplus_tl
+from jaxmerge.selection import arcee_fusion, consensus_ta, magmax, nearswap, ram, ramplus_tl
 from jaxmerge.sparse import delta_rule
 from jaxmerge.sparsify import drop, rank_drop, trim, two_sided_trim, variance_select
+from jaxmerge.spectral import iso_c, iso_cts, opcm, svc, tsvm, wudi
 from jaxmerge.spherical import karcher, multislerp, nuslerp, slerp
 from jaxmerge.statistics import fisher, graft_mask, grafting, regmean
 from jaxmerge.stock import model_stock
@@ -55,6 +56,7 @@ __all__ = [
     "change",
     "check_finite",
     "collinear",
+    "consensus_ta",
     "cosines",
     "dare",
     "dare_linear",
@@ -80,12 +82,15 @@ __all__ = [
     "guarded",
     "imm",
     "interpolate",
+    "iso_c",
+    "iso_cts",
     "judge_line",
     "karcher",
     "layer_group",
     "leaf_paths",
     "leafwise",
     "linear",
+    "magmax",
     "masked",
     "matches",
     "model_stock",
@@ -98,6 +103,7 @@ __all__ = [
     "nuslerp",
     "offload",
     "onload",
+    "opcm",
     "passthrough",
     "ram",
     "ramplus_tl",
@@ -111,12 +117,15 @@ __all__ = [
     "select",
     "slerp",
     "staged",
+    "svc",
     "task_arithmetic",
     "task_vector",
     "ties",
     "to_floats",
     "trim",
+    "tsvm",
     "two_sided_trim",
     "variance_select",
     "weighted_sum",
+    "wudi",
 ]

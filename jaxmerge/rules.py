@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 
-from jaxmerge import arithmetic, delta, iterative, selection, spherical, statistics, stock
+from jaxmerge import arithmetic, delta, iterative, selection, spectral, spherical, statistics, stock
 from jaxmerge.contract import Rule, nearest
 
 FORMULA = re.compile(r"\$(.+?)\$", re.DOTALL)
@@ -50,6 +50,14 @@ RULES: dict[str, Rule] = Rules({
     "arcee_fusion": selection.arcee_fusion,
     "ram": selection.ram,
     "ramplus_tl": selection.ramplus_tl,
+    "magmax": selection.magmax,
+    "consensus_ta": selection.consensus_ta,
+    "tsvm": spectral.tsvm,
+    "iso_c": spectral.iso_c,
+    "iso_cts": spectral.iso_cts,
+    "wudi": spectral.wudi,
+    "svc": spectral.svc,
+    "opcm": spectral.opcm,
     "fisher": statistics.fisher,
     "regmean": statistics.regmean,
     "grafting": statistics.grafting,

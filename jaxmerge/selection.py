@@ -2,6 +2,7 @@ r"""Rules that choose, element by element, what of a task vector to take over.""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -12,7 +13,7 @@ from jaxmerge import order
 from jaxmerge.contract import requires
 from jaxmerge.leaves import Operands, leafwise
 from jaxmerge.tree import Array, PyTree
-from jaxmerge.where import Coefficient
+from jaxmerge.where import Coefficient, PerModel
 
 
 def _nearswap(x: Operands, *, t: Array) -> Array:
@@ -184,3 +185,95 @@ def ramplus_tl(
       https://arxiv.org/abs/2601.13572
     """
     return leafwise(_ram, models, base=base, stacked=stacked, shared={"epsilon": epsilon, "r": r, "alpha": alpha})
+
+
+def _magmax(x: Operands, *, weights: Array, scale: Array) -> Array:
+    assert x.base is not None
+    deltas = [w * delta for w, delta in zip(weights, x.deltas, strict=True)]
+    highest, lowest = functools.reduce(jnp.maximum, deltas), functools.reduce(jnp.minimum, deltas)
+    return x.base + scale * jnp.where(highest >= -lowest, highest, lowest)
+
+
+@requires(base="required", symmetric=True, elementwise=True)
+def magmax(
+    models: Sequence[PyTree],
+    *,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    weights: PerModel = 1.0,
+    scale: Coefficient = 1.0,
+) -> PyTree:
+    r"""Take of each element the largest change: $\theta_b + \lambda\,\tau_j$ with $j = \arg\max_i |w_i \tau_i|$.
+
+    Of equally large changes of either sign the positive one is taken.
+
+    Args:
+      models: N tuned models.
+      base: the model they were tuned from.
+      key, names: not used.
+      stacked: containers whose leaves have a leading layer axis.
+      weights: w, one a model or one for all; what is taken over is the weighted change.
+      scale: λ.
+
+    Example:
+      >>> one, two = {"w": jnp.array([2.0, 1.0])}, {"w": jnp.array([1.0, -3.0])}
+      >>> magmax([one, two], base={"w": jnp.zeros(2)})
+      {'w': Array([ 2., -3.], dtype=float32)}
+
+    References:
+      Marczak et al., "MagMax", https://arxiv.org/abs/2407.06322
+    """
+    return leafwise(_magmax, models, base=base, stacked=stacked, shared={"scale": scale}, each={"weights": weights})
+
+
+def _consensus_ta(x: Operands, *, weights: Array, scale: Array, share: Array, least: int) -> Array:
+    assert x.base is not None
+    deltas = [w * delta for w, delta in zip(weights, x.deltas, strict=True)]
+    total = sum(deltas[1:], start=deltas[0])
+    votes = [(jnp.abs(delta) > share * jnp.abs(total - delta)).astype(total.dtype) for delta in deltas]
+    return x.base + scale * jnp.where(sum(votes[1:], start=votes[0]) >= least, total, 0)
+
+
+@requires(base="required", symmetric=True, elementwise=True)
+def consensus_ta(
+    models: Sequence[PyTree],
+    *,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    weights: PerModel = 1.0,
+    scale: Coefficient = 1.0,
+    share: Coefficient = 0.4,
+    least: int = 2,
+) -> PyTree:
+    r"""Keep what several models want: $\theta_b + \lambda\,[\sum_i M_i \ge k]\,\tau$ with $\tau = \sum_i w_i \tau_i$.
+
+    The mask of model i is $M_i = [|w_i\tau_i| > \sigma\,|\tau - w_i\tau_i|]$ (TALL): its own change is not small
+    beside that of the others. Elements that fewer than k masks keep stay the base's.
+
+    Args:
+      models: N tuned models.
+      base: the model they were tuned from.
+      key, names: not used.
+      stacked: containers whose leaves have a leading layer axis.
+      weights: w, one a model or one for all.
+      scale: λ.
+      share: σ; a smaller one lets more through the masks.
+      least: k.
+
+    Example:
+      >>> one, two = {"w": jnp.array([2.0, 3.0])}, {"w": jnp.array([1.0, 0.1])}
+      >>> consensus_ta([one, two], base={"w": jnp.zeros(2)})
+      {'w': Array([3., 0.], dtype=float32)}
+
+    References:
+      Wang et al., "Localizing Task Information for Improved Model Merging and Compression",
+      https://arxiv.org/abs/2405.07813 (consensus task arithmetic with TALL masks)
+    """
+    return leafwise(
+        _consensus_ta, models, base=base, stacked=stacked, shared={"scale": scale, "share": share},
+        each={"weights": weights}, options={"least": int(least)},
+    )  # fmt: skip

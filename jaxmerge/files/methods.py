@@ -59,6 +59,17 @@ def _sparse(rule: str, normalize: bool, rescale: bool, **more: float) -> Method:
     )
 
 
+def _weighted(rule: str, options: Mapping[str, tuple[str, Any]] | None = None, **shared: float) -> Method:
+    """A method of task vectors: weight a model, 1 by default; lambda and more for all."""
+    return Method(
+        rule,
+        each={"weight": ("weights", 1.0)},
+        shared={**_LAMBDA, **{name: (name, default) for name, default in shared.items()}},
+        options=options or {},
+        base_alone=True,
+    )
+
+
 METHODS: dict[str, Method] = {
     "linear": Method("average", each=_WEIGHT, options={"normalize": ("normalize", True)}, base_is_input=True),
     "slerp": Method("slerp", shared={"t": ("t", REQUIRED)}, base_is_input=True, base_first=True),
@@ -106,6 +117,14 @@ METHODS: dict[str, Method] = {
         "extrapolation_merge", each={"alpha": ("alphas", REQUIRED), "weight": ("weights", 1.0)}
     ),
     "imm": Method("imm", shared={"alpha": ("alpha", 0.5), "drop": ("drop", 0.0)}),
+    "magmax": _weighted("magmax"),
+    "consensus_ta": _weighted("consensus_ta", {"least": ("least", 2)}, share=0.4),
+    "tsvm": _weighted("tsvm", tolerance=1e-5),
+    "iso_c": _weighted("iso_c", tolerance=1e-5),
+    "iso_cts": _weighted("iso_cts", {"common": ("common", 0.8)}, tolerance=1e-5),
+    "wudi": _weighted("wudi", damping=1e-6),
+    "svc": _weighted("svc", alpha=1.0),
+    "opcm": _weighted("opcm", alpha=0.5),
 }
 COPY = METHODS["passthrough"]
 

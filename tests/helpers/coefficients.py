@@ -54,6 +54,8 @@ EACH = {"weights", "alphas", "density", "gamma"}
 TOLERANCE = {
     **dict.fromkeys(["slerp", "nuslerp", "multislerp", "karcher", "model_stock", "sce", "arcee_fusion"], 16),
     "regmean": 256,
+    # A decomposition is as exact as its largest singular value, and vectors as the gaps between them.
+    **dict.fromkeys(["tsvm", "iso_c", "iso_cts", "wudi", "svc", "opcm"], 2048),
 }
 MASKING = {"density", "drop", "epsilon", "gamma", "select_topk"}
 
