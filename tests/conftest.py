@@ -24,7 +24,7 @@ LONGEST = (
     "jaxmerge/test_contract.py", "learn/test_optim.py", "studies/test_sweep.py", "learn/test_sft.py",
     "learn/test_stay.py", "models/test_stacked.py", "models/test_loss.py", "learn/test_run.py",
     "learn/test_sft_settings.py", "runtime/test_mesh.py", "models/test_families.py", "learn/test_lora.py",
-    "models/test_lora.py", "improve/test_probes.py", "models/test_smollm2.py",
+    "models/test_lora.py", "improve/test_probes.py", "improve/test_data_methods.py", "models/test_smollm2.py",
 )  # fmt: skip
 """Files of minutes: begun first (`make test`), so that no worker is left alone with one at the end."""
 
