@@ -144,6 +144,8 @@ def main(words: list[str]) -> int:
         ours = Ours(model, rows, options["steps"], options["clock"])
         theirs = Theirs(folder, rows, options["steps"], home, options["clock"])
         found: dict[str, list[float]] = {"ours": [], "theirs": [], "reference": []}
+        losses: list[float] = []
+        other: list[float] = []
         for _ in range(options["repeats"]):
             times, losses = ours.turn()
             found["ours"].append(statistics.median(times))
