@@ -58,7 +58,10 @@ def main() -> None:
 
     model = load_model(options["model"])
     texts = [f"What is {7 * i + 3} + {11 * i + 5}? Then name a city." for i in range(count)]
-    texts = [model.tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
+    if model.tokenizer.has_chat_template:
+        texts = [model.tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
+    else:  # the miniature's characters
+        texts = [f"{7 * i + 3},{11 * i + 5}?" for i in range(count)]
     with tempfile.TemporaryDirectory() as folder:
         save_hf(Path(folder) / "model", model.config, model.params, tokenizer_from=model.tokenizer)
         (Path(folder) / "prompts.json").write_text(json.dumps(texts))
