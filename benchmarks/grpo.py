@@ -147,6 +147,11 @@ class Peer:
         return self.seconds[-1]
 
 
+def where(values: Any, mask: Any) -> list[list[Any]]:
+    """The entries of each row that a mask keeps."""
+    return [row[keep.bool()].tolist() for row, keep in zip(values, mask, strict=True)]
+
+
 def be_peer(folder: str, samples: str, most: str, steps: str) -> None:
     """The other end of `Peer`."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -186,9 +191,6 @@ def be_peer(folder: str, samples: str, most: str, steps: str) -> None:
             with torch.no_grad():
                 width = inputs["completion_ids"].size(1)
                 logps = self._get_per_token_logps_and_entropies(model, ids, mask, width)[0]
-
-            def where(values: Any, mask: Any) -> list[list[Any]]:
-                return [row[keep.bool()].tolist() for row, keep in zip(values, mask, strict=True)]
 
             return {
                 "prompts": where(inputs["prompt_ids"], inputs["prompt_mask"]),
