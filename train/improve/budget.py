@@ -180,7 +180,8 @@ def learned(settings: Learning, questions: list[Question], shots: int) -> Work:
     read = prompt_tokens(questions, shots)
     rows = steps * improver.questions * each * improver.iterations
     length = one + Amount(read, read)
-    return Work(answers, read * count.most, settings.sampling.slots, Amount(rows, rows), length)
+    slots = settings.sampling.slots
+    return Work(answers, read * count.most, slots, examples=Amount(rows, rows), length=length)
 
 
 def asked(config: Improve, questions: list[Question], answers: int, shots: int) -> Work:

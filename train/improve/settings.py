@@ -12,6 +12,7 @@ from ..evaluate.settings import Evaluation
 from ..generate.decodings import Alone, Decode
 from ..generate.settings import Draw
 from ..learn.improvers import Improver, check_taught
+from ..learn.masks import Everything
 from ..learn.picks import All, Picking
 from ..learn.settings import Sft
 from ..log import UserError
@@ -71,7 +72,7 @@ def check_methods(config: Improve) -> None:
             check_merge(config, name, method, merge)
             check_sampling(name, method, config.block(name, "sampling"))
             if method.improver is not None:
-                check_improver(name, method, config.block(name, "sampling"))
+                check_improver(config, name, method)
                 config.block(name, "sft", method.improver.warm_up)
             check_taught(config.block(name, "sft"), method.improver, f"methods.{name}")
             check_pairs(name, config.block(name, "selection"), config.block(name, "sft"))
@@ -138,10 +139,17 @@ def check_sampling(name: str, method: Method, sampling: Sampling) -> None:
             )
 
 
-def check_improver(name: str, method: Method, sampling: Sampling) -> None:
+def check_improver(config: Improve, name: str, method: Method) -> None:
     """Refuse what a method that learns from fresh samples does not read."""
     where = f"methods.{name}"
     assert method.improver is not None
+    sampling, sft = config.block(name, "sampling"), config.block(name, "sft")
+    others = {
+        "sft.mask": not isinstance(sft.mask, Everything), "sft.beside": sft.beside.every > 0,
+        "branch": config.block(name, "branch").count > 1, "sampling.decode": not isinstance(sampling.decode, Alone),
+    }  # fmt: skip
+    if unread := [key for key, is_set in others.items() if is_set]:
+        raise UserError(f"{where}: a method with an improver does not read {unread[0]}; leave it at its default there")
     method.improver.check(sampling, method.sft, where)
     if method.selection:
         raise UserError(f"{where}.selection: a method with an improver selects no examples; leave it out")

@@ -86,8 +86,9 @@ def learn_on_policy(
     snapshots = snapshots_of(config, total)
     objective: Any = improver.objective(drawing)
     config = dataclasses.replace(config, objective=objective)
-    how = {"mesh": mesh, "seed": seed, "dtype": dtype, "anchor": anchor, "teacher": teacher}
-    trainee = prepared(model.config, model.params, config, **how)
+    trainee = prepared(
+        model.config, model.params, config, mesh=mesh, seed=seed, dtype=dtype, anchor=anchor, teacher=teacher
+    )
     restored, start, log = checkpoints.restore(trainee.state)
     trainee = trainee if restored is None else trainee._replace(state=restored)
     if start:

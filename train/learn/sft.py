@@ -132,7 +132,9 @@ def fine_tune(
     schedule = steps_of(rows, config)
     total, rates = config.stay.last(schedule), optim.learning_rates(config, schedule)
     snapshots = snapshots_of(config, total)
-    trainee = prepared(model, params, config, rows, mesh=mesh, seed=seed, dtype=dtype, anchor=anchor, teacher=teacher)
+    trainee = prepared(
+        model, params, config, rows=rows, mesh=mesh, seed=seed, dtype=dtype, anchor=anchor, teacher=teacher
+    )
     if config.objective.reference_model():
         base = anchor if anchor is not None and config.objective.reference_model() == "original" else params
         base = placed(stack_layers, base, mesh) if is_stacked(trainee.state.params) else base
@@ -270,17 +272,21 @@ def prepared(
     model: ModelConfig,
     params: Params,
     config: Sft,
-    rows: RowSource,
     *,
     mesh: jax.sharding.Mesh,
     seed: int,
     dtype: str,
     anchor: Params | None,
     teacher: Model | None = None,
+    rows: RowSource | None = None,
 ) -> Trainee:
-    """A state made of `params` and everything its step needs; see `fine_tune` for the arguments."""
+    """A state made of `params` and everything its step needs; see `fine_tune` for the arguments.
+
+    Args:
+      rows: what a mask measures importance on; None where all parameters are trained.
+    """
     frozen, trained, entries = None, params, None
-    if not isinstance(config.mask, Everything):
+    if rows is not None and not isinstance(config.mask, Everything):
         config, entries = settled(config, model, params, rows, mesh=mesh, seed=seed, dtype=dtype)
         say(f"mask: {share_trained(config, params, entries):.2%} of the model's size is trained")
     if config.lora is not None:

@@ -79,7 +79,8 @@ def masked_kl(p: jax.Array, q: jax.Array, labels: jax.Array) -> jax.Array:
     r"""$\mathrm{KL}(\tilde q \| \tilde p)$ where the label is taken out: $\tilde p_v \propto p_v$ for $v \ne y$.
 
     The order among the other tokens is kept, and nothing pulls against learning the label. The distributions are
-    normalised anew from log-probabilities: 1 − p_y would be rounding noise where the label is nearly certain.
+    normalised anew from log-probabilities: 1 − p_y would be rounding noise where the label is nearly certain. The
+    direction is that of a summary of the paper, which could not be read.
 
     References:
       Xu et al., "Mask the Target: A Plug-and-Play Regularizer Against LoRA Forgetting",
