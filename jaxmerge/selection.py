@@ -233,7 +233,8 @@ def _consensus_ta(x: Operands, *, weights: Array, scale: Array, share: Array, le
     deltas = [w * delta for w, delta in zip(weights, x.deltas, strict=True)]
     total = sum(deltas[1:], start=deltas[0])
     votes = [(jnp.abs(delta) > share * jnp.abs(total - delta)).astype(total.dtype) for delta in deltas]
-    return x.base + scale * jnp.where(sum(votes[1:], start=votes[0]) >= least, total, 0)
+    kept = (sum(votes[1:], start=votes[0]) >= least) | ~jnp.isfinite(total)  # no vote hides what came in broken
+    return x.base + scale * jnp.where(kept, total, 0)
 
 
 @requires(base="required", symmetric=True, elementwise=True)

@@ -290,7 +290,8 @@ def test_every_argument_is_read(model, optimizer):
         ({"b1": 1.0}, r"sft\.optimizer\.b1 is 1\.0; it must lie in \[0, 1\)"),
         ({"eps": "small"}, r"sft\.optimizer\.eps is 'small'; float is wanted"),
         ({"name": "schedule_free", "b1": 0}, r"sft\.optimizer\.b1 is 0; schedule_free divides by it"),
-        ("lion", r"sft\.optimizer is 'lion'; a map of keys is wanted"),
+        ("lionn", r"sft\.optimizer\.name is 'lionn'; no such name; did you mean lion\?"),
+        (3, r"sft\.optimizer is 3; a map of keys is wanted"),
     ],
 )
 def test_what_is_not_known_is_refused_with_the_nearest(given, said):

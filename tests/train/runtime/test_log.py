@@ -30,7 +30,18 @@ def test_table_piped_is_aligned_and_complete(capsys):
     rows.print_table({"name": "x", "finished": True, "rows": ROWS})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
-    assert lines[0].split() == ["method", "round", "domain", "accuracy", "95", "%", "interval", "n", "seconds"]
+    assert lines[0].split() == [
+        "method",
+        "round",
+        "domain",
+        "accuracy",
+        "95",
+        "%",
+        "interval",
+        "n",
+        "tokens",
+        "seconds",
+    ]
     assert "33.0 %" in lines[2]
     assert "[28.4, 37.6]" in lines[2]
     assert "74.0 %" in lines[3]

@@ -279,7 +279,7 @@ def test_a_model_learns_from_what_its_own_searches_found(tmp_path):
 
 
 def test_a_search_is_set_where_it_is_read():
-    with pytest.raises(UserError, match=r"sampling\.search is read with sampling\.source"):
+    with pytest.raises(UserError, match=r"sampling\.search is read with a sampling\.source other than plain"):
         build(Sampling, {"search": {"iterations": 3}})
     with pytest.raises(UserError, match=r"sampling\.search\.iteratoins: no such key; did you mean iterations"):
         build(Sampling, {"source": "mcts", "search": {"iteratoins": 3}})

@@ -14,6 +14,7 @@ from helpers import ROOT
 from helpers.line_cases import write
 
 from train.evaluate.accuracy import pass_rates
+from train.evaluate.diversity import Answered
 from train.log import UserError
 from train.models.characters import encode
 from train.tasks import FamilySpec, Ingredient, Question, build_suite, held_out, pretraining_examples
@@ -107,14 +108,15 @@ def test_completions_are_judged_in_order(box):
 def test_pass_rates_are_the_share_of_draws_with_a_right_one():
     right = {"a": 2, "b": 0, "c": 5}
     questions = [Question(name, "mbpp", "id", "test", "", "", None, {}) for name in right]
-    rows = pass_rates(questions, right, 5)
+    drawn = {name: Answered((None,) * 5, (True,) * c + (False,) * (5 - c), ("",) * 5) for name, c in right.items()}
+    rows = pass_rates(questions, drawn, 5)
     assert [row["k"] for row in rows] == [1, 2, 4, 5]
     for row in rows:
         means = []
         for c in right.values():
             draws = list(itertools.combinations([i < c for i in range(5)], row["k"]))
             means.append(sum(map(any, draws)) / len(draws))
-        mean, low, high = row["value"]
+        mean, low, high = row["pass"]
         assert mean == pytest.approx(sum(means) / 3)
         assert low <= mean <= high
         assert row["n"] == 3
