@@ -180,8 +180,7 @@ def test_defaults_are_its_defaults():
     from jaxmerge.files.methods import IGNORED, METHODS, REQUIRED
 
     specs = [method.spec for method in merge_methods.registered_methods()]
-    ours = {"interpolate", "extrapolate", "extrapolation_merge", "imm"}
-    assert {spec.name for spec in specs} == set(METHODS) - ours
+    assert not {spec.name for spec in specs} - set(METHODS), "every method of mergekit's has a row"
     for spec in specs:
         method = METHODS[spec.name]
         for parameter in spec.parameters:
