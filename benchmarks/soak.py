@@ -8,7 +8,7 @@ r"""Merges and runs killed at random moments and gone on with, over and over: py
 A cycle of `merge` merges two models and their base by a recipe (linear and dare_ties in turns) in a process that is
 killed (SIGKILL) at a random moment of the time that an undisturbed one takes, and ends the merge in this process. A
 cycle of `improve` is a run of configs/tiny.yaml, killed and begun again in processes of its own. A cycle of the other
-verbs is one of sft, search, sample, evaluate, export to both formats and extract-lora, in turns, killed and given again
+verbs is one of sft, search, sample, evaluate, export and extract-lora, in turns, killed and given again
 in the same way. After each, the result is held to the undisturbed one: a merge byte by byte, a run by its metrics, in
 which the digests of all weights are, other results by their files apart from what a clock says, and all by the names of
 their files. Files that are left over (beside the result, in the run, in the folder of temporary files),
@@ -63,22 +63,23 @@ class Tally:
     left: set[str] = dataclasses.field(default_factory=set)
 
 
-def command(place: pathlib.Path, *words: str) -> subprocess.Popen[bytes]:
+def command(place: pathlib.Path, *words: str, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     """Start `jaxmerge`, its temporary files in a folder of their own."""
     environment = {
         **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "TMPDIR": str(place / "tmp"),
         "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
     }  # fmt: skip
     program = [sys.executable, "-m", "train.cli", *words]
-    return subprocess.Popen(program, env=environment, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(program, env=environment, cwd=place, stdout=subprocess.DEVNULL, stderr=stderr)
 
 
 def whole(place: pathlib.Path, *words: str) -> float:
     """Run `jaxmerge` to its end; seconds."""
     begin = time.perf_counter()
-    code = command(place, *words).wait(600)
-    if code:
-        raise SystemExit(f"jaxmerge {' '.join(words)} ended with {code}")
+    process = command(place, *words, stderr=subprocess.PIPE)
+    _, told = process.communicate(timeout=600)
+    if process.returncode:
+        raise SystemExit(f"jaxmerge {' '.join(words)} ended with {process.returncode}\n{told.decode()[-2000:]}")
     return time.perf_counter() - begin
 
 
@@ -192,7 +193,7 @@ def run_cycles(place: pathlib.Path, rng: random.Random, kills: int, tally: Tally
 # --- the other verbs ---
 
 SEARCH = """model: {path: model}
-questions: {domain: d, families: [{family: chain_sum, domain: id, args: {min_terms: 2, max_terms: 2}, train: 6}]}
+questions: {domain: mathematics, families: [{family: chain_sum, domain: id, args: {min_terms: 2, max_terms: 2}, train: 6}]}
 search: {kind: tot, children: 2, depth: 2, beam: 2}
 sampling: {step: 8, hint: 8, score: 4, write: 8, slots: 8}
 """
@@ -206,7 +207,6 @@ VERBS = {
     "sample": ("sample", "model", "lines.jsonl", "OUT", "max_new_tokens=12"),
     "evaluate": ("evaluate", "model", str(ROOT / "configs/tiny.yaml"), "out=OUT"),
     "export": ("export", "model", "OUT", "dtype=bfloat16"),
-    "export to GGUF": ("export", "model", "OUT", "format=gguf", "type=bf16"),
     "extract-lora": ("extract-lora", "model", "tuned", "OUT", "rank=2"),
 }
 OF_CLOCKS = ("metrics.jsonl", "steps.jsonl", "report.html", "config.yaml", "README.md", ".log")

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from train.learn.progress import Checkpoints
 from train.learn.settings import Sft
-from train.learn.sft import Checkpoints, fine_tune
+from train.learn.sft import fine_tune
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -47,7 +47,10 @@ class RowSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Examples as arrays: tokens [n, T] int32 right-padded, weights [n, T] float32 (0 where not learnt)."""
+    """Examples as arrays: tokens [n, T] int32 right-padded, weights [n, T] float32 (0 where not learnt).
+
+    A row may be several sequences (`pairs.Groups`): there are axes between n and T then.
+    """
 
     tokens: np.ndarray
     weights: np.ndarray
@@ -56,19 +59,22 @@ class Rows:
     truncated: int = 0
     """Examples longer than max_length, cut."""
     lengths: np.ndarray | None = None
-    """Tokens of each row, [n]; None where rows are full or it is not known."""
+    """Tokens of each sequence, [n]; None where rows are full or it is not known."""
 
     @property
     def targets(self) -> int:
         """Tokens with a loss."""
-        return int((self.weights[:, 1:] != 0).sum())
+        return int((self.weights[..., 1:] != 0).sum())
 
     @functools.cached_property
     def positions(self) -> np.ndarray | None:
-        """Where each row has its targets, [n, K] filled up with 0; None if most positions are targets."""
-        has = self.weights[:, 1:] != 0
-        width = target_width(int(has.sum(axis=1).max()), has.shape[1])
-        return None if width is None else target_positions(has, width)
+        """Where each sequence has its targets, [n, K] filled up with 0; None if most positions are targets."""
+        has = self.weights[..., 1:] != 0
+        width = target_width(int(has.sum(axis=-1).max()), has.shape[-1])
+        if width is None:
+            return None
+        flat = has.reshape(math.prod(has.shape[:-1]), has.shape[-1])
+        return target_positions(flat, width).reshape(*has.shape[:-1], width)
 
     def count(self, epoch: int) -> int:
         del epoch

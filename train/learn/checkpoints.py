@@ -12,7 +12,7 @@ from ..models.decoder import Params
 from ..runtime.checkpoint import damage_named, failure_named, save_weights
 from ..runtime.processes import on_first
 from .beside import Blocks
-from .sft import Checkpoints
+from .progress import Checkpoints, Log
 from .step import State
 
 
@@ -40,7 +40,7 @@ class SftCheckpoints(Checkpoints):
             found = self.manager.restore(step, args=items)
         return State(*found["state"]), step, list(found["log"]["steps"])
 
-    def save(self, state: State, step: int, metrics: list[dict[str, float]]) -> None:
+    def save(self, state: State, step: int, metrics: Log) -> None:
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), log=ocp.args.JsonSave({"steps": metrics}))
         with failure_named(self.folder / str(step)):
             self.manager.save(step, args=items)

@@ -28,9 +28,17 @@ class Apart:
     function: ClassVar[str]
     """Its name in models/divergence.py."""
 
+    def __post_init__(self):
+        for name, value in self.options().items():
+            if not 0 < value < 1:
+                raise UserError(
+                    f"sft.distill.divergence.{name} is {value}; it must lie in (0, 1): the ends are called forward and "
+                    "reverse"
+                )
+
     def options(self) -> dict[str, float]:
-        """What the function is given beside the distributions."""
-        return {}
+        """What the function is given beside the distributions: the settings apart from the name."""
+        return {name: value for name, value in vars(self).items() if name != "name"}
 
     def __call__(self, p: Any, q: Any, labels: Any) -> Any:
         """D of log p and log q, [..., V]: one number ≥ 0 for each token."""
@@ -67,12 +75,6 @@ class SkewedKL(Apart):
     alpha: float = 0.1
     """α: this share of the first distribution is mixed into the second; 0 would be forward."""
 
-    def __post_init__(self):
-        check_share("alpha", self.alpha)
-
-    def options(self):
-        return {"alpha": self.alpha}
-
 
 @dataclasses.dataclass(frozen=True)
 class SkewedReverseKL(Apart):
@@ -83,12 +85,6 @@ class SkewedReverseKL(Apart):
     """The divergence."""
     alpha: float = 0.1
     """α: this share of the first distribution is mixed into the second; 0 would be reverse."""
-
-    def __post_init__(self):
-        check_share("alpha", self.alpha)
-
-    def options(self):
-        return {"alpha": self.alpha}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,19 +100,6 @@ class GeneralisedJSD(Apart):
     """The divergence."""
     beta: float = 0.5
     """β: the share of the teacher in the mixture; near 0 the gradients point as those of forward, near 1 of reverse."""
-
-    def __post_init__(self):
-        check_share("beta", self.beta)
-
-    def options(self):
-        return {"beta": self.beta}
-
-
-def check_share(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise UserError(
-            f"sft.distill.divergence.{name} is {value}; it must lie in (0, 1): the ends are called forward and reverse"
-        )
 
 
 Divergence = ReverseKL | ForwardKL | SkewedKL | SkewedReverseKL | GeneralisedJSD

@@ -24,21 +24,20 @@ import numpy as np
 
 from ..generate.rollout import Prompt, Sample, rollout
 from ..generate.settings import Settings
-from ..log import UserError, say
+from ..log import UserError
 from ..models.config import ModelConfig
 from ..models.decoder import Params
 from ..models.loss import Compute, token_logps
 from ..models.open import Model
 from ..runtime.mesh import activations_on, everywhere
 from ..runtime.processes import on_first
-from ..runtime.stop import Stopped
 from . import optim
+from .progress import Checkpoints, Log, Progress
 from .rollouts import Batch, Course, Group, Lesson, OnPolicy, parts
 from .settings import Sft
-from .sft import Checkpoints, Trainee, made, metrics_of, prepared, snapshots_of
+from .sft import Trainee, made, metrics_of, prepared
 from .shares import Shares
 
-Log = list[dict[str, float]]
 Judge = Callable[[Sequence[Sample]], list[float | None]]
 """The score of each sample, None where it could not be judged; samples are named by their prompts' ids."""
 
@@ -81,26 +80,21 @@ def learn_on_policy(
       reward (mean), truncated (share), completion_tokens (mean), unjudged, samples, updates, generate_seconds, and what
       the improver tells.
     """
-    checkpoints = checkpoints or Checkpoints()
     total, rates = config.stay.last(improver.steps), optim.learning_rates(config, improver.steps)
-    snapshots = snapshots_of(config, total)
+    progress = Progress(config, total, checkpoints or Checkpoints(), on_step, asked_to_stop)
     objective: Any = improver.objective(drawing)
     config = dataclasses.replace(config, objective=objective)
     trainee = prepared(
         model.config, model.params, config, mesh=mesh, seed=seed, dtype=dtype, anchor=anchor, teacher=teacher
     )
-    restored, start, log = checkpoints.restore(trainee.state)
-    trainee = trainee if restored is None else trainee._replace(state=restored)
-    if start:
-        say(f"{start} of {total} steps are there; going on")
-    for metrics in log:
-        on_step(metrics)
+    state, start = progress.resume(trainee.state)
+    trainee = trainee._replace(state=state)
     shares = Shares(mesh, config)
     course = course_of(model, questions, improver, drawing, trainee.how, shares)
     for number in range(start + 1, total + 1):
         clock = time.perf_counter()
         course = course._replace(student=trainee.newest(), average=trainee.whole)
-        groups = draw_groups(model, course, judge, improver, drawing, log, seed=seed, step=number - 1)
+        groups = draw_groups(model, course, judge, improver, drawing, progress.log, seed=seed, step=number - 1)
         drawn = time.perf_counter() - clock
         lesson = improver.lesson(groups, course)
         course = course._replace(student=model.params)  # the updates donate the others
@@ -110,19 +104,9 @@ def learn_on_policy(
             "step": number, "learning_rate": rates[number - 1], **learnt, **told_of(groups), **lesson.metrics,
             "generate_seconds": drawn, "seconds": seconds,
         }  # fmt: skip
-        log.append(metrics)
-        on_step(metrics)
-        if number == total:
-            break
-        if number in snapshots:
-            checkpoints.snapshot(trainee.whole(), snapshots[number])
-        stopping = asked_to_stop()
-        if stopping or number % config.checkpoint_every == 0:
-            checkpoints.save(trainee.state, number, log)
-        if stopping:
-            say(f"stopped after step {number} of {total}; saved")
-            raise Stopped
-    return jax.tree.map(lambda ours, given: ours.astype(given.dtype), trainee.whole(), model.params), log
+        progress.tell(metrics)
+        progress.keep(number, trainee.state, trainee.whole)
+    return jax.tree.map(lambda ours, given: ours.astype(given.dtype), trainee.whole(), model.params), progress.log
 
 
 def course_of(

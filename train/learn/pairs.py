@@ -7,7 +7,6 @@ same prompt and the worse answer. A row of a batch is then two sequences: `token
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from ..data.records import Record
 from ..log import UserError
 from ..models.tokenizer import Tokenizer
-from .batches import Batch, RowSource, row_length, target_positions, target_width, to_rows
+from .batches import Batch, Rows, RowSource, row_length, to_rows
 from .chat import Encoded, encode
 from .packing import fill
 from .settings import Sft
@@ -49,52 +48,17 @@ def answered(encoded: Encoded) -> tuple[list[int], int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Groups:
-    """Rows of G sequences: tokens [n, G, T] int32 right-padded, weights [n, G, T] float32 (0 where not learnt).
+class Groups(Rows):
+    """Rows of G sequences: tokens, weights [n, G, T], lengths [n, G].
 
     Attributes:
       beside: other arrays of n rows, which a batch holds too: `reference` [n, G, T], `label` [n].
-      lengths: tokens of each sequence, [n, G].
-      dropped, truncated: examples longer than max_length.
     """
 
-    tokens: np.ndarray
-    weights: np.ndarray
-    beside: Mapping[str, np.ndarray]
-    lengths: np.ndarray
-    dropped: int = 0
-    truncated: int = 0
-
-    @functools.cached_property
-    def positions(self) -> np.ndarray | None:
-        """Where each sequence has its targets, [n, G, K] filled up with 0; None if most positions are targets."""
-        has = self.weights[..., 1:] > 0
-        width = target_width(int(has.sum(axis=-1).max()), has.shape[-1])
-        if width is None:
-            return None
-        return target_positions(has.reshape(-1, has.shape[-1]), width).reshape(*has.shape[:-1], width)
-
-    def count(self, epoch: int) -> int:
-        del epoch
-        return len(self.tokens)
-
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(self.tokens))
+    beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def take(self, chosen: np.ndarray, epoch: int) -> Batch:
-        del epoch
-        batch = {"tokens": self.tokens[chosen], "weights": self.weights[chosen]}
-        batch |= {} if self.positions is None else {"targets": self.positions[chosen]}
-        return batch | {name: values[chosen] for name, values in self.beside.items()}
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "examples": len(self.tokens),
-            "rows": len(self.tokens),
-            "efficiency": int(self.lengths.sum()) / self.tokens.size,
-            "dropped": self.dropped,
-            "truncated": self.truncated,
-        }
+        return super().take(chosen, epoch) | {name: values[chosen] for name, values in self.beside.items()}
 
 
 def rows_of(examples: Sequence[Example], config: Sft, pad_id: int = 0, *, seed: int = 0) -> RowSource:
@@ -205,7 +169,7 @@ def grouped(
             tokens[at, member], learnt[at, member], _ = fill([row], [weight], width, pad_id)
             lengths[at, member] = len(row)
     rows = {name: values[kept] for name, values in beside.items()}
-    return Groups(tokens, learnt, rows, lengths, len(groups) - len(kept), truncated)
+    return Groups(tokens, learnt, len(groups) - len(kept), truncated, lengths, rows)
 
 
 def good(examples: Sequence[Example]) -> list[Example]:

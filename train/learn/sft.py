@@ -29,15 +29,15 @@ from ..models.stacked import stack_layers, unstack_layers
 from ..runtime.checkpoint import abstract
 from ..runtime.mesh import shardings
 from ..runtime.processes import on_first
-from ..runtime.stop import Stopped
 from . import frozen as adapters
 from . import optim
 from .batches import RowSource, steps_of
-from .beside import Blocks, Stream
+from .beside import Stream
 from .frozen import Frozen
 from .importance import settled, share_trained
 from .masks import Everything, Mask
 from .objectives import ResponseOnly
+from .progress import Checkpoints, Log, Progress
 from .reference import with_reference
 from .settings import Sft, Step
 from .shares import Shares
@@ -70,24 +70,6 @@ def check_patterns(config: Sft, params: Params, where: str = "") -> None:
         raise UserError(f"{where}{error}") from None
 
 
-class Checkpoints:
-    """Where a fine-tuning run saves its state; this one saves nothing and starts from the beginning."""
-
-    blocks: Blocks | None = None
-    """Where the blocks of `sft.beside` are kept."""
-
-    def restore(self, like: State) -> tuple[State | None, int, list[dict[str, float]]]:
-        """The newest state (None: start over), the step it stands at, the metrics so far."""
-        del like
-        return None, 0, []
-
-    def save(self, state: State, step: int, metrics: list[dict[str, float]]) -> None:
-        """Keep the state that stands before update number `step`."""
-
-    def snapshot(self, params: Params, index: int) -> None:
-        """Keep the weights as snapshot `index` of the run."""
-
-
 def fine_tune(
     model: ModelConfig,
     params: Params,
@@ -105,7 +87,7 @@ def fine_tune(
     adapter_to: pathlib.Path | None = None,
     on_step: Callable[[dict[str, float]], None] = lambda metrics: None,
     asked_to_stop: Callable[[], bool] = lambda: False,
-) -> tuple[Params, list[dict[str, float]]]:
+) -> tuple[Params, Log]:
     """Train a copy of `params` on `rows`; with `config.lora` an adapter beside them, merged at the end.
 
     Args:
@@ -131,7 +113,7 @@ def fine_tune(
     checkpoints = checkpoints or Checkpoints()
     schedule = steps_of(rows, config)
     total, rates = config.stay.last(schedule), optim.learning_rates(config, schedule)
-    snapshots = snapshots_of(config, total)
+    progress = Progress(config, total, checkpoints, on_step, asked_to_stop)
     trainee = prepared(
         model, params, config, rows=rows, mesh=mesh, seed=seed, dtype=dtype, anchor=anchor, teacher=teacher
     )
@@ -140,20 +122,16 @@ def fine_tune(
         base = placed(stack_layers, base, mesh) if is_stacked(trainee.state.params) else base
         rows = with_reference(model, base, rows, config, trainee.how, mesh=mesh)
     beside = streamed(config, total, checkpoints, mesh)
-    restored, start, log = checkpoints.restore(trainee.state)
-    trainee = trainee if restored is None else trainee._replace(state=restored)
-    if start:
-        say(f"{start} of {total} steps are there; going on")
+    state, start = progress.resume(trainee.state)
+    trainee = trainee._replace(state=state)
     peak, _ = peak_flops(dtype, mesh.size)
-    for metrics in log:
-        on_step(metrics)
     with tracing(config.watch, trace_to) as before:
         clock = time.perf_counter()
         for number, batch in enumerate(Shares(mesh, config).batches(rows, seed=seed, start=start), start + 1):
             if number > total:
                 break
             before(number)
-            rate, limit = rates[number - 1], spike_limit(config.step.spike, log)
+            rate, limit = rates[number - 1], spike_limit(config.step.spike, progress.log)
             arguments = map(np.float32, (rate, optim.ema_keep(config, number - 1), limit))
             state, sums = trainee.step(trainee.state, batch, *arguments, *trainee.beside)
             trainee, sums = trainee._replace(state=state), jax.device_get(sums)
@@ -168,29 +146,12 @@ def fine_tune(
                     tuned = trainee.whole()
                     metrics["held_out_loss"] = mean_loss(model, tuned, held_out, config, trainee.how, mesh=mesh)
                     clock = time.perf_counter()  # the next step is not charged for it
-                log.append(metrics)
-                on_step(metrics)
-            if number == total:
-                break
-            if number in snapshots:
-                checkpoints.snapshot(trainee.whole(), snapshots[number])
-            stopping = asked_to_stop()
-            if stopping or number % config.checkpoint_every == 0:
-                checkpoints.save(trainee.state, number, log)
-            if stopping:
-                say(f"stopped after step {number} of {total}; saved")
-                raise Stopped
+                progress.tell(metrics)
+            progress.keep(number, trainee.state, trainee.whole)
     if config.lora is not None and adapter_to is not None:
         on_first(shutil.rmtree, adapter_to, ignore_errors=True)
         save_lora(adapter_to, config.lora, result(trainee.state, config), params)
-    return jax.tree.map(lambda ours, given: ours.astype(given.dtype), trainee.whole(), params), log
-
-
-def snapshots_of(config: Sft, total: int) -> dict[int, int]:
-    """Number of an update → the snapshot that is taken after it, equally spaced over `total` updates."""
-    if config.snapshots > total:
-        raise UserError(f"sft.snapshots is {config.snapshots}, but there are only {total} steps; lower it")
-    return {round(total * (i + 1) / config.snapshots): i for i in range(config.snapshots)}
+    return jax.tree.map(lambda ours, given: ours.astype(given.dtype), trainee.whole(), params), progress.log
 
 
 def streamed(

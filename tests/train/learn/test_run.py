@@ -18,9 +18,10 @@ from train.data.versions import write_version
 from train.evaluate.run import open_suite
 from train.evaluate.settings import QuestionOptions
 from train.learn import sources
+from train.learn.progress import Checkpoints
 from train.learn.run import describe_rows, finetune, read_rows
 from train.learn.settings import Data, Finetune, Part
-from train.learn.sft import Checkpoints, fine_tune
+from train.learn.sft import fine_tune
 from train.learn.sources import ReasoningGym, load_sources
 from train.log import UserError
 from train.models.decoder import init
