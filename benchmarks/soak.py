@@ -193,7 +193,9 @@ def run_cycles(place: pathlib.Path, rng: random.Random, kills: int, tally: Tally
 # --- the other verbs ---
 
 SEARCH = """model: {path: model}
-questions: {domain: mathematics, families: [{family: chain_sum, domain: id, args: {min_terms: 2, max_terms: 2}, train: 6}]}
+questions:
+  domain: mathematics
+  families: [{family: chain_sum, domain: id, args: {min_terms: 2, max_terms: 2}, train: 6}]
 search: {kind: tot, children: 2, depth: 2, beam: 2}
 sampling: {step: 8, hint: 8, score: 4, write: 8, slots: 8}
 """
