@@ -7,12 +7,13 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from helpers.tiny_vocabularies import words
+from helpers.tiny_tokenizers import byte_level
 from safetensors.numpy import save_file
 
 WIDE, MLP, HEADS, HEAD, LAYERS = 16, 24, 4, 8, 2
-WORDS = ("add", "two", "numbers", "write", "a", "poem", "of", "rain", "code", "in", "python", "no")
-ROWS = len(WORDS) + 3
+TOKENIZER = byte_level()
+ROWS = TOKENIZER.get_vocab_size()
+BOS, EOS = "<|endoftext|>", "<|im_end|>"
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -39,17 +40,17 @@ SHARED = """shared_experts:
 """
 
 
-def shapes_of(kind: str, layers: int = LAYERS) -> dict[str, tuple[int, ...]]:
+def shapes_of(kind: str, heads: int = HEADS, kv: int = HEADS // 2, layers: int = LAYERS) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a dense model's tensors."""
-    inner = HEADS * HEAD
+    inner, narrow = heads * HEAD, kv * HEAD
     parts: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (WIDE,), "post_attention_layernorm.weight": (WIDE,),
-        "self_attn.q_proj.weight": (inner, WIDE), "self_attn.k_proj.weight": (inner // 2, WIDE),
-        "self_attn.v_proj.weight": (inner // 2, WIDE), "self_attn.o_proj.weight": (WIDE, inner),
+        "self_attn.q_proj.weight": (inner, WIDE), "self_attn.k_proj.weight": (narrow, WIDE),
+        "self_attn.v_proj.weight": (narrow, WIDE), "self_attn.o_proj.weight": (WIDE, inner),
         "mlp.gate_proj.weight": (MLP, WIDE), "mlp.up_proj.weight": (MLP, WIDE), "mlp.down_proj.weight": (WIDE, MLP),
     }  # fmt: skip
     if kind == "qwen2":
-        parts |= {f"self_attn.{p}_proj.bias": (inner // (1 if p == "q" else 2),) for p in "qkv"}
+        parts |= {f"self_attn.{p}_proj.bias": (inner if p == "q" else narrow,) for p in "qkv"}
     if kind == "qwen3":
         parts |= {f"self_attn.{p}_norm.weight": (HEAD,) for p in "qk"}
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (ROWS, WIDE)}
@@ -57,22 +58,39 @@ def shapes_of(kind: str, layers: int = LAYERS) -> dict[str, tuple[int, ...]]:
     return found | {"model.norm.weight": (WIDE,), "lm_head.weight": (ROWS, WIDE)}
 
 
-def dense(path, kind: str, seed: int, *, dtype: Any = np.float32, without=(), **config) -> dict[str, np.ndarray]:
-    """Write a dense model with a word-level tokenizer and return its tensors."""
+def dense(
+    path,
+    kind: str,
+    seed: int,
+    *,
+    dtype: Any = np.float32,
+    without=(),
+    unsaid=(),
+    heads: int = HEADS,
+    kv: int = 0,
+    **more,
+) -> dict[str, np.ndarray]:
+    """Write a dense model with a byte-level tokenizer, a Qwen2 without a BOS token, and return its tensors.
+
+    without: tensors, unsaid: keys of config.json that are left out. heads, kv: of queries, and of keys and values.
+    """
+    kv = kv or heads // 2
     path = pathlib.Path(path)
     path.mkdir()
     rng = np.random.default_rng(seed)
-    arrays = {n: (0.3 * rng.standard_normal(s)).astype(dtype) for n, s in shapes_of(kind).items() if n not in without}
+    shapes = {name: shape for name, shape in shapes_of(kind, heads, kv).items() if name not in without}
+    arrays = {name: (0.3 * rng.standard_normal(shape)).astype(dtype) for name, shape in shapes.items()}
     save_file(arrays, path / "model.safetensors", metadata={"format": "pt"})
     given = {
         "architectures": [ARCHITECTURES[kind]], "model_type": kind, "num_hidden_layers": LAYERS, "hidden_size": WIDE,
-        "intermediate_size": MLP, "vocab_size": ROWS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS // 2,
+        "intermediate_size": MLP, "vocab_size": ROWS, "num_attention_heads": heads, "num_key_value_heads": kv,
         "head_dim": HEAD, "rms_norm_eps": 1e-3, "tie_word_embeddings": "lm_head.weight" in without,
-        "torch_dtype": np.dtype(dtype).name, "bos_token_id": 1, "eos_token_id": 2,
+        "torch_dtype": np.dtype(dtype).name, "bos_token_id": 0, "eos_token_id": 2,
     }  # fmt: skip
-    (path / "config.json").write_text(json.dumps(given | config))
-    words(list(WORDS)).save(str(path / "tokenizer.json"))
-    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    said = {key: value for key, value in (given | more).items() if key not in unsaid}
+    (path / "config.json").write_text(json.dumps(said))
+    TOKENIZER.save(str(path / "tokenizer.json"))
+    roles = {"bos_token": None if kind == "qwen2" else BOS, "eos_token": EOS}
     (path / "tokenizer_config.json").write_text(json.dumps(roles))
     return arrays
 
