@@ -7,13 +7,14 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from helpers.tiny_tokenizers import byte_level
 from safetensors.numpy import save_file
 
+from helpers.tiny_vocabularies import pieces
+
 WIDE, MLP, HEADS, HEAD, LAYERS = 16, 24, 4, 8, 2
-TOKENIZER = byte_level()
+TOKENIZER = pieces("add two numbers write code in python a poem of rain no", 60)
 ROWS = TOKENIZER.get_vocab_size()
-BOS, EOS = "<|endoftext|>", "<|im_end|>"
+BOS, EOS = "<s>", "</s>"
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -85,7 +86,7 @@ def dense(
         "architectures": [ARCHITECTURES[kind]], "model_type": kind, "num_hidden_layers": LAYERS, "hidden_size": WIDE,
         "intermediate_size": MLP, "vocab_size": ROWS, "num_attention_heads": heads, "num_key_value_heads": kv,
         "head_dim": HEAD, "rms_norm_eps": 1e-3, "tie_word_embeddings": "lm_head.weight" in without,
-        "torch_dtype": np.dtype(dtype).name, "bos_token_id": 0, "eos_token_id": 2,
+        "torch_dtype": np.dtype(dtype).name, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     said = {key: value for key, value in (given | more).items() if key not in unsaid}
     (path / "config.json").write_text(json.dumps(said))

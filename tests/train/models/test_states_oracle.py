@@ -1,6 +1,7 @@
 """Mixtures of experts against mergekit-moe 0.1.5: the same weights bit for bit, and its gates.
 
-Run by hand or in CI on Python 3.11 with the extra `oracle`: `pytest -m oracle tests/train/models/test_states_oracle.py`.
+Run by hand or in CI on Python 3.11 with the extra `oracle`:
+`pytest -m oracle tests/train/models/test_states_oracle.py`.
 """
 
 import pathlib
