@@ -255,7 +255,7 @@ def _digest(plan: Plan, of: AnyRecipe, seed: int, settings: Settings) -> str:
     """Digest all that decides the bytes of the result but the inputs' own."""
     jobs = [
         [
-            job.name, job.method.rule, str(job.dtype), str(job.out_dtype), job.shape,
+            job.name, job.method.rule, str(job.dtype), str(job.out_dtype), job.shape, job.stacked,
             [(i.model, i.tensor.name, str(i.tensor.dtype), i.tensor.shape) for i in job.operands],
             sorted((name, repr(value)) for name, value in job.coefficients.items()),
         ]

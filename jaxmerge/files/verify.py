@@ -19,6 +19,7 @@ from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import Source, Tensor, read
 from jaxmerge.files.documents import parse_yaml, read_json
 from jaxmerge.files.experts.gates import States
+from jaxmerge.files.experts.layout import unstacked
 from jaxmerge.files.plan import Job
 from jaxmerge.files.verdict import Triple, Unsure, Verdict, elsewhere, judge, judge_shape, runs, summarise
 from jaxmerge.rules import RULES
@@ -54,7 +55,7 @@ def verify(
       ValueError: `out` cannot be read.
     """
     folder = pathlib.Path(out)
-    made = open_source(str(folder))
+    made = unstacked(open_source(str(folder)), [])
     jobs, seed, is_ours = _replayable(folder, of, states)
     verdicts: list[Verdict] = []
     skipped: list[str] = []

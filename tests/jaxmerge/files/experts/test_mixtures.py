@@ -157,7 +157,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(here):
     recipe("random", more="seed: 4\n")
     merge("moe.yaml", "whole")
     for event in (3, 90):
-        died = forks.run(["moe.yaml", "out"], os.environ, cwd=os.getcwd(), die=event, program=merge_until)
+        died = forks.run(["moe.yaml", "out"], os.environ, cwd=here, die=event, program=merge_until)
         assert died.returncode == -signal.SIGKILL
     note = merge("moe.yaml", "out")["notes"]
     assert any("were there already" in line for line in note)

@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 from helpers.tiny_experts import ROWS, dense, recipe, three
+from safetensors.numpy import load_file
 
 from jaxmerge.files import merge
 
@@ -68,3 +69,21 @@ def test_a_mixture_of_the_base_alone_computes_what_the_base_does(kind, more, bas
     merge("moe.yaml", "out")
     wanted = logits("base")
     np.testing.assert_allclose(logits("out"), wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_both_layouts_that_transformers_writes_merge_into_what_it_loads(kind, tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    three(kind)
+    recipe("cheap_embed", shared=kind == "qwen2")
+    merge("moe.yaml", "made")
+    load("made").save_pretrained("stacked", save_original_format=False)
+    assert any(name.endswith("experts.gate_up_proj") for name in load_file("stacked/model.safetensors"))
+    named = [{"model": name, "parameters": {"weight": 0.5}} for name in ("stacked", "made")]
+    merge({"merge_method": "linear", "models": named}, "out")
+    found, wanted = load_file("out/model.safetensors"), load_file("made/model.safetensors")
+    assert set(found) == set(wanted)
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    np.testing.assert_array_equal(logits("out"), logits("made"))
