@@ -60,22 +60,31 @@ def states_of(config, params: Params, prompts: Sequence[Sequence[int]], *, avera
 
 
 def _states(config, params: Params, tokens: jax.Array, lengths: jax.Array, average: bool) -> np.ndarray:
-    """tokens [B, T], right-padded to T from `lengths` [B] → [B, L, D]."""
-    decoder = bind(config, params)
-    positions = count_up(tokens.shape, lengths)
-    x, views = decoder.embed(tokens), decoder.views(positions, visible(positions))
-    index = jnp.arange(tokens.shape[1])
-    counted = index < lengths[:, None] if average else index == lengths[:, None] - 1
-    weights = counted.astype(jnp.float32)
-    weights = weights / weights.sum(axis=1, keepdims=True)
+    """tokens [B, T], right-padded to T from `lengths` [B] → [B, L, D]; one block is compiled, whatever L."""
+    layers = bind(config, params).model.layers
+    x, weights, views = _enter(config, params, tokens, lengths, average)
     kept = []
     for i, kind in enumerate(config.layers):
-        kept.append(jnp.einsum("bt,btd->bd", weights, x, precision="highest"))
-        graph, leaves = nnx.split(decoder.model.layers[str(i)])
-        x = _block(graph, leaves, x, *views[kind])
-    return np.asarray(jnp.stack(kept, axis=1))
+        graph, leaves = nnx.split(layers[str(i)])
+        state, x = _step(graph, leaves, x, weights, *views[config.layers.index(kind)])
+        kept.append(np.asarray(state))
+    return np.stack(kept, axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _enter(config, params: Params, tokens: jax.Array, lengths: jax.Array, average: bool):
+    """What enters the first layer, the weight of each token [B, T], and the rotations and mask of each layer's kind."""
+    decoder = bind(config, params)
+    positions = count_up(tokens.shape, lengths)
+    index = jnp.arange(tokens.shape[1])
+    counted = (index < lengths[:, None] if average else index == lengths[:, None] - 1).astype(jnp.float32)
+    views = decoder.views(positions, visible(positions))
+    where = {config.layers.index(kind): view for kind, view in views.items()}  # a kind is no key of a pytree
+    return decoder.embed(tokens), counted / counted.sum(axis=1, keepdims=True), where
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _block(graph, leaves, x: jax.Array, rope, mask) -> jax.Array:
-    return runner(graph, jnp.float32, "none")(leaves, x, rope, mask, None, None)[0]
+def _step(graph, leaves, x: jax.Array, weights: jax.Array, rope, mask) -> tuple[jax.Array, jax.Array]:
+    """The state [B, D] that enters a block, and what leaves it."""
+    state = jnp.einsum("bt,btd->bd", weights, x, precision="highest")
+    return state, runner(graph, jnp.float32, "none")(leaves, x, rope, mask, None, None)[0]
