@@ -154,6 +154,10 @@ def merge_cycles(place: pathlib.Path, rng: random.Random, kills: int, tally: Tal
 # --- runs ---
 
 
+WORK = ("tokens", "replies", "replayed", "prompt_tokens", "prompt_tokens_computed", "slot_steps", "occupancy")
+"""What a search tells of this process's work: replies that an earlier one kept are not asked for again."""
+
+
 def is_of_clock(key: str) -> bool:
     return key in CLOCKS or key.endswith(("seconds", "_per_second"))
 
@@ -161,7 +165,8 @@ def is_of_clock(key: str) -> bool:
 def timeless(value: Any) -> Any:
     """Metrics without what a clock says."""
     if isinstance(value, dict):
-        return {key: timeless(item) for key, item in value.items() if not is_of_clock(key)}
+        work = WORK if value.get("kind") == "search" else ()
+        return {key: timeless(item) for key, item in value.items() if not is_of_clock(key) and key not in work}
     return [timeless(item) for item in value] if isinstance(value, list) else value
 
 
@@ -239,7 +244,8 @@ def digest_of_file(path: pathlib.Path) -> str:
             values = [json.loads(data)]
         except ValueError:
             values = [json.loads(line) for line in data.splitlines()]
-        data = json.dumps([timeless(value) for value in values]).encode()
+        said = [json.dumps(timeless(value)) for value in values]
+        data = "\n".join(sorted(said) if path.name == "replies.jsonl" else said).encode()  # as they came in
     return hashlib.sha256(data).hexdigest()
 
 
@@ -257,10 +263,10 @@ def verb_cycles(place: pathlib.Path, rng: random.Random, kills: int, tally: Tall
     wanted, seconds = {}, {}
     for name, words in VERBS.items():
         for _ in range(2):  # the second finds its programs compiled
-            remove(place / "whole")
-            seconds[name] = whole(place, *(word.replace("OUT", "whole") for word in words))
-        wanted[name] = contents_of(place / "whole")
-        remove(place / "whole")
+            remove(place / "out")
+            seconds[name] = whole(place, *(word.replace("OUT", "out") for word in words))
+        wanted[name] = contents_of(place / "out")
+        remove(place / "out")
     before = {path.name for path in place.iterdir()}
     yield
     for name, words in itertools.cycle(VERBS.items()):
