@@ -103,7 +103,7 @@ def make(
     for name, source in sources.items():
         families.check_config(name, source.config)
     layers = config["num_hidden_layers"]
-    _check_base(base, family, layers)
+    _check_base(base, family, layers, config["hidden_size"])
     for expert in recipe.all_experts:
         _check_expert(sources[expert.model], config, layers)
     stored = main_dtype((base.natural.get(name, t.dtype), t.size) for name, t in base.tensors.items())
@@ -151,8 +151,12 @@ def _gates(
     return lambda: rows
 
 
-def _check_base(base: Source, family: Architecture, layers: int) -> None:
+def _check_base(base: Source, family: Architecture, layers: int, wide: int) -> None:
     """Raise unless every tensor of the base has a place in the family, and every layer has its tensors."""
+    if layers > len(base.tensors):
+        raise ValueError(
+            f"{base.name}: config.json says num_hidden_layers {layers}, there are {len(base.tensors)} tensors"
+        )
     others = [
         name
         for name in base.tensors
@@ -165,6 +169,10 @@ def _check_base(base: Source, family: Architecture, layers: int) -> None:
     wanted += [f"model.layers.{layer}.{part}.weight" for layer in range(layers) for part in parts]
     if missing := [name for name in wanted if name not in base.tensors]:
         raise ValueError(f"{base.name} lacks {listed(missing)}; copy the whole model")
+    if (shape := base.tensors["model.embed_tokens.weight"].shape)[1:] != (wide,):
+        raise ValueError(
+            f"{base.name}: its embedding is {list(shape)}, and config.json says hidden_size {wide}; mend that"
+        )
     beyond = [n for n in base.tensors if (found := re.match(families.LAYER, n)) and int(found["layer"]) >= layers]
     if beyond:
         raise ValueError(f"{base.name} has {listed(beyond)} beyond the {layers} layers that its config.json says")

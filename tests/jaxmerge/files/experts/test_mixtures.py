@@ -238,6 +238,18 @@ def test_mistakes_of_a_recipe_are_one_line_before_anything_is_written(here, docu
         ),
         ("base", "llama", {"mlp_bias": True}, "base: config.json says mlp_bias: True, which no mixture"),
         ("base", "llama", {"hidden_size": None}, "base: config.json says hidden_size: None, wanted a whole number"),
+        (
+            "base",
+            "llama",
+            {"num_hidden_layers": 10**12},
+            "base: config.json says num_hidden_layers 1000000000000, there",
+        ),
+        (
+            "base",
+            "llama",
+            {"hidden_size": 10**12},
+            r"its embedding is \[\d+, 16\], and config.json says hidden_size 10000",
+        ),
         ("base", "llama", {"without": ("model.norm.weight",)}, r"base lacks 1 tensors \(model.norm.weight\)"),
         ("two", "qwen2", {}, "two is 'qwen2'; all are to be of one family"),
         (
