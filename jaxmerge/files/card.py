@@ -110,7 +110,7 @@ def merge_card(record: Mapping[str, Any], usage: str) -> Card:
     """Return the model card of a merge."""
     inputs = record["inputs"]
     sizes = [(of["name"], of["tensors"], f"{of['bytes'] / 1e9:.3f} GB") for of in inputs.values()]
-    rule = record.get("about") or describe_rule(RULES[record["rule"]])
+    rule = _public(record["about"], inputs) if "about" in record else describe_rule(RULES[record["rule"]])
     recipe = f"```yaml\n{record['recipe'].strip()}\n```"
     return Card(
         title="A merge by jaxmerge",

@@ -20,6 +20,7 @@ from train.log import UserError
         (["--out_shard_size", "5B"], "here it is max_shard_bytes=5000000000"),
         (["--unsafe-truncate-embeddings"], "here it is compat=mergekit allow=shapes"),
         (["-j", "4"], "-j is a flag of mergekit; here leave it out"),
+        (["--load-in-8bit"], "here leave it out: the base of a recipe of experts is held in the dtype"),
         (["-vv"], "-vv is a flag of mergekit; here leave it out"),
     ],
 )

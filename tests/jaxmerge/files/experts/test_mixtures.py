@@ -168,13 +168,18 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(here):
 def test_a_stage_may_make_what_a_mixture_is_made_of(here):
     models = three("llama")
     text = "name: mean\nmerge_method: linear\nmodels: [{model: one}, {model: two}]\nparameters: {weight: 1}\n"
-    experts = "experts: [{source_model: mean}, {source_model: one}]\nbase_model: base\ngate_mode: uniform_random\n"
+    base = here / "base"
+    experts = (
+        f"experts: [{{source_model: mean}}, {{source_model: one}}]\nbase_model: {base}\ngate_mode: uniform_random\n"
+    )
     pathlib.Path("moe.yaml").write_text(f"{text}---\n{experts}")
     found = made()
     name = "model.layers.1.mlp.up_proj.weight"
     mean = (models["one"][name] + models["two"][name]) / 2
     np.testing.assert_allclose(found[f"{MIXTRAL.format(1)}experts.0.w3.weight"], mean, rtol=1e-6)
     assert np.abs(found[f"{MIXTRAL.format(1)}gate.weight"]).max() <= WIDE**-0.5
+    method = pathlib.Path("out/README.md").read_text().split("## Method")[1].split("## Recipe")[0]
+    assert "norms and embeddings are `base`'s" in method  # a card names no path of this machine
 
 
 GOOD = yaml.safe_load(RECIPE.format(mode="cheap_embed"))
