@@ -2,8 +2,9 @@ r"""Singular values and vectors of what training changed: effective ranks, and h
 
 Of a matrix Δ with singular values σ, $p_i = \sigma_i / \sum_j \sigma_j$, the effective rank is
 $\exp(-\sum_i p_i \log p_i)$: r for r equal values, 1 for one direction. With $U_1, U_2$ the leading k singular vectors
-of two changes, on the shorter side of the matrix, their overlap is $\|U_1^\top U_2\|_F^2 / k$: 1 where they span the same
-space, 0 where the spaces are orthogonal, and k/n by chance for a side of n.
+of two changes, on the shorter side of the matrix, their overlap is $\|U_1^\top U_2\|_F^2 / k$: 1 where they span the
+same space, 0 where the spaces are orthogonal, and k/n by chance for a side of n. A change of fewer than k directions
+brings directions of rounding noise along: choose k no larger than its effective rank.
 
 References:
   Roy and Vetterli, "The effective rank: A measure of effective dimensionality", 2007
