@@ -15,8 +15,9 @@ import xxhash
 
 from jaxmerge.files import model_card
 from jaxmerge.files.checkpoints.source import Source
+from jaxmerge.files.experts.recipe import Experts
+from jaxmerge.files.kinds import AnyRecipe
 from jaxmerge.files.model_card import Card, Ingredient, describe_rule
-from jaxmerge.files.recipe import Recipe
 from jaxmerge.rules import RULES
 
 RECIPE = "mergekit_config.yml"
@@ -25,7 +26,7 @@ ORBAX = f"```sh\njaxmerge export {HERE} hf    # as a Hugging Face folder\n```"
 
 
 def provenance(
-    recipe: Recipe,
+    recipe: AnyRecipe,
     sources: Mapping[str, Source],
     seed: int,
     notes: Sequence[str],
@@ -41,6 +42,7 @@ def provenance(
     return {
         "merge_method": recipe.merge_method,
         "rule": recipe.method.rule,
+        **({"about": recipe.about} if isinstance(recipe, Experts) else {}),
         "recipe": recipe.text,
         "seed": seed,
         "plan": plan,
@@ -108,7 +110,7 @@ def merge_card(record: Mapping[str, Any], usage: str) -> Card:
     """Return the model card of a merge."""
     inputs = record["inputs"]
     sizes = [(of["name"], of["tensors"], f"{of['bytes'] / 1e9:.3f} GB") for of in inputs.values()]
-    rule = describe_rule(RULES[record["rule"]])
+    rule = record.get("about") or describe_rule(RULES[record["rule"]])
     recipe = f"```yaml\n{record['recipe'].strip()}\n```"
     return Card(
         title="A merge by jaxmerge",

@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge.files.checkpoints.safetensors import DTYPES
 from jaxmerge.files.methods import EXTENSION, IGNORED, known, methods
 
 KEYS = (
@@ -27,6 +31,7 @@ OPTIONS = (
     "allow_crimes", "clone_tensors", "copy_tokenizer", "cuda", "lazy_unpickle", "lora_merge_cache", "low_cpu_memory",
     "out_shard_size", "random_seed", "safe_serialization", "trust_remote_code", "write_model_card",
 )  # fmt: skip
+FLOATS = {str(dtype): dtype for dtype in DTYPES.values() if jnp.issubdtype(dtype, jnp.floating)}
 
 
 def parameter_names() -> set[str]:
@@ -90,3 +95,20 @@ def _whole(value: Any) -> int | None:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if type(value) is int else None
+
+
+def floating_dtype(value: Any, key: str) -> np.dtype | None:
+    """Return the floating dtype that a recipe names; None where it leaves the choice."""
+    if value in (None, "", "auto"):
+        return None
+    name = str(value).removeprefix("torch.")
+    known(name, FLOATS, key)
+    return FLOATS[name]
+
+
+def read_seed(document: Mapping[str, Any]) -> int:
+    """Return the seed of a recipe, 0 where it has none."""
+    seed = document.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r:.100}, wanted an integer of 64 bits")
+    return seed

@@ -73,7 +73,10 @@ class Held:
 
     def recipe(self, candidate: Candidate) -> recipes.Recipe:
         """The checked recipe of a candidate."""
-        return recipes.parse(filled(self.document, candidate), compat=self.compat)
+        recipe = recipes.parse(filled(self.document, candidate), compat=self.compat)
+        if not isinstance(recipe, recipes.Recipe):
+            raise ValueError("a recipe of experts has no parameters to search; give a recipe with merge_method")
+        return recipe
 
     def plan_of(self, candidate: Candidate) -> Plan:
         """The jobs of a candidate; but for their coefficients they are the same for every one."""

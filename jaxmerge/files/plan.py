@@ -19,6 +19,7 @@ from jaxmerge.files import agree, companions, layers, operands, vocabulary
 from jaxmerge.files.checkpoints import safetensors
 from jaxmerge.files.checkpoints.beside import is_weights, write_companions
 from jaxmerge.files.checkpoints.source import Source, Tensor, main_dtype
+from jaxmerge.files.experts import layout
 from jaxmerge.files.methods import COPY, METHODS, REQUIRED, Method, Number, resolve
 from jaxmerge.files.operands import Draft, Operand
 from jaxmerge.files.recipe import Module, Recipe, Slice
@@ -42,7 +43,8 @@ class Job:
     """One tensor of the result: which rule makes it of which inputs.
 
     name: in the result. path: the leaf path random masks are keyed by. dtype: floating inputs are cast to it first
-    (None: as stored). out_dtype, shape: of the result. coefficients: keywords of the rule, numbers all.
+    (None: as stored). out_dtype, shape: of the result. coefficients: keywords of the rule, numbers all. stacked: the
+    rule sees one index of the first axis at a time.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Job:
     dtype: np.dtype | None
     out_dtype: np.dtype
     shape: tuple[int, ...]
+    stacked: bool = False
 
     @property
     def size(self) -> int:
@@ -120,6 +123,7 @@ def make(
         raise ValueError(f"sources lack {', '.join(map(repr, missing))}, which the recipe names")
     sources = {name: sources[name] for name in recipe.sources}
     notes = [*recipe.notes, *(note for source in sources.values() for note in source.notes)]
+    sources = {name: layout.unstacked(source, notes) for name, source in sources.items()}
     sources = operands.with_heads(sources, recipe.donor, notes, compat=compat)
     sources = agree.without_buffers(sources, notes)
     whole = all(module.whole for module in recipe.modules)
@@ -273,6 +277,7 @@ class _Planner:
             tuple(Input(labels[id(operand)], operand.stored) for operand in inputs),
             None if base is None else Input(labels[id(base)], base.stored), coefficients,
             recipe.dtype if is_float else None, dtype, tuple(draft.first.stored.shape),
+            self.compat is None and layout.is_stacked(draft.name, draft.first.stored.shape),
         )  # fmt: skip
 
     def _promoted(self, draft: Draft) -> np.dtype:

@@ -22,7 +22,8 @@ r"""Recipes: mergekit's YAML grammar, our methods in the same one, typed and ref
     modules:                               # parts of a model by prefix of the tensors' names, `default` the rest
       default: {models: …}                 # or slices; and parameters
 
-Several documents with a `name` each are stages: a name stands for its result wherever a model may stand.
+Several documents with a `name` each are stages: a name stands for its result wherever a model may stand. A document
+with the key `experts` is a recipe of mergekit-moe (`jaxmerge.files.experts.recipe`).
 """
 
 from __future__ import annotations
@@ -35,22 +36,24 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import yaml
 
 from jaxmerge.files.chat import check_template
-from jaxmerge.files.checkpoints.safetensors import DTYPES
 from jaxmerge.files.documents import parse_yaml, read_text
+from jaxmerge.files.experts import recipe as experts
+from jaxmerge.files.experts.recipe import Experts
 from jaxmerge.files.grammar import (
     KEYS,
     MODEL_KEYS,
     MODULE_KEYS,
     SLICE_KEYS,
     SOURCE_KEYS,
+    floating_dtype,
     idle,
     layer_range,
     model_name,
+    read_seed,
 )
 from jaxmerge.files.methods import IGNORED, METHODS, REQUIRED, Method, Scope, check, known, methods
 from jaxmerge.files.tokens import Options
@@ -58,7 +61,6 @@ from jaxmerge.files.tokens import parse as parse_tokenizer
 from jaxmerge.rules import RULES
 
 __all__ = ["IGNORED", "METHODS", "REQUIRED", "Entry", "Method", "Module", "Recipe", "Slice", "parse", "read", "written"]
-FLOATS = {str(dtype): dtype for dtype in DTYPES.values() if jnp.issubdtype(dtype, jnp.floating)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +144,7 @@ class Recipe:
 
 def read(
     source: pathlib.Path | Mapping[str, Any] | Sequence[Mapping[str, Any]], *, compat: str | None = None
-) -> list[Recipe]:
+) -> list[Recipe | Experts]:
     """Read and check a recipe.
 
     Relative paths of models are relative to the current folder.
@@ -184,14 +186,17 @@ def written(source: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
     return yaml.safe_dump_all(plain, sort_keys=False, allow_unicode=True)
 
 
-def parse(document: Any, text: str = "", *, compat: str | None = None) -> Recipe:
+def parse(document: Any, text: str = "", *, compat: str | None = None) -> Recipe | Experts:
     """Check a recipe given as plain data."""
     if not isinstance(document, Mapping):
         raise ValueError(f"a recipe is a mapping with merge_method and models, found {type(document).__name__}")
-    return _Parser(document, compat).recipe(text or yaml.safe_dump(dict(document), sort_keys=False))
+    text = text or yaml.safe_dump(dict(document), sort_keys=False)
+    if "experts" in document:
+        return experts.parse(document, text, compat=compat)
+    return _Parser(document, compat).recipe(text)
 
 
-def _in_order(recipes: list[Recipe]) -> list[Recipe]:
+def _in_order(recipes: list[Recipe | Experts]) -> list[Recipe | Experts]:
     """Sort stages so that each comes after those it uses; the nameless one, else the last, is the result."""
     if not recipes:
         raise ValueError("the recipe is empty; write merge_method and models")
@@ -202,9 +207,9 @@ def _in_order(recipes: list[Recipe]) -> list[Recipe]:
             raise ValueError(f"{names.count(name)} documents have {what}; give each stage a name of its own")
     by_name = dict(zip(names, recipes, strict=True))
     result = by_name.get(None, recipes[-1])
-    order: list[Recipe] = []
+    order: list[Recipe | Experts] = []
 
-    def visit(recipe: Recipe, path: tuple[str | None, ...]) -> None:
+    def visit(recipe: Recipe | Experts, path: tuple[str | None, ...]) -> None:
         if recipe.name in path:
             circle = " → ".join(str(name) for name in (*path[path.index(recipe.name) :], recipe.name))
             raise ValueError(f"the stages go in a circle: {circle}; a stage uses those that are made before it")
@@ -262,9 +267,6 @@ class _Parser:
     def recipe(self, text: str) -> Recipe:
         document = self.document
         modules = self.modules()
-        seed = document.get("seed", 0)
-        if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed is {seed!r:.100}, wanted an integer of 64 bits")
         for key in ("name", "chat_template"):
             if document.get(key) is not None and not isinstance(document[key], str):
                 raise ValueError(f"{key} is {document[key]!r}, wanted text")
@@ -276,8 +278,9 @@ class _Parser:
         tokenizer = parse_tokenizer(given[0]) if given else None
         return Recipe(
             self.name, modules, self.base, self.parameters(document.get("parameters")),
-            _dtype(document.get("dtype"), "dtype"), _dtype(document.get("out_dtype"), "out_dtype"), seed,
-            tokenizer, document.get("chat_template"), document.get("name"), text, tuple(self.notes),
+            floating_dtype(document.get("dtype"), "dtype"), floating_dtype(document.get("out_dtype"), "out_dtype"),
+            read_seed(document), tokenizer, document.get("chat_template"), document.get("name"), text,
+            tuple(self.notes),
         )  # fmt: skip
 
     def modules(self) -> tuple[Module, ...]:
@@ -383,11 +386,3 @@ def _list(value: Any, name: str, form: str) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{name!r} must be a list of {{{form}}}, found {value!r}")
     return value
-
-
-def _dtype(value: Any, name: str) -> np.dtype | None:
-    if value in (None, "", "auto"):
-        return None
-    value = str(value).removeprefix("torch.")
-    known(value, FLOATS, name)
-    return FLOATS[value]
