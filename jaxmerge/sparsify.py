@@ -9,7 +9,7 @@ called again with the same operands, read again: see `jaxmerge.consensus.Deltas`
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,10 +214,12 @@ def expected(kept: Array, probability: Array | None) -> Array:
     return kept / jnp.where(probability > 0, probability, 1)
 
 
-def l1_factor(kept: Array, delta: Array) -> Array:
-    r"""Return $\|\delta\|_1 / \|\mathrm{kept}\|_1$ of the tensor, 1 where nothing is kept ("l1", mergekit's)."""
-    before, after = passes.sums([jnp.abs(delta), jnp.abs(kept)])
-    return jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
+def l1_factors(kept: Sequence[Array], deltas: Sequence[Array]) -> list[Array]:
+    r"""Return $\|\delta\|_1 / \|\mathrm{kept}\|_1$ of each tensor, 1 where nothing is kept ("l1", mergekit's)."""
+    # In one pass over all models, for each would read the base again.
+    totals = passes.sums([jnp.abs(array) for array in (*deltas, *kept)])
+    pairs = zip(totals[: len(deltas)], totals[len(deltas) :], strict=True)
+    return [jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1) for before, after in pairs]
 
 
 def check_rescale(how: Any, sparsifier: Sparsifier | None) -> None:
