@@ -69,6 +69,7 @@ def merge_deltas(
         shared={"scale": scale} | {c: v for c, v in values.items() if c in shared},
         each={"weights": weights} | {c: v for c, v in values.items() if c not in shared},
         convert={} if sparsify is None else sparsify.convert,
+        aside=None if sparsify is None else sparsify.aside,
         options={
             "sparsify": None if sparsify is None else sparsify.leaf,
             "rescale": rescale,
