@@ -21,6 +21,7 @@ device count, or other leaves.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import contextvars
 import functools
@@ -34,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import depth, tree, where
+from jaxmerge.contract import DONATE
 from jaxmerge.tree import Array, PyTree, Tracer
 
 Convert = Callable[[Any, int], Any]
@@ -136,6 +138,7 @@ def leafwise(
     merged_layers = {path: layers[path] for path in merged_paths}
     resolved = _resolved(merged_layers, every, count, shared or {}, each or {}, check or {})
     frozen = tuple(sorted((options or {}).items()))
+    spare = _spare(trees)
     out = []
     for i, path in enumerate(trees.paths):
         first = trees.models[0][i]
@@ -148,8 +151,10 @@ def leafwise(
         salts = np.asarray([zlib.crc32(p.encode()) for p in layers[path]], np.uint32)
         leaves = [m[i] for m in trees.models]
         near = aside is not None and base_leaf is not None and all(map(_in_host_memory, (*leaves[:count], base_leaf)))
-        merged = _run(
-            tuple(_on_device(x) for x in (*leaves, *(b[path] for b in beside if path in b))),
+        run = _run_over_first if id(first) in spare else _run
+        merged = run(
+            _on_device(first),
+            tuple(_on_device(x) for x in (*leaves[1:], *(b[path] for b in beside if path in b))),
             None if base_leaf is None else _on_device(base_leaf),
             key,
             salts if is_stacked else salts[0],
@@ -218,15 +223,28 @@ def dtypes(cast: Any = None, out: Any = None) -> Iterator[None]:
 _DTYPES: contextvars.ContextVar[tuple[Any, Any]] = contextvars.ContextVar("dtypes", default=(None, None))
 
 
+def _spare(trees: tree.Aligned) -> set[int]:
+    """The leaves (their ids) of the first model that a result may be written over.
+
+    Those that are arrays of jax already, of the result's dtype, and nobody else's in this call: neither another
+    model's, nor the base's, nor there twice, as tied embeddings may be.
+    """
+    if not DONATE.get() or _DTYPES.get()[1] is not None:
+        return set()
+    uses = collections.Counter(id(leaf) for leaves in (*trees.models, trees.base or ()) for leaf in leaves)
+    mine = [leaf for leaf in trees.models[0] if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)]
+    return {id(leaf) for leaf in mine if uses[id(leaf)] == 1}
+
+
 STATIC = ("count", "leaf", "options", "is_stacked", "dtypes", "on_one_device")
 
 
-@functools.partial(jax.jit, static_argnames=STATIC)
-def _run(
-    models, base, key, path_salt, name_salts, coefficients, aside,
+def _merge(
+    first, others, base, key, path_salt, name_salts, coefficients, aside,
     *, count, leaf, options, is_stacked, dtypes, on_one_device,
 ):  # fmt: skip
     cast, out = dtypes
+    models = (first, *others)
     dtype = tree.wide(cast or models[0].dtype)
 
     def one(models, base, path_salt, coefficients, aside):
@@ -248,6 +266,10 @@ def _run(
 
     run = jax.vmap(one) if is_stacked else one
     return run(models, base, path_salt, coefficients, aside).astype(out or models[0].dtype)
+
+
+_run = jax.jit(_merge, static_argnames=STATIC)
+_run_over_first = jax.jit(_merge, static_argnames=STATIC, donate_argnames="first")
 
 
 def as_key(key: Any) -> Array:
