@@ -311,8 +311,8 @@ def main() -> None:
     ours = [kind(checkout) for checkout in (ROOT, before) if checkout is not None]
     count = sum(int(np.prod(shape)) for shape in wanted.values())
     print(f"{count / 1e9:.3f} B parameters in bfloat16; start of ours {ours[0].start.seconds:.1f} s")
-    side = "       s × floor (goal)      cpu      MB"
-    print(f"{'method':<18} floor s  first s{side}{'   before:' + side[10:] if before else ''}", end="")
+    side = "        s × floor (goal)       cpu      MB"
+    print(f"{'method':<18} floor s  first s{side}{side.replace('       s', 'before s') if before else ''}", end="")
     print("  mergekit s  × ours      MB" if given["peer"] else "")
     methods, slow = given["methods"].split(","), float(given["slow"])
     peer = [given["peer"]] if given["peer"] else []
