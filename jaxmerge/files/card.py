@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import xxhash
 
+from jaxmerge.draw import MASKS
 from jaxmerge.files import model_card
 from jaxmerge.files.checkpoints.source import Source
 from jaxmerge.files.experts.recipe import Experts
@@ -64,7 +65,7 @@ def provenance(
 
 def versions() -> dict[str, str]:
     """Return the versions that a result may depend on."""
-    return {"jaxmerge": _version(), "jax": jax.__version__, "python": platform.python_version()}
+    return {"jaxmerge": _version(), "masks": MASKS, "jax": jax.__version__, "python": platform.python_version()}
 
 
 def _version() -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmerge.draw import MASKS
 from jaxmerge.files import engine, kinds, recipe
 from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import Source, Tensor, read
@@ -74,8 +75,8 @@ def _replayable(
     folder: pathlib.Path, of: str | pathlib.Path | None, states: States | None
 ) -> tuple[tuple[Job, ...], int, bool]:
     """The jobs that made a folder, the seed of their random masks, and whether those are drawn as here."""
-    is_ours = True
     record = read_json(folder / "merge.json")
+    is_ours = not record or record.get("versions", {}).get("masks") == MASKS
     compat, allow, seed = record.get("compat"), record.get("allow", ()), record.get("seed")
     if of is None and record:
         recipes = [
