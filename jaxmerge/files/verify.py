@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxmerge.files import engine, recipe
 from jaxmerge.files import plan as planning
+from jaxmerge.files.checkpoints.adapter import CONFIG
 from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import Source, Tensor, read
 from jaxmerge.files.documents import parse_yaml, read_json
@@ -52,6 +53,8 @@ def verify(
       ValueError: `out` cannot be read.
     """
     folder = pathlib.Path(out)
+    if (folder / CONFIG).exists():
+        raise Unsure(f"{folder} is an adapter, and only whole models are replayed; merge again and compare")
     made = open_source(str(folder))
     jobs, seed, is_ours = _replayable(folder, of)
     verdicts: list[Verdict] = []
@@ -85,6 +88,8 @@ def _replayable(folder: pathlib.Path, of: str | pathlib.Path | None) -> tuple[tu
         recipes = recipe.read(pathlib.Path(of), compat=compat)
     else:
         recipes = [recipe.parse({"merge_method": "passthrough", "models": [{"model": str(of)}]})]
+    if recipes[0].adapter is not None:
+        raise Unsure("what the recipe makes is an adapter, and only whole models are replayed; merge again and compare")
     if len(recipes) > 1:
         raise Unsure(f"the recipe has {len(recipes)} stages, whose results are gone; give of=RECIPE of the last one")
     try:

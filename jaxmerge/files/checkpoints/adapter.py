@@ -34,7 +34,7 @@ from jaxmerge.files.documents import read_json, some
 from jaxmerge.files.patterns import matches_module
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_FACTOR = re.compile(
+FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.default)?(?:\.(?P<leaf>weight|bias))?"
 )
@@ -64,7 +64,7 @@ def apply(source: Source, adapter: pathlib.Path) -> Source:
       ValueError: the adapter is of another kind, or has tensors that fit none of the source's: all are named.
     """
     folder = pathlib.Path(adapter)
-    config = _read_config(folder)
+    config = read_config(folder)
     path = folder / WEIGHTS
     if not path.exists():
         raise ValueError(f"adapter {str(folder)!r} has no {WEIGHTS}; save it as safetensors (PEFT's default)")
@@ -116,24 +116,24 @@ class _Names:
     def add(self, name: str, tensor: Tensor) -> None:
         """Add a tensor."""
         self.tensors[name] = tensor
-        self._by_end.setdefault(_without_wrappers(name), []).append(name)
+        self._by_end.setdefault(without_wrappers(name), []).append(name)
 
     def find(self, name: str) -> str | None:
         """Return the model's name of a tensor; None if there is none, or more than one that it may be."""
         if name in self.tensors:
             return name
-        found = self._by_end.get(_without_wrappers(name), [])
+        found = self._by_end.get(without_wrappers(name), [])
         return found[0] if len(found) == 1 else None
 
 
-def _without_wrappers(name: str) -> str:
+def without_wrappers(name: str) -> str:
     parts = name.split(".")
     while parts[0] in WRAPPERS and len(parts) > 1:
         del parts[0]
     return ".".join(parts)
 
 
-def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
         raise ValueError(f"adapter {str(folder)!r} has no {CONFIG}; give the folder of a PEFT LoRA adapter")
@@ -161,7 +161,7 @@ def _place(stored: Mapping[str, Tensor], names: _Names) -> tuple[dict[str, Parts
     unmatched = []
     for key, tensor in stored.items():
         name = key.removeprefix("base_model.model.")
-        found = _FACTOR.fullmatch(name)
+        found = FACTOR.fullmatch(name)
         if found:
             leaf = ".bias" if found["leaf"] == "bias" else ""
             factors.setdefault(found["module"], {})[found["kind"] + leaf] = tensor
@@ -239,7 +239,7 @@ def _adapt(
         if flipped:
             raise ValueError(f"{path}: {magnitude.name}: DoRA of embeddings and transposed weights is not known here")
         _check_shape(target, magnitude, (base.shape[0],))
-    scale = _scale(config, module, rank, path)
+    scale = scale_of(config, module, rank, path)
     names.tensors[target] = Adapted(base, a, b, scale, flipped, magnitude)
     if bias is not None:
         name = names.find(f"{module}.bias")
@@ -250,7 +250,7 @@ def _adapt(
     return []
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int, path: pathlib.Path) -> float:
+def scale_of(config: Mapping[str, Any], module: str, rank: int, path: pathlib.Path) -> float:
     def of(patterns: str, default: str) -> Any:
         """As PEFT matches: the end of the module's name, from a dot on, in full."""
         table = config.get(patterns) or {}
