@@ -129,8 +129,9 @@ def _work(documents: Sequence[Recipe], between: pathlib.Path, settings: Settings
     if settings.format != "safetensors":
         raise ValueError(f"format={settings.format!r} is for whole models; an adapter is written as PEFT reads it")
     return AdapterWork(
-        documents[0], options, seed=settings.seed, allow=settings.allow, device=settings.device, progress=progress
-    )
+        documents[0], options, seed=settings.seed, allow=settings.allow, device=settings.device, progress=progress,
+        headers_only=settings.dry_run,
+    )  # fmt: skip
 
 
 def _device(name: str | None) -> Any:

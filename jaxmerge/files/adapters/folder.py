@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ PREFIX = "base_model.model."
 KINDS = {"lora_A": ("lora_A.weight", "lora_B.weight"), "lora_embedding_A": ("lora_embedding_A", "lora_embedding_B")}
 """How the two factors of a module are called in the file, by the kind of the first."""
 LISTED = 4  # names in a message
+WAY_OUT = "merge the models as base+adapter, without the key 'adapter', then use jaxmerge extract-lora"
+_SAVED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,8 @@ class Module:
 class Adapter:
     """An open adapter. name: as the recipe writes it. modules: by name, but for what a wrapper puts in front.
 
-    base: the model it was trained on, as the recipe or else its config says; "" where neither does.
+    whole: what is no factor, by name. base: the model it was trained on, as the recipe or else its config says; ""
+    where neither does.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Adapter:
     base: str
     config: Mapping[str, Any]
     modules: Mapping[str, Module]
+    whole: Mapping[str, Tensor]
 
     @property
     def files(self) -> tuple[pathlib.Path, ...]:
@@ -95,36 +100,31 @@ def open_adapter(name: str) -> Adapter:
     if not path.exists():
         raise ValueError(f"adapter {name!r} has no {WEIGHTS}; save it as safetensors (PEFT's default)")
     base = base or str(config.get("base_model_name_or_path") or "")
-    return Adapter(name, folder, base, config, _modules(name, config, path))
+    return Adapter(name, folder, base, config, *_modules(name, config, path))
 
 
-def _modules(name: str, config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Module]:
+def _modules(name: str, config: Mapping[str, Any], path: pathlib.Path) -> tuple[dict[str, Module], dict[str, Tensor]]:
+    """The factors by module, and what is kept whole by its name."""
     parts: dict[str, dict[str, Tensor]] = {}
-    whole, more = [], []
+    whole: dict[str, Tensor] = {}
     for key, tensor in safetensors.read_header(path).items():
         found = FACTOR.fullmatch(key.removeprefix(PREFIX))
         if found is None:
-            whole.append(key)
+            whole[_SAVED.sub("", key.removeprefix(PREFIX))] = tensor
         elif found["kind"] == "lora_magnitude_vector":
             raise ValueError(
                 f"adapter {name!r} is DoRA ({key}): its change depends on the base's weights and is no product of two "
-                "factors; merge the models as base+adapter, without the key 'adapter', then use jaxmerge extract-lora"
+                f"factors; {WAY_OUT}"
             )
         elif found["leaf"] == "bias":
-            more.append(key)
+            raise ValueError(f"adapter {name!r} has lora_bias ({key}), which is no factor of a matrix; {WAY_OUT}")
         else:
             parts.setdefault(found["module"], {})[found["kind"]] = tensor
-    if whole or more:
-        raise ValueError(
-            f"adapter {name!r} keeps {len(whole + more)} tensors beside its factors ({some(whole + more, LISTED)}), "
-            "whose change needs the base's weights; merge the models as base+adapter, without the key 'adapter', then "
-            "use jaxmerge extract-lora"
-        )
     modules = {without_wrappers(module): _module(path, config, module, given) for module, given in parts.items()}
     if not modules or len(modules) < len(parts):
         what = "no factors" if not modules else "two modules that differ only in what a wrapper puts before their names"
         raise ValueError(f"{path} has {what}; give the folder of a PEFT LoRA adapter")
-    return modules
+    return modules, whole
 
 
 def _module(path: pathlib.Path, config: Mapping[str, Any], module: str, parts: Mapping[str, Tensor]) -> Module:

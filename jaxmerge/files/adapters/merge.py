@@ -17,12 +17,14 @@ import numpy as np
 import xxhash
 
 from jaxmerge.files import card, disk, layers, model_card
+from jaxmerge.files.adapters import whole
 from jaxmerge.files.adapters.folder import KINDS, PREFIX, Module, base_of, modules_of, open_adapter
 from jaxmerge.files.adapters.options import Options
 from jaxmerge.files.adapters.spaces import SPACES, Pair, Rule
 from jaxmerge.files.checkpoints import safetensors
 from jaxmerge.files.checkpoints.adapter import CONFIG, WEIGHTS
 from jaxmerge.files.checkpoints.handles import check_unchanged, stamps
+from jaxmerge.files.checkpoints.source import Tensor, read
 from jaxmerge.files.coefficients import Of, coefficients
 from jaxmerge.files.factors import ranks_in_config
 from jaxmerge.files.journal import stamp
@@ -49,7 +51,7 @@ class AdapterWork:
 
     def __init__(
         self, recipe: Recipe, options: Options, *, seed: int | None, allow: Sequence[str], device: Any,
-        progress: Progress | None,
+        progress: Progress | None, headers_only: bool,
     ):  # fmt: skip
         self.recipe, self.options, self.device, self.progress = recipe, options, device, progress
         self.seed = recipe.seed if seed is None else seed
@@ -58,8 +60,10 @@ class AdapterWork:
         self.base = base_of(self.adapters, recipe.base, self.notes)
         self.modules = modules_of(self.adapters, allow_missing="missing" in allow, notes=self.notes)
         self.ranks = {key: self._rank(key) for key in self.modules}
-        self.rules = {key: self._rule(key) for key in self.modules}
-        files = sorted(file for adapter in self.adapters for file in adapter.files)
+        self.rules = {key: self._rule(f"{module.name}.weight") for key, module in self.modules.items()}
+        self.whole = whole.kept_by(self.adapters)
+        self.based = self._base_tensors(headers_only)
+        files = sorted({file for adapter in self.adapters for file in adapter.files} | {*self.base_files})
         self.before = stamps(files)
         said = [
             recipe.text,
@@ -70,6 +74,16 @@ class AdapterWork:
             [stamp(file) for file in files],
         ]
         self.digest = xxhash.xxh3_128_hexdigest(json.dumps(said).encode())
+
+    def _base_tensors(self, headers_only: bool) -> dict[str, Tensor]:
+        """The base's tensors where adapters keep unlike ones whole; without such, the base is not opened."""
+        self.base_files: tuple[pathlib.Path, ...] = ()
+        unlike = {name: kept for name, kept in self.whole.items() if not whole.is_copied(name, kept)}
+        if not unlike:
+            return {}
+        source = whole.open_base(self.base, list(unlike), headers_only=headers_only)
+        self.base_files = source.files
+        return whole.base_tensors(source, unlike)
 
     def _of(self, key: str) -> list[Module]:
         """A module in the adapters that have it."""
@@ -90,10 +104,11 @@ class AdapterWork:
             )
         return ranks[0]
 
-    def _rule(self, key: str) -> Rule:
-        recipe, name = self.recipe, f"{self.modules[key].name}.weight"
+    def _rule(self, name: str) -> Rule:
+        """The rule with its coefficients for a tensor of this name."""
+        recipe = self.recipe
         entries = recipe.modules[0].slices[0].sources
-        depth = layers.depths(f"{module.name}.weight" for module in self.modules.values())[name]
+        depth = layers.depths([name, *(f"{module.name}.weight" for module in self.modules.values())])[name]
         inputs = [Of(entry.model, name, entry.parameters) for entry in entries]
         given = coefficients(recipe, name, depth, inputs, [recipe.parameters])
         return Rule(recipe.method.rule, name.replace(".", "/"), given, recipe.sources, self.seed)
@@ -104,6 +119,7 @@ class AdapterWork:
         space = SPACES[self.options.space]
         leaves = [space.elements(of.shape, sum(m.rank for m in self._of(key))) for key, of in self.modules.items()]
         made = sum(rank * sum(self.modules[key].shape) for key, rank in self.ranks.items()) * self._dtype().itemsize
+        made += sum(max(tensor.size for tensor in kept if tensor is not None) for kept in self.whole.values())
         return {
             "merge_method": self.recipe.merge_method, "tensors": len(self.modules), "files": [WEIGHTS],
             "bytes_in": sum(of.size for key in self.modules for of in self._of(key)), "bytes_out": made,
@@ -124,7 +140,6 @@ class AdapterWork:
                 read += sum(of.size for of in self._of(key))
                 if self.progress is not None:
                     self.progress(read, report["bytes_in"], module.name)
-        check_unchanged(self.before)
         total = math.fsum(of.square / of.explained for of in merged.values())
         explained = math.fsum(of.square for of in merged.values()) / total if total else 1.0
         report["notes"] = [
@@ -136,6 +151,8 @@ class AdapterWork:
             module = self.modules[key]
             names = (f"{PREFIX}{module.name}.{end}" for end in KINDS[module.kind])
             tensors |= dict(zip(names, (found.a, found.b), strict=True))
+        tensors |= {f"{PREFIX}{name}": self._whole(name) for name in self.whole}
+        check_unchanged(self.before)
         with disk.new_folder(out, report["bytes_out"]) as folder:
             safetensors.write_file(folder / WEIGHTS, tensors)
             report["bytes_out"] = (folder / WEIGHTS).stat().st_size
@@ -159,9 +176,16 @@ class AdapterWork:
         square = float(np.sum((b.astype(np.float64).T @ b.astype(np.float64)) * (a.astype(np.float64) @ a.T)))
         return _Merged(a, b, made.explained, square)
 
+    def _whole(self, name: str) -> np.ndarray:
+        kept = self.whole[name]
+        if name in self.based:
+            return whole.merge_whole(kept, self.based[name], self._rule(name))
+        return read(next(tensor for tensor in kept if tensor is not None))
+
     def _config(self, ranks: Mapping[str, int]) -> dict[str, Any]:
         """What PEFT reads; alpha is the rank of each module, so that all scales are 1."""
-        first, said = self.adapters[0].config, ranks_in_config(ranks)
+        configs, said = [adapter.config for adapter in self.adapters], ranks_in_config(ranks)
+        first, saved = configs[0], {name for config in configs for name in config.get("modules_to_save") or []}
         return {
             "peft_type": "LORA",
             "task_type": first.get("task_type"),
@@ -170,8 +194,9 @@ class AdapterWork:
             "lora_alpha": said["r"],
             "alpha_pattern": said["rank_pattern"],
             "target_modules": self._targets(),
-            "modules_to_save": None,
-            "bias": "none",
+            "modules_to_save": sorted(saved) or None,
+            "bias": next((said for config in configs if (said := config.get("bias", "none")) != "none"), "none"),
+            **({"ensure_weight_tying": True} if any(config.get("ensure_weight_tying") for config in configs) else {}),
             "fan_in_fan_out": bool(first.get("fan_in_fan_out")),
             "lora_dropout": 0.0,
             "use_rslora": False,

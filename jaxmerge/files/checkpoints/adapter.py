@@ -68,7 +68,7 @@ def apply(source: Source, adapter: pathlib.Path) -> Source:
     path = folder / WEIGHTS
     if not path.exists():
         raise ValueError(f"adapter {str(folder)!r} has no {WEIGHTS}; save it as safetensors (PEFT's default)")
-    names = _Names(source.tensors)
+    names = Names(source.tensors)
     pair = tied_pair(source)
     lent = None
     if pair is not None:
@@ -99,7 +99,7 @@ def _unmatched(path: pathlib.Path, source: Source, config: Mapping[str, Any], ke
     )
 
 
-class _Names:
+class Names:
     """The tensors of a model, found by the names that an adapter has for them.
 
     The same module is called `model.layers.0…`, `model.language_model.layers.0…` or `layers.0…`, depending on whether
@@ -155,7 +155,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 Parts = dict[str, Tensor]  # kind → tensor: lora_A, lora_B, lora_B.bias, lora_embedding_A, …
 
 
-def _place(stored: Mapping[str, Tensor], names: _Names) -> tuple[dict[str, Parts], list[str]]:
+def _place(stored: Mapping[str, Tensor], names: Names) -> tuple[dict[str, Parts], list[str]]:
     """Put what replaces tensors in their place; gather the factors of each module; list what is left."""
     factors: dict[str, Parts] = {}
     unmatched = []
@@ -197,7 +197,7 @@ class _Layers:
         )
 
 
-def _only_turned(names: _Names, factors: Mapping[str, Parts], config: Mapping[str, Any]) -> frozenset[str]:
+def _only_turned(names: Names, factors: Mapping[str, Parts], config: Mapping[str, Any]) -> frozenset[str]:
     """Of a class that is not in our table, the matrices that fit their factors only as [in, out]."""
     found = set()
     for module, parts in factors.items():
@@ -212,7 +212,7 @@ def _only_turned(names: _Names, factors: Mapping[str, Parts], config: Mapping[st
 
 
 def _adapt(
-    names: _Names, module: str, parts: Parts, config: Mapping[str, Any], path: pathlib.Path, layers: _Layers
+    names: Names, module: str, parts: Parts, config: Mapping[str, Any], path: pathlib.Path, layers: _Layers
 ) -> list[str]:
     """Replace a module's weight and bias by adapted ones; names of the parts that fit none."""
     target = names.find(f"{module}.weight")
