@@ -66,7 +66,7 @@ def merge(
     format: str = "safetensors",
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Merge the checkpoints of a recipe into a new folder.
+    """Merge the checkpoints of a recipe into a new folder; with the key `adapter` in the recipe, adapters into one.
 
     Killed and called again with the same arguments it goes on where it was, and ends with the same bytes; once `out` is
     whole, nothing is merged again.

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.files.adapters.spaces import Pair
@@ -134,10 +135,11 @@ def _module(path: pathlib.Path, config: Mapping[str, Any], module: str, parts: M
     if set(parts) != wanted:
         raise ValueError(f"{path}: module {module!r} has {found}, wanted its A and its B; the file is incomplete")
     a, b = parts[kind], parts[kind.replace("_A", "_B")]
-    if not (len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] and np.prod(a.shape) * np.prod(b.shape)):
+    is_matrix = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] and a.size and b.size
+    if not (is_matrix and all(jnp.issubdtype(of.dtype, jnp.floating) for of in (a, b))):
         raise ValueError(
-            f"{path}: module {module!r} has factors {list(a.shape)} and {list(b.shape)}; wanted [r, in] and [out, r], "
-            "factors of a matrix"
+            f"{path}: module {module!r} has factors {a.dtype}{list(a.shape)} and {b.dtype}{list(b.shape)}; wanted "
+            "floats [r, in] and [out, r], factors of a matrix"
         )
     return Module(module, kind, a, b, scale_of(config, module, a.shape[0], path))
 

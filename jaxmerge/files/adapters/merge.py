@@ -185,7 +185,7 @@ class AdapterWork:
     def _config(self, ranks: Mapping[str, int]) -> dict[str, Any]:
         """What PEFT reads; alpha is the rank of each module, so that all scales are 1."""
         configs, said = [adapter.config for adapter in self.adapters], ranks_in_config(ranks)
-        first, saved = configs[0], {name for config in configs for name in config.get("modules_to_save") or []}
+        first, saved = configs[0], {name for config in configs for name in _texts(config.get("modules_to_save"))}
         return {
             "peft_type": "LORA",
             "task_type": first.get("task_type"),
@@ -206,12 +206,11 @@ class AdapterWork:
     def _targets(self) -> list[str]:
         """The ends of names that all adapters say, where they say just that; else the modules' names in full."""
         configs = [adapter.config for adapter in self.adapters]
-        said = [config.get("target_modules") for config in configs]
-        ends = sorted(said[0]) if isinstance(said[0], list) else []
+        said = [sorted(_texts(config.get("target_modules"))) for config in configs]
         narrowed = any(config.get(key) for config in configs for key in NARROWED)
         whole = all(len(adapter.modules) == len(self.modules) for adapter in self.adapters)
-        if ends and whole and not narrowed and all(isinstance(of, list) and sorted(of) == ends for of in said):
-            return ends
+        if said[0] and whole and not narrowed and all(of == said[0] for of in said):
+            return said[0]
         return [module.name for module in self.modules.values()]
 
     def _describe(
@@ -236,6 +235,11 @@ class AdapterWork:
         (folder / card.RECIPE).write_text(recipe.text.rstrip() + "\n")
         made_of = card.merged_adapter_card(record, title, model_card.ingredient(self.base), ingredients)
         model_card.write_card(folder, made_of)
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts of a list in a config; none of what is no list."""
+    return [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []
 
 
 def _nothing(module: Module, rank: int) -> Pair:

@@ -243,6 +243,7 @@ WRONG = {
     "no base": ({"base_model_name_or_path": None}, {}, "does not say which base it is of"),
     "dora": ({"more": {f"{DOWN}.lora_magnitude_vector": normal(D)}}, {}, "two' is DoRA .* is no product of two"),
     "whole": ({"more": {"lm_head.weight": normal(V, D)}}, {}, r"keep lm_head\.weight whole and differ there"),
+    "integers": ({"more": {f"{DOWN}.lora_B.weight": np.ones((D, 2), np.int8)}}, {}, "wanted floats"),
     "lora_bias": ({"more": {f"{DOWN}.lora_B.bias": normal(D)}}, {}, "two' has lora_bias"),
     "kind": ({"peft_type": "IA3"}, {}, "peft_type is 'IA3'"),
     "ranks": ({}, {"adapter": "factors"}, r"has the ranks 3, 2 in the adapters; .* write adapter: core"),
@@ -304,7 +305,6 @@ PEFT = {
     "ties": ("ties", "factors", {"density": 0.5}),
     "magnitude_prune": ("breadcrumbs", "factors", {"density": 0.5, "gamma": 0.0}),
     "dare_linear": ("dare_linear", "factors", {"density": 1.0}),
-    "dare_ties": ("dare_ties", "factors", {"density": 1.0}),
     "cat": ("task_arithmetic", "core", {}),
     "svd": ("task_arithmetic", "knots", {}),
     "ties_svd": ("ties", "products", {"density": 0.5}),
@@ -348,8 +348,6 @@ def test_it_is_what_peft_combines_and_peft_loads_it(of_peft, tmp_path, combinati
     shares = (0.7, -0.4) if combination in WEIGHTED else (1.0, 1.0)
     cut = {"rank": 3} if combination.endswith("svd") else {}
     of = recipe(place, method, at=[{"weight": w} | parameters for w in shares], adapter={"space": space, **cut})
-    # PEFT's dare_ties averages those that agree, where mergekit's and ours sum them unless told so.
-    of |= {"parameters": {"normalize": True}} if "ties" in method else {}
     merge(of, tmp_path / "out")
     given = {"density": parameters["density"]} if parameters else {}
     if cut:
