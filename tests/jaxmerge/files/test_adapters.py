@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from jaxmerge.files import merge
 from jaxmerge.files.checkpoints import adapter
+from jaxmerge.files.held import Held
 from jaxmerge.files.methods import METHODS as METHODS_OF
 from jaxmerge.files.verdict import Unsure
 from jaxmerge.files.verify import verify
@@ -292,6 +293,8 @@ def test_a_model_is_no_adapter_stages_and_other_formats(tmp_path, pair):
     last = {"merge_method": "passthrough", "models": [{"model": "first"}]}
     with pytest.raises(ValueError, match="recipe of one document"):
         merge([stage, last], tmp_path / "out")
+    with pytest.raises(ValueError, match="what is searched is a whole model; name the models as base"):
+        Held(recipe(tmp_path, at=[{"weight": {"search": [0.0, 1.0]}}, {"weight": 1}], adapter="core"))
     with pytest.raises(ValueError, match="format='orbax' is for whole models"):
         merge(recipe(tmp_path, adapter="core"), tmp_path / "out", format="orbax")
 
