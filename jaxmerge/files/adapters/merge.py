@@ -60,19 +60,13 @@ class AdapterWork:
         self.base = base_of(self.adapters, recipe.base, self.notes)
         self.modules = modules_of(self.adapters, allow_missing="missing" in allow, notes=self.notes)
         self.ranks = {key: self._rank(key) for key in self.modules}
-        self.rules = {key: self._rule(f"{module.name}.weight") for key, module in self.modules.items()}
         self.whole = whole.kept_by(self.adapters)
+        self.depths = layers.depths([*(f"{module.name}.weight" for module in self.modules.values()), *self.whole])
+        self.rules = {key: self._rule(f"{module.name}.weight") for key, module in self.modules.items()}
         self.based = self._base_tensors(headers_only)
         files = sorted({file for adapter in self.adapters for file in adapter.files} | {*self.base_files})
         self.before = stamps(files)
-        said = [
-            recipe.text,
-            self.seed,
-            sorted(allow),
-            device.platform,
-            card.versions(),
-            [stamp(file) for file in files],
-        ]
+        said = [recipe.text, self.seed, sorted(allow), device.platform, card.versions(), list(map(stamp, files))]
         self.digest = xxhash.xxh3_128_hexdigest(json.dumps(said).encode())
 
     def _base_tensors(self, headers_only: bool) -> dict[str, Tensor]:
@@ -108,9 +102,8 @@ class AdapterWork:
         """The rule with its coefficients for a tensor of this name."""
         recipe = self.recipe
         entries = recipe.modules[0].slices[0].sources
-        depth = layers.depths([name, *(f"{module.name}.weight" for module in self.modules.values())])[name]
         inputs = [Of(entry.model, name, entry.parameters) for entry in entries]
-        given = coefficients(recipe, name, depth, inputs, [recipe.parameters])
+        given = coefficients(recipe, name, self.depths[name], inputs, [recipe.parameters])
         return Rule(recipe.method.rule, name.replace(".", "/"), given, recipe.sources, self.seed)
 
     def plan(self, out: pathlib.Path) -> dict[str, Any]:
