@@ -33,7 +33,7 @@ def parse(value: Any, document: Mapping[str, Any], name: str, method: Method) ->
       name, method: of its merge_method.
 
     Example:
-      >>> parse({"space": "knots", "rank": 8}, {}, "ties", METHODS["ties"])
+      >>> parse({"space": "knots", "rank": 8}, {}, "linear", Method("average"))
       Options(space='knots', cut=Cut(rank=8, explained=None, ratio=None))
     """
     if value is None:
