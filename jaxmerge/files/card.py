@@ -129,6 +129,29 @@ def merge_card(record: Mapping[str, Any], usage: str) -> Card:
     )
 
 
+def merged_adapter_card(
+    record: Mapping[str, Any], title: str, base: Ingredient, adapters: Sequence[Ingredient]
+) -> Card:
+    """Return the card of an adapter that is merged of adapters of one base."""
+    options, notes = record["adapter"], record["notes"]
+    rule = describe_rule(RULES[record["rule"]])
+    return Card(
+        title=title,
+        summary=f"{len(adapters)} LoRA adapters of {base.name} merged with `{record['merge_method']}` in the space "
+        f"`{options['space']}` (jaxmerge {record['versions']['jaxmerge']}, seed {record['seed']}).",
+        usage=model_card.adapter_usage(title, base),
+        ingredients=[base, *adapters],
+        sections={
+            "Method": rule,
+            "Recipe": f"```yaml\n{record['recipe'].strip()}\n```",
+            "Notes": "\n".join(f"- {_public(note, record['inputs'])}" for note in notes),
+        },
+        tags=("lora", "merge"),
+        relation="adapter",
+        library="peft",
+    )
+
+
 def _public(note: str, inputs: Mapping[str, Mapping[str, Any]]) -> str:
     """A note with the models called as the card calls them."""
     for name in sorted((name for name in inputs if "/" in name), key=len, reverse=True):

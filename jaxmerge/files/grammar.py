@@ -18,7 +18,7 @@ from jaxmerge.files.methods import EXTENSION, IGNORED, known, methods
 
 KEYS = (
     "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype", "tokenizer",
-    "tokenizer_source", "chat_template", "name", "seed",
+    "tokenizer_source", "chat_template", "name", "seed", "adapter",
 )  # fmt: skip
 SLICE_KEYS = ("sources", "base_model", "parameters", "residual_weight")
 MODULE_KEYS = ("models", "slices", "parameters")
@@ -78,6 +78,13 @@ def model_name(value: Any, key: str) -> str:
         return model_name(value["path"], key) + (f"@{revision}" if revision is not None else "")
     parts = [value.get("model"), *([value["lora"]] if value.get("lora") is not None else [])]
     return "+".join(model_name(part, key) for part in parts)
+
+
+def listed(value: Any, name: str, form: str) -> list[Any]:
+    """Return a list that is not empty; `form` says what an entry of it is."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{name!r} must be a list of {{{form}}}, found {value!r}")
+    return value
 
 
 def layer_range(value: Any, model: str) -> tuple[int, int]:

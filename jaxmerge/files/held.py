@@ -58,6 +58,11 @@ class Held:
         self.space = Space(found)
         self.start: Candidate = self.space.pack(self.space.start)
         recipe = self.recipe(self.start)
+        if recipe.adapter is not None:
+            raise ValueError(
+                "the recipe makes an adapter, and what is searched is a whole model; name the models as base+adapter "
+                "and leave 'adapter' out, then use its numbers in a recipe with it"
+            )
         self.seed = recipe.seed if seed is None else seed
         self.sources = {name: open_source(name) for name in recipe.sources}
         words = recipe.tokenizer

@@ -13,6 +13,7 @@ r"""Recipes: mergekit's YAML grammar, our methods in the same one, typed and ref
     tokenizer: {source: union}             # or tokenizer_source: union
     chat_template: auto
     seed: 0                                # ours: of the random methods
+    adapter: core                          # ours: the models are adapters of one base, and so is the result
 
     slices:                                # layers, stacked one slice upon the other
       - sources:
@@ -39,6 +40,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from jaxmerge.files.adapters import options as adapters
 from jaxmerge.files.chat import check_template
 from jaxmerge.files.documents import parse_yaml, read_text
 from jaxmerge.files.experts import recipe as experts
@@ -52,6 +54,7 @@ from jaxmerge.files.grammar import (
     floating_dtype,
     idle,
     layer_range,
+    listed,
     model_name,
     read_seed,
 )
@@ -125,6 +128,7 @@ class Recipe:
     name: str | None
     text: str
     notes: tuple[str, ...] = ()
+    adapter: adapters.Options | None = None
 
     @functools.cached_property
     def method(self) -> Method:
@@ -134,6 +138,8 @@ class Recipe:
     def sources(self) -> list[str]:
         """Every model to open, once: in the order of the recipe."""
         entries = [entry.model for module in self.modules for s in module.slices for entry in s.sources]
+        if self.adapter is not None:
+            return entries  # nothing of the base is read
         return list(dict.fromkeys(entries if self.base is None else [*entries, self.base]))
 
     @property
@@ -246,6 +252,7 @@ class _Parser:
         base = document.get("base_model")
         self.base = None if base is None else model_name(base, "base_model")
         self.needs = RULES[self.method.rule].needs
+        self.adapter = adapters.parse(document.get("adapter"), document, self.name, self.method)
 
     def known(self, word: Any, words: Any, what: str) -> bool:
         """Say whether `word` counts here; one that has no effect is noted, one that is no word is refused.
@@ -280,7 +287,7 @@ class _Parser:
             self.name, modules, self.base, self.parameters(document.get("parameters")),
             floating_dtype(document.get("dtype"), "dtype"), floating_dtype(document.get("out_dtype"), "out_dtype"),
             read_seed(document), tokenizer, document.get("chat_template"), document.get("name"), text,
-            tuple(self.notes),
+            tuple(self.notes), self.adapter,
         )  # fmt: skip
 
     def modules(self) -> tuple[Module, ...]:
@@ -302,10 +309,10 @@ class _Parser:
             self.known(key, MODULE_KEYS, f"key of module {name!r}")
         own = self.parameters(value.get("parameters"))
         if "slices" in value:
-            slices = [self.slice(s, i) for i, s in enumerate(_list(value["slices"], "slices", "sources: […]"))]
+            slices = [self.slice(s, i) for i, s in enumerate(listed(value["slices"], "slices", "sources: […]"))]
             return Module(name, tuple(slices), own)
-        entries = [self.entry(e, sliced=False) for e in _list(value["models"], "models", "model: path")]
-        if self.base is not None and self.base not in [entry.model for entry in entries]:
+        entries = [self.entry(e, sliced=False) for e in listed(value["models"], "models", "model: path")]
+        if self.adapter is None and self.base is not None and self.base not in [entry.model for entry in entries]:
             # In mergekit the base is always one of the models: for linear and its like, one more to merge.
             entries.append(Entry(self.base, {}))
             if self.method.base_is_input and not self.method.base_first:
@@ -321,7 +328,7 @@ class _Parser:
             self.known(key, SLICE_KEYS, "key of a slice")
         if "residual_weight" in value:
             self.notes.append("'residual_weight' of a slice has no effect, in mergekit neither")
-        entries = [self.entry(e, sliced=True) for e in _list(value.get("sources"), "sources", "model, layer_range")]
+        entries = [self.entry(e, sliced=True) for e in listed(value.get("sources"), "sources", "model, layer_range")]
         own = value.get("base_model")
         base = self.base if own is None else model_name(own, "base_model")
         ranges = [entry.layers for entry in entries if entry.layers is not None]
@@ -337,6 +344,9 @@ class _Parser:
         twice = next((entry for entry in seen if seen.count(entry) > 1), None)
         if twice is not None:
             raise ValueError(f"model {twice[0]!r} stands twice in {what}; name it once, with the sum of the weights")
+        if self.adapter is not None:
+            adapters.check(names, self.base, self.name, self.needs)
+            return part
         inputs, base = part.roles(self.method)
         takes_base = self.method.base_first or not self.method.base_is_input
         if takes_base and part.base is not None and part.base not in names:
@@ -380,9 +390,3 @@ class _Parser:
                 continue
             kept[name] = check(name, setting, self.method.parameters[name][1])
         return kept
-
-
-def _list(value: Any, name: str, form: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{name!r} must be a list of {{{form}}}, found {value!r}")
-    return value

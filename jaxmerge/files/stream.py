@@ -23,6 +23,7 @@ import xxhash
 
 from jaxmerge.files import card, disk, engine, kinds, vocabulary
 from jaxmerge.files import recipe as recipes
+from jaxmerge.files.adapters.merge import AdapterWork
 from jaxmerge.files.checkpoints import orbax, safetensors
 from jaxmerge.files.checkpoints.adapter import CONFIG, WEIGHTS
 from jaxmerge.files.checkpoints.beside import companion_paths
@@ -35,6 +36,7 @@ from jaxmerge.files.experts.gates import States
 from jaxmerge.files.journal import Journal, Kept, stamp, unfinished
 from jaxmerge.files.kinds import AnyRecipe
 from jaxmerge.files.plan import Plan
+from jaxmerge.files.recipe import Recipe
 
 FORMATS = ("safetensors", "orbax")
 
@@ -67,7 +69,7 @@ def merge(
     dry_run: bool = False,
     states: States | None = None,
 ) -> dict[str, Any]:
-    """Merge the checkpoints of a recipe into a new folder.
+    """Merge the checkpoints of a recipe into a new folder; with the key `adapter` in the recipe, adapters into one.
 
     Killed and called again with the same arguments it goes on where it was, and ends with the same bytes; once `out` is
     whole, nothing is merged again.
@@ -105,9 +107,9 @@ def merge(
     if dry_run and len(documents) > 1:
         raise ValueError("a dry run needs the models of every stage, which the stages before make; run it without")
     between = out.absolute().parent / f".{out.name}.stages"
-    work = _Work(documents, between, settings, progress)
+    work = _work(documents, between, settings, progress)
     if dry_run:
-        report = work.merge(documents[-1], out)
+        report = work.plan(out)
     else:
         report = _earlier(out, work.digest)
         if report is None:
@@ -120,6 +122,21 @@ def merge(
                 raise
         shutil.rmtree(between, ignore_errors=True)
     return report | {"out": str(out), "seconds": time.perf_counter() - start}
+
+
+def _work(documents: Sequence[AnyRecipe], between: pathlib.Path, settings: Settings, progress: Progress | None) -> Any:
+    """Return what merges a recipe: a `_Work` for whole models, an `AdapterWork` for adapters."""
+    if all(document.adapter is None for document in documents):
+        return _Work(documents, between, settings, progress)
+    last = documents[-1]
+    if not isinstance(last, Recipe) or last.adapter is None or len(documents) > 1:
+        raise ValueError("'adapter' stands in a recipe of one document; merge the adapters first, then name the result")
+    if settings.format != "safetensors":
+        raise ValueError(f"format={settings.format!r} is for whole models; an adapter is written as PEFT reads it")
+    return AdapterWork(
+        last, last.adapter, seed=settings.seed, allow=settings.allow, device=settings.device, progress=progress,
+        headers_only=settings.dry_run,
+    )  # fmt: skip
 
 
 def _device(name: str | None) -> Any:
@@ -174,6 +191,10 @@ class _Work:
         said = [texts, of.compat, sorted(of.allow), of.max_shard_bytes, of.device.platform, of.seed, of.format]
         read = [[stamp(file) for file in sorted(files)], beside]
         return xxhash.xxh3_128_hexdigest(json.dumps([said, card.versions(), read], sort_keys=True).encode())
+
+    def plan(self, out: pathlib.Path) -> dict[str, Any]:
+        """Check everything and return the report of a dry run."""
+        return self.merge(self.recipes[-1], out)
 
     def run(self, out: pathlib.Path) -> dict[str, Any]:
         """Merge stage by stage."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxmerge.draw import MASKS
 from jaxmerge.files import engine, kinds, recipe
+from jaxmerge.files.checkpoints.adapter import CONFIG
 from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import Source, Tensor, read
 from jaxmerge.files.documents import parse_yaml, read_json
@@ -56,6 +57,8 @@ def verify(
       ValueError: `out` cannot be read.
     """
     folder = pathlib.Path(out)
+    if (folder / CONFIG).exists():
+        raise Unsure(f"{folder} is an adapter, and only whole models are replayed; merge again and compare")
     made = unstacked(open_source(str(folder)), [])
     jobs, seed, is_ours = _replayable(folder, of, states)
     verdicts: list[Verdict] = []
@@ -91,6 +94,8 @@ def _replayable(
         recipes = recipe.read(pathlib.Path(of), compat=compat)
     else:
         recipes = [recipe.parse({"merge_method": "passthrough", "models": [{"model": str(of)}]})]
+    if recipes[0].adapter is not None:
+        raise Unsure("what the recipe makes is an adapter, and only whole models are replayed; merge again and compare")
     if len(recipes) > 1:
         raise Unsure(f"the recipe has {len(recipes)} stages, whose results are gone; give of=RECIPE of the last one")
     seed = recipes[0].seed if seed is None else seed

@@ -187,7 +187,8 @@ def verify(words: Words, assignments: Words, dry: bool) -> int:
 def extract_lora(words: Words, assignments: Words, dry: bool) -> int:
     """Write the change between two checkpoints as a LoRA adapter.
 
-    The adapter is a folder in PEFT's format; for each matrix it holds the best approximation of the given rank.
+    The adapter is a folder in PEFT's format; for each matrix it holds the best approximation of the given rank, or of
+    the smallest rank that a threshold allows (explained=, ratio=).
     """
     del dry
     settings = options(assignments, ExtractOptions)
@@ -199,7 +200,8 @@ def extract_lora(words: Words, assignments: Words, dry: bool) -> int:
     with own_errors(), progress_in_tensors("extract") as advance:
         base, tuned = open_source(words[0]), open_source(words[1])
         report = extract(base, tuned, words[2], progress=advance, **dataclasses.asdict(settings))
-    say(f"rank {report['rank']}: {format_percent(report['explained'])} of the change (squared norm) in the matrices")
+    which = "rank" if settings.explained is None and settings.ratio is None else "largest rank"
+    say(f"{which} {report['rank']}: {format_percent(report['explained'])} of the change (squared norm) in the matrices")
     for name, size in report["left_out"].items():
         say(f"left out: {name}, changed by {format_percent(size)}")
     say(words[2])

@@ -66,6 +66,7 @@ class Experts:
     merge_method: ClassVar[str] = "experts"
     method: ClassVar[Method] = COPY
     tokenizer: ClassVar[None] = None
+    adapter: ClassVar[None] = None
 
     @property
     def about(self) -> str:
