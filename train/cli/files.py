@@ -128,9 +128,9 @@ def inspect(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def _show_contents(name: str, settings: InspectOptions) -> int:
-    for name in ("picture", "spectrum"):
-        if getattr(settings, name):
-            raise UserError(f"{name}= shows what changed between two checkpoints; give BASE and MODELS")
+    for key in ("picture", "spectrum"):
+        if getattr(settings, key):
+            raise UserError(f"{key}= shows what changed between two checkpoints; give BASE and MODELS")
     from jaxmerge.files.checkpoints.open import open_source
     from jaxmerge.files.inspect.contents import contents, describe
 
