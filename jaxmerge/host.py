@@ -64,7 +64,8 @@ def _rank_block(arrays: list[np.ndarray], outs: list[np.ndarray]) -> None:
     reference = _widened(base)
     for model, out in zip(models, outs, strict=True):
         delta = _widened(model)
-        delta -= reference
+        with np.errstate(all="ignore"):  # the engine, or the caller, says what is not finite
+            delta -= reference
         packed = _normal(delta.view(np.uint32) & SIGN).astype(np.uint64)
         packed <<= np.uint64(32)
         packed |= position.reshape(base.shape)

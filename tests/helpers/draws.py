@@ -24,5 +24,6 @@ def bits(first, second, positions):
 
 def uniform(seed_key, path, name, shape):
     """Float32 in [0, 1) for each element of a leaf."""
-    found = bits(*words(seed_key, path, name), np.arange(np.prod(shape, dtype=int)))
+    first, second = words(seed_key, path, name)
+    found = bits(first, second, np.arange(np.prod(shape, dtype=int)))
     return ((found >> 8) / 2**24).astype(np.float32).reshape(shape)

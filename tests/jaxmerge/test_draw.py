@@ -27,8 +27,8 @@ def test_numbers_are_the_documented_ones(numbers):
     first, second = draws.words(KEY, PATHS[3], "org/a")
     assert np.array_equal(numbers[3], draws.bits(first, second, np.arange(N)))
     key = jax.random.fold_in(jax.random.key(2), 3)
-    words = [int(word) for word in jax.random.key_data(key)]
-    wanted = (draws.bits(*words, np.arange(35)) >> 8) / 2**24
+    first, second = (int(word) for word in jax.random.key_data(key))
+    wanted = (draws.bits(first, second, np.arange(35)) >> 8) / 2**24
     assert np.array_equal(draw.uniform(key, (5, 7)), wanted.reshape(5, 7))
 
 
