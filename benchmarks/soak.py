@@ -47,7 +47,7 @@ parameters: {{weight: 0.4{more}}}
 seed: 7
 """
 METHODS = {"linear": "", "dare_ties": ", density: 0.5"}
-CLOCKS = ("seconds", "tokens_per_second", "mfu", "phase_seconds", "command", "resumed")
+CLOCKS = ("mfu", "command", "resumed")  # and whatever ends with seconds or _per_second
 WARM = 15  # merges, after which this process has compiled and allocated what it needs
 GROWN = 1.15  # times the memory: the median of the later half of the merges after these to that of the earlier half
 
@@ -154,10 +154,19 @@ def merge_cycles(place: pathlib.Path, rng: random.Random, kills: int, tally: Tal
 # --- runs ---
 
 
+WORK = ("tokens", "replies", "replayed", "prompt_tokens", "prompt_tokens_computed", "slot_steps", "occupancy")
+"""What a search tells of this process's work: replies that an earlier one kept are not asked for again."""
+
+
+def is_of_clock(key: str) -> bool:
+    return key in CLOCKS or key.endswith(("seconds", "_per_second"))
+
+
 def timeless(value: Any) -> Any:
     """Metrics without what a clock says."""
     if isinstance(value, dict):
-        return {key: timeless(item) for key, item in value.items() if key not in CLOCKS}
+        work = WORK if value.get("kind") == "search" else ()
+        return {key: timeless(item) for key, item in value.items() if not is_of_clock(key) and key not in work}
     return [timeless(item) for item in value] if isinstance(value, list) else value
 
 
@@ -211,7 +220,11 @@ VERBS = {
     "export": ("export", "model", "OUT", "dtype=bfloat16"),
     "extract-lora": ("extract-lora", "model", "tuned", "OUT", "rank=2"),
 }
-OF_CLOCKS = ("metrics.jsonl", "steps.jsonl", "report.html", "config.yaml", "README.md", ".log")
+# A TFDS version is a protocol buffer of maps, whose order is another in every process.
+OF_CLOCKS = (
+    "metrics.jsonl", "steps.jsonl", "report.html", "config.yaml", "README.md", ".log", ".lock", "checksums.json",
+    "array_record-00000-of-00001",
+)  # fmt: skip
 
 
 def contents_of(out: pathlib.Path) -> dict[str, str]:
@@ -226,9 +239,13 @@ def contents_of(out: pathlib.Path) -> dict[str, str]:
 
 def digest_of_file(path: pathlib.Path) -> str:
     data = path.read_bytes()
-    if path.suffix in (".json", ".jsonl"):
-        data = json.dumps([timeless(json.loads(line)) for line in data.splitlines()]
-                          if path.suffix == ".jsonl" else timeless(json.loads(data))).encode()  # fmt: skip
+    if data[:1] in (b"{", b"["):  # JSON, or lines of it
+        try:
+            values = [json.loads(data)]
+        except ValueError:
+            values = [json.loads(line) for line in data.splitlines()]
+        said = [json.dumps(timeless(value)) for value in values]
+        data = "\n".join(sorted(said) if path.name == "replies.jsonl" else said).encode()  # as they came in
     return hashlib.sha256(data).hexdigest()
 
 
@@ -246,10 +263,10 @@ def verb_cycles(place: pathlib.Path, rng: random.Random, kills: int, tally: Tall
     wanted, seconds = {}, {}
     for name, words in VERBS.items():
         for _ in range(2):  # the second finds its programs compiled
-            remove(place / "whole")
-            seconds[name] = whole(place, *(word.replace("OUT", "whole") for word in words))
-        wanted[name] = contents_of(place / "whole")
-        remove(place / "whole")
+            remove(place / "out")
+            seconds[name] = whole(place, *(word.replace("OUT", "out") for word in words))
+        wanted[name] = contents_of(place / "out")
+        remove(place / "out")
     before = {path.name for path in place.iterdir()}
     yield
     for name, words in itertools.cycle(VERBS.items()):

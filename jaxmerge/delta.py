@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from jaxmerge.consensus import elect_sign, elect_sign_by_energy, elect_sign_by_energy_mergekit, weighted_sum
+from jaxmerge.consensus import (
+    elect_sign,
+    elect_sign_by_energy,
+    elect_sign_by_energy_mergekit,
+    elect_sign_unweighted,
+    weighted_sum,
+)
 from jaxmerge.contract import check_compat, requires
 from jaxmerge.sparse import Rescale, merge_deltas
 from jaxmerge.sparsify import drop, rank_drop, trim, two_sided_trim, variance_select
@@ -120,12 +126,13 @@ def ties(
     scale: Coefficient = 1.0,
     normalize: bool = True,
     rescale: Literal["l1"] | None = None,
+    weighted_election: bool = True,
 ) -> PyTree:
     r"""Trim, elect sign, disjoint mean (TIES).
 
     $\theta_b + \lambda \sum_i M_i w_i d_i / \sum_i M_i w_i$, with $d_i$ the k = max(1, ⌊density·n⌋) largest
     of $\tau_i$, $s = \mathrm{sign}\sum_i w_i d_i$, and M where sign(w d) = s. The election is by weighted
-    deltas, as mergekit's; the paper's is `delta_rule(trim(), None, elect_sign_unweighted, normalize=True)`.
+    deltas, as mergekit's, or by the deltas themselves, as the paper's: $s = \mathrm{sign}\sum_i d_i$.
     Equal magnitudes at the cut: the lower flat index is kept.
 
     Args:
@@ -138,6 +145,7 @@ def ties(
       scale: $\lambda$, which the sum is multiplied by.
       normalize: False leaves the sum undivided.
       rescale: "l1" keeps the L1 norm of the tensor; None leaves what is kept as it is.
+      weighted_election: False elects as the paper does.
 
     Example:
       >>> import jax.numpy as jnp
@@ -148,8 +156,9 @@ def ties(
     References:
       Yadav et al., "TIES-Merging", https://arxiv.org/abs/2306.01708
     """
+    elect = elect_sign if weighted_election else elect_sign_unweighted
     return merge_deltas(
-        models, trim(density), elect_sign, base=base, stacked=stacked,
+        models, trim(density), elect, base=base, stacked=stacked,
         weights=weights, scale=scale, normalize=normalize, rescale=rescale,
     )  # fmt: skip
 

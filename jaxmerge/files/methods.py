@@ -48,13 +48,18 @@ _WEIGHT = {"weight": ("weights", REQUIRED)}
 _LAMBDA = {"lambda": ("scale", 1.0)}
 
 
-def _sparse(rule: str, normalize: bool, rescale: bool, **more: float) -> Method:
-    """A method of the delta family: weight, density and more a model; lambda; normalize and rescale."""
+def _sparse(
+    rule: str, normalize: bool, rescale: bool, ours: Mapping[str, tuple[str, Any]] | None = None, **more: float
+) -> Method:
+    """A method of the delta family: weight, density and more a model; lambda; normalize and rescale.
+
+    ours: options that mergekit's method does not have.
+    """
     return Method(
         rule,
         each={**_WEIGHT, "density": ("density", 1.0), **{name: (name, default) for name, default in more.items()}},
         shared=_LAMBDA,
-        options={"normalize": ("normalize", normalize), "rescale": ("rescale", rescale)},
+        options={"normalize": ("normalize", normalize), "rescale": ("rescale", rescale), **(ours or {})},
         base_alone=True,
     )
 
@@ -92,7 +97,7 @@ METHODS: dict[str, Method] = {
         base_alone=True,
         unused=("density", "rescale"),
     ),
-    "ties": _sparse("ties", normalize=True, rescale=False),
+    "ties": _sparse("ties", normalize=True, rescale=False, ours={"weighted_election": ("weighted_election", True)}),
     "dare_linear": _sparse("dare", normalize=False, rescale=True),
     "dare_ties": _sparse("dare_ties", normalize=False, rescale=True),
     "della": _sparse("della", normalize=True, rescale=True, epsilon=0.15),

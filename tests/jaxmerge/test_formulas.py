@@ -60,6 +60,8 @@ def test_ties():
     )
     paper = jaxmerge.delta_rule(jaxmerge.trim(0.4), None, jaxmerge.elect_sign_unweighted, normalize=True)
     check(run(paper, models, base, weights=W), base + elected(kept, W, True, votes=kept))
+    found = run("ties", models, base, weights=W, density=0.4, weighted_election=False)
+    check(found, base + elected(kept, W, True, votes=kept))
 
 
 @pytest.mark.parametrize(("density", "gamma"), [(0.6, 0.1), (0.9, 0.3), (0.0, 0.1), (1.0, 0.5)])

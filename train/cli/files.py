@@ -97,7 +97,8 @@ def inspect(words: Words, assignments: Words, dry: bool) -> int:
 
     With BASE and MODELS, the table shows for each model the size of its change from BASE, cosines, and the share of
     elements that changed. MODELS is one name, or several with commas between them. For several, the table also shows
-    how well their changes agree.
+    how well their changes agree. With spectrum=16 it also shows how many directions a change has, and how many of the
+    leading 16 two changes share.
     """
     del dry
     settings = options(assignments, InspectOptions)
@@ -114,14 +115,21 @@ def inspect(words: Words, assignments: Words, dry: bool) -> int:
         sources = [open_source(name) for name in (words[0], *words[1].split(","))]
         found = compare(*sources, progress=advance)
     say(table(found))
+    if settings.spectrum:
+        from jaxmerge.files.inspect.spectrum import spectra, spectrum_table
+
+        with own_errors(), progress_in_bytes("spectrum") as advance:
+            found["spectrum"] = spectra(*sources, rank=settings.spectrum, progress=advance)
+        say("\n" + spectrum_table(found["spectrum"]))
     write_report(settings.picture, lambda: svg(found))
     write_report(settings.json, lambda: json.dumps(found, indent=1))
     return 0
 
 
 def _show_contents(name: str, settings: InspectOptions) -> int:
-    if settings.picture:
-        raise UserError("picture= shows what changed between two checkpoints; give BASE and MODELS")
+    for name in ("picture", "spectrum"):
+        if getattr(settings, name):
+            raise UserError(f"{name}= shows what changed between two checkpoints; give BASE and MODELS")
     from jaxmerge.files.checkpoints.open import open_source
     from jaxmerge.files.inspect.contents import contents, describe
 

@@ -26,6 +26,7 @@ from ..runtime.disk import write_durably
 from ..runtime.settings import Distributed, Mesh
 from ..search.settings import SearchRun
 from ..studies.settings import AnalyseOptions, Sweep
+from ..studies.tune_settings import TuneOptions
 from ..tasks.settings import FamilySpec
 from .settings import (
     DataOptions,
@@ -55,6 +56,9 @@ ABOUT = {
     "evaluate": (QuestionOptions, "`jaxmerge evaluate MODEL FILE`; with a `CONFIG` its keys are those of `improve`."),
     "harness": (HarnessOptions, "`jaxmerge harness MODEL TASKS`."),
     "analyse": (AnalyseOptions, "`jaxmerge analyse RUN`."),
+    "tune": (
+        TuneOptions, "`jaxmerge tune RECIPE QUESTIONS OUT`, and the keys of `evaluate`; see [tune.md](tune.md)."
+    ),
     "merge": (MergeOptions, "`jaxmerge merge RECIPE OUT`; see [merge.md](merge.md)."),
     "verify": (VerifyOptions, "`jaxmerge verify OUT`."),
     "inspect": (InspectOptions, "`jaxmerge inspect MODEL`, `jaxmerge inspect BASE MODELS`."),

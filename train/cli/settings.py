@@ -114,6 +114,12 @@ class InspectOptions:
     """The picture of layers × kinds of matrix is written to this SVG file; null draws none."""
     json: str | None = None
     """The measures of every tensor are written to this JSON file; null writes none."""
+    spectrum: int = 0
+    """The effective rank of each change is measured, and the overlap of this many leading directions of two changes; 0
+    measures neither."""
+
+    def __post_init__(self):
+        at_least(self, "inspect", spectrum=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ..runtime.disk import check_file, check_folder, write_durably
 from ..runtime.start import start_jax
 from ..search.settings import SearchRun
 from ..studies.settings import AnalyseOptions
+from ..studies.tune_settings import TuneOptions
 from .files import check_push, extract_lora, inspect, merge, push, push_folder, verify
 from .flags import MERGEKIT
 from .settings import (
@@ -279,6 +280,25 @@ def analyse(words: Words, assignments: Words, dry: bool) -> int:
     return 0
 
 
+def tune(words: Words, assignments: Words, dry: bool) -> int:
+    """Search coefficients of a merge recipe on questions, with the models in memory.
+
+    RECIPE is a recipe of `merge` in which a number is written as a range: weight: {search: [0.0, 1.0]}. QUESTIONS is
+    what `evaluate` asks, or with score=likelihood what `sft` learns from. The recipe with the numbers that were found
+    is OUT/recipe.yaml. The same command goes on with a search that was stopped.
+    """
+    del dry
+    settings, others = split(assignments, TuneOptions)
+    asked = options(others, QuestionOptions)
+    start_jax(asked, may_stop=True)
+    from ..studies.tune import tune as go
+
+    out = Path(words[2])
+    go(Path(words[0]), Path(words[1]), out, settings, asked)
+    say(f"jaxmerge merge {shlex.quote(str(out / 'recipe.yaml'))} MODEL")
+    return 0
+
+
 def results(words: Words, assignments: Words, dry: bool) -> int:
     """Write docs/results.md and its pictures from the rows of the experiments, without running any."""
     del words, dry
@@ -338,6 +358,7 @@ TABLE = (
     Verb("verify", (("OUT",),), verify, (VerifyOptions,), extra="files"),
     Verb("inspect", (("MODEL",), ("BASE", "MODELS")), inspect, (InspectOptions,), extra="files"),
     Verb("extract-lora", (("BASE", "TUNED", "OUT"),), extract_lora, (ExtractOptions,), extra="files"),
+    Verb("tune", (("RECIPE", "QUESTIONS", "OUT"),), tune, (TuneOptions, QuestionOptions), resumes=True),
     Verb("sft", (CONFIG, ("MODEL", "DATA", "OUT")), sft, (Place, Finetune), resumes=True),
     Verb("data", (("PATH",),), data, (DataOptions,)),
     Verb("sample", (("MODEL", "PROMPTS", "OUT"),), sample, (SampleOptions,)),

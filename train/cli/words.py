@@ -132,7 +132,7 @@ def split(assignments: Words, cls: type[T]) -> tuple[T, list[str]]:
     values: dict[str, Any] = override({}, mine)
     for key, _, text in (a.partition("=") for a in mine):
         hint = hints.get(key)
-        kinds = {hint} if typing.get_origin(hint) is tuple else {hint, *typing.get_args(hint)}
+        kinds = {hint} if typing.get_origin(hint) in (tuple, dict) else {hint, *typing.get_args(hint)}
         if str in kinds and not isinstance(values[key], str | None):
             values[key] = text
         elif tuple[str, ...] in kinds and isinstance(values[key], str):

@@ -121,6 +121,31 @@ def place(
       found: Hugging Face name → shape of every tensor there is; checked before any is read.
       read: Hugging Face name → the tensor in host memory.
     """
+    wanted = _wanted(config, found, source)
+    leaves: dict[str, jax.Array] = {}
+    finite: dict[str, jax.Array] = {}
+    for name in wanted:
+        host = np.asarray(read(name)).astype(dtype, copy=False)
+        leaves[name] = put(host, _sharding_of(sharding, name, wanted[name].shape))
+        del host
+        if check_finite:
+            finite[name] = _all_finite(leaves[name])
+    bad = [name for name, good in jax.device_get(finite).items() if not good]
+    if bad:
+        raise UserError(
+            f"{source}: NaN or infinity in {documents.some(bad, LISTED)}; damaged, or the training diverged"
+        )
+    return _nested(leaves)
+
+
+def tree_of(config: ModelConfig, tensors: Mapping[str, jax.Array], *, source: Any) -> Params:
+    """Parameters of tensors that lie where they should, by their Hugging Face names; refused as `place` refuses."""
+    used = {name: tensor for name, tensor in tensors.items() if not COMPUTED.fullmatch(name)}
+    return _nested({name: used[name] for name in _wanted(config, {n: t.shape for n, t in used.items()}, source)})
+
+
+def _wanted(config: ModelConfig, found: Mapping[str, tuple[int, ...]], source: Any) -> dict[str, Any]:
+    """The tensors that a config asks for, by name; raise unless those found are just these."""
     wanted = dict(named(shapes(config)))
     complaints = {
         "missing": [name for name in wanted if name not in found],
@@ -134,22 +159,14 @@ def place(
     if any(complaints.values()):
         listed = "; ".join(f"{kind}: {documents.some(names, LISTED)}" for kind, names in complaints.items() if names)
         raise UserError(f"{source}: the tensors do not fit the config; {listed}")
+    return wanted
 
+
+def _nested(leaves: Mapping[str, Any]) -> Params:
     params: Params = {}
-    finite: dict[str, jax.Array] = {}
-    for name in wanted:
-        host = np.asarray(read(name)).astype(dtype, copy=False)
-        leaf = put(host, _sharding_of(sharding, name, wanted[name].shape))
-        del host
+    for name, leaf in leaves.items():
         *branches, last = name.split(".")
         functools.reduce(lambda tree, key: tree.setdefault(key, {}), branches, params)[last] = leaf
-        if check_finite:
-            finite[name] = _all_finite(leaf)
-    bad = [name for name, good in jax.device_get(finite).items() if not good]
-    if bad:
-        raise UserError(
-            f"{source}: NaN or infinity in {documents.some(bad, LISTED)}; damaged, or the training diverged"
-        )
     return params
 
 
