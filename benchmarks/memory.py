@@ -1,11 +1,13 @@
 """Speed and memory of the rules in memory: one matrix, three models and their base, against a copy.
 
     python benchmarks/memory.py [rows=2816] [columns=4096] [dtype=bfloat16] [rules=all] [repeats=5] [devices=1]
+                                [donate=false]
 
 For each rule, jitted and with its coefficients as arguments: nanoseconds a parameter, the ratio to `average`
 (linear) of three, the share of the bandwidth of a copy (inputs read plus output written, over the time), the
 temporaries that XLA allocates in units of one stored input, and the compile time. Everything runs in one process
 and every rule is timed in turn, so that a busy machine slows all alike; the figures are medians over the turns.
+With donate=true a rule is not jitted but called with `donate=True`, and its result is its first model the next time.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ import jax.numpy as jnp
 
 import jaxmerge
 
-OPTIONS = {"rows": "2816", "columns": "4096", "dtype": "bfloat16", "rules": "all", "repeats": "5", "devices": "1"}
+OPTIONS = {
+    "rows": "2816", "columns": "4096", "dtype": "bfloat16", "rules": "all", "repeats": "5", "devices": "1",
+    "donate": "false",
+}  # fmt: skip
 COEFFICIENTS: dict[str, dict[str, Any]] = {
     "average": {},
     "interpolate": {"t": 0.3},
@@ -75,6 +80,26 @@ def prepare(name: str, models: list[Any], base: Any, **more: Any) -> Case:
     return Case(lambda: compiled(*arguments), moved, analysis.temp_size_in_bytes if analysis else 0, seconds)
 
 
+def prepare_over(name: str, models: list[Any], base: Any) -> Case:
+    """As `prepare`, the rule called with `donate=True` on what it made the time before."""
+    rule = jaxmerge.rule(name)
+    own, *rest = jax.tree.map(jnp.copy, models[: rule.needs.most])
+    keywords: dict[str, Any] = COEFFICIENTS[name] | {"base": base if rule.needs.base == "required" else None}
+    if rule.needs.key == "required":
+        keywords |= {"key": jax.random.key(1), "names": ["a", "b", "c"][: 1 + len(rest)]}
+
+    def run() -> Any:
+        nonlocal own
+        own = rule([own, *rest], donate=True, **keywords)
+        return own
+
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    read = [own, *rest, *([base] if keywords["base"] is not None else [])]
+    moved = sum(leaf.nbytes for leaf in jax.tree.leaves((read, own)))
+    return Case(run, moved, 0, time.perf_counter() - start)
+
+
 def copies(arrays: list[jax.Array]) -> Case:
     """Copies of whole inputs into one buffer that is given back every time: no page is asked for anew."""
     word = jnp.uint16 if arrays[0].dtype.itemsize == 2 else jnp.uint32
@@ -119,7 +144,8 @@ def main(arguments: list[str]) -> None:
         place = jax.NamedSharding(mesh, jax.P("x"))
         *models, base = jax.device_put([*models, base], place)
     trees = [{"w": model} for model in models]
-    cases = {name: prepare(name, trees, {"w": base}) for name in dict.fromkeys(names)}
+    made = prepare_over if options["donate"] == "true" else prepare
+    cases = {name: made(name, trees, {"w": base}) for name in dict.fromkeys(names)}
     cases["copy"] = copies([*models, base])
     seconds = measure(cases, int(options["repeats"]))
     bandwidth = cases["copy"].moved / seconds["copy"]

@@ -2,17 +2,19 @@ r"""What a rule is: one signature, what it needs, and the checks of what it is c
 
 A rule is a function `rule(models, *, base=None, key=None, names=None, stacked=(), <coefficients>)`. Every
 coefficient stands in its signature with its type, and with its default where it has one. `requires` makes a rule of
-such a function.
+such a function, which then takes `donate=True` too: the result is written over the first model, whose arrays are gone
+after the call. That saves the result's memory, and on CPUs the time that fresh memory takes.
 """
 
 from __future__ import annotations
 
+import contextvars
 import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, Protocol
+from typing import Any, ParamSpec, Protocol, overload
 
 from jaxmerge.tree import PyTree
 
@@ -20,6 +22,8 @@ P = ParamSpec("P")
 INPUTS = ("models", "base", "key", "names", "stacked")
 """The parameters that every rule has; the others are its coefficients."""
 EMPTY: Any = inspect.Parameter.empty
+DONATE: contextvars.ContextVar[bool] = contextvars.ContextVar("donate", default=False)
+"""Whether the rule that runs may write its result over its first model."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,11 @@ class Rule(Protocol[P]):
     needs: Needs
     __name__: str
 
+    @overload
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> PyTree: ...
+
+    @overload
+    def __call__(self, *args: Any, donate: bool, **kwargs: Any) -> PyTree: ...
 
 
 def requires(**needs: Any) -> Callable[[Callable[P, PyTree]], Rule[P]]:
@@ -69,10 +77,14 @@ def requires(**needs: Any) -> Callable[[Callable[P, PyTree]], Rule[P]]:
             )
 
         @functools.wraps(function)
-        def checked(models, *, base=None, key=None, names=None, stacked=(), **coefficients):
+        def checked(models, *, base=None, key=None, names=None, stacked=(), donate=False, **coefficients):
             check_inputs(checked.__name__, checked.needs, models, base, key, names)  # type: ignore[attr-defined]
             check_coefficients(checked.__name__, known, coefficients)
-            return function(models, base=base, key=key, names=names, stacked=stacked, **coefficients)  # type: ignore[call-arg]
+            token = DONATE.set(donate)
+            try:
+                return function(models, base=base, key=key, names=names, stacked=stacked, **coefficients)  # type: ignore[call-arg]
+            finally:
+                DONATE.reset(token)
 
         checked.needs = Needs(**needs)  # type: ignore[attr-defined]
         return checked  # type: ignore[return-value]

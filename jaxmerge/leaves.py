@@ -21,6 +21,7 @@ device count, or other leaves.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import contextvars
 import functools
@@ -34,10 +35,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge import depth, tree, where
+from jaxmerge.contract import DONATE
 from jaxmerge.tree import Array, PyTree, Tracer
 
 Convert = Callable[[Any, int], Any]
 Check = Callable[[Any, str], None]
+Aside = Callable[[Sequence[Any], Any, Any], tuple[Any, ...]]
 
 
 class Operands(NamedTuple):
@@ -50,6 +53,7 @@ class Operands(NamedTuple):
     stored: tuple[Array, ...] = ()  # the models and the base, if there is one, as they came: see `reread`
     widen: Callable[[Array], Array] = lambda array: array
     on_one_device: bool = False  # known to be: blocks of it may be taken in a loop, which would gather a mesh
+    aside: tuple[Array, ...] = ()  # what the host computed of the leaf: see `leafwise`
 
     def reread(self, stored: tuple[Array, ...]) -> Operands:
         """Return these operands with models and base widened from `stored`, in the order of `self.stored`.
@@ -93,6 +97,7 @@ def leafwise(
     check: Mapping[str, Check] | None = None,
     extra: Sequence[PyTree] = (),
     beside: Sequence[Mapping[str, Array]] = (),
+    aside: Aside | None = None,
 ) -> PyTree:
     """Apply `leaf` to every floating leaf of `models`; see the module's docstring.
 
@@ -112,6 +117,8 @@ def leafwise(
         every leaf (layer) before any is merged.
       extra: more trees alike in paths and shapes (statistics of the models, masks): `x.extra`.
       beside: mappings from path to an array of any shape, after the others in `x.extra` of the leaves that have one.
+      aside: `(models, base, cast) -> arrays`, a function of NumPy arrays that is called where a leaf's values are known
+        and in a CPU's memory. Its arrays, of the leaf's shape, are `x.aside`; elsewhere that is empty.
 
     Returns:
       A pytree with structure, shapes, dtypes and shardings of models[0].
@@ -131,6 +138,7 @@ def leafwise(
     merged_layers = {path: layers[path] for path in merged_paths}
     resolved = _resolved(merged_layers, every, count, shared or {}, each or {}, check or {})
     frozen = tuple(sorted((options or {}).items()))
+    spare = _spare(trees)
     out = []
     for i, path in enumerate(trees.paths):
         first = trees.models[0][i]
@@ -141,8 +149,12 @@ def leafwise(
         is_stacked = layers[path] != [path]
         size = max(1, math.prod(first.shape) // len(layers[path])) if first.shape else 1
         salts = np.asarray([zlib.crc32(p.encode()) for p in layers[path]], np.uint32)
-        merged = _run(
-            tuple(_on_device(x) for x in (*(m[i] for m in trees.models), *(b[path] for b in beside if path in b))),
+        leaves = [m[i] for m in trees.models]
+        near = aside is not None and base_leaf is not None and all(map(_in_host_memory, (*leaves[:count], base_leaf)))
+        run = _run_over_first if id(first) in spare else _run
+        merged = run(
+            _on_device(first),
+            tuple(_on_device(x) for x in (*leaves[1:], *(b[path] for b in beside if path in b))),
             None if base_leaf is None else _on_device(base_leaf),
             key,
             salts if is_stacked else salts[0],
@@ -151,6 +163,7 @@ def leafwise(
                 name: _array(values if is_stacked else values[0], size, (convert or {}).get(name))
                 for name, values in resolved[path].items()
             },
+            aside(leaves[:count], base_leaf, _DTYPES.get()[0]) if near and aside is not None else (),
             count=count,
             leaf=leaf,
             options=frozen,
@@ -210,24 +223,38 @@ def dtypes(cast: Any = None, out: Any = None) -> Iterator[None]:
 _DTYPES: contextvars.ContextVar[tuple[Any, Any]] = contextvars.ContextVar("dtypes", default=(None, None))
 
 
+def _spare(trees: tree.Aligned) -> set[int]:
+    """The leaves (their ids) of the first model that a result may be written over.
+
+    Those that are arrays of jax already, of the result's dtype, and nobody else's in this call: neither another
+    model's, nor the base's, nor there twice, as tied embeddings may be.
+    """
+    if not DONATE.get() or _DTYPES.get()[1] is not None:
+        return set()
+    uses = collections.Counter(id(leaf) for leaves in (*trees.models, trees.base or ()) for leaf in leaves)
+    mine = [leaf for leaf in trees.models[0] if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)]
+    return {id(leaf) for leaf in mine if uses[id(leaf)] == 1}
+
+
 STATIC = ("count", "leaf", "options", "is_stacked", "dtypes", "on_one_device")
 
 
-@functools.partial(jax.jit, static_argnames=STATIC)
-def _run(
-    models, base, key, path_salt, name_salts, coefficients, *, count, leaf, options, is_stacked, dtypes, on_one_device
-):
+def _merge(
+    first, others, base, key, path_salt, name_salts, coefficients, aside,
+    *, count, leaf, options, is_stacked, dtypes, on_one_device,
+):  # fmt: skip
     cast, out = dtypes
+    models = (first, *others)
     dtype = tree.wide(cast or models[0].dtype)
 
-    def one(models, base, path_salt, coefficients):
+    def one(models, base, path_salt, coefficients, aside):
         keys = None
         if key is not None:
             keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, path_salt)))(name_salts)
         widened = tuple(widen(model) for model in models)
         stored = models[:count] if base is None else (*models[:count], base)
         wide_base = None if base is None else widen(base)
-        operands = Operands(widened[:count], wide_base, keys, widened[count:], stored, widen, on_one_device)
+        operands = Operands(widened[:count], wide_base, keys, widened[count:], stored, widen, on_one_device, aside)
         values = {
             name: value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value
             for name, value in coefficients.items()
@@ -238,7 +265,11 @@ def _run(
         return leaf.astype(dtype) if cast is None else leaf.astype(cast).astype(dtype)
 
     run = jax.vmap(one) if is_stacked else one
-    return run(models, base, path_salt, coefficients).astype(out or models[0].dtype)
+    return run(models, base, path_salt, coefficients, aside).astype(out or models[0].dtype)
+
+
+_run = jax.jit(_merge, static_argnames=STATIC)
+_run_over_first = jax.jit(_merge, static_argnames=STATIC, donate_argnames="first")
 
 
 def as_key(key: Any) -> Array:
@@ -269,6 +300,17 @@ def _array(values: Any, size: int, convert: Convert | None) -> Any:
             return values
     dtype = np.float64 if jax.config.jax_enable_x64 else np.float32  # type: ignore[attr-defined]
     return jnp.asarray(values, dtype) if isinstance(values, jax.Array) else np.asarray(values, dtype)
+
+
+def _in_host_memory(leaf: Any) -> bool:
+    """Whether NumPy may read a leaf where it lies, and XLA would compute there too."""
+    if isinstance(leaf, np.ndarray):
+        device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
+        return getattr(device, "platform", device) == "cpu"
+    if not isinstance(leaf, jax.Array) or not _on_one_device(leaf):
+        return False
+    (device,) = leaf.sharding.device_set
+    return device.platform == "cpu"
 
 
 def _on_one_device(leaf: Any) -> bool:

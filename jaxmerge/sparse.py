@@ -14,7 +14,7 @@ from typing import Any, Literal
 from jaxmerge.consensus import Deltas, weighted_sum
 from jaxmerge.contract import EMPTY, INPUTS, Rule, requires
 from jaxmerge.leaves import Operands, leafwise
-from jaxmerge.sparsify import REQUIRED, Sparsifier, check_rescale, expected, keep_all, l1_factor
+from jaxmerge.sparsify import REQUIRED, Sparsifier, check_rescale, expected, keep_all, l1_factors
 from jaxmerge.tree import Array, PyTree
 from jaxmerge.where import Coefficient, PerModel
 
@@ -29,7 +29,7 @@ def _delta(x: Operands, *, weights, scale, sparsify, rescale, consensus, normali
     keep = keep_all if sparsify is None else sparsify(x, **coefficients)
     factors = None
     if rescale == "l1":
-        factors = [l1_factor(kept, delta) for (kept, _), delta in zip(keep(x), x.deltas, strict=True)]
+        factors = l1_factors([kept for kept, _ in keep(x)], x.deltas)
         x = x.after(*factors)
 
     def scaled(x: Operands) -> tuple[Array, ...]:
@@ -69,6 +69,7 @@ def merge_deltas(
         shared={"scale": scale} | {c: v for c, v in values.items() if c in shared},
         each={"weights": weights} | {c: v for c, v in values.items() if c not in shared},
         convert={} if sparsify is None else sparsify.convert,
+        aside=None if sparsify is None else sparsify.aside,
         options={
             "sparsify": None if sparsify is None else sparsify.leaf,
             "rescale": rescale,

@@ -9,7 +9,7 @@ called again with the same operands, read again: see `jaxmerge.consensus.Deltas`
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge import cut, order, passes
+from jaxmerge import cut, host, order, passes
 from jaxmerge.draw import uniform
-from jaxmerge.leaves import Convert, Operands
+from jaxmerge.leaves import Aside, Convert, Operands
 from jaxmerge.tree import Array
 from jaxmerge.where import Coefficient, PerModel
 
@@ -40,6 +40,7 @@ class Sparsifier:
     convert: Mapping[str, Convert] = field(default_factory=dict)
     shared: tuple[str, ...] = ()  # coefficients with one value for all models together
     random: bool = False
+    aside: Aside | None = None  # of `leafwise`: what it needs that a CPU's host computes faster
 
 
 def _deltas(x: Operands) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
@@ -127,7 +128,7 @@ def _ranks(x: Operands, model: int) -> Array:
 
 def _rank_drop(x: Operands, *, density: Array, epsilon: Array) -> Keep:
     columns = x.models[0].shape[-1] if x.models[0].ndim else 1
-    ranks = [_ranks(x, i) for i in range(len(x.models))] if columns > 1 else []
+    ranks = x.aside or ([_ranks(x, i) for i in range(len(x.models))] if columns > 1 else ())
 
     def keep(x: Operands) -> list[Kept]:
         assert x.keys is not None
@@ -175,7 +176,12 @@ def rank_drop(density: PerModel = REQUIRED, epsilon: PerModel = 0.15) -> Sparsif
         check_room(one, far)
     chance = functools.partial(order.probability, name="density")
     return Sparsifier(
-        "rank_drop", _rank_drop, {"density": density, "epsilon": epsilon}, {"density": chance}, random=True
+        "rank_drop",
+        _rank_drop,
+        {"density": density, "epsilon": epsilon},
+        {"density": chance},
+        random=True,
+        aside=host.ranks,
     )
 
 
@@ -214,10 +220,12 @@ def expected(kept: Array, probability: Array | None) -> Array:
     return kept / jnp.where(probability > 0, probability, 1)
 
 
-def l1_factor(kept: Array, delta: Array) -> Array:
-    r"""Return $\|\delta\|_1 / \|\mathrm{kept}\|_1$ of the tensor, 1 where nothing is kept ("l1", mergekit's)."""
-    before, after = passes.sums([jnp.abs(delta), jnp.abs(kept)])
-    return jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
+def l1_factors(kept: Sequence[Array], deltas: Sequence[Array]) -> list[Array]:
+    r"""Return $\|\delta\|_1 / \|\mathrm{kept}\|_1$ of each tensor, 1 where nothing is kept ("l1", mergekit's)."""
+    # In one pass over all models, for each would read the base again.
+    totals = passes.sums([jnp.abs(array) for array in (*deltas, *kept)])
+    pairs = zip(totals[: len(deltas)], totals[len(deltas) :], strict=True)
+    return [jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1) for before, after in pairs]
 
 
 def check_rescale(how: Any, sparsifier: Sparsifier | None) -> None:

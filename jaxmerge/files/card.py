@@ -13,10 +13,12 @@ from typing import Any
 import jax
 import xxhash
 
+from jaxmerge.draw import MASKS
 from jaxmerge.files import model_card
 from jaxmerge.files.checkpoints.source import Source
+from jaxmerge.files.experts.recipe import Experts
+from jaxmerge.files.kinds import AnyRecipe
 from jaxmerge.files.model_card import Card, Ingredient, describe_rule
-from jaxmerge.files.recipe import Recipe
 from jaxmerge.rules import RULES
 
 RECIPE = "mergekit_config.yml"
@@ -25,7 +27,7 @@ ORBAX = f"```sh\njaxmerge export {HERE} hf    # as a Hugging Face folder\n```"
 
 
 def provenance(
-    recipe: Recipe,
+    recipe: AnyRecipe,
     sources: Mapping[str, Source],
     seed: int,
     notes: Sequence[str],
@@ -41,6 +43,7 @@ def provenance(
     return {
         "merge_method": recipe.merge_method,
         "rule": recipe.method.rule,
+        **({"about": recipe.about} if isinstance(recipe, Experts) else {}),
         "recipe": recipe.text,
         "seed": seed,
         "plan": plan,
@@ -62,7 +65,7 @@ def provenance(
 
 def versions() -> dict[str, str]:
     """Return the versions that a result may depend on."""
-    return {"jaxmerge": _version(), "jax": jax.__version__, "python": platform.python_version()}
+    return {"jaxmerge": _version(), "masks": MASKS, "jax": jax.__version__, "python": platform.python_version()}
 
 
 def _version() -> str:
@@ -108,7 +111,7 @@ def merge_card(record: Mapping[str, Any], usage: str) -> Card:
     """Return the model card of a merge."""
     inputs = record["inputs"]
     sizes = [(of["name"], of["tensors"], f"{of['bytes'] / 1e9:.3f} GB") for of in inputs.values()]
-    rule = describe_rule(RULES[record["rule"]])
+    rule = record.get("about") or describe_rule(RULES[record["rule"]])
     recipe = f"```yaml\n{record['recipe'].strip()}\n```"
     return Card(
         title="A merge by jaxmerge",
@@ -123,6 +126,29 @@ def merge_card(record: Mapping[str, Any], usage: str) -> Card:
         },
         tags=("merge",),
         relation="merge",
+    )
+
+
+def merged_adapter_card(
+    record: Mapping[str, Any], title: str, base: Ingredient, adapters: Sequence[Ingredient]
+) -> Card:
+    """Return the card of an adapter that is merged of adapters of one base."""
+    options, notes = record["adapter"], record["notes"]
+    rule = describe_rule(RULES[record["rule"]])
+    return Card(
+        title=title,
+        summary=f"{len(adapters)} LoRA adapters of {base.name} merged with `{record['merge_method']}` in the space "
+        f"`{options['space']}` (jaxmerge {record['versions']['jaxmerge']}, seed {record['seed']}).",
+        usage=model_card.adapter_usage(title, base),
+        ingredients=[base, *adapters],
+        sections={
+            "Method": rule,
+            "Recipe": f"```yaml\n{record['recipe'].strip()}\n```",
+            "Notes": "\n".join(f"- {_public(note, record['inputs'])}" for note in notes),
+        },
+        tags=("lora", "merge"),
+        relation="adapter",
+        library="peft",
     )
 
 

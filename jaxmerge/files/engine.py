@@ -209,6 +209,8 @@ def merge_arrays(job: Job, arrays: list[Any], seed: int) -> Any:
     """
     rule = RULES[job.method.rule]
     keywords: dict[str, Any] = dict(job.coefficients)
+    if job.stacked and not rule.needs.elementwise:  # else it comes in runs of elements, and is the same
+        keywords["stacked"] = (job.path,)
     if job.base is not None:
         *arrays, base = arrays
         keywords["base"] = {job.path: base}

@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmerge.files.checkpoints.safetensors import DTYPES
 from jaxmerge.files.methods import EXTENSION, IGNORED, known, methods
 
 KEYS = (
     "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype", "tokenizer",
-    "tokenizer_source", "chat_template", "name", "seed",
+    "tokenizer_source", "chat_template", "name", "seed", "adapter",
 )  # fmt: skip
 SLICE_KEYS = ("sources", "base_model", "parameters", "residual_weight")
 MODULE_KEYS = ("models", "slices", "parameters")
@@ -27,6 +31,7 @@ OPTIONS = (
     "allow_crimes", "clone_tensors", "copy_tokenizer", "cuda", "lazy_unpickle", "lora_merge_cache", "low_cpu_memory",
     "out_shard_size", "random_seed", "safe_serialization", "trust_remote_code", "write_model_card",
 )  # fmt: skip
+FLOATS = {str(dtype): dtype for dtype in DTYPES.values() if jnp.issubdtype(dtype, jnp.floating)}
 
 
 def parameter_names() -> set[str]:
@@ -75,6 +80,13 @@ def model_name(value: Any, key: str) -> str:
     return "+".join(model_name(part, key) for part in parts)
 
 
+def listed(value: Any, name: str, form: str) -> list[Any]:
+    """Return a list that is not empty; `form` says what an entry of it is."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{name!r} must be a list of {{{form}}}, found {value!r}")
+    return value
+
+
 def layer_range(value: Any, model: str) -> tuple[int, int]:
     """Check a `layer_range` [first, end): whole numbers, which may be written as text."""
     edges = [_whole(edge) for edge in value] if isinstance(value, list) else []
@@ -90,3 +102,20 @@ def _whole(value: Any) -> int | None:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if type(value) is int else None
+
+
+def floating_dtype(value: Any, key: str) -> np.dtype | None:
+    """Return the floating dtype that a recipe names; None where it leaves the choice."""
+    if value in (None, "", "auto"):
+        return None
+    name = str(value).removeprefix("torch.")
+    known(name, FLOATS, key)
+    return FLOATS[name]
+
+
+def read_seed(document: Mapping[str, Any]) -> int:
+    """Return the seed of a recipe, 0 where it has none."""
+    seed = document.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r:.100}, wanted an integer of 64 bits")
+    return seed

@@ -58,6 +58,11 @@ class Held:
         self.space = Space(found)
         self.start: Candidate = self.space.pack(self.space.start)
         recipe = self.recipe(self.start)
+        if recipe.adapter is not None:
+            raise ValueError(
+                "the recipe makes an adapter, and what is searched is a whole model; name the models as base+adapter "
+                "and leave 'adapter' out, then use its numbers in a recipe with it"
+            )
         self.seed = recipe.seed if seed is None else seed
         self.sources = {name: open_source(name) for name in recipe.sources}
         words = recipe.tokenizer
@@ -73,7 +78,10 @@ class Held:
 
     def recipe(self, candidate: Candidate) -> recipes.Recipe:
         """The checked recipe of a candidate."""
-        return recipes.parse(filled(self.document, candidate), compat=self.compat)
+        recipe = recipes.parse(filled(self.document, candidate), compat=self.compat)
+        if not isinstance(recipe, recipes.Recipe):
+            raise ValueError("a recipe of experts has no parameters to search; give a recipe with merge_method")
+        return recipe
 
     def plan_of(self, candidate: Candidate) -> Plan:
         """The jobs of a candidate; but for their coefficients they are the same for every one."""

@@ -34,6 +34,7 @@ class Method:
     base_alone: bool = False  # of the base alone, the result is the base
     unused: tuple[str, ...] = ()  # parameters of the grammar that change nothing in this method
     compat: bool = False  # the rule takes compat="mergekit"
+    reads_base: bool = False  # the rule looks at the base's own values, not at changes from it alone
 
     @property
     def parameters(self) -> dict[str, tuple[str, Any]]:
@@ -107,7 +108,7 @@ METHODS: dict[str, Method] = {
     "sce": Method("sce", shared={"select_topk": ("select_topk", 1.0)}, base_alone=True, compat=True),
     "model_stock": Method("model_stock", options={"filter_wise": ("filter_wise", False)}, compat=True),
     "nearswap": Method("nearswap", shared={"t": ("t", REQUIRED)}),
-    "arcee_fusion": Method("arcee_fusion"),
+    "arcee_fusion": Method("arcee_fusion", reads_base=True),
     "ram": Method("ram", shared={"epsilon": ("epsilon", 1e-5)}, base_alone=True),
     "ramplus_tl": Method(
         "ramplus_tl",

@@ -13,20 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmerge.consensus import cancel
 from jaxmerge.contract import check_compat
 from jaxmerge.files import agree, companions, layers, operands, vocabulary
 from jaxmerge.files.checkpoints import safetensors
 from jaxmerge.files.checkpoints.beside import is_weights, write_companions
 from jaxmerge.files.checkpoints.source import Source, Tensor, main_dtype
-from jaxmerge.files.methods import COPY, METHODS, REQUIRED, Method, Number, resolve
+from jaxmerge.files.coefficients import Of
+from jaxmerge.files.coefficients import coefficients as resolve
+from jaxmerge.files.experts import layout
+from jaxmerge.files.methods import COPY, Method
 from jaxmerge.files.operands import Draft, Operand
 from jaxmerge.files.recipe import Module, Recipe, Slice
-from jaxmerge.sparsify import check_room
 
 ALLOW = ("missing", "unused", "shapes")
-SHARES = {"density": "[0, 1]", "gamma": "[0, 1]", "select_topk": "[0, 1]", "drop": "[0, 1)"}
-DIVIDED = ("average", "multislerp", "extrapolation_merge")  # rules that divide by Σw; others take 1 where it is zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,8 @@ class Job:
     """One tensor of the result: which rule makes it of which inputs.
 
     name: in the result. path: the leaf path random masks are keyed by. dtype: floating inputs are cast to it first
-    (None: as stored). out_dtype, shape: of the result. coefficients: keywords of the rule, numbers all.
+    (None: as stored). out_dtype, shape: of the result. coefficients: keywords of the rule, numbers all. stacked: the
+    rule sees one index of the first axis at a time.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Job:
     dtype: np.dtype | None
     out_dtype: np.dtype
     shape: tuple[int, ...]
+    stacked: bool = False
 
     @property
     def size(self) -> int:
@@ -120,6 +121,7 @@ def make(
         raise ValueError(f"sources lack {', '.join(map(repr, missing))}, which the recipe names")
     sources = {name: sources[name] for name in recipe.sources}
     notes = [*recipe.notes, *(note for source in sources.values() for note in source.notes)]
+    sources = {name: layout.unstacked(source, notes) for name, source in sources.items()}
     sources = operands.with_heads(sources, recipe.donor, notes, compat=compat)
     sources = agree.without_buffers(sources, notes)
     whole = all(module.whole for module in recipe.modules)
@@ -262,7 +264,10 @@ class _Planner:
             inputs, base, method = [draft.first], None, COPY
             coefficients: dict[str, Any] = {"scale": 1.0}
         else:
-            method, coefficients = recipe.method, self._coefficients(draft, inputs)
+            method = recipe.method
+            outer = (draft.part.parameters, draft.module.parameters, recipe.parameters)
+            of = [Of(o.entry.model, o.name, o.entry.parameters) for o in inputs]
+            coefficients = resolve(recipe, draft.name, draft.t, of, outer, compat=self.compat)
         first = inputs[0]
         stored = self.sources[first.entry.model].natural.get(first.name, first.stored.dtype)
         out = recipe.out_dtype or recipe.dtype or (self._promoted(draft) if self.compat else stored)
@@ -273,56 +278,9 @@ class _Planner:
             tuple(Input(labels[id(operand)], operand.stored) for operand in inputs),
             None if base is None else Input(labels[id(base)], base.stored), coefficients,
             recipe.dtype if is_float else None, dtype, tuple(draft.first.stored.shape),
+            self.compat is None and layout.is_stacked(draft.name, draft.first.stored.shape),
         )  # fmt: skip
 
     def _promoted(self, draft: Draft) -> np.dtype:
         with jax.numpy_dtype_promotion("standard"):
             return np.dtype(functools.reduce(jnp.promote_types, (o.stored.dtype for o in draft.operands)))
-
-    def _coefficients(self, draft: Draft, inputs: Sequence[Operand]) -> dict[str, Any]:
-        """The rule's keywords: by the names of the sources' tensors for what is one a model, else by the result's."""
-        method = self.recipe.method
-        outer = (draft.part.parameters, draft.module.parameters, self.recipe.parameters)
-        found: dict[str, Any] = {}
-        for parameter, (keyword, default) in method.each.items():
-            found[keyword] = [
-                self._value(parameter, default, (o.entry.parameters, *outer), o.name, draft.t, o.entry.model)
-                for o in inputs
-            ]
-        for parameter, (keyword, default) in (*method.shared.items(), *method.options.items()):
-            found[keyword] = self._value(parameter, default, outer, draft.name, draft.t, None)
-        if {"density", "epsilon"} <= set(method.each):
-            for o, density, epsilon in zip(inputs, found["density"], found["epsilon"], strict=True):
-                check_room(density, epsilon, f"tensor {draft.name!r} of model {o.entry.model!r}: ")
-        if method is METHODS["passthrough"]:
-            found["scale"] = found["scale"][0]
-        if method.rule in DIVIDED and found.get("normalize", True):
-            self._check_sum(draft.name, found["weights"])
-        if "rescale" in found:
-            found["rescale"] = "l1" if found["rescale"] else None  # mergekit's keeps the L1 norm of the tensor
-        return found | ({"compat": self.compat} if method.compat else {})
-
-    def _check_sum(self, name: str, weights: Sequence[float]) -> None:
-        """Raise if weights sum to zero, but for rounding: the rule would say so too, after hours of other tensors."""
-        if not cancel(weights):
-            return
-        recipe = self.recipe
-        switch = next((key for key, (keyword, _) in recipe.method.options.items() if keyword == "normalize"), None)
-        raise ValueError(
-            f"tensor {name!r}: the weights {weights} of {recipe.merge_method} sum to zero, which they are divided by; "
-            f"change one{f', or set {switch}: false' if switch else ''}"
-        )
-
-    def _value(self, parameter, default, scopes, name: str, t: float, model: str | None) -> Number:
-        value = resolve(parameter, default, scopes, name, t)
-        of = f" of model {model!r}" if model else ""
-        if value is None:
-            assert default is REQUIRED
-            stray = next((f"; {note}" for note in self.recipe.notes if repr(parameter) in note), "")
-            raise ValueError(
-                f"{self.recipe.merge_method} needs the parameter {parameter!r}{of} for tensor {name!r}{stray}"
-            )
-        wanted = SHARES.get(parameter) if self.recipe.merge_method in METHODS else None
-        if wanted and not (0 <= value < 1 or (value == 1 and wanted.endswith("]"))):
-            raise ValueError(f"tensor {name!r}: {parameter}{of} is {value}, wanted a share in {wanted}")
-        return value

@@ -13,6 +13,7 @@ r"""Recipes: mergekit's YAML grammar, our methods in the same one, typed and ref
     tokenizer: {source: union}             # or tokenizer_source: union
     chat_template: auto
     seed: 0                                # ours: of the random methods
+    adapter: core                          # ours: the models are adapters of one base, and so is the result
 
     slices:                                # layers, stacked one slice upon the other
       - sources:
@@ -22,7 +23,8 @@ r"""Recipes: mergekit's YAML grammar, our methods in the same one, typed and ref
     modules:                               # parts of a model by prefix of the tensors' names, `default` the rest
       default: {models: …}                 # or slices; and parameters
 
-Several documents with a `name` each are stages: a name stands for its result wherever a model may stand.
+Several documents with a `name` each are stages: a name stands for its result wherever a model may stand. A document
+with the key `experts` is a recipe of mergekit-moe (`jaxmerge.files.experts.recipe`).
 """
 
 from __future__ import annotations
@@ -35,22 +37,26 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import yaml
 
+from jaxmerge.files.adapters import options as adapters
 from jaxmerge.files.chat import check_template
-from jaxmerge.files.checkpoints.safetensors import DTYPES
 from jaxmerge.files.documents import parse_yaml, read_text
+from jaxmerge.files.experts import recipe as experts
+from jaxmerge.files.experts.recipe import Experts
 from jaxmerge.files.grammar import (
     KEYS,
     MODEL_KEYS,
     MODULE_KEYS,
     SLICE_KEYS,
     SOURCE_KEYS,
+    floating_dtype,
     idle,
     layer_range,
+    listed,
     model_name,
+    read_seed,
 )
 from jaxmerge.files.methods import IGNORED, METHODS, REQUIRED, Method, Scope, check, known, methods
 from jaxmerge.files.tokens import Options
@@ -58,7 +64,6 @@ from jaxmerge.files.tokens import parse as parse_tokenizer
 from jaxmerge.rules import RULES
 
 __all__ = ["IGNORED", "METHODS", "REQUIRED", "Entry", "Method", "Module", "Recipe", "Slice", "parse", "read", "written"]
-FLOATS = {str(dtype): dtype for dtype in DTYPES.values() if jnp.issubdtype(dtype, jnp.floating)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +128,7 @@ class Recipe:
     name: str | None
     text: str
     notes: tuple[str, ...] = ()
+    adapter: adapters.Options | None = None
 
     @functools.cached_property
     def method(self) -> Method:
@@ -132,6 +138,8 @@ class Recipe:
     def sources(self) -> list[str]:
         """Every model to open, once: in the order of the recipe."""
         entries = [entry.model for module in self.modules for s in module.slices for entry in s.sources]
+        if self.adapter is not None:
+            return entries  # nothing of the base is read
         return list(dict.fromkeys(entries if self.base is None else [*entries, self.base]))
 
     @property
@@ -142,7 +150,7 @@ class Recipe:
 
 def read(
     source: pathlib.Path | Mapping[str, Any] | Sequence[Mapping[str, Any]], *, compat: str | None = None
-) -> list[Recipe]:
+) -> list[Recipe | Experts]:
     """Read and check a recipe.
 
     Relative paths of models are relative to the current folder.
@@ -184,14 +192,17 @@ def written(source: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
     return yaml.safe_dump_all(plain, sort_keys=False, allow_unicode=True)
 
 
-def parse(document: Any, text: str = "", *, compat: str | None = None) -> Recipe:
+def parse(document: Any, text: str = "", *, compat: str | None = None) -> Recipe | Experts:
     """Check a recipe given as plain data."""
     if not isinstance(document, Mapping):
         raise ValueError(f"a recipe is a mapping with merge_method and models, found {type(document).__name__}")
-    return _Parser(document, compat).recipe(text or yaml.safe_dump(dict(document), sort_keys=False))
+    text = text or yaml.safe_dump(dict(document), sort_keys=False)
+    if "experts" in document:
+        return experts.parse(document, text, compat=compat)
+    return _Parser(document, compat).recipe(text)
 
 
-def _in_order(recipes: list[Recipe]) -> list[Recipe]:
+def _in_order(recipes: list[Recipe | Experts]) -> list[Recipe | Experts]:
     """Sort stages so that each comes after those it uses; the nameless one, else the last, is the result."""
     if not recipes:
         raise ValueError("the recipe is empty; write merge_method and models")
@@ -202,9 +213,9 @@ def _in_order(recipes: list[Recipe]) -> list[Recipe]:
             raise ValueError(f"{names.count(name)} documents have {what}; give each stage a name of its own")
     by_name = dict(zip(names, recipes, strict=True))
     result = by_name.get(None, recipes[-1])
-    order: list[Recipe] = []
+    order: list[Recipe | Experts] = []
 
-    def visit(recipe: Recipe, path: tuple[str | None, ...]) -> None:
+    def visit(recipe: Recipe | Experts, path: tuple[str | None, ...]) -> None:
         if recipe.name in path:
             circle = " → ".join(str(name) for name in (*path[path.index(recipe.name) :], recipe.name))
             raise ValueError(f"the stages go in a circle: {circle}; a stage uses those that are made before it")
@@ -241,6 +252,7 @@ class _Parser:
         base = document.get("base_model")
         self.base = None if base is None else model_name(base, "base_model")
         self.needs = RULES[self.method.rule].needs
+        self.adapter = adapters.parse(document.get("adapter"), document, self.name, self.method)
 
     def known(self, word: Any, words: Any, what: str) -> bool:
         """Say whether `word` counts here; one that has no effect is noted, one that is no word is refused.
@@ -262,9 +274,6 @@ class _Parser:
     def recipe(self, text: str) -> Recipe:
         document = self.document
         modules = self.modules()
-        seed = document.get("seed", 0)
-        if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed is {seed!r:.100}, wanted an integer of 64 bits")
         for key in ("name", "chat_template"):
             if document.get(key) is not None and not isinstance(document[key], str):
                 raise ValueError(f"{key} is {document[key]!r}, wanted text")
@@ -276,8 +285,9 @@ class _Parser:
         tokenizer = parse_tokenizer(given[0]) if given else None
         return Recipe(
             self.name, modules, self.base, self.parameters(document.get("parameters")),
-            _dtype(document.get("dtype"), "dtype"), _dtype(document.get("out_dtype"), "out_dtype"), seed,
-            tokenizer, document.get("chat_template"), document.get("name"), text, tuple(self.notes),
+            floating_dtype(document.get("dtype"), "dtype"), floating_dtype(document.get("out_dtype"), "out_dtype"),
+            read_seed(document), tokenizer, document.get("chat_template"), document.get("name"), text,
+            tuple(self.notes), self.adapter,
         )  # fmt: skip
 
     def modules(self) -> tuple[Module, ...]:
@@ -299,10 +309,10 @@ class _Parser:
             self.known(key, MODULE_KEYS, f"key of module {name!r}")
         own = self.parameters(value.get("parameters"))
         if "slices" in value:
-            slices = [self.slice(s, i) for i, s in enumerate(_list(value["slices"], "slices", "sources: […]"))]
+            slices = [self.slice(s, i) for i, s in enumerate(listed(value["slices"], "slices", "sources: […]"))]
             return Module(name, tuple(slices), own)
-        entries = [self.entry(e, sliced=False) for e in _list(value["models"], "models", "model: path")]
-        if self.base is not None and self.base not in [entry.model for entry in entries]:
+        entries = [self.entry(e, sliced=False) for e in listed(value["models"], "models", "model: path")]
+        if self.adapter is None and self.base is not None and self.base not in [entry.model for entry in entries]:
             # In mergekit the base is always one of the models: for linear and its like, one more to merge.
             entries.append(Entry(self.base, {}))
             if self.method.base_is_input and not self.method.base_first:
@@ -318,7 +328,7 @@ class _Parser:
             self.known(key, SLICE_KEYS, "key of a slice")
         if "residual_weight" in value:
             self.notes.append("'residual_weight' of a slice has no effect, in mergekit neither")
-        entries = [self.entry(e, sliced=True) for e in _list(value.get("sources"), "sources", "model, layer_range")]
+        entries = [self.entry(e, sliced=True) for e in listed(value.get("sources"), "sources", "model, layer_range")]
         own = value.get("base_model")
         base = self.base if own is None else model_name(own, "base_model")
         ranges = [entry.layers for entry in entries if entry.layers is not None]
@@ -334,6 +344,9 @@ class _Parser:
         twice = next((entry for entry in seen if seen.count(entry) > 1), None)
         if twice is not None:
             raise ValueError(f"model {twice[0]!r} stands twice in {what}; name it once, with the sum of the weights")
+        if self.adapter is not None:
+            adapters.check(names, self.base, self.name, self.needs)
+            return part
         inputs, base = part.roles(self.method)
         takes_base = self.method.base_first or not self.method.base_is_input
         if takes_base and part.base is not None and part.base not in names:
@@ -377,17 +390,3 @@ class _Parser:
                 continue
             kept[name] = check(name, setting, self.method.parameters[name][1])
         return kept
-
-
-def _list(value: Any, name: str, form: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{name!r} must be a list of {{{form}}}, found {value!r}")
-    return value
-
-
-def _dtype(value: Any, name: str) -> np.dtype | None:
-    if value in (None, "", "auto"):
-        return None
-    value = str(value).removeprefix("torch.")
-    known(value, FLOATS, name)
-    return FLOATS[value]

@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import xxhash
 
-from jaxmerge.files import card, disk, engine, vocabulary
-from jaxmerge.files import plan as planning
+from jaxmerge.files import card, disk, engine, kinds, vocabulary
 from jaxmerge.files import recipe as recipes
+from jaxmerge.files.adapters.merge import AdapterWork
 from jaxmerge.files.checkpoints import orbax, safetensors
 from jaxmerge.files.checkpoints.adapter import CONFIG, WEIGHTS
 from jaxmerge.files.checkpoints.beside import companion_paths
@@ -32,7 +32,9 @@ from jaxmerge.files.checkpoints.open import find_adapter, open_source
 from jaxmerge.files.checkpoints.source import Source
 from jaxmerge.files.documents import read_json
 from jaxmerge.files.engine import Engine, Progress
+from jaxmerge.files.experts.gates import States
 from jaxmerge.files.journal import Journal, Kept, stamp, unfinished
+from jaxmerge.files.kinds import AnyRecipe
 from jaxmerge.files.plan import Plan
 from jaxmerge.files.recipe import Recipe
 
@@ -50,6 +52,7 @@ class Settings:
     seed: int | None
     format: str
     dry_run: bool
+    states: States | None
 
 
 def merge(
@@ -64,8 +67,9 @@ def merge(
     device: str | None = None,
     format: str = "safetensors",
     dry_run: bool = False,
+    states: States | None = None,
 ) -> dict[str, Any]:
-    """Merge the checkpoints of a recipe into a new folder.
+    """Merge the checkpoints of a recipe into a new folder; with the key `adapter` in the recipe, adapters into one.
 
     Killed and called again with the same arguments it goes on where it was, and ends with the same bytes; once `out` is
     whole, nothing is merged again.
@@ -83,6 +87,8 @@ def merge(
       format: of the result, "safetensors" or "orbax".
       dry_run: check everything and return the plan, without reading a tensor or writing a file; of the hub's models the
         headers are fetched alone.
+      states: runs a model on prompts, for recipes of experts with a `gate_mode` that needs it
+        (`jaxmerge.files.experts.gates`); `jaxmerge merge` gives it where the extra `train` is installed.
 
     Returns:
       {"out", "merge_method", "tensors", "bytes_in", "bytes_out", "bytes_memory", "files", "seconds", "notes"}.
@@ -95,15 +101,15 @@ def merge(
     out = pathlib.Path(out)
     if format not in FORMATS:
         raise ValueError(f"format={format!r}, wanted one of {', '.join(FORMATS)}")
-    settings = Settings(compat, tuple(allow), max_shard_bytes, _device(device), seed, format, dry_run)
+    settings = Settings(compat, tuple(allow), max_shard_bytes, _device(device), seed, format, dry_run, states)
     of = pathlib.Path(recipe) if isinstance(recipe, str | os.PathLike) else recipe
     documents = recipes.read(of, compat=compat)
     if dry_run and len(documents) > 1:
         raise ValueError("a dry run needs the models of every stage, which the stages before make; run it without")
     between = out.absolute().parent / f".{out.name}.stages"
-    work = _Work(documents, between, settings, progress)
+    work = _work(documents, between, settings, progress)
     if dry_run:
-        report = work.merge(documents[-1], out)
+        report = work.plan(out)
     else:
         report = _earlier(out, work.digest)
         if report is None:
@@ -118,6 +124,21 @@ def merge(
     return report | {"out": str(out), "seconds": time.perf_counter() - start}
 
 
+def _work(documents: Sequence[AnyRecipe], between: pathlib.Path, settings: Settings, progress: Progress | None) -> Any:
+    """Return what merges a recipe: a `_Work` for whole models, an `AdapterWork` for adapters."""
+    if all(document.adapter is None for document in documents):
+        return _Work(documents, between, settings, progress)
+    last = documents[-1]
+    if not isinstance(last, Recipe) or last.adapter is None or len(documents) > 1:
+        raise ValueError("'adapter' stands in a recipe of one document; merge the adapters first, then name the result")
+    if settings.format != "safetensors":
+        raise ValueError(f"format={settings.format!r} is for whole models; an adapter is written as PEFT reads it")
+    return AdapterWork(
+        last, last.adapter, seed=settings.seed, allow=settings.allow, device=settings.device, progress=progress,
+        headers_only=settings.dry_run,
+    )  # fmt: skip
+
+
 def _device(name: str | None) -> Any:
     try:
         return jax.devices(name)[0]
@@ -129,7 +150,9 @@ def _device(name: str | None) -> Any:
 class _Work:
     """The documents of a recipe on their way to one result, and the models that none of them makes, open."""
 
-    def __init__(self, recipes: Sequence[Recipe], between: pathlib.Path, settings: Settings, progress: Progress | None):
+    def __init__(
+        self, recipes: Sequence[AnyRecipe], between: pathlib.Path, settings: Settings, progress: Progress | None
+    ):
         self.recipes, self.between, self.settings, self.progress = recipes, between, settings, progress
         self.stages = {str(of.name): between / "stages" / str(of.name) for of in recipes[:-1]}
         named = dict.fromkeys(name for of in recipes for name in of.sources)
@@ -169,6 +192,10 @@ class _Work:
         read = [[stamp(file) for file in sorted(files)], beside]
         return xxhash.xxh3_128_hexdigest(json.dumps([said, card.versions(), read], sort_keys=True).encode())
 
+    def plan(self, out: pathlib.Path) -> dict[str, Any]:
+        """Check everything and return the report of a dry run."""
+        return self.merge(self.recipes[-1], out)
+
     def run(self, out: pathlib.Path) -> dict[str, Any]:
         """Merge stage by stage."""
         *before, last = self.recipes
@@ -187,12 +214,15 @@ class _Work:
             report = self.merge(last, out)
         return report | {"notes": list(dict.fromkeys(notes + report["notes"]))}
 
-    def merge(self, of: Recipe, out: pathlib.Path) -> dict[str, Any]:
+    def merge(self, of: AnyRecipe, out: pathlib.Path) -> dict[str, Any]:
         """Merge one document into a folder."""
         settings = self.settings
         sources = {name: self._open(name) for name in of.sources}
-        plan = planning.make(of, sources, compat=settings.compat, allow=settings.allow)
         seed = of.seed if settings.seed is None else settings.seed
+        plan = kinds.make(
+            of, sources, compat=settings.compat, allow=settings.allow, seed=seed, states=settings.states,
+            dry_run=settings.dry_run,
+        )  # fmt: skip
         places = safetensors.plan({job.name: (job.out_dtype, job.shape) for job in plan.jobs}, settings.max_shard_bytes)
         limit = engine.buffer_bytes(plan.jobs)
         report = {
@@ -242,11 +272,11 @@ def _digests(files: Mapping[str, bytes]) -> dict[str, str]:
     return {name: xxhash.xxh3_128_hexdigest(data) for name, data in files.items()}
 
 
-def _digest(plan: Plan, of: Recipe, seed: int, settings: Settings) -> str:
+def _digest(plan: Plan, of: AnyRecipe, seed: int, settings: Settings) -> str:
     """Digest all that decides the bytes of the result but the inputs' own."""
     jobs = [
         [
-            job.name, job.method.rule, str(job.dtype), str(job.out_dtype), job.shape,
+            job.name, job.method.rule, str(job.dtype), str(job.out_dtype), job.shape, job.stacked,
             [(i.model, i.tensor.name, str(i.tensor.dtype), i.tensor.shape) for i in job.operands],
             sorted((name, repr(value)) for name, value in job.coefficients.items()),
         ]

@@ -14,11 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmerge.files import engine, recipe
-from jaxmerge.files import plan as planning
+from jaxmerge.draw import MASKS
+from jaxmerge.files import engine, kinds, recipe
+from jaxmerge.files.checkpoints.adapter import CONFIG
 from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import Source, Tensor, read
 from jaxmerge.files.documents import parse_yaml, read_json
+from jaxmerge.files.experts.gates import States
+from jaxmerge.files.experts.layout import unstacked
 from jaxmerge.files.plan import Job
 from jaxmerge.files.verdict import Triple, Unsure, Verdict, elsewhere, judge, judge_shape, runs, summarise
 from jaxmerge.rules import RULES
@@ -33,6 +36,7 @@ def verify(
     of: str | pathlib.Path | None = None,
     everything: bool = False,
     progress: Progress | None = None,
+    states: States | None = None,
 ) -> dict[str, Any]:
     """Compare a folder with what its recipe makes of its inputs.
 
@@ -42,6 +46,7 @@ def verify(
         mergekit_config.yml.
       everything: replay every element of every tensor.
       progress: called with tensors done, tensors in all and a tensor's name.
+      states: as `merge` was given.
 
     Returns:
       {"out", "tensors": {verdict: count}, "wrong": [Verdict, …], "skipped", "extra", "code"}; code is 0 where all is
@@ -52,8 +57,10 @@ def verify(
       ValueError: `out` cannot be read.
     """
     folder = pathlib.Path(out)
-    made = open_source(str(folder))
-    jobs, seed, is_ours = _replayable(folder, of)
+    if (folder / CONFIG).exists():
+        raise Unsure(f"{folder} is an adapter, and only whole models are replayed; merge again and compare")
+    made = unstacked(open_source(str(folder)), [])
+    jobs, seed, is_ours = _replayable(folder, of, states)
     verdicts: list[Verdict] = []
     skipped: list[str] = []
     for i, job in enumerate(jobs):
@@ -67,10 +74,12 @@ def verify(
     return summarise(str(out), verdicts, skipped, sorted(set(made.tensors) - {job.name for job in jobs}))
 
 
-def _replayable(folder: pathlib.Path, of: str | pathlib.Path | None) -> tuple[tuple[Job, ...], int, bool]:
+def _replayable(
+    folder: pathlib.Path, of: str | pathlib.Path | None, states: States | None
+) -> tuple[tuple[Job, ...], int, bool]:
     """The jobs that made a folder, the seed of their random masks, and whether those are drawn as here."""
-    is_ours = True
     record = read_json(folder / "merge.json")
+    is_ours = not record or record.get("versions", {}).get("masks") == MASKS
     compat, allow, seed = record.get("compat"), record.get("allow", ()), record.get("seed")
     if of is None and record:
         recipes = [
@@ -85,14 +94,17 @@ def _replayable(folder: pathlib.Path, of: str | pathlib.Path | None) -> tuple[tu
         recipes = recipe.read(pathlib.Path(of), compat=compat)
     else:
         recipes = [recipe.parse({"merge_method": "passthrough", "models": [{"model": str(of)}]})]
+    if recipes[0].adapter is not None:
+        raise Unsure("what the recipe makes is an adapter, and only whole models are replayed; merge again and compare")
     if len(recipes) > 1:
         raise Unsure(f"the recipe has {len(recipes)} stages, whose results are gone; give of=RECIPE of the last one")
+    seed = recipes[0].seed if seed is None else seed
     try:
         sources = {name: open_source(name) for name in recipes[0].sources}
-        made = planning.make(recipes[0], sources, compat=compat, allow=allow)
+        made = kinds.make(recipes[0], sources, compat=compat, allow=allow, seed=seed, states=states)
     except ValueError as error:
         raise Unsure(str(error)) from error
-    return made.jobs, recipes[0].seed if seed is None else seed, is_ours
+    return made.jobs, seed, is_ours
 
 
 def _is_sampled(job: Job) -> bool:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.draws import uniform
 
 import jaxmerge
 from jaxmerge import RULES
@@ -76,13 +77,6 @@ def test_breadcrumbs(density, gamma):
     )
 
 
-def uniform(name, path="w", shape=(11, 7)):
-    from zlib import crc32
-
-    key = jax.random.fold_in(jax.random.fold_in(KEY, crc32(path.encode())), crc32(name.encode()))
-    return np.asarray(jax.random.uniform(key, shape))
-
-
 @pytest.mark.parametrize("how", ["inverse", "l1", None])
 def test_dare_and_della(how):
     base, models = arrays()
@@ -91,7 +85,7 @@ def test_dare_and_della(how):
         for name, d in zip(NAMES, deltas(base, models), strict=True):
             rank = np.argsort(np.argsort(np.abs(d), axis=-1), axis=-1)
             p = 0.6 - 0.2 + 2 * 0.2 * rank / 6 if is_della else np.full(d.shape, 0.6)
-            masked = d * (uniform(name) < p)
+            masked = d * (uniform(KEY, "w", name, d.shape) < p)
             factor = {"inverse": 1 / p, "l1": np.abs(d).sum() / np.abs(masked).sum(), None: 1.0}[how]
             kept.append(masked * factor)
         more = {"epsilon": 0.2} if is_della else {}

@@ -5,12 +5,12 @@ Run by hand or in CI on Python 3.11 with the extra `oracle`:
 """
 
 import itertools
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.draws import uniform
 
 import jaxmerge
 from jaxmerge.selection import divergence
@@ -154,8 +154,7 @@ def test_random_methods_with_our_masks(case, monkeypatch):
     for path, shape in SHAPES.items():
         if rule.startswith("della") and shape[-1] == 1:
             continue  # mergekit divides 0 by 0 there
-        keys = [jax.random.fold_in(jax.random.fold_in(KEY, _crc(path)), _crc(name)) for name in NAMES]
-        draws = iter([np.asarray(jax.random.uniform(key, shape)) for key in keys])
+        draws = iter([uniform(KEY, path, name, shape) for name in NAMES])
 
         def bernoulli(p, draws=draws):
             draw = torch.from_numpy(np.array(next(draws))).reshape(p.shape)
@@ -167,10 +166,6 @@ def test_random_methods_with_our_masks(case, monkeypatch):
         tensors = [base[path], *(t[path] for t in tuned)]
         wanted = oracle(method, tensors, 0, **parameters)
         same(merged[path], wanted, path, 1.0)
-
-
-def _crc(text):
-    return zlib.crc32(text.encode())
 
 
 def test_defaults_are_its_defaults():

@@ -1,11 +1,10 @@
 """Random rules: what the masks depend on, and what they do not; IMM against its expectation."""
 
-import zlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.draws import uniform
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxmerge
@@ -48,8 +47,7 @@ def test_masks_depend_on_key_path_and_name_alone():
 
 
 def test_the_mask_is_the_documented_one():
-    key = jax.random.fold_in(jax.random.fold_in(KEY, zlib.crc32(b"x/w")), zlib.crc32(b"org/a"))
-    wanted = np.asarray(jax.random.uniform(key, (64, 48)) < 0.5)
+    wanted = uniform(KEY, "x/w", "org/a", (64, 48)) < 0.5
     assert np.array_equal(masks()["org/a"]["x/w"], wanted)
     # The legacy form of a key is the same key.
     assert np.array_equal(masks(key=jax.random.PRNGKey(11))["org/a"]["x/w"], wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from .words import Words, options
 
 
 def merge(words: Words, assignments: Words, dry: bool) -> int:
-    """Merge checkpoints on disk by a recipe, which may be a YAML file of mergekit's.
+    """Merge checkpoints on disk by a recipe, which may be a YAML file of mergekit's or mergekit-moe's.
 
     The merge holds a few tensors in memory at a time, whatever the size of the models. If it is killed, the same
     command continues it. With --dry-run it checks everything, prints sizes and the memory that it needs, and stops.
@@ -39,7 +40,7 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
     if not dry and (done := count_done(out)):
         say(f"{done} tensors of an unfinished merge into {out} are there")
     with own_errors(), progress_in_bytes("merge") as advance:
-        plan = merge_files(words[0], words[1], progress=advance, dry_run=dry, **settings)
+        plan = merge_files(words[0], words[1], progress=advance, dry_run=dry, states=find_states(), **settings)
     for note in plan["notes"]:
         say(f"note: {note}")
     say(
@@ -161,7 +162,10 @@ def verify(words: Words, assignments: Words, dry: bool) -> int:
         origin = origin_of(words[0], settings.of)
         with progress_in_tensors("verify") as advance:
             if origin is None:
-                report = verify_merge(words[0], of=settings.of, everything=settings.all, progress=advance)
+                report = verify_merge(
+                    words[0], of=settings.of, everything=settings.all, progress=advance,
+                    states=find_states(),
+                )  # fmt: skip
             else:
                 from ..improve.verify import verify as verify_run
 
@@ -183,7 +187,8 @@ def verify(words: Words, assignments: Words, dry: bool) -> int:
 def extract_lora(words: Words, assignments: Words, dry: bool) -> int:
     """Write the change between two checkpoints as a LoRA adapter.
 
-    The adapter is a folder in PEFT's format; for each matrix it holds the best approximation of the given rank.
+    The adapter is a folder in PEFT's format; for each matrix it holds the best approximation of the given rank, or of
+    the smallest rank that a threshold allows (explained=, ratio=).
     """
     del dry
     settings = options(assignments, ExtractOptions)
@@ -195,11 +200,25 @@ def extract_lora(words: Words, assignments: Words, dry: bool) -> int:
     with own_errors(), progress_in_tensors("extract") as advance:
         base, tuned = open_source(words[0]), open_source(words[1])
         report = extract(base, tuned, words[2], progress=advance, **dataclasses.asdict(settings))
-    say(f"rank {report['rank']}: {format_percent(report['explained'])} of the change (squared norm) in the matrices")
+    which = "rank" if settings.explained is None and settings.ratio is None else "largest rank"
+    say(f"{which} {report['rank']}: {format_percent(report['explained'])} of the change (squared norm) in the matrices")
     for name, size in report["left_out"].items():
         say(f"left out: {name}, changed by {format_percent(size)}")
     say(words[2])
     return 0
+
+
+def find_states() -> Callable[..., Any] | None:
+    """What runs a model for the gates of a mixture of experts; None where the extra that has the decoder is missing."""
+    if importlib.util.find_spec("flax") is None:
+        return None
+
+    def states(*words: Any) -> Any:
+        from ..models.states import read_states
+
+        return read_states(*words)
+
+    return states
 
 
 @contextlib.contextmanager

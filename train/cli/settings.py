@@ -139,19 +139,29 @@ class VerifyOptions:
 class ExtractOptions:
     """Keys of `jaxmerge extract-lora`."""
 
-    rank: int
-    """Every adapter has this rank: the columns of its first factor."""
+    rank: int | None = None
+    """Every adapter has this rank: the columns of its first factor. With explained or ratio it is the most that one
+    gets; null needs one of these."""
+    explained: float | None = None
+    """Each matrix gets the smallest rank that holds this share of its change's squared norm; null asks for none."""
+    ratio: float | None = None
+    """Each matrix gets the singular values that are at least this share of its largest; null asks for none."""
     alpha: float | None = None
     """The adapter's lora_alpha is set to this; null takes the rank, so that the scale is 1."""
     targets: tuple[str, ...] | None = None
     """Weights whose path matches one of these patterns are factored; null factors every matrix of the layers."""
+    exclude: tuple[str, ...] = ()
+    """Weights whose path matches one of these patterns are not factored, although targets has them."""
     save: tuple[str, ...] = ("**",)
     """Other changed tensors are kept whole if their path matches one of these patterns; `**` keeps all of them."""
     dtype: Dtype = "float32"
     """The factors are written in this precision."""
 
     def __post_init__(self):
-        at_least(self, "extract-lora", rank=1)
+        if self.rank is not None:
+            at_least(self, "extract-lora", rank=1)
+        elif self.explained is None and self.ratio is None:
+            raise UserError("extract-lora: no rank; give rank=16, or explained=0.9 or ratio=0.01 to choose each")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 import jaxmerge
+from jaxmerge.draw import MASKS
 from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import read
 from jaxmerge.files.verdict import (
@@ -281,10 +282,15 @@ def read_input(run: Run, name: str) -> Params:
 
 
 def check_versions(root: Path, name: str) -> None:
-    """Random masks of another version of jax may be other masks."""
+    """Random masks of another version of jax, or of the generator here, may be other masks."""
     path = root / "summary.json"
-    then = json.loads(path.read_text()).get("versions", {}).get("jax") if path.is_file() else None
-    now = importlib.metadata.version("jax")
+    versions = json.loads(path.read_text()).get("versions", {}) if path.is_file() else {}
+    then, now = versions.get("jax"), importlib.metadata.version("jax")
+    if versions and versions.get("masks") != MASKS:
+        raise Unsure(
+            f"{name} draws random masks, of another generator when it was made (version {versions.get('masks', '1')}) "
+            f"than here (version {MASKS}), and no tensor is what these masks give; verify it with that jaxmerge"
+        )
     if then not in (None, now):
         raise Unsure(
             f"{name} draws random masks, by jax {then} when it was made and by jax {now} here, and no tensor is what "

@@ -174,11 +174,7 @@ class Decoder(nnx.Module):
           (hidden [B, T, D] float32, keys and values as in `caches`).
         """
         c, m = self.config, self.model
-        x = jnp.take(gathered(m.embed_tokens.weight[...]), tokens, axis=0).astype(jnp.float32)
-        if c.scaled_embedding:
-            x = x * c.hidden_size**0.5
-        kinds = dict.fromkeys(c.layers)
-        views = {kind: (rope_table(c, positions, kind[1]), within(mask, kind[0], at)) for kind in kinds}
+        x, views = self.embed(tokens), self.views(positions, mask, at)
         if "stacked" in m.layers:
             x, kvs = scan(c, m.layers["stacked"], x, views, caches, at, dtype, remat)
             return m.norm(x), kvs
@@ -189,6 +185,18 @@ class Decoder(nnx.Module):
             x, kv = runner(graph, dtype, remat)(leaves, x, *views[kind], cache, at)
             kvs.append(kv)
         return m.norm(x), tuple(kvs)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """tokens [B, T] → what enters the first layer, [B, T, D] float32."""
+        x = jnp.take(gathered(self.model.embed_tokens.weight[...]), tokens, axis=0).astype(jnp.float32)
+        return x * self.config.hidden_size**0.5 if self.config.scaled_embedding else x
+
+    def views(self, positions: jax.Array, mask: jax.Array, at: jax.Array | None = None) -> dict[Any, tuple[Any, Any]]:
+        """Kind of layer → its table of rotations and its mask."""
+        c = self.config
+        return {
+            kind: (rope_table(c, positions, kind[1]), within(mask, kind[0], at)) for kind in dict.fromkeys(c.layers)
+        }
 
     def head(self, hidden: jax.Array, dtype) -> jax.Array:
         """hidden [..., D] → logits [..., V], float32. A tied head is the embedding, transposed."""

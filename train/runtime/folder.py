@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import yaml
 
+from jaxmerge.draw import MASKS
+
 from ..log import UserError
 from ..resolve import FINISH_WITH, build, to_dict
 from .disk import write_durably
@@ -130,7 +132,7 @@ def provenance(command: str, devices: int) -> dict[str, Any]:
     """What made a result: versions, device, command, commit."""
     device = jax.devices()[0]
     return {
-        "versions": {"python": platform.python_version()} | versions(PACKAGES),
+        "versions": {"python": platform.python_version(), "masks": MASKS} | versions(PACKAGES),
         "device": f"{device.platform} × {devices} ({device.device_kind})",
         "command": command,
         "commit": commit(),

@@ -34,7 +34,7 @@ from jaxmerge.files.documents import read_json, some
 from jaxmerge.files.patterns import matches_module
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_FACTOR = re.compile(
+FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.default)?(?:\.(?P<leaf>weight|bias))?"
 )
@@ -64,11 +64,11 @@ def apply(source: Source, adapter: pathlib.Path) -> Source:
       ValueError: the adapter is of another kind, or has tensors that fit none of the source's: all are named.
     """
     folder = pathlib.Path(adapter)
-    config = _read_config(folder)
+    config = read_config(folder)
     path = folder / WEIGHTS
     if not path.exists():
         raise ValueError(f"adapter {str(folder)!r} has no {WEIGHTS}; save it as safetensors (PEFT's default)")
-    names = _Names(source.tensors)
+    names = Names(source.tensors)
     pair = tied_pair(source)
     lent = None
     if pair is not None:
@@ -99,7 +99,7 @@ def _unmatched(path: pathlib.Path, source: Source, config: Mapping[str, Any], ke
     )
 
 
-class _Names:
+class Names:
     """The tensors of a model, found by the names that an adapter has for them.
 
     The same module is called `model.layers.0…`, `model.language_model.layers.0…` or `layers.0…`, depending on whether
@@ -116,24 +116,24 @@ class _Names:
     def add(self, name: str, tensor: Tensor) -> None:
         """Add a tensor."""
         self.tensors[name] = tensor
-        self._by_end.setdefault(_without_wrappers(name), []).append(name)
+        self._by_end.setdefault(without_wrappers(name), []).append(name)
 
     def find(self, name: str) -> str | None:
         """Return the model's name of a tensor; None if there is none, or more than one that it may be."""
         if name in self.tensors:
             return name
-        found = self._by_end.get(_without_wrappers(name), [])
+        found = self._by_end.get(without_wrappers(name), [])
         return found[0] if len(found) == 1 else None
 
 
-def _without_wrappers(name: str) -> str:
+def without_wrappers(name: str) -> str:
     parts = name.split(".")
     while parts[0] in WRAPPERS and len(parts) > 1:
         del parts[0]
     return ".".join(parts)
 
 
-def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
         raise ValueError(f"adapter {str(folder)!r} has no {CONFIG}; give the folder of a PEFT LoRA adapter")
@@ -155,13 +155,13 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
 Parts = dict[str, Tensor]  # kind → tensor: lora_A, lora_B, lora_B.bias, lora_embedding_A, …
 
 
-def _place(stored: Mapping[str, Tensor], names: _Names) -> tuple[dict[str, Parts], list[str]]:
+def _place(stored: Mapping[str, Tensor], names: Names) -> tuple[dict[str, Parts], list[str]]:
     """Put what replaces tensors in their place; gather the factors of each module; list what is left."""
     factors: dict[str, Parts] = {}
     unmatched = []
     for key, tensor in stored.items():
         name = key.removeprefix("base_model.model.")
-        found = _FACTOR.fullmatch(name)
+        found = FACTOR.fullmatch(name)
         if found:
             leaf = ".bias" if found["leaf"] == "bias" else ""
             factors.setdefault(found["module"], {})[found["kind"] + leaf] = tensor
@@ -197,7 +197,7 @@ class _Layers:
         )
 
 
-def _only_turned(names: _Names, factors: Mapping[str, Parts], config: Mapping[str, Any]) -> frozenset[str]:
+def _only_turned(names: Names, factors: Mapping[str, Parts], config: Mapping[str, Any]) -> frozenset[str]:
     """Of a class that is not in our table, the matrices that fit their factors only as [in, out]."""
     found = set()
     for module, parts in factors.items():
@@ -212,7 +212,7 @@ def _only_turned(names: _Names, factors: Mapping[str, Parts], config: Mapping[st
 
 
 def _adapt(
-    names: _Names, module: str, parts: Parts, config: Mapping[str, Any], path: pathlib.Path, layers: _Layers
+    names: Names, module: str, parts: Parts, config: Mapping[str, Any], path: pathlib.Path, layers: _Layers
 ) -> list[str]:
     """Replace a module's weight and bias by adapted ones; names of the parts that fit none."""
     target = names.find(f"{module}.weight")
@@ -239,7 +239,7 @@ def _adapt(
         if flipped:
             raise ValueError(f"{path}: {magnitude.name}: DoRA of embeddings and transposed weights is not known here")
         _check_shape(target, magnitude, (base.shape[0],))
-    scale = _scale(config, module, rank, path)
+    scale = scale_of(config, module, rank, path)
     names.tensors[target] = Adapted(base, a, b, scale, flipped, magnitude)
     if bias is not None:
         name = names.find(f"{module}.bias")
@@ -250,7 +250,7 @@ def _adapt(
     return []
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int, path: pathlib.Path) -> float:
+def scale_of(config: Mapping[str, Any], module: str, rank: int, path: pathlib.Path) -> float:
     def of(patterns: str, default: str) -> Any:
         """As PEFT matches: the end of the module's name, from a dot on, in full."""
         table = config.get(patterns) or {}

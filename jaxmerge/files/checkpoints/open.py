@@ -150,7 +150,10 @@ def _file(name: str, path: pathlib.Path) -> Source:
 
 def _check_no_adapter(name: str, folder: pathlib.Path) -> None:
     if not (folder / "config.json").exists() and (folder / adapters.CONFIG).exists():
-        raise ValueError(f"model {name!r} is an adapter, without the model it adapts; write it as 'model+adapter'")
+        raise ValueError(
+            f"model {name!r} is an adapter, without the model it adapts; write it as 'model+adapter', or "
+            "merge adapters alone with adapter: core in the recipe"
+        )
 
 
 def _described(

@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxmerge import where
 from jaxmerge.files.checkpoints.source import Source, Tensor
+from jaxmerge.files.experts.layout import unstacked
 from jaxmerge.files.inspect.moments import Moments, Workspace, summarise, working_dtype
 
 Progress = Callable[[int, int, str], None]
@@ -66,7 +67,8 @@ def compare(
     begin = time.perf_counter()
     if not others:
         raise ValueError(f"compare: only {base.name!r} is given; name at least one model to compare with it")
-    sources = (base, *others)
+    sources = tuple(unstacked(source, []) for source in (base, *others))
+    base, others = sources[0], sources[1:]
     unlike = _unlike(sources)
     left = {entry["tensor"] for entry in unlike}
     shared = {

@@ -2,13 +2,7 @@ r"""Extract a LoRA adapter: the best approximation of rank r to what training ch
 
     Δ = W_tuned − W_base ≈ U_r S_r V_rᵀ,   B = U_r √(S_r/s),  A = √(S_r/s) V_rᵀ,   s = alpha/r
 
-Small matrices are decomposed exactly. Large ones by a random projection with power iterations: Q an orthonormal
-basis of (ΔΔᵀ)^q Δ Ω, then the decomposition of QᵀΔ, which is small. What the result explains of ‖Δ‖² is exact in
-both cases: ‖Δ − Q(QᵀΔ)_r‖² = ‖Δ‖² − ‖(QᵀΔ)_r‖².
-
-References:
-  Eckart and Young, "The approximation of one matrix by another of lower rank", 1936
-  Halko, Martinsson and Tropp, "Finding Structure with Randomness", https://arxiv.org/abs/0909.4061
+`jaxmerge.files.factors` decomposes a matrix and says how much of it the factors hold.
 """
 
 from __future__ import annotations
@@ -19,11 +13,9 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -34,16 +26,13 @@ from jaxmerge.files.checkpoints.adapter import CONFIG, WEIGHTS
 from jaxmerge.files.checkpoints.classes import is_embedding, is_transposed, name_in_memory
 from jaxmerge.files.checkpoints.heads import tied_pair
 from jaxmerge.files.checkpoints.source import Source, Tensor, read
+from jaxmerge.files.factors import Cut, factor, ranks_in_config
 from jaxmerge.files.inspect.compare import compare
 from jaxmerge.where import Where
 
 Progress = Callable[[int, int, str], None]
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": safetensors.DTYPES["BF16"], "float16": np.dtype(np.float16)}
-EXACT = 512  # up to this smaller side, or where the rank is a quarter of it, decompose exactly
 COPIED = 1 << 24  # bytes of a whole tensor at a time
-SPARE = 16  # columns of the projection beyond the rank
-ITERATIONS = 8  # at most
-SETTLED = 1e-4  # share of ‖Δ‖² that the last iteration may have added
 ROUTERS = ("gate", "router")  # plain parameters in most models, no linear layers
 
 
@@ -61,9 +50,12 @@ def extract_lora(
     tuned: Source,
     out: str | pathlib.Path,
     *,
-    rank: int,
+    rank: int | None = None,
+    explained: float | None = None,
+    ratio: float | None = None,
     alpha: float | None = None,
     targets: Where | None = None,
+    exclude: Where = (),
     save: Where = "**",
     dtype: str = "float32",
     progress: Progress | None = None,
@@ -73,10 +65,14 @@ def extract_lora(
     Args:
       base, tuned: open checkpoints of one architecture.
       out: folder to make; it appears under its name only when whole.
-      rank: of the factors; no more than the largest matrix has.
+      rank: of the factors; no more than the largest matrix has. With `explained` or `ratio` it is the most that a
+        matrix gets, and without them every matrix has it.
+      explained: each matrix gets the smallest rank that holds this share of its change's squared norm.
+      ratio: each matrix gets the singular values that are at least this share of its largest.
       alpha: written as lora_alpha; without it the rank, so that the scale is 1. The product does not depend on it.
       targets: patterns (see `jaxmerge.where`) of the weights to factor; without it every matrix in the layers
-        but routers.
+        but routers. An embedding that they match is factored too.
+      exclude: patterns of weights that are not factored, although `targets` has them.
       save: patterns of changed tensors to keep whole where they are not factored (embeddings, head, norms, biases):
         "**" all, () none. What is not kept is listed with its size.
       dtype: of the factors: float32, bfloat16 or float16. What is kept whole keeps the dtype it has.
@@ -85,7 +81,8 @@ def extract_lora(
     Returns:
       {"out", "rank", "alpha", "tensors": {name: {"explained", "relative", "method", "rank", "gain"}},
       "whole": {name: relative}, "left_out": {name: relative}, "explained", "lost", "bytes", "seconds"}.
-      explained: share of ‖Δ‖² in the adapter, before factors are rounded to `dtype`. relative: ‖Δ‖/‖W‖. gain: what
+      rank: the largest that a matrix has. explained: share of ‖Δ‖² in the adapter, before factors are rounded to
+      `dtype`. relative: ‖Δ‖/‖W‖. gain: what
       the last power iteration added to `explained`, 0 for an exact decomposition. In all: explained, and lost, the
       ‖Δ‖ that the adapter lacks over ‖W‖ of all tensors.
 
@@ -93,54 +90,79 @@ def extract_lora(
       ValueError: models unlike, nothing changed, a pattern that matches nothing, weights not finite.
     """
     begin, out = time.perf_counter(), pathlib.Path(out)
-    if rank < 1 or dtype not in DTYPES:
-        raise ValueError(f"extract-lora: rank {rank}, dtype {dtype!r}; wanted a rank ≥ 1 and one of {list(DTYPES)}")
+    cut = _cut_of(rank, explained, ratio)
+    if dtype not in DTYPES:
+        raise ValueError(f"extract-lora: dtype {dtype!r}; wanted one of {list(DTYPES)}")
+    if alpha is not None and not alpha > 0:
+        raise ValueError(f"extract-lora: alpha is {alpha}, wanted a positive number")
+    disk.check_free(out)
     found = _compared(base, tuned)
     sizes = {name: entry["models"][0] | {"base": entry["norm"]} for name, entry in found["tensors"].items()}
-    split = _split(base, [name for name, size in sizes.items() if size["changed"]], targets, save)
+    split = _split(base, [name for name, size in sizes.items() if size["changed"]], targets, exclude, save)
     if not split.factored and not split.whole:
         what = f"only {len(split.left)} tensors that save= leaves out" if split.left else "nothing"
         raise ValueError(f"{tuned.name!r} differs from {base.name!r} in {what}; there is no adapter to write")
-    rank = min(rank, max((min(base.tensors[name].shape) for name in split.factored), default=rank))
-    alpha = float(rank) if alpha is None else alpha
-    if not alpha > 0:
-        raise ValueError(f"extract-lora: alpha is {alpha}, wanted a positive number")
-    layout = _layout(base, tuned, split, rank, DTYPES[dtype])
-    places = safetensors.plan({key: (part.dtype, part.shape) for key, part in layout.items()}, 1 << 62)
     report: dict[str, Any] = {}
+    factors: dict[str, np.ndarray] = {}
+    most = max((min(base.tensors[name].shape) for name in split.factored), default=1)
+    uniform = None if cut.varies else min(cut.rank or most, most)
+    for i, name in enumerate(split.factored):
+        delta = _delta(base.tensors[name], tuned.tensors[name])
+        delta = delta.T if _flipped(base, name) else delta
+        a, b, facts = factor(delta, uniform or cut.rank, cut=cut if cut.varies else None)
+        root = 1.0 if alpha is None else math.sqrt(alpha / len(a))
+        pair = ((part / np.float32(root)).astype(DTYPES[dtype]) for part in (a, b))
+        factors |= dict(zip(_keys(base, name), pair, strict=True))
+        report[name] = facts | {"relative": sizes[name]["relative"]}
+        if progress is not None:
+            progress(i + 1, len(split.factored), name)
+    lost = [sizes[name]["norm"] ** 2 * (1 - facts["explained"]) for name, facts in report.items()]
+    lost += [sizes[name]["norm"] ** 2 for name in split.left]
+    overall = found["overall"]
+    held = 1 - math.fsum(lost) / overall["models"][0]["norm"] ** 2
+    config = _config(base, split, {name: len(factors[_keys(base, name)[0]]) for name in split.factored}, alpha)
+    size = _write(base, tuned, out, split, factors, config, held)
+    return {
+        "out": str(out), "rank": config["r"], "alpha": float(config["lora_alpha"]), "tensors": report,
+        "whole": {name: sizes[name]["relative"] for name in split.whole},
+        "left_out": {name: sizes[name]["relative"] for name in split.left},
+        "explained": held,
+        "lost": math.sqrt(math.fsum(lost)) / overall["norm"] if overall["norm"] else None,
+        "bytes": size, "seconds": time.perf_counter() - begin,
+    }  # fmt: skip
+
+
+def _cut_of(rank: int | None, explained: float | None, ratio: float | None) -> Cut:
+    if rank is None and explained is None and ratio is None:
+        raise ValueError("extract-lora: no rank; give rank=16, or explained=0.9 or ratio=0.01 to choose each")
+    try:
+        return Cut(rank, explained, ratio)
+    except ValueError as error:
+        raise ValueError(f"extract-lora: {error}") from None
+
+
+def _write(
+    base: Source, tuned: Source, out: pathlib.Path, split: Split, factors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any], explained: float,
+) -> int:  # fmt: skip
+    """Write the folder; bytes of its weights."""
+    copied = _copied(base, tuned, split)
+    entries: dict[str, Any] = {**factors, **copied}
+    places = safetensors.plan({key: (part.dtype, tuple(part.shape)) for key, part in entries.items()}, 1 << 62)
     with disk.new_folder(out, places.total) as folder:
         with contextlib.closing(safetensors.Writer(folder, places)) as writer:
-            for i, name in enumerate(split.factored):
-                flipped = _flipped(base, name)
-                delta = _delta(base.tensors[name], tuned.tensors[name])
-                a, b, facts = factor(delta.T if flipped else delta, rank, alpha / rank)
-                for key, part in zip(_keys(base, name), (a, b), strict=True):
-                    writer.write(key, np.ascontiguousarray(part.astype(DTYPES[dtype])).reshape(-1).view(np.uint8))
-                report[name] = facts | {"relative": sizes[name]["relative"]}
-                if progress is not None:
-                    progress(i + 1, len(split.factored), name)
-            for key, part in layout.items():
-                if part.source is not None:
-                    _copy(part.source, key, writer)
+            for key, part in factors.items():
+                writer.write(key, np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+            for key, tensor in copied.items():
+                _copy(tensor, key, writer)
             writer.finish()
         (folder / safetensors.SINGLE).rename(folder / WEIGHTS)
-        config = _config(base, split, rank, alpha)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        lost = [sizes[name]["norm"] ** 2 * (1 - facts["explained"]) for name, facts in report.items()]
-        lost += [sizes[name]["norm"] ** 2 for name in split.left]
-        overall = found["overall"]
-        explained = 1 - math.fsum(lost) / overall["models"][0]["norm"] ** 2
+        rank, alpha = config["r"], float(config["lora_alpha"])
         model_card.write_card(
             folder, model_card.extracted_card(base, tuned, out, rank=rank, alpha=alpha, explained=explained)
         )
-    return {
-        "out": str(out), "rank": rank, "alpha": alpha, "tensors": report,
-        "whole": {name: sizes[name]["relative"] for name in split.whole},
-        "left_out": {name: sizes[name]["relative"] for name in split.left},
-        "explained": explained,
-        "lost": math.sqrt(math.fsum(lost)) / overall["norm"] if overall["norm"] else None,
-        "bytes": places.total, "seconds": time.perf_counter() - begin,
-    }  # fmt: skip
+    return places.total
 
 
 def _compared(base: Source, tuned: Source) -> dict[str, Any]:
@@ -165,7 +187,7 @@ def _compared(base: Source, tuned: Source) -> dict[str, Any]:
     return found
 
 
-def _split(base: Source, changed: Sequence[str], targets: Where | None, save: Where) -> Split:
+def _split(base: Source, changed: Sequence[str], targets: Where | None, exclude: Where, save: Where) -> Split:
     paths = {name: name.replace(".", "/") for name in base.tensors}
     matrices = {
         n for n, t in base.tensors.items()
@@ -179,6 +201,7 @@ def _split(base: Source, changed: Sequence[str], targets: Where | None, save: Wh
             raise ValueError(
                 f"targets={targets!r} matches none of the {len(matrices)} weight matrices of {base.name!r}"
             )
+    wanted = {n for n in wanted if not where.matches(exclude, paths[n])}
     factored = tuple(n for n in changed if n in wanted)
     rest = [n for n in changed if n not in wanted]
     whole = tuple(n for n in rest if where.matches(save, paths[n]) and _has_own_module(n, factored))
@@ -209,34 +232,26 @@ def _keys(base: Source, name: str) -> tuple[str, str]:
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """A tensor of the adapter's file; `source`, if it is a copy."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    source: Tensor | None = None
-
-
-def _layout(base: Source, tuned: Source, split: Split, rank: int, dtype: np.dtype) -> dict[str, _Part]:
-    layout = {}
-    for name in split.factored:
-        rows, columns = base.tensors[name].shape[:: -1 if _flipped(base, name) else 1]
-        a, b = _keys(base, name)
-        layout |= {a: _Part(dtype, (rank, columns)), b: _Part(dtype, (rows, rank))}
+def _copied(base: Source, tuned: Source, split: Split) -> dict[str, Tensor]:
+    """What is kept whole, by its name in the adapter's file."""
+    copied: dict[str, Tensor] = {}
     modules = {name.removesuffix(".weight") for name in split.factored}
     for name in split.whole:
         tensor, module = tuned.tensors[name], name.rpartition(".")[0]
         safetensors.check_dtype(tensor.dtype, name, tensor.where)
         # PEFT keeps the bias of a module that it adapts inside the layer it wraps.
         key = f"{module}.base_layer.bias" if module in modules else name
-        layout[f"base_model.model.{_in_memory(base, key)}"] = _Part(tensor.dtype, tensor.shape, tensor)
+        copied[f"base_model.model.{_in_memory(base, key)}"] = tensor
         if (pair := tied_pair(tuned)) is not None and name == pair[0]:
-            layout[f"base_model.model.{_in_memory(base, pair[1])}"] = _Part(tensor.dtype, tensor.shape, tensor)
-    return layout
+            copied[f"base_model.model.{_in_memory(base, pair[1])}"] = tensor
+    return copied
 
 
-def _config(base: Source, split: Split, rank: int, alpha: float) -> dict[str, Any]:
+def _config(base: Source, split: Split, ranks: Mapping[str, int], alpha: float | None) -> dict[str, Any]:
+    """What PEFT reads. Without an alpha, that of each matrix is its rank."""
+    said = ranks_in_config({_in_memory(base, name).removesuffix(".weight"): rank for name, rank in ranks.items()})
+    alphas = {"alpha_pattern": said["rank_pattern"]} if alpha is None else {}
+    alpha = float(said["r"]) if alpha is None else alpha
     every = {_in_memory(base, name).rpartition(".")[0] for name in base.tensors}
     factored = {_in_memory(base, name).removesuffix(".weight") for name in split.factored}
     whole = {_in_memory(base, name).rpartition(".")[0] for name in split.whole} - factored
@@ -249,7 +264,8 @@ def _config(base: Source, split: Split, rank: int, alpha: float) -> dict[str, An
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base.name,
-        "r": rank,
+        **said,
+        **alphas,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "target_modules": _shortened(factored, every),
         "modules_to_save": _shortened(whole, every) or None,
@@ -284,72 +300,3 @@ def _delta(base: Tensor, tuned: Tensor) -> np.ndarray:
     delta = read(tuned).astype(np.float32)
     delta -= read(base).astype(np.float32)
     return delta
-
-
-def factor(delta: np.ndarray, rank: int, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Factor Δ [out, in] into A [rank, in] and B [out, rank] with scale·B·A ≈ Δ; float32.
-
-    Returns:
-      A, B and {"explained", "method", "rank", "gain"}; columns beyond the smaller side of Δ are zero.
-    """
-    small = min(delta.shape)
-    used = min(rank, small)
-    # Scaled, so that squares stay in float32's range.
-    unit = float(np.abs(delta).max()) or 1.0
-    delta = delta / np.float32(unit)
-    square = float(np.vecdot(delta, delta).sum(dtype=np.float64))
-    if small <= EXACT or 4 * used >= small:
-        method, gain = "exact", 0.0
-        u, s, v = (np.asarray(part) for part in np.linalg.svd(delta, full_matrices=False))
-    else:
-        method = "randomised"
-        u, s, v, gain = _randomised(jnp.asarray(delta), used)
-    s = s[:used]
-    root = np.sqrt(s) * math.sqrt(unit / scale)
-    a, b = np.zeros((rank, delta.shape[1]), np.float32), np.zeros((delta.shape[0], rank), np.float32)
-    a[:used], b[:, :used] = root[:, None] * v[:used], u[:, :used] * root
-    explained = min(float(np.sum(np.square(s, dtype=np.float64))) / square, 1.0) if square else 1.0
-    return a, b, {"explained": explained, "method": method, "rank": used, "gain": gain}
-
-
-def _randomised(delta: jax.Array, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Iterate until the energy in the first `rank` directions settles; (U, S, Vᵀ, last gain)."""
-    total = float(jnp.vdot(delta, delta))
-    sketch = jax.random.normal(jax.random.key(0), (delta.shape[1], rank + SPARE), delta.dtype)
-    basis = _basis(delta, sketch)
-    found = _project(delta, basis)
-    energy, gain = float(jnp.sum(found.s[:rank] ** 2)), total
-    for _ in range(ITERATIONS):
-        basis = _basis(delta, found.other)
-        found = _project(delta, basis)
-        now = float(jnp.sum(found.s[:rank] ** 2))
-        gain, energy = (now - energy) / total, now
-        if gain < SETTLED:
-            break
-    u, v = _exactly(basis, found.u), _exactly(found.v, found.other.T)
-    return np.asarray(u), np.asarray(found.s), np.asarray(v), max(gain, 0.0)
-
-
-class _Projected(NamedTuple):
-    """QᵀΔ = u·diag(s)·v·otherᵀ, with u and v square and small."""
-
-    u: jax.Array
-    s: jax.Array
-    v: jax.Array
-    other: jax.Array
-
-
-# In float32 to the last digit also on devices whose products default to less.
-_exactly = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.jit
-def _basis(delta: jax.Array, other: jax.Array) -> jax.Array:
-    return jnp.linalg.qr(_exactly(delta, other))[0]
-
-
-@jax.jit
-def _project(delta: jax.Array, basis: jax.Array) -> _Projected:
-    other, r = jnp.linalg.qr(_exactly(delta.T, basis))
-    u, s, v = jnp.linalg.svd(r.T)
-    return _Projected(u, s, v, other)

@@ -6,13 +6,13 @@ Run by hand or in CI on Python 3.11 with the extra `oracle`:
 
 import json
 import pathlib
-import zlib
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import yaml
+from helpers.draws import uniform
 from helpers.llamas import equal, folder, load, make, merged, tensors
 
 from jaxmerge.files import layers, merge
@@ -290,11 +290,8 @@ dtype: float32
     draws = []
 
     def keyed(self, group, /, **parameters):
-        salts = [group.metadata.name.replace(".", "/"), *(str(entry.id) for entry in group.non_base)]
-        key, *names = (zlib.crc32(salt.encode()) for salt in salts)
-        key = jax.random.fold_in(jax.random.key(0), key)
-        shape = group.base.tensor.shape
-        draws[:] = [np.array(jax.random.uniform(jax.random.fold_in(key, name), shape)) for name in names]
+        path, shape = group.metadata.name.replace(".", "/"), group.base.tensor.shape
+        draws[:] = [uniform(jax.random.key(0), path, str(entry.id), shape) for entry in group.non_base]
         return merge_group(self, group, **parameters)
 
     def bernoulli(p):

@@ -151,6 +151,18 @@ def test_a_folder_of_mergekits_is_compared_with_its_own_recipe(here):
     assert (report["code"], len(report["skipped"])) == (2, 4)
 
 
+def test_masks_of_an_earlier_generator_cannot_be_told(here):
+    pathlib.Path("r.yaml").write_text(RECIPES["dare_ties"])
+    merge("r.yaml", "out")
+    assert verify.verify("out")["code"] == 0
+    path = pathlib.Path("out/merge.json")
+    record = json.loads(path.read_text())
+    del record["versions"]["masks"]
+    path.write_text(json.dumps(record))
+    report = verify.verify("out")
+    assert (report["code"], len(report["skipped"])) == (2, 4)
+
+
 def test_the_command_exits_with_what_it_found(here, capsys):
     from train.cli.__main__ import main
 

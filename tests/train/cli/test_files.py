@@ -114,10 +114,11 @@ def test_extract_lora_and_back(here, capsys):
     for name in SHAPES:
         np.testing.assert_allclose(back[name], one[name], atol=2e-6)
     assert main(["extract-lora", "base", "one", "again"]) == 2
-    assert "rank is missing; it has no default" in capsys.readouterr().err
+    assert "extract-lora: no rank; give rank=16, or explained=0.9" in capsys.readouterr().err
     for words, said in [
         (["rank=abc"], "rank is 'abc'; int is wanted"),
         (["rank=0"], "extract-lora.rank is 0; it must be at least 1"),
+        (["explained=2"], "explained is 2.0, wanted a share in (0, 1]"),
         (["rank=2", "alpha=much"], "alpha is 'much'; float is wanted"),
         (["rank=2", "dtype=int8"], "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
         (["rank=2", "targets=3"], "targets is 3; a list is wanted"),
@@ -127,6 +128,33 @@ def test_extract_lora_and_back(here, capsys):
         assert said in capsys.readouterr().err
     assert not pathlib.Path("again").exists()
     assert main(["extract-lora", "base", "one", "again", "--rank", "2", "targets=layers/1/**", "--save=norm"]) == 0
+
+
+def test_adapters_merge_into_an_adapter(here, capsys):
+    for name in ("one", "two"):
+        assert main(["extract-lora", "base", name, f"of-{name}", "explained=0.9", "save=[]", "exclude=up_proj"]) == 0
+        assert "largest rank" in capsys.readouterr().out
+    recipe = (
+        "merge_method: linear\nadapter: core\nmodels: [{model: of-one}, {model: of-two}]\nparameters: {weight: 1}\n"
+    )
+    (here / "recipe.yaml").write_text(recipe)
+    assert main(["merge", "recipe.yaml", "out", "--dry-run"]) == 0
+    assert "linear: 2 tensors" in capsys.readouterr().out
+    assert main(["merge", "recipe.yaml", "out"]) == 0
+    assert "note: 100.00 % of the merged change (squared norm) is in the adapter" in capsys.readouterr().out
+    whole = recipe.replace("adapter: core\n", "").replace("of-", "base+of-")
+    (here / "whole.yaml").write_text(whole)
+    assert main(["merge", "whole.yaml", "whole"]) == 0
+    (here / "back.yaml").write_text("merge_method: passthrough\nmodels: [{model: base+out}]\n")
+    assert main(["merge", "back.yaml", "back"]) == 0
+    back, wanted = load_file("back/model.safetensors"), load_file("whole/model.safetensors")
+    for name in SHAPES:
+        np.testing.assert_allclose(back[name], wanted[name], atol=2e-6)
+    assert main(["verify", "out"]) == 2
+    assert "out is an adapter, and only whole models are replayed" in capsys.readouterr().out
+    (here / "recipe.yaml").write_text(recipe.replace("core", "knot"))
+    assert main(["merge", "recipe.yaml", "again"]) == 2
+    assert "unknown space of 'adapter' 'knot'; did you mean 'knots'" in capsys.readouterr().err
 
 
 def test_the_recipe_of_slerp_over_depth_is_the_schedule_of_its_paper(tmp_path, monkeypatch):

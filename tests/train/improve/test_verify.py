@@ -146,10 +146,13 @@ def test_what_rests_on_another_checkpoint_or_version_cannot_be_told(run, done):
     replaced(run, "round-1/masks/merge", drawn)
     assert verify(place(run, "masks"))["code"] == 1
     summary = json.loads((run / "summary.json").read_text())
-    summary["versions"]["jax"] = "0.3.2"
-    (run / "summary.json").write_text(json.dumps(summary))
-    with pytest.raises(Unsure, match=r"by jax 0\.3\.2 when it was made"):
-        verify(place(run, "masks"))
+    for versions, words in [
+        ({"jax": "0.3.2"}, r"by jax 0\.3\.2 when it was made"),
+        ({"masks": "1"}, r"another generator when it was made \(version 1\)"),
+    ]:
+        (run / "summary.json").write_text(json.dumps(summary | {"versions": summary["versions"] | versions}))
+        with pytest.raises(Unsure, match=words):
+            verify(place(run, "masks"))
     replaced(run, "round-1/plain/sft", drawn)
     with pytest.raises(Unsure, match=r"round-1/plain/sft is not what the run made: its digest is"):
         verify(place(run, "half"))

@@ -172,6 +172,40 @@ def test_targets_embeddings_and_transposed_weights(tmp_path):
         alike(array, other[name], 8.0)
 
 
+@pytest.mark.parametrize("cut", [{"explained": 0.9}, {"ratio": 0.3}, {"explained": 0.99, "rank": 4}])
+def test_thresholds_choose_the_rank_of_each_matrix(tmp_path, base, cut):
+    """The smallest rank that holds the share, or the values above a share of the largest; `rank` is the most."""
+    tuned = folder(tmp_path / "tuned", trained(1, ["proj.weight"]))
+    sources = open_source(str(base)), open_source(str(tuned))
+    report = lowrank.extract_lora(*sources, tmp_path / "lora", alpha=None if "ratio" in cut else 5.0, **cut)
+    found, wanted, start = applied(base, tmp_path / "lora"), trained(1, ["proj.weight"]), weights(0)
+    config = json.loads((tmp_path / "lora" / adapter.CONFIG).read_text())
+    for module in MODULES:
+        delta = (wanted[f"{module}.weight"] - start[f"{module}.weight"]).astype(np.float64)
+        u, s, v = np.linalg.svd(delta)
+        share = np.cumsum(s**2) / np.sum(s**2)
+        rank = int(np.sum(s >= 0.3 * s[0])) if "ratio" in cut else int(np.sum(share < cut["explained"])) + 1
+        rank = min(rank, cut.get("rank", D))
+        assert report["tensors"][f"{module}.weight"]["rank"] == config["rank_pattern"].get(module, config["r"]) == rank
+        made = found[f"{module}.weight"] - start[f"{module}.weight"]
+        assert np.abs(made - u[:, :rank] * s[:rank] @ v[:rank]).max() < 1e-5
+    assert report["rank"] == max(facts["rank"] for facts in report["tensors"].values())
+
+
+def test_excluded_weights_are_not_factored(tmp_path, base):
+    tuned = folder(tmp_path / "tuned", trained(1, ["proj.weight", "embed_tokens.weight", "lm_head.weight"]))
+    sources = open_source(str(base)), open_source(str(tuned))
+    report = lowrank.extract_lora(
+        *sources, tmp_path / "lora", rank=2, targets=["mlp", "embed_tokens"], exclude=["layers/1", "up_proj"],
+        save=["lm_head"],
+    )  # fmt: skip
+    assert set(report["tensors"]) == {
+        "model.embed_tokens.weight", *(f"model.layers.0.mlp.{p}_proj.weight" for p in ("gate", "down")),
+    }  # fmt: skip
+    assert set(report["whole"]) == {"lm_head.weight"}
+    assert "model.layers.1.mlp.up_proj.weight" in report["left_out"]
+
+
 NAMES_IN_MEMORY = {
     "gpt2 as published": ("GPT2LMHeadModel", "wte", "h.0.mlp.c_fc", "transformer.wte", "transformer.h.0.mlp.c_fc"),
     "a bare decoder": ("LlamaForCausalLM", "embed_tokens", "layers.0.q", "model.embed_tokens", "model.layers.0.q"),
@@ -222,8 +256,12 @@ def test_extraction_refuses(tmp_path, base):
         lowrank.extract_lora(sources[0], norms, tmp_path / "lora", rank=2, save=())
     with pytest.raises(ValueError, match="matches none of the"):
         lowrank.extract_lora(sources[0], norms, tmp_path / "lora", rank=2, targets="experts")
+    with pytest.raises(ValueError, match="no rank; give rank=16, or explained"):
+        lowrank.extract_lora(*sources, tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"explained is 1\.5, wanted a share"):
+        lowrank.extract_lora(*sources, tmp_path / "lora", explained=1.5)
     for wrong in ({"rank": 0}, {"rank": 2, "dtype": "int8"}):
-        with pytest.raises(ValueError, match="wanted a rank"):
+        with pytest.raises(ValueError, match=r"rank is 0, wanted a whole|dtype 'int8'; wanted one of"):
             lowrank.extract_lora(*sources, tmp_path / "lora", **wrong)
     with pytest.raises(ValueError, match="alpha is -1"):
         lowrank.extract_lora(sources[0], norms, tmp_path / "lora", rank=2, alpha=-1)
@@ -250,7 +288,7 @@ def test_extraction_refuses(tmp_path, base):
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", ["all", "tied", "some", "biases"])
+@pytest.mark.parametrize("case", ["all", "tied", "some", "biases", "ranks"])
 def test_peft_loads_what_is_extracted(tmp_path, case):
     pytest.importorskip("peft")
     from peft import PeftModel
@@ -266,10 +304,12 @@ def test_peft_loads_what_is_extracted(tmp_path, case):
     settings = {"tie_word_embeddings": tied, "attention_bias": biases, "mlp_bias": biases}
     base = folder(tmp_path / "base", start, **settings)
     sources = open_source(str(base)), open_source(str(folder(tmp_path / "tuned", tuned, **settings)))
-    lowrank.extract_lora(*sources, tmp_path / "lora", rank=D, alpha=7)
+    # Shares so near to 1 that ranks differ and nothing is lost.
+    cut = {"explained": 0.999999} if case == "ranks" else {"rank": D, "alpha": 7}
+    lowrank.extract_lora(*sources, tmp_path / "lora", **cut)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "lora")
     merged = {k: v.detach().numpy() for k, v in model.merge_and_unload().state_dict().items()}
     for name, wanted in tuned.items():
-        alike(merged[name], wanted, 8.0)
+        alike(merged[name], wanted, 8e4 if case == "ranks" else 8.0)
     if tied:
         alike(merged["lm_head.weight"], tuned["model.embed_tokens.weight"])
