@@ -8,8 +8,8 @@ r"""Group-relative RL against TRL's GRPO trainer: python benchmarks/grpo.py peer
 
 Both draw from the whole softmax at temperature 1, are rewarded with the share of a completion's characters that are
 digits, and train all weights in float32 with AdamW: loss dapo, β 0, no gradient checkpointing. A step is timed end to
-end: samples, rewards, loss, update. The peer's first batch is then put into our loss, with the weights it was drawn
-from: loss and log-probabilities are compared.
+end: samples, rewards, loss, update. Beside other work the processor seconds say more than the seconds. The peer's
+first batch is then put into our loss, with the weights it was drawn from: loss and log-probabilities are compared.
 """
 
 from __future__ import annotations
@@ -66,18 +66,24 @@ def main() -> None:
         save_hf(Path(folder) / "model", model.config, model.params, tokenizer_from=model.tokenizer)
         (Path(folder) / "prompts.json").write_text(json.dumps(texts))
         theirs = Peer(options["peer"], folder, samples, most, steps + 1)
-        seconds = ours(model, texts, samples, most, steps + 1, theirs)
+        seconds, busy = ours(model, texts, samples, most, steps + 1, theirs)
         compare(model, json.loads((Path(folder) / "batch.json").read_text()))
-    told = {"jaxmerge": seconds[1:], "trl": theirs.seconds[1:]}
-    speeds = {name: count * samples / statistics.median(values) for name, values in told.items()}
-    for name, values in told.items():
-        each = ", ".join(f"{s:.1f}" for s in values)
-        print(f"  {name:<9} {speeds[name]:6.2f} samples/s   seconds a step: {each}")
-    print(f"  ratio {speeds['jaxmerge'] / speeds['trl']:.2f} (goal ≥ 2)")
+    print(f"  of {len(os.sched_getaffinity(0))} cores, the first step of each left out:")
+    for clock, told in {
+        "seconds": {"jaxmerge": seconds[1:], "trl": theirs.seconds[1:]},
+        "processor seconds": {"jaxmerge": busy[1:], "trl": theirs.busy[1:]},
+    }.items():
+        speeds = {name: count * samples / statistics.median(values) for name, values in told.items()}
+        for name, values in told.items():
+            each = ", ".join(f"{s:.1f}" for s in values)
+            print(f"  {name:<9} {speeds[name]:6.2f} samples a second   {clock} a step: {each}")
+        print(f"  ratio {speeds['jaxmerge'] / speeds['trl']:.2f} (goal ≥ 2)")
 
 
-def ours(model: Any, texts: list[str], samples: int, most: int, steps: int, peer: Peer) -> list[float]:
-    """Seconds of each of our steps; after each the peer makes one of its own."""
+def ours(
+    model: Any, texts: list[str], samples: int, most: int, steps: int, peer: Peer
+) -> tuple[list[float], list[float]]:
+    """Seconds and processor seconds of each of our steps; after each the peer makes one of its own."""
     from train.generate.rollout import Prompt
     from train.generate.settings import Settings
     from train.learn.on_policy import Questions, learn_on_policy
@@ -88,12 +94,19 @@ def ours(model: Any, texts: list[str], samples: int, most: int, steps: int, peer
 
     prompts = [Prompt(str(i), tuple(model.tokenizer.encode(text))) for i, text in enumerate(texts)]
     seconds: list[float] = []
+    busy: list[float] = []
+    clock = time.process_time()
 
     def on_step(metrics: dict[str, float]) -> None:
+        nonlocal clock
         seconds.append(metrics["seconds"])
-        told = " ".join(f"{k} {metrics[k]:.4g}" for k in ("reward", "completion_tokens", "entropy", "drift_max"))
+        busy.append(time.process_time() - clock)
+        told = " ".join(
+            f"{k} {metrics[k]:.4g}" for k in ("reward", "completion_tokens", "entropy", "drift_mean", "drift_max")
+        )
         print(f"  jaxmerge {seconds[-1]:.1f} s ({metrics['generate_seconds']:.1f} drawing): {told}", flush=True)
         print(f"  trl      {peer.step():.1f} s", flush=True)
+        clock = time.process_time()
 
     learn_on_policy(
         model, Questions(prompts, ["all"] * len(prompts), [None] * len(prompts)),
@@ -102,7 +115,7 @@ def ours(model: Any, texts: list[str], samples: int, most: int, steps: int, peer
         Sft(learning_rate=RATE, batch=len(prompts) * samples, warmup=0.0, schedule="constant"),
         mesh=make_mesh(Mesh()), seed=0, on_step=on_step,
     )  # fmt: skip
-    return seconds
+    return seconds, busy
 
 
 def compare(model: Any, batch: dict[str, Any]) -> None:
@@ -134,6 +147,7 @@ class Peer:
         words = [python, "-u", __file__, "peer", *map(str, about)]
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.seconds: list[float] = []
+        self.busy: list[float] = []
 
     def step(self) -> float:
         assert self.process.stdin is not None
@@ -143,7 +157,9 @@ class Peer:
         while not (line := self.process.stdout.readline()).startswith("seconds "):
             if not line:
                 raise SystemExit(f"the peer's process ended with code {self.process.wait()}")
-        self.seconds.append(float(line.split()[1]))
+        _, seconds, busy = line.split()
+        self.seconds.append(float(seconds))
+        self.busy.append(float(busy))
         return self.seconds[-1]
 
 
@@ -160,20 +176,20 @@ def be_peer(folder: str, samples: str, most: str, steps: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     prompts = json.loads((Path(folder) / "prompts.json").read_text())
     place = str(Path(folder) / "model")
 
     class Turns(TrainerCallback):
-        start = 0.0
+        start = busy = 0.0
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             """TRL draws after this and before the loss."""
             sys.stdin.readline()
-            self.start = time.perf_counter()
+            self.start, self.busy = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            print("seconds", time.perf_counter() - self.start, flush=True)
+            print("seconds", time.perf_counter() - self.start, time.process_time() - self.busy, flush=True)
 
     class Kept(GRPOTrainer):
         """Keeps its first batch."""

@@ -50,7 +50,7 @@ def test_what_is_rewarded_becomes_more(model, mesh):
     rewards = [metrics["reward"] for metrics in log]
     assert np.mean(rewards[:3]) < 0.3
     assert np.mean(rewards[-3:]) > 0.7
-    assert all(metrics["drift_max"] < 1e-4 for metrics in log)
+    assert all(0 < metrics["drift_max"] < 1e-4 for metrics in log)  # never 0: two programs round differently
     assert all(metrics["samples"] == 16 for metrics in log)
     assert all(metrics["updates"] == 1 for metrics in log)
     assert all(metrics["clipped"] == 0 for metrics in log)
