@@ -9,7 +9,7 @@
 # Seen:
 #   mergekit 0.1.5, transformers 5.24.0, torch 2.13.0+cpu
 #   2 and 2 words: |both - mean of each| is 0.000 times |mean of each|
-#   2 and 24 words: |both - mean of each| is 0.749 times |mean of each|
+#   2 and 24 words: |both - mean of each| is 1.552 times |mean of each|
 # Exits with 0 while prompts of one length agree and prompts of unlike lengths are off by more than a tenth, else with 1.
 set -euo pipefail
 work=$(mktemp -d)
