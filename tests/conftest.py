@@ -1,5 +1,6 @@
 """Every test runs offline on eight virtual CPU devices, with strict dtype promotion and warnings as errors."""
 
+import gc
 import os
 import pathlib
 
@@ -15,6 +16,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).pa
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -32,6 +34,21 @@ LONGEST = (
 def place(item) -> int:
     """Where a test's file stands among the longest; all others come after them."""
     return next((i for i, name in enumerate(LONGEST) if item.path.as_posix().endswith(name)), len(LONGEST))
+
+
+MAPPED = 20_000
+"""Pieces of memory that a process may have mapped, before a file of tests begins. Each compiled program takes three or
+four, a worker compiles thousands of programs, and Linux gives a process 65,530: past that XLA ends it by a segmentation
+fault in some later test (seen after 2,100 tests in one worker)."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Let go of the compiled programs of earlier files once there are many; they are read from disk if wanted again."""
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPED:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(items):
