@@ -30,6 +30,7 @@ def interpolate(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     t: Coefficient = 0.5,
 ) -> PyTree:
     r"""Move from the first model to the second: $(1-t)\,\theta_a + t\,\theta_b$.
@@ -64,6 +65,7 @@ def average(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     weights: PerModel | None = None,
     normalize: bool = True,
 ) -> PyTree:
@@ -129,6 +131,7 @@ def task_arithmetic(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     weights: PerModel = 1.0,
     scale: Coefficient = 1.0,
     normalize: bool = False,
@@ -178,6 +181,7 @@ def extrapolate(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     alpha: Coefficient,
 ) -> PyTree:
     r"""Move past the tuned model, away from the base (ExPO): $\theta_t + \alpha(\theta_t - \theta_b)$.
@@ -216,6 +220,7 @@ def extrapolation_merge(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     alphas: PerModel,
     weights: PerModel | None = None,
 ) -> PyTree:
@@ -269,6 +274,7 @@ def passthrough(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     scale: Coefficient = 1.0,
 ) -> PyTree:
     r"""Take the one model as it is, times a scale: $c\,\theta$. Of use in recipes that stack layers.

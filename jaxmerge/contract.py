@@ -1,6 +1,6 @@
 r"""What a rule is: one signature, what it needs, and the checks of what it is called with.
 
-A rule is a function `rule(models, *, base=None, key=None, names=None, stacked=(), <coefficients>)`. Every
+A rule is a function `rule(models, *, base=None, key=None, names=None, stacked=(), donate=False, <coefficients>)`. Every
 coefficient stands in its signature with its type, and with its default where it has one. `requires` makes a rule of
 such a function, which then takes `donate=True` too: the result is written over the first model, whose arrays are gone
 after the call. That saves the result's memory, and on CPUs the time that fresh memory takes.
@@ -14,12 +14,12 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, Protocol, overload
+from typing import Any, ParamSpec, Protocol
 
 from jaxmerge.tree import PyTree
 
 P = ParamSpec("P")
-INPUTS = ("models", "base", "key", "names", "stacked")
+INPUTS = ("models", "base", "key", "names", "stacked", "donate")
 """The parameters that every rule has; the others are its coefficients."""
 EMPTY: Any = inspect.Parameter.empty
 DONATE: contextvars.ContextVar[bool] = contextvars.ContextVar("donate", default=False)
@@ -57,11 +57,7 @@ class Rule(Protocol[P]):
     needs: Needs
     __name__: str
 
-    @overload
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> PyTree: ...
-
-    @overload
-    def __call__(self, *args: Any, donate: bool, **kwargs: Any) -> PyTree: ...
 
 
 def requires(**needs: Any) -> Callable[[Callable[P, PyTree]], Rule[P]]:

@@ -45,6 +45,7 @@ def imm(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     alpha: Coefficient = 0.5,
     drop: Coefficient = 0.0,
     reference: PyTree | None = None,

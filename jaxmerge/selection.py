@@ -30,6 +30,7 @@ def nearswap(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     t: Coefficient,
 ) -> PyTree:
     r"""Take over what is near the base, hold back what is far: $\theta_b + \mathrm{clip}(t/|\tau|, 0, 1)\,\tau$.
@@ -89,6 +90,7 @@ def arcee_fusion(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
 ) -> PyTree:
     r"""Take over the outliers of importance.
 
@@ -129,6 +131,7 @@ def ram(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     epsilon: Coefficient = 1e-5,
 ) -> PyTree:
     r"""Average what several models changed, keep whole what one alone changed (reinforced agent merging).
@@ -162,6 +165,7 @@ def ramplus_tl(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     epsilon: Coefficient = 1e-5,
     r: Coefficient = 0.1,
     alpha: Coefficient = 0.2,
@@ -202,6 +206,7 @@ def magmax(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     weights: PerModel = 1.0,
     scale: Coefficient = 1.0,
 ) -> PyTree:
@@ -245,6 +250,7 @@ def consensus_ta(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     weights: PerModel = 1.0,
     scale: Coefficient = 1.0,
     share: Coefficient = 0.4,

@@ -50,6 +50,7 @@ def merge_deltas(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     weights: PerModel = 1.0,
     scale: Coefficient = 1.0,
     normalize: bool = False,
@@ -98,8 +99,8 @@ def delta_rule(
       name, doc: the rule's name in errors, and its docstring.
 
     Returns:
-      A rule `(models, *, base, key=None, names=None, stacked=(), <the sparsifier's coefficients>, weights=1.0,
-      scale=1.0, normalize=…, rescale=…)`. `help` of it shows them all.
+      A rule `(models, *, base, key=None, names=None, stacked=(), donate=False, <the sparsifier's coefficients>,
+      weights=1.0, scale=1.0, normalize=…, rescale=…)`. `help` of it shows them all.
 
     Example:
       >>> import jax.numpy as jnp

@@ -83,6 +83,7 @@ def slerp(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     t: Coefficient = 0.5,
 ) -> PyTree:
     r"""Interpolate two models on the sphere.
@@ -130,6 +131,7 @@ def nuslerp(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     weights: PerModel = 1.0,
     flatten: bool = True,
     row_wise: bool = False,
@@ -180,6 +182,7 @@ def multislerp(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     weights: PerModel = 1.0,
     normalize: bool = True,
     eps: float = 1e-8,
@@ -256,6 +259,7 @@ def karcher(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     max_iter: int = 10,
     tol: float = 1e-5,
 ) -> PyTree:

@@ -34,6 +34,7 @@ def fisher(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     fishers: Sequence[PyTree],
     weights: PerModel = 1.0,
     floor: Coefficient = 1e-6,
@@ -95,6 +96,7 @@ def regmean(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     grams: Sequence[Mapping[str, Array]],
     damping: Coefficient = 0.1,
 ) -> PyTree:
@@ -150,6 +152,7 @@ def grafting(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     mask: PyTree,
 ) -> PyTree:
     r"""Graft a part of the tuned model onto the base: $\theta_b + \gamma \odot \tau$.

@@ -48,6 +48,7 @@ def model_stock(
     key: Array | None = None,
     names: Sequence[str] | None = None,
     stacked: Sequence[str] = (),
+    donate: bool = False,
     filter_wise: bool = False,
     compat: Literal["mergekit"] | None = None,
 ) -> PyTree:

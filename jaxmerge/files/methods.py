@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxmerge import where
+from jaxmerge.contract import coefficients_of
 from jaxmerge.rules import RULES
 
 
@@ -146,8 +146,7 @@ def methods() -> dict[str, Method]:
 
 
 def _by_signature(name: str) -> Method | None:
-    inputs = ("models", "base", "key", "names", "stacked")
-    given = {p.name: p.default for p in inspect.signature(RULES[name]).parameters.values() if p.name not in inputs}
+    given = {coefficient: p.default for coefficient, p in coefficients_of(RULES[name]).items()}
     each = {"weight": ("weights", 1.0)} if "weights" in given else {}
     given.pop("weights", None)
     if not all(isinstance(default, bool | int | float) for default in given.values()):

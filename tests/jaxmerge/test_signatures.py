@@ -37,10 +37,10 @@ ONE, BASE = {"layers": [{"w": jnp.ones(3)}] * 2}, {"layers": [{"w": jnp.zeros(3)
 @pytest.mark.parametrize("name", EVERY)
 def test_the_one_signature_with_every_coefficient_in_sight(name):
     parameters = list(inspect.signature(EVERY[name]).parameters.values())
-    assert [p.name for p in parameters[:5]] == ["models", "base", "key", "names", "stacked"]
-    assert [p.default for p in parameters[1:5]] == [None, None, None, ()]
+    assert [p.name for p in parameters[:6]] == ["models", "base", "key", "names", "stacked", "donate"]
+    assert [p.default for p in parameters[1:6]] == [None, None, None, (), False]
     assert {p.kind for p in parameters[1:]} == {inspect.Parameter.KEYWORD_ONLY}
-    assert {p.name for p in parameters[5:]} == set(coefficients_of(EVERY[name]))
+    assert {p.name for p in parameters[6:]} == set(coefficients_of(EVERY[name]))
     assert all(p.annotation is not inspect.Parameter.empty for p in parameters)
 
 
@@ -240,5 +240,7 @@ def test_a_type_checker_flags_what_is_wrong_and_nothing_else(tmp_path):
     errors = [e for e in json.loads(done.stdout)["generalDiagnostics"] if e["severity"] == "error"]
     found = {e["range"]["start"]["line"] + 1: e["message"] for e in errors}
     assert sorted(found) == [5, 6, 7, 8, 9, 10, 11], found
-    # `donate` is an overload, and pyright then names types and no parameter; at run time the message names it.
-    assert all('No overloads for "__call__"' in found[line] for line in (5, 6, 8))
+    assert 'Argument missing for parameter "density"' in found[5]
+    assert 'No parameter named "densty"' in found[6]
+    assert 'Argument missing for parameter "alpha"' in found[8]
+    assert 'Argument missing for parameter "density"' in found[9]
