@@ -112,12 +112,12 @@ class Held:
             if (keys := self.searched.get(job.name))
         }
 
-    def traced(self, operands: Mapping[str, list[jax.Array]], given: Mapping[str, Mapping[str, Any]]) -> PyTree:
-        """Merge operands with coefficients, both of which may be traced: tensors by their names."""
+    def traced(self, given: Mapping[str, Mapping[str, Any]]) -> PyTree:
+        """Merge with coefficients that may be traced: tensors by their names."""
         return {
             job.name: self._merged(
                 dataclasses.replace(job, coefficients={**job.coefficients, **given.get(job.name, {})}),
-                list(operands[job.name]),
+                list(self.operands[job.name]),
             )
             for job in self.plan.jobs
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,14 +67,20 @@ def total(sums: Sequence[tuple[Any, Any]]) -> float:
 
 def mean_gradient(loss: Loss, params: Params, given: Sequence[Batch]) -> Params:
     """Return the gradient of `mean_loss` by the parameters, one batch after another."""
+    return mean_loss_and_gradient(loss, params, given)[1]
 
-    @jax.jit
-    def step(gradient, params, batch):
-        (_, weight), more = jax.value_and_grad(lambda p: loss(p, batch), has_aux=True)(params)
-        return jax.tree.map(jnp.add, gradient, more), weight
 
-    gradient, weights = jax.tree.map(jnp.zeros_like, params), 0.0
+def mean_loss_and_gradient(loss: Loss, params: Params, given: Sequence[Batch]) -> tuple[float, Params]:
+    """Return `mean_loss` and its gradient by the parameters, one batch after another."""
+    gradient, sums = jax.tree.map(jnp.zeros_like, params), []
     for batch in given:
-        gradient, weight = step(gradient, params, batch)
-        weights += float(weight)
-    return jax.tree.map(lambda g: g / weights, gradient)
+        gradient, found = _add_gradient(loss, gradient, params, batch)
+        sums.append(jax.device_get(found))
+    weights = float(sum(float(weight) for _, weight in sums))
+    return total(sums), jax.tree.map(lambda g: g / weights, gradient)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _add_gradient(loss: Loss, gradient: Params, params: Params, batch: Batch):
+    found, more = jax.value_and_grad(lambda p: loss(p, batch), has_aux=True)(params)
+    return jax.tree.map(jnp.add, gradient, more), found

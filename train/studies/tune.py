@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +34,7 @@ from ..evaluate.answer import ask, is_right
 from ..evaluate.importance import loss_of
 from ..evaluate.run import open_suite, settings_of
 from ..evaluate.settings import QuestionOptions
-from ..evaluate.texts import Text, batches
+from ..evaluate.texts import Text, batches, mean_loss_and_gradient
 from ..generate.score import score
 from ..learn.settings import Data
 from ..log import UserError, mistakes, say
@@ -68,6 +69,8 @@ class Judge(Protocol):
     """Questions, some for the search and the others for the test."""
 
     unit: str
+    ids: Sequence[Any]
+    """What tells the questions from others."""
 
     def judge(self, model: Model, test: bool) -> list[float]:
         """A number for each question, higher is better."""
@@ -89,7 +92,7 @@ def tune(recipe: Path, source: Path, out: Path, options: TuneOptions, questions:
         )  # fmt: skip
     on_first(held.plan.companions, out / "model")
     model = empty_model(out / "model")
-    judge = judges(options.score)(source, model, out, options, questions)
+    judge = JUDGES[options.score](source, model, out, options, questions)
     stamps = [stamp(file) for opened in held.sources.values() for file in opened.files]
     config = Tuning(document, str(source), json.dumps([stamps, judge.ids]), options, questions)
     on_first(check_same_config, out, config)
@@ -275,14 +278,11 @@ def text_of(example: dict[str, Any]) -> Text:
 
 
 def hash_of(text: Text) -> int:
-    import zlib
-
     return zlib.crc32(np.array([*text.prompt, -1, *text.completion], np.int64).tobytes())
 
 
-def judges(name: str) -> Callable[..., Any]:
-    """The class of a score."""
-    return {"accuracy": Accuracy, "likelihood": Likelihood}[name]
+JUDGES: dict[str, Callable[..., Any]] = {"accuracy": Accuracy, "likelihood": Likelihood}
+"""The judge of each `score`."""
 
 
 # --- the gradient ---
@@ -294,28 +294,22 @@ def descending(held: Held, model: Model, judge: Any) -> Callable[[Candidate], tu
     k are the coefficients of all tensors, which are linear in the numbers c of the recipe.
     """
     given, loss = judge.weighed(), loss_of(model.config, judge.dtype)
-    total = float(sum(batch["weights"].sum() for batch in given))
 
-    @jax.jit
-    def slope(coefficients, operands, batch):
-        def of(coefficients):
-            return loss(with_tensors(model, held.traced(operands, coefficients)).params, batch)[0]
-
-        return jax.value_and_grad(of)(coefficients)
+    def merged(coefficients):
+        return with_tensors(model, held.traced(coefficients)).params
 
     def measured(candidate: Candidate) -> tuple[float, Candidate]:
-        coefficients = held.coefficients(candidate)
-        found = [jax.device_get(slope(coefficients, held.operands, batch)) for batch in given]
-        value = -sum(float(nll) for nll, _ in found) / total
+        params, pull_back = jax.vjp(merged, held.coefficients(candidate))
+        value, by_params = mean_loss_and_gradient(loss, params, given)
+        (gradient,) = jax.device_get(pull_back(by_params))
         slopes = {
             name: -sum(
                 float(np.sum(gradient[tensor][key] * change))
-                for _, gradient in found
                 for tensor, keys in by_tensor.items()
                 for key, change in keys.items()
-            ) / total
+            )
             for name, by_tensor in held.slopes.items()
         }  # fmt: skip
-        return value, slopes
+        return -value, slopes
 
     return measured
