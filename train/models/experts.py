@@ -67,7 +67,7 @@ class ExpertMLP(nnx.Module):
 
 
 def narrow(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., D] · weight [few, D]ᵀ in float32, whatever the operands of other products: who is chosen depends on it."""
+    """x [..., D] · weight [few, D]ᵀ in float32, whatever the operands of other products: it decides who is chosen."""
     wide = x.astype(jnp.float32), weight.astype(jnp.float32)
     return lax.dot_general(*wide, (((x.ndim - 1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
 
@@ -295,3 +295,11 @@ def loop_backward(activation: Activation, x, gate, up, down, sizes, a, b, g):
     start = jnp.zeros((N + size, x.shape[1]), x.dtype), tuple(jnp.zeros(w.shape, jnp.float32) for w in (gate, up, down))
     d_x, d_stacks = over_blocks(sizes, size, lambda e: (gate[e], up[e], down[e]), block, start)
     return d_x[:N], *(d.astype(w.dtype) for d, w in zip(d_stacks, (gate, up, down), strict=True))
+
+
+def stacks_of(params) -> tuple[str, ...]:
+    """What a merge rule is to take as `stacked`: it sees one expert's matrix at a time, as it does in files."""
+    paths = jax.tree_util.tree_flatten_with_path(params)[0]
+    # (Samples of leaves, which verify replays, are flat and have no axis of experts.)
+    found = any("experts" in [str(getattr(p, "key", p)) for p in path] and leaf.ndim > 2 for path, leaf in paths)
+    return ("experts",) if found else ()

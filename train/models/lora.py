@@ -61,7 +61,8 @@ def init_lora(lora: Lora, params: Params, key: jax.Array) -> Params:
             raise UserError(f"lora.targets name {name}; adapters of embeddings and heads are not known, leave it out")
         if "/experts/" in f"/{name}/":
             raise UserError(
-                f"lora.targets name {name}; adapters of experts are not known: name others, such as 'self_attn/.*_proj$'"
+                f"lora.targets name {name}; adapters of experts are not known: name others alone, such as "
+                "'self_attn/.*_proj$'"
             )
         *stack, rows, columns = weight.shape
         k = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))

@@ -29,6 +29,11 @@ class Mesh:
     def __post_init__(self):
         at_least(self, "mesh", data=1, fsdp=1, tensor=1, expert=1)
 
+    @property
+    def devices(self) -> int:
+        """How many devices it has."""
+        return self.data * self.fsdp * self.tensor * self.expert
+
 
 @dataclasses.dataclass(frozen=True)
 class Distributed:
