@@ -59,7 +59,8 @@ def _layer(scores: jax.Array, read: jax.Array, k: int) -> tuple[jax.Array, jax.A
     """How often each expert was chosen, and its probability, both summed over the tokens that are read: [E] each."""
     chosen = jax.lax.top_k(scores, k)[1]
     here = read.astype(jnp.float32)[..., None]
-    often = jnp.sum(jnp.sum(chosen[..., None] == jnp.arange(scores.shape[-1]), axis=-2) * here, axis=(0, 1))
+    picked = jnp.sum(chosen[..., None] == jnp.arange(scores.shape[-1]), axis=-2, dtype=jnp.float32)
+    often = jnp.sum(picked * here, axis=(0, 1))
     return often, jnp.sum(jax.nn.softmax(scores, axis=-1) * here, axis=(0, 1))
 
 

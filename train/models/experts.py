@@ -189,22 +189,27 @@ def ragged_forward(activation: Activation, x, gate, up, down, sizes) -> tuple[ja
     return jnp.where(real, y, 0.0), a, b
 
 
+# A sum over the rows of each expert, [N, out] and [N, in] → [E, out, in].
+BY_EXPERT = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+
+
 def ragged_backward(activation: Activation, x, gate, up, down, sizes, a, b, g):
-    """Gradients of x, gate, up and down, by the rules of `ragged_dot`, in the operands' dtype."""
+    """Gradients of x, gate, up and down; operands of all products are of their dtype."""
     real = (jnp.arange(len(x)) < jnp.sum(sizes))[:, None]
-    dot = functools.partial(lax.ragged_dot, group_sizes=sizes, preferred_element_type=jnp.float32)
 
-    def through(h, w, g):
-        """Gradients of h · wᵀ by h and by w."""
-        _, pull = jax.vjp(lambda h, w: dot(h, w.swapaxes(1, 2)), h, w)
-        d_h, d_w = pull(g)
-        return jnp.where(real, d_h, 0).astype(jnp.float32), d_w
+    def through(g, w):
+        """Gradient of h by g of h · wᵀ."""
+        return jnp.where(real, lax.ragged_dot(g, w, sizes, preferred_element_type=jnp.float32), 0.0)
 
+    def outer(g, h):
+        made = lax.ragged_dot_general(g, h, sizes, BY_EXPERT, preferred_element_type=jnp.float32)
+        return made.astype(x.dtype)
+
+    g = jnp.where(real, g, 0.0).astype(x.dtype)
     h, gated = jax.vjp(lambda a, b: activation(a) * b, a, b)
-    d_h, d_down = through(h.astype(x.dtype), down, jnp.where(real, g, 0.0))
-    d_a, d_b = gated(d_h)
-    (d_x, d_gate), (more, d_up) = through(x, gate, d_a), through(x, up, d_b)
-    return (d_x + more).astype(x.dtype), d_gate, d_up, d_down
+    d_a, d_b = (d.astype(x.dtype) for d in gated(through(g, down)))
+    d_x = (through(d_a, gate) + through(d_b, up)).astype(x.dtype)
+    return d_x, outer(d_a, x), outer(d_b, x), outer(g, h.astype(x.dtype))
 
 
 def block_rows(rows: int, experts: int) -> int:
