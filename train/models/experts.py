@@ -261,6 +261,14 @@ def _dot(x: jax.Array, w: jax.Array, x_axis: int, w_axis: int) -> jax.Array:
     return lax.dot_general(x, w, (((x_axis,), (w_axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
+def _outer(g: jax.Array, x: jax.Array) -> jax.Array:
+    """gᵀ · x of a block; of bfloat16 contracted over two axes, for which XLA has a kernel (matmul.py)."""
+    if x.dtype == jnp.float32:
+        return _dot(g, x, 0, 0)
+    g, x = (z.reshape(2, -1, z.shape[1]) for z in (g, x))
+    return lax.dot_general(g, x, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+
+
 def loop_forward(activation: Activation, x, gate, up, down, sizes) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `ragged_forward`, by a loop over blocks of rows."""
     N, size = len(x), block_rows(len(x), len(sizes))
@@ -294,7 +302,7 @@ def loop_backward(activation: Activation, x, gate, up, down, sizes, a, b, g):
         h, gated = jax.vjp(lambda a, b: activation(a) * b, _rows(a_all, at, size), _rows(b_all, at, size))
         d_a, d_b = (d.astype(x.dtype) for d in gated(_dot(g_rows, w_down, 1, 0)))
         d_rows = _dot(d_a, w_gate, 1, 0) + _dot(d_b, w_up, 1, 0)
-        made = _dot(d_a, rows, 0, 0), _dot(d_b, rows, 0, 0), _dot(g_rows, h.astype(x.dtype), 0, 0)
+        made = _outer(d_a, rows), _outer(d_b, rows), _outer(g_rows, h.astype(x.dtype))
         return _write(d_x, d_rows, at), tuple(d.at[e].add(m) for d, m in zip(d_stacks, made, strict=True))
 
     start = jnp.zeros((N + size, x.shape[1]), x.dtype), tuple(jnp.zeros(w.shape, jnp.float32) for w in (gate, up, down))

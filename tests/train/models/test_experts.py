@@ -37,6 +37,11 @@ from train.models.stacked import stack_layers
 MIXTURES = [name for name, a in FAMILY_CASES.items() if "num_experts_per_tok" in a]
 R, D, F, E, K = 150, 12, 20, 5, 2
 SILU = jax.nn.silu
+LOOP, RAGGED = (
+    [jax.jit(f, static_argnums=0) for f in pair]
+    for pair in ((loop_forward, loop_backward), (ragged_forward, ragged_backward))
+)
+MIX = jax.jit(mix, static_argnums=(0, 1))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,7 @@ def test_the_formula_token_by_token(normalize, drawn):
     x, stacks, scores = drawn
     chosen, shares = route(jnp.asarray(scores), K, normalize=normalize)
     assert chosen.tolist() == np.argsort(-scores, axis=1, kind="stable")[:, :K].tolist()
-    found = mix(SILU, jnp.dtype("float32"), jnp.asarray(x), chosen, shares, *map(jnp.asarray, stacks))
+    found = MIX(SILU, jnp.dtype("float32"), jnp.asarray(x), chosen, shares, *map(jnp.asarray, stacks))
     np.testing.assert_allclose(found, by_hand(x, stacks, scores, normalize=normalize), atol=2e-6)
 
 
@@ -107,14 +112,14 @@ def test_the_loop_of_cpus_is_ragged_dot(shares, dtype, drawn):
     r = np.random.default_rng(1)
     x, *stacks = (jnp.asarray(a, dtype) for a in (r.standard_normal((rows, D)), *stacks))
     tolerance = {"atol": 1e-5 if dtype == "float32" else 0.15}
-    found, wanted = loop_forward(SILU, x, *stacks, sizes), ragged_forward(SILU, x, *stacks, sizes)
+    found, wanted = LOOP[0](SILU, x, *stacks, sizes), RAGGED[0](SILU, x, *stacks, sizes)
     total = sum(SHARES[shares])
     np.testing.assert_allclose(found[0], wanted[0], **tolerance)
     assert found[0].dtype == jnp.float32
     assert not any(made[0][total:].any() for made in (found, wanted))
     g = jnp.asarray(r.standard_normal((rows, D)), jnp.float32)
     saved = (x, *stacks, sizes, *wanted[1:])
-    pairs = zip(loop_backward(SILU, *saved, g), ragged_backward(SILU, *saved, g), strict=True)
+    pairs = zip(LOOP[1](SILU, *saved, g), RAGGED[1](SILU, *saved, g), strict=True)
     for a, b in pairs:
         assert a.dtype == b.dtype == x.dtype
         a, b = (np.asarray(z, np.float32) for z in (a, b))
@@ -124,7 +129,10 @@ def test_the_loop_of_cpus_is_ragged_dot(shares, dtype, drawn):
 def test_a_token_does_not_depend_on_the_others(drawn):
     """In every bit: in another order, and beside other tokens, as many of them."""
     x, stacks, scores = drawn
-    apply = jax.jit(lambda x, z: mix(SILU, jnp.dtype("float32"), x, *route(z, K, normalize=True), *stacks))
+
+    def apply(x, scores):
+        return MIX(SILU, jnp.dtype("float32"), x, *route(jnp.asarray(scores), K, normalize=True), *stacks)
+
     whole = np.asarray(apply(x, scores))
     order = np.random.default_rng(2).permutation(R)
     np.testing.assert_array_equal(apply(x[order], scores[order]), whole[order])

@@ -20,7 +20,7 @@ SIZES = {
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.3, "qkv_bias": True,
     "experts": {"count": 4, "per_token": 2, "intermediate_size": 16, "shared_intermediate_size": 16},
 }  # fmt: skip
-MESHES = {"one": Mesh(), "2×2×2": Mesh(fsdp=2, expert=2, tensor=2), "2×1×4": Mesh(data=2, expert=4)}
+MESHES = {"one": Mesh(), "2×2×2": Mesh(fsdp=2, expert=2, tensor=2)}
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,12 @@ def test_experts_lie_apart(on):
         sharding_of(mesh, "model/layers/0/mlp/experts/up_proj/weight", (3, 16, 32))
 
 
-@pytest.mark.parametrize("name", ["2×2×2", "2×1×4"])
-def test_eight_devices_learn_what_one_learns(name, on):
+def test_eight_devices_learn_what_one_learns(on):
     """Losses, the balance of the router, and the weights after two updates, in which the router's gradient is."""
     r = np.random.default_rng(0)
     rows = Rows(r.integers(2, 60, (16, 17)).astype(np.int32), np.ones((16, 17), np.float32))
     config = Sft(learning_rate=1e-3, epochs=1, batch=8, step=Step(router_aux_loss_coef=0.5))
-    made = [fine_tune(m.config, m.params, rows, config, mesh=mesh, seed=2) for mesh, m in (on[name], on["one"])]
+    made = [fine_tune(m.config, m.params, rows, config, mesh=mesh, seed=2) for mesh, m in (on["2×2×2"], on["one"])]
     for key in ("loss", "router_balance", "router_max_share", "expert_share_1", "gradient_norm"):
         found, wanted = ([metrics[key] for metrics in log] for _, log in made)
         np.testing.assert_allclose(found, wanted, rtol=1e-4)
