@@ -231,6 +231,55 @@ def test_both_names_of_the_number_of_experts_are_understood():
             config_of({**attributes, other: 99, own: count})
 
 
+QWEN = {"hidden_size": 2048, "bos_token_id": 151643, "hidden_act": "silu", "initializer_range": 0.02,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "use_sliding_window": False, "use_cache": True,
+        "vocab_size": 151936, "torch_dtype": "bfloat16", "decoder_sparse_step": 1, "output_router_logits": False,
+        "router_aux_loss_coef": 0.001, "attention_dropout": 0.0, "tie_word_embeddings": False}  # fmt: skip
+REAL = {
+    "mixtral": ({
+        "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False, "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0", "use_cache": True, "vocab_size": 32000,
+    }, Experts(8, 2, 14336, balance=0.02)),
+    "qwen2_moe": ({
+        **QWEN, "architectures": ["Qwen2MoeForCausalLM"], "eos_token_id": 151643, "intermediate_size": 5632,
+        "max_position_embeddings": 8192, "max_window_layers": 21, "moe_intermediate_size": 1408,
+        "norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 60, "num_experts_per_tok": 4,
+        "num_hidden_layers": 24, "num_key_value_heads": 16, "shared_expert_intermediate_size": 5632,
+        "sliding_window": 32768,
+    }, Experts(60, 4, 1408, normalize=False, shared_intermediate_size=5632)),
+    "qwen3_moe": ({
+        **QWEN, "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "eos_token_id": 151645,
+        "head_dim": 128, "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
+        "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
+        "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+        "rope_scaling": None, "sliding_window": None,
+    }, Experts(128, 8, 768)),
+    "olmoe": ({
+        "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None,
+        "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "intermediate_size": 1024, "max_position_embeddings": 4096, "norm_topk_prob": False,
+        "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16,
+        "num_key_value_heads": 16, "output_router_logits": False, "pad_token_id": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "rope_theta": 10000.0, "router_aux_loss_coef": 0.01, "tie_word_embeddings": False,
+        "use_cache": True, "vocab_size": 50304,
+    }, Experts(64, 8, 1024, normalize=False, balance=0.01)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_published_configs_are_understood(name):
+    """Mixtral 8x7B, Qwen1.5-MoE-A2.7B, Qwen3-30B-A3B and OLMoE-1B-7B; each layer attends to all before it."""
+    attributes, wanted = REAL[name]
+    config = config_of({"model_type": name, **attributes})
+    assert config.experts == wanted
+    assert set(config.layers) == {(None, "global")}
+    assert config_of(json.loads(json.dumps(config_to_hf(config)))) == config
+
+
 REFUSED = {
     "num_experts_per_tok is 0; expected a whole number from 1": ("mixtral", {"num_experts_per_tok": 0}),
     "num_local_experts is 'many'": ("mixtral", {"num_local_experts": "many"}),
