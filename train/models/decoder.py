@@ -75,23 +75,29 @@ class Attention(nnx.Module):
             self.k_proj = Linear(kv, c.hidden_size, c.qkv_bias)
             self.v_proj = Linear(kv, c.hidden_size, c.qkv_bias)
         self.o_proj = Linear(c.hidden_size, q, c.o_bias)
-        self.q_norm = RMSNorm(c.head_dim, c) if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim, c) if c.qk_norm else None
+        self.q_norm = RMSNorm(q if c.qk_norm_whole else c.head_dim, c) if c.qk_norm else None
+        self.k_norm = RMSNorm(kv if c.qk_norm_whole else c.head_dim, c) if c.qk_norm else None
 
     def __call__(self, x, rope, mask, cache: KV | None, at, dtype) -> tuple[jax.Array, KV]:
         """x [B, T, D], mask [B, T, S] → ([B, T, D], keys and values [B, K, S, H])."""
         c = self.config
         B, T, _ = x.shape
-        q, k, v = (spread(y.reshape(B, T, -1, c.head_dim), tensor=2) for y in self.project(x, dtype))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q, rope).swapaxes(1, 2)
-        kv = KV(rotate(k, rope).swapaxes(1, 2).astype(dtype), v.swapaxes(1, 2).astype(dtype))
+        q, k, v = self.project(x, dtype)
+        if c.qk_norm_whole:
+            q, k = self.normed(q, k)
+        q, k, v = (spread(y.reshape(B, T, -1, c.head_dim), tensor=2) for y in (q, k, v))
+        if not c.qk_norm_whole:
+            q, k = self.normed(q, k)
+        q, k = (rotate(y, rope, interleaved=c.rope_interleaved).swapaxes(1, 2) for y in (q, k))
+        kv = KV(k.astype(dtype), v.swapaxes(1, 2).astype(dtype))
         if cache is not None:
             kv = KV(write(cache.k, kv.k, at), write(cache.v, kv.v, at))
-        scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
-        heads = attend(q.astype(dtype), kv, mask, scale=scale, softcap=c.attn_logit_softcapping)
+        heads = attend(q.astype(dtype), kv, mask, scale=c.score_scale, softcap=c.attn_logit_softcapping)
         return self.o_proj(heads.swapaxes(1, 2).reshape(B, T, -1), dtype), kv
+
+    def normed(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Queries and keys with the norms that they have, if they have any."""
+        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
 
     def project(self, x, dtype) -> list[jax.Array]:
         c = self.config
@@ -104,7 +110,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     def __init__(self, c: ModelConfig):
         self.config = c
-        if c.fused_projections:
+        if c.fused_mlp:
             self.gate_up_proj = Linear(2 * c.intermediate_size, c.hidden_size, c.mlp_bias)
         else:
             self.gate_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
@@ -112,7 +118,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
 
     def __call__(self, x, dtype):
-        if self.config.fused_projections:
+        if self.config.fused_mlp:
             gate, up = jnp.split(self.gate_up_proj(x, dtype), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x, dtype), self.up_proj(x, dtype)
@@ -122,22 +128,26 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     def __init__(self, c: ModelConfig):
         self.config = c
-        self.input_layernorm = RMSNorm(c.hidden_size, c)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c)
         self.mlp = MLP(c)
-        if c.post_norms:
-            self.pre_feedforward_layernorm = RMSNorm(c.hidden_size, c)
-            self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c)
+        for name in filter(None, c.block_norms):
+            setattr(self, name, RMSNorm(c.hidden_size, c))
 
     def __call__(self, x, rope, mask, cache, at, dtype):
-        x = spread(x)
-        y, kv = self.self_attn(self.input_layernorm(x), rope, mask, cache, at, dtype)
-        if self.config.post_norms:
-            x = x + self.post_attention_layernorm(y)
-            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), dtype)), kv
-        x = spread(x + y)
-        return x + self.mlp(self.post_attention_layernorm(x), dtype), kv
+        x, scale = spread(x), self.config.residual_multiplier
+        y, kv = self.self_attn(self.norm(0, x), rope, mask, cache, at, dtype)
+        x = spread(x + times(self.norm(1, y), scale))
+        return x + times(self.norm(3, self.mlp(self.norm(2, x), dtype)), scale), kv
+
+    def norm(self, place: int, x: jax.Array) -> jax.Array:
+        """x after the norm of this place among `block_norms`, if there is one."""
+        name = self.config.block_norms[place]
+        return getattr(self, name)(x) if name else x
+
+
+def times(x: jax.Array, factor: float) -> jax.Array:
+    """x · factor; nothing is computed for 1."""
+    return x if factor == 1 else x * factor
 
 
 class Embedding(nnx.Module):
@@ -189,7 +199,8 @@ class Decoder(nnx.Module):
     def embed(self, tokens: jax.Array) -> jax.Array:
         """tokens [B, T] → what enters the first layer, [B, T, D] float32."""
         x = jnp.take(gathered(self.model.embed_tokens.weight[...]), tokens, axis=0).astype(jnp.float32)
-        return x * self.config.hidden_size**0.5 if self.config.scaled_embedding else x
+        x = x * self.config.hidden_size**0.5 if self.config.scaled_embedding else x
+        return times(x, self.config.embedding_multiplier)
 
     def views(self, positions: jax.Array, mask: jax.Array, at: jax.Array | None = None) -> dict[Any, tuple[Any, Any]]:
         """Kind of layer → its table of rotations and its mask."""
@@ -204,7 +215,8 @@ class Decoder(nnx.Module):
             logits = matmul_t(hidden, self.model.embed_tokens.weight[...], dtype)
         else:
             logits = self.lm_head(hidden, dtype)
-        return cap(spread(logits, tensor=-1), self.config.final_logit_softcapping)
+        logits = times(spread(logits, tensor=-1), 1 / self.config.logits_scaling)
+        return cap(logits, self.config.final_logit_softcapping)
 
 
 def runner(graph, dtype, remat: str, *, scanned: bool = False):

@@ -95,6 +95,11 @@ def random_attributes(family: str, seed: int) -> dict:
         "attn_logit_softcapping": lambda: pick(r, None, 2.0, 5.0),
         "final_logit_softcapping": lambda: pick(r, None, 3.0, 9.0),
         "rope_local_base_freq": lambda: float(r.uniform(20, 5000)),
+        "partial_rotary_factor": lambda: pick(r, 1.0, 4 / head),
+        "attention_multiplier": lambda: float(r.uniform(0.1, 1)),
+        "embedding_multiplier": lambda: float(r.uniform(0.5, 9)),
+        "residual_multiplier": lambda: float(r.uniform(0.2, 1)),
+        "logits_scaling": lambda: float(r.uniform(0.5, 4)),
     }
     a |= {name: draw() for name, draw in random.items() if name in absent}
     if family == "phi3":
@@ -106,7 +111,11 @@ def random_attributes(family: str, seed: int) -> dict:
         return a | pick(r, {}, {"rope_scaling": {"type": pick(r, "longrope", "su"), **scaling}})
     if family == "gemma3_text":
         return a | {"rope_theta": 1000.0, "rope_scaling": pick(r, None, {"rope_type": "linear", "factor": 4.0})}
-    return a | random_rope(r, head, longest)
+    if family == "olmo3":
+        full = {"rope_theta": 700.0, **pick(r, {"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0})}
+        sliding = {"rope_theta": float(r.uniform(20, 5000)), "rope_type": "default"}
+        return a | {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
+    return a | random_rope(r, int(head * a.get("partial_rotary_factor", 1.0)), longest)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -191,6 +200,9 @@ FIXED = {
     "query bias": ("qwen2", "q_proj.bias"),
     "key bias": ("qwen2", "k_proj.bias"),
     "value bias": ("qwen2", "v_proj.bias"),
+    "norm after OLMo's attention": ("olmo2", "post_attention_layernorm"),
+    "norm of all queries": ("olmo2", "q_norm"),
+    "norm after GLM's MLP": ("glm4", "post_mlp_layernorm"),
 }
 
 
@@ -218,7 +230,7 @@ def test_what_a_family_fixes_bites_in_the_reference(feature, reference):
     assert relative(theirs(model, IDS), before) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["gemma3", "phi3_long", "qwen2", "smollm3"])
+@pytest.mark.parametrize("name", ["gemma3", "phi3_long", "qwen2", "smollm3", "glm4"])
 def test_a_bfloat16_export_is_what_transformers_rounds_to(name, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
