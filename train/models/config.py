@@ -93,8 +93,6 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     """RMS norms of each head's queries and keys, before rotation."""
-    qk_norm_whole: bool = False
-    """Those norms are of all heads together (OLMo 2), and not of each by itself."""
     activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"
     block_norms: tuple[str, ...] = ("input_layernorm", "", "post_attention_layernorm", "")
     """The names of a layer's norms: before attention, after it, before the MLP, after it; "" where there is none."""
@@ -110,6 +108,8 @@ class ModelConfig:
     """Logits are divided by it (Granite)."""
     fused_projections: bool = False
     """q, k and v are in one matrix (Phi-3)."""
+    qk_norm_all: bool = False
+    """RMS norms of all heads' queries together, and of all heads' keys, before rotation (OLMo 2, OLMoE)."""
     fused_mlp: bool = False
     """Gate and up of the MLP are in one matrix (Phi-3, GLM)."""
 

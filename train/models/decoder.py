@@ -75,29 +75,26 @@ class Attention(nnx.Module):
             self.k_proj = Linear(kv, c.hidden_size, c.qkv_bias)
             self.v_proj = Linear(kv, c.hidden_size, c.qkv_bias)
         self.o_proj = Linear(c.hidden_size, q, c.o_bias)
-        self.q_norm = RMSNorm(q if c.qk_norm_whole else c.head_dim, c) if c.qk_norm else None
-        self.k_norm = RMSNorm(kv if c.qk_norm_whole else c.head_dim, c) if c.qk_norm else None
+        each = (c.head_dim, c.head_dim) if c.qk_norm else (q, kv) if c.qk_norm_all else None
+        self.q_norm = RMSNorm(each[0], c) if each else None
+        self.k_norm = RMSNorm(each[1], c) if each else None
 
     def __call__(self, x, rope, mask, cache: KV | None, at, dtype) -> tuple[jax.Array, KV]:
         """x [B, T, D], mask [B, T, S] → ([B, T, D], keys and values [B, K, S, H])."""
         c = self.config
         B, T, _ = x.shape
         q, k, v = self.project(x, dtype)
-        if c.qk_norm_whole:
-            q, k = self.normed(q, k)
+        if self.q_norm is not None and self.k_norm is not None and c.qk_norm_all:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (spread(y.reshape(B, T, -1, c.head_dim), tensor=2) for y in (q, k, v))
-        if not c.qk_norm_whole:
-            q, k = self.normed(q, k)
+        if self.q_norm is not None and self.k_norm is not None and not c.qk_norm_all:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rotate(y, rope, interleaved=c.rope_interleaved).swapaxes(1, 2) for y in (q, k))
         kv = KV(k.astype(dtype), v.swapaxes(1, 2).astype(dtype))
         if cache is not None:
             kv = KV(write(cache.k, kv.k, at), write(cache.v, kv.v, at))
         heads = attend(q.astype(dtype), kv, mask, scale=c.score_scale, softcap=c.attn_logit_softcapping)
         return self.o_proj(heads.swapaxes(1, 2).reshape(B, T, -1), dtype), kv
-
-    def normed(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Queries and keys with the norms that they have, if they have any."""
-        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
 
     def project(self, x, dtype) -> list[jax.Array]:
         c = self.config

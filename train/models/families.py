@@ -132,8 +132,7 @@ OLMO = {
 }
 OLMO_FIXED = {
     "block_norms": ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
-    "qk_norm": True,
-    "qk_norm_whole": True,
+    "qk_norm_all": True,
 }
 GLM = {
     "max_position_embeddings": 131072,

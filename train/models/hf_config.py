@@ -15,6 +15,7 @@ from ..log import UserError
 from .config import ACTIVATIONS, FULL, SLIDING, ModelConfig
 from .families import COMMON, FAMILIES, FIELDS, LACKING, Family, every, rope_layers
 from .hf_rope import read_rope, write_rope
+from .rope import yarn_attention_factor
 
 SIZES = (
     "vocab_size",
@@ -70,8 +71,8 @@ def config_from_hf(attributes: Mapping[str, Any], *, source: str | os.PathLike[s
     """
     name = attributes.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        why = LACKING.get(name, "not known") if isinstance(name, str) else "not known"
-        raise UserError(f"{source}: model_type {name!r:.80}: {why}; known: {', '.join(FAMILIES)}")
+        lacking = f"cannot be loaded: {LACKING[name]}" if isinstance(name, str) and name in LACKING else "is not known"
+        raise UserError(f"{source}: model_type {name!r:.80} {lacking}; known: {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     given = {**COMMON, **family.absent, **attributes}
     _refuse_unknown(given, family, source)
@@ -247,10 +248,13 @@ def differences(config: ModelConfig, read: ModelConfig) -> list[str]:
 
 
 def _said(config: ModelConfig) -> dict[str, Any]:
-    """What a config says, apart from how: the layers one by one, the factor of the scores."""
+    """What a config says, apart from how: the layers one by one, the factors of the scores and of YaRN."""
     said = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     del said["layer_types"], said["rope_layers"]
     said["local_rope_theta"] = config.local_rope_theta if any(rope == "local" for _, rope in config.layers) else None
+    if (s := config.rope_scaling) is not None and s.kind == "yarn":
+        grown = round(yarn_attention_factor(s), 6)
+        said["rope_scaling"] = dataclasses.replace(s, attention_factor=grown, mscale=None, mscale_all_dim=None)
     factor = dict.fromkeys(("query_pre_attn_scalar", "attention_multiplier"), config.score_scale)
     return {**said, "sliding_window": config.layers, **factor}
 

@@ -145,9 +145,11 @@ OFF: dict[str, dict[str, dict[str, Any]]] = {
         "pattern": {"layer_types": [FULL, SLIDING, SLIDING, SLIDING]},
         "yarn": {"rope_scaling": None},
         "local theta": {
-            "rope_theta": None, "rope_scaling": None,
+            "rope_theta": None,
+            "rope_scaling": None,
             "rope_parameters": {
-                FULL: {**YARN, "rope_theta": 500000.0}, SLIDING: {"rope_type": "default", "rope_theta": 50.0},
+                FULL: {**YARN, "rope_theta": 500000.0},
+                SLIDING: {"rope_type": "default", "rope_theta": 50.0},
             },
         },
     },

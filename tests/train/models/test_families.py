@@ -58,7 +58,7 @@ FIXED = {
     "gemma3": {"qk_norm": False, "scaled_embedding": False},
     "qwen2": {"qkv_bias": False},
     "qwen3": {"qk_norm": False},
-    "olmo2": {"qk_norm": False, "block_norms": ("", "post_attention_layernorm", "", "")},
+    "olmo2": {"qk_norm_all": False, "block_norms": ("", "post_attention_layernorm", "", "")},
     "glm": {"rope_interleaved": False, "qkv_bias": False},
     "glm4": {"rope_interleaved": False, "block_norms": PRE_NORMS},
 }
@@ -296,12 +296,13 @@ def test_published_configs_are_understood(name):
 
 
 REFUSED = {
-    "'gemma3': not known; known: llama, mistral, qwen2, qwen3, gemma2, gemma3_text, smollm3, phi3": {
-        "model_type": "gemma3",
+    "known: llama, mistral, qwen2, qwen3, gemma2, gemma3_text, smollm3, phi3": {"model_type": "gemma3"},
+    "'qwen3_5_text' cannot be loaded: .* linear attention .*; known: llama": {
+        "model_type": "qwen3_5_text",
+        "layer_types": ["linear_attention"] * 2,
     },
-    "'qwen3_5_text': .* linear attention": {"model_type": "qwen3_5_text", "layer_types": ["linear_attention"] * 2},
-    "'gemma4_text': its layers differ in head size": {"model_type": "gemma4_text"},
-    "'granitemoehybrid': Mamba-2": {"model_type": "granitemoehybrid"},
+    "'gemma4_text' cannot be loaded: its layers differ in head size": {"model_type": "gemma4_text"},
+    "'granitemoehybrid' cannot be loaded: Mamba-2": {"model_type": "granitemoehybrid"},
     "rope_theta is 100.0, and releases of transformers differ": {"model_type": "olmo3", "rope_theta": 100.0},
     "clip_qkv = 8": {"model_type": "olmo2", "clip_qkv": 8},
     "layer_rope_theta = .0, 1.": {"model_type": "granite", "layer_rope_theta": [0, 1]},

@@ -70,15 +70,16 @@ def random_rope(r, rotary: int, longest: int) -> dict:
 
 
 def random_attributes(family: str, seed: int) -> dict:
-    """Any mixture of what the family has."""
-    r = np.random.default_rng([seed, *family.encode()])
+    """Any mixture of what the family has; the sizes are the seed's, so that families share compiled operations."""
+    r = np.random.default_rng(seed)
     kv = int(r.integers(1, 3))
     heads, layers, longest = kv * int(r.integers(1, 4)), int(r.integers(2, 5)), int(r.integers(24, 64))
-    head = 2 * int(r.integers(2, 7))
+    head, wide = 2 * int(r.integers(2, 7)), heads * 2 * int(r.integers(4, 8))
+    tall, r = int(r.integers(10, 60)), np.random.default_rng([seed, *family.encode()])
     absent = FAMILIES[family].absent
     a = {
-        "model_type": family, "vocab_size": 61, "hidden_size": heads * 2 * int(r.integers(4, 8)),
-        "intermediate_size": int(r.integers(10, 60)), "num_hidden_layers": layers, "num_attention_heads": heads,
+        "model_type": family, "vocab_size": 61, "hidden_size": wide, "intermediate_size": tall,
+        "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": kv, "head_dim": head, "max_position_embeddings": longest,
         "rms_norm_eps": float(10 ** r.uniform(-6, -2)), "tie_word_embeddings": bool(r.integers(2)),
         "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
@@ -102,13 +103,15 @@ def random_attributes(family: str, seed: int) -> dict:
         "logits_scaling": lambda: float(r.uniform(0.5, 4)),
     }
     a |= {name: draw() for name, draw in random.items() if name in absent}
+    if isinstance(absent.get("eos_token_id"), list):
+        a["eos_token_id"] = 2  # transformers takes null for the ends that GLM has
     if family == "phi3":
         a["head_dim"] = head = a["hidden_size"] // heads
         a["partial_rotary_factor"] = pick(r, 1.0, 4 / head)
         a["original_max_position_embeddings"] = int(r.integers(8, 36))
         rotary = int(head * a["partial_rotary_factor"])
         scaling = {name: r.uniform(1, 4, rotary // 2).tolist() for name in ("short_factor", "long_factor")}
-        return a | pick(r, {}, {"rope_scaling": {"type": pick(r, "longrope", "su"), **scaling}})
+        return a | pick(r, {}, {"rope_scaling": {"type": "longrope", **scaling}})
     if family == "gemma3_text":
         return a | {"rope_theta": 1000.0, "rope_scaling": pick(r, None, {"rope_type": "linear", "factor": 4.0})}
     if family == "olmo3":
