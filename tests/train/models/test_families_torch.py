@@ -12,6 +12,7 @@ from helpers.tiny_families import IDS, logits, pack, run_engine, weights
 from helpers.tiny_models import config_of, relative
 
 from train.cli import __main__ as cli
+from train.models.balance import Routing, balance
 from train.models.characters import SYMBOLS, write_tokenizer
 from train.models.families import FAMILIES
 from train.models.hf import load_hf, save_hf
@@ -112,6 +113,10 @@ def random_attributes(family: str, seed: int) -> dict:
         "logits_scaling": lambda: float(r.uniform(0.5, 4)),
     }
     a |= {name: draw() for name, draw in random.items() if name in absent}
+    if "num_experts_per_tok" in a:  # torch multiplies by expert where rows are of multiples of 16 bytes
+        a["hidden_size"] *= 2
+        wide = [name for name in a if name.endswith("intermediate_size")]
+        a |= {name: -(-a[name] // 4) * 4 for name in wide}
     if family == "olmoe":  # its heads are as wide as the model allows
         a["head_dim"] = head = a["hidden_size"] // heads
     if isinstance(absent.get("eos_token_id"), list):
@@ -285,3 +290,14 @@ def test_the_verb_sample_says_what_transformers_does(name, reference, tmp_path):
         new = out[0, ids["input_ids"].shape[1] :].tolist()
         assert row["tokens"] == new
         assert row["text"] == tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_the_balance_of_a_router_is_that_of_transformers():
+    import torch
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    scores = np.random.default_rng(4).standard_normal((3, 2, 6, 5)).astype(np.float32)
+    read = np.array([[1] * 6, [1] * 2 + [0] * 4])
+    ours, _ = balance(Routing(jnp.asarray(scores), jnp.asarray(read) > 0), 2)
+    flat = tuple(torch.tensor(layer.reshape(-1, 5)) for layer in scores)
+    assert abs(float(ours) - float(load_balancing_loss_func(flat, 5, 2, torch.tensor(read)))) < 1e-5
