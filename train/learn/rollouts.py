@@ -19,11 +19,11 @@ from ..resolve import at_least
 from .batches import Batch, target_positions, target_width
 
 if TYPE_CHECKING:
-    from .shared import Sharing
     from ..generate.rollout import Prompt, Sample
     from ..models.decoder import Params
     from .objectives import Tokens
     from .settings import Sft
+    from .shared import Sharing
 
 STEP = 32
 """Rows are padded to lengths that are multiples of it: few shapes, few compilations."""

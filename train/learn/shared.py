@@ -23,6 +23,9 @@ Pair = tuple[Sequence[int], Sequence[int]]
 """A prompt and an answer to it."""
 FINEST = 32
 """Lengths of rows are multiples of it, and from 256 on of an eighth to a quarter of themselves: few programs."""
+CLEARLY = 0.9
+"""Rows with fewer answers are taken where they need less than this share of the operations: else a run would go to and
+fro between two programs."""
 
 
 def bucket(n: int) -> int:
@@ -68,19 +71,22 @@ class Sharing:
     longest: int
 
     def layout(self, pairs: Sequence[Pair]) -> Layout | None:
-        """The rows that take the fewest operations; None: those of one answer each do."""
+        """The rows with most answers, fewer where that takes clearly fewer operations; None: one answer each does."""
         most = max(len(run) for run in self.runs(pairs))
         if most == 1:
             return None
-        plain, width = (FINEST * -(-n // FINEST) for n in (max(len(p) + len(a) for p, a in pairs) - 1, longest_of(pairs)))
-        best, fewest = None, step_flops(self.model, self.size, plain, self.size * min(width, plain))
+        plain, width = (
+            FINEST * -(-n // FINEST) for n in (max(len(p) + len(a) for p, a in pairs) - 1, longest_of(pairs))
+        )
+        apart = step_flops(self.model, self.size, plain, self.size * min(width, plain))
+        best, fewest = None, math.inf
         while most > 1:
             found = self.rows_of(pairs, most)
             flops = step_flops(self.model, found.rows, found.length, found.rows * found.targets)
-            if flops < fewest:
+            if flops < CLEARLY * fewest:
                 best, fewest = found, flops
             most = -(-most // 2)
-        return best
+        return best if fewest < apart else None
 
     def runs(self, pairs: Sequence[Pair]) -> Iterator[list[int]]:
         """Numbers of the answers to one prompt that stand together in an update."""
@@ -93,10 +99,12 @@ class Sharing:
         """The sizes of rows with `most` answers or fewer."""
         chosen = self.chosen(pairs, most)
         multiple = self.parts * self.ways
-        tokens = [len(pairs[row[0]][0]) + sum(max(0, len(pairs[i][1]) - 1) for i in row) for rows in chosen for row in rows]
-        targets = [sum(len(pairs[i][1]) for i in row) for rows in chosen for row in rows]
+        rows = [(len(pairs[row[0]][0]), [len(pairs[i][1]) for i in row]) for rows in chosen for row in rows]
+        length = bucket(max(prompt + sum(max(0, n - 1) for n in answers) for prompt, answers in rows))
+        # Follows from the length, so that there is a program for each length and not for each pair of them.
+        spare = min(prompt - len(answers) for prompt, answers in rows)
         return Layout(
-            most, multiple * math.ceil(max(map(len, chosen)) / multiple), bucket(max(tokens)), bucket(max(targets))
+            most, multiple * math.ceil(max(map(len, chosen)) / multiple), length, length - spare // FINEST * FINEST
         )
 
     def chosen(self, pairs: Sequence[Pair], most: int) -> list[list[list[int]]]:

@@ -79,9 +79,7 @@ def write(cache: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
     return cache.at[jnp.arange(cache.shape[0]), :, at].set(new[:, :, 0], mode="drop", unique_indices=True)
 
 
-def visible(
-    positions: jax.Array, segments: jax.Array | None = None, parents: jax.Array | None = None
-) -> jax.Array:
+def visible(positions: jax.Array, segments: jax.Array | None = None, parents: jax.Array | None = None) -> jax.Array:
     """Causal mask [B, T, T]; with segment ids and parents [B, T], what branches.py says is seen."""
     index = jnp.arange(positions.shape[1])
     mask = jnp.broadcast_to(index[:, None] >= index[None, :], (*positions.shape, positions.shape[1]))

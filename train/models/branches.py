@@ -65,12 +65,11 @@ BRANCHED = ("parents", "answers", "sources", "cells")
 """What a batch of such rows has beside `tokens` and `segments`, [B, T] both.
 
 `parents` [B, T] int32. `answers` [B, G, K] int32: the tokens that are learnt, a sequence a branch, of whose shape are
-`weights` and every other array of the batch that is of tokens; filled up with the weight 0. `sources` and `cells` [B, M]
-int32 are of the row's targets: the position in `tokens` from which each is predicted, and where it stands among the G·K
-of `answers`; filled up with G·K. An answer's first token is predicted from the end of its parent, and its last one,
-from which nothing is predicted, is in `answers` alone.
+`weights` and every other array of the batch that is of tokens; filled up with the weight 0. `sources` and `cells`
+[B, M] int32 are of the row's targets: the position in `tokens` from which each is predicted, and where it stands among
+the G·K of `answers`; filled up with G·K. An answer's first token is predicted from the end of its parent, and its last
+one, from which nothing is predicted, is in `answers` alone.
 """
-
 
 
 def flat(values: jax.Array, cells: jax.Array) -> jax.Array:

@@ -153,11 +153,8 @@ def _cudnn(q, k, v, seen: Causal, *, scale: float) -> jax.Array:
         # filled up is a segment of its own behind all others: no query sees it, and it sees itself.
         more = -T % EVEN
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q, k, v))
-        ids, parents, positions = (
-            x if x is None else jnp.pad(x, ((0, 0), (0, more)), constant_values=-1)
-            for x in (seen.segments, seen.parents, seen.positions)
-        )
-        mask = related(ids, parents)
+        parents, positions = (x if x is None else _behind(x, more) for x in (seen.parents, seen.positions))
+        mask = related(_behind(seen.segments, more), parents)
         if window is not None and positions is not None:
             mask, window = mask & near(positions, window), None
         mask = mask[:, None]
@@ -170,6 +167,11 @@ def _cudnn(q, k, v, seen: Causal, *, scale: float) -> jax.Array:
         implementation="cudnn",
     )
     return out.swapaxes(1, 2)[:, :, :T].astype(jnp.float32)
+
+
+def _behind(ids: jax.Array, more: int) -> jax.Array:
+    """Numbers [B, T] of a row's tokens, and −1 for `more` that fill it up."""
+    return jnp.pad(ids, ((0, 0), (0, more)), constant_values=-1)
 
 
 def _splash(

@@ -54,7 +54,7 @@ def loss_sums(
       batch: `tokens` [B, T] int32; `weights` [B, T] float32, the loss weight of each token as a target; optionally
         `targets` [B, K] int32, the positions whose weight is not 0, filled up with 0; optionally `segments` [B, T]
         int32, equal and contiguous for the tokens of one sequence of a packed row; optionally `inputs` [B, T] int32,
-        which the model reads in place of the tokens, whose labels stay. Rows that branch have other arrays: branches.py.
+        which the model reads in place of the tokens, whose labels stay. Rows that branch: see branches.py.
       near: (θ_0, β): Σ w·β·D(p_θ, p_0) is added to the losses.
       divergence: D, of models/divergence.py.
       teacher: takes its share of the place of −log p.

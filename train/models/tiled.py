@@ -19,7 +19,15 @@ TILES = 8  # at most, for each is compiled
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments, *, scale: float, window: int | None, parents=None, positions=None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments,
+    *,
+    scale: float,
+    window: int | None,
+    parents=None,
+    positions=None,
 ) -> jax.Array:
     """As `attention.attend` under a causal mask: q [B, N, T, H], k and v [B, K, T, H] → [B, N, T, H] float32.
 

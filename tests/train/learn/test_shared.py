@@ -59,6 +59,8 @@ def lessons(logps, options, several=False):
     apart = policy.lesson(groups(), course)
     shared = policy.lesson(groups(), course._replace(sharing=SHARING))
     assert (apart.rows, shared.rows) == (0, 2)
+    assert apart.batch is not None
+    assert shared.batch is not None
     assert shared.batch["tokens"].shape == (2, 64)
     assert apart.metrics == shared.metrics
     return apart.batch, shared.batch
@@ -117,7 +119,7 @@ def test_a_row_holds_a_prompt_once_and_its_answers_in_their_order(logps):
     assert shared["weights"].sum(axis=-1).tolist() == [[3, 0, 0, 1], [4, 2, 7, 3]]
     np.testing.assert_array_equal(shared["advantages"].reshape(-1), apart["advantages"])
     np.testing.assert_array_equal(shared["rows"], np.ones((2, 4)))
-    np.testing.assert_array_equal(shared["sampled"][1, 2, :7], np.float32(groups()[1].samples[2].logprobs))
+    np.testing.assert_array_equal(shared["sampled"][1, 2, :7], np.array(groups()[1].samples[2].logprobs, np.float32))
 
 
 def test_rows_are_those_that_take_the_fewest_operations():
@@ -125,7 +127,7 @@ def test_rows_are_those_that_take_the_fewest_operations():
     prompt, other = tuple(range(60)), tuple(range(1, 61))
     short, long = (0,) * 10, (0,) * 20_000
     wide = dataclasses.replace(SHARING, model=dataclasses.replace(CONFIG, hidden_size=256, intermediate_size=1024))
-    assert wide.layout([(prompt, short)] * 8) == Layout(8, 1, 160, 96)  # 60 + 8·9 and 8·10, in steps of 32
+    assert wide.layout([(prompt, short)] * 8) == Layout(8, 1, 160, 128)  # 60 + 8·9 in steps of 32; 60 − 8 have 1
     assert wide.layout([(prompt, long)] * 8) is None
     assert wide.layout([(prompt, short), (other, short)] * 4) is None  # nothing is shared
     # An update of eight answers has groups of 6 and 2, then 4 and 2; of two micro-batches each has as many rows.
