@@ -227,7 +227,8 @@ class Decoder(nnx.Module):
         """Kind of layer → its table of rotations and its mask."""
         c = self.config
         return {
-            kind: (rope_table(c, positions, kind[1]), within(mask, kind[0], at)) for kind in dict.fromkeys(c.layers)
+            kind: (rope_table(c, positions, kind[1]), within(mask, kind[0], at, positions))
+            for kind in dict.fromkeys(c.layers)
         }
 
     def head(self, hidden: jax.Array, dtype) -> jax.Array:

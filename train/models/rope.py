@@ -176,3 +176,5 @@ SCALINGS: dict[str, Callable[..., Frequencies]] = {
     "yarn": yarn,
     "longrope": longrope,
 }
+READS_LENGTHS = ("dynamic", "longrope")
+"""Those of SCALINGS that look at the length of the sequence a token is part of."""
