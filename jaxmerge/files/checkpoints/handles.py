@@ -7,7 +7,7 @@ import os
 import pathlib
 import resource
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 Stamp = tuple[int, int, int]
 
@@ -33,9 +33,10 @@ class OpenFile:
             raise ValueError(f"{path} is no plain file; give a file of weights")
         self.size = status.st_size
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # A default, because the module's names may be gone when the interpreter ends.
         if self.handle >= 0:
-            os.close(self.handle)
+            close(self.handle)
 
 
 def _open(path: pathlib.Path) -> int:
