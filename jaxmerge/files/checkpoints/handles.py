@@ -30,7 +30,7 @@ class OpenFile:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         status = os.fstat(self.handle)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path} is no plain file; give a file of weights")
+            raise ValueError(f"{path} is no plain file but a folder, a pipe or a device; give a file")
         self.size = status.st_size
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
