@@ -169,7 +169,8 @@ class _Work:
 
     def _later_files(self) -> set[pathlib.Path]:
         """The files of adapters that are applied to what a stage makes."""
-        folders = {find_adapter(adapter, name) for name in self.later for adapter in name.split("+")[1:]}
+        adapters = {(adapter, name) for name in self.later for adapter in name.split("+")[1:]}
+        folders = {find_adapter(*of, headers_only=self.settings.dry_run).folder for of in adapters}
         return {file for folder in folders for name in (CONFIG, WEIGHTS) if (file := folder / name).exists()}
 
     def _open(self, name: str) -> Source:

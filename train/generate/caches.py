@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,17 @@ def empty_caches(c: ModelConfig, slots: int, length: int, dtype: str, mesh: OnMe
     """One KV a layer, model after model: slots over the mesh's rows, heads over its tensor axis."""
     if isinstance(c, Together):
         return tuple(itertools.chain(*(empty_caches(part, slots, length, dtype, mesh) for part in c.parts)))
-    shape = (slots, c.num_key_value_heads, length, c.head_dim)
-    where = None if mesh is None else spread_sharding(mesh, shape, tensor=1)
+    return _maker(c.num_hidden_layers, (slots, c.num_key_value_heads, length, c.head_dim), dtype, mesh)()
+
+
+@functools.lru_cache(maxsize=64)
+def _maker(layers: int, shape: tuple[int, ...], dtype: str, mesh: OnMesh) -> Callable[[], tuple[KV, ...]]:
+    """The program that makes empty caches: kept by size, for a function made anew is compiled anew."""
 
     def make():
-        return tuple(KV(*(jnp.zeros(shape, dtype) for _ in "kv")) for _ in range(c.num_hidden_layers))
+        return tuple(KV(*(jnp.zeros(shape, dtype) for _ in "kv")) for _ in range(layers))
 
-    return jax.jit(make, out_shardings=where)()
+    return jax.jit(make, out_shardings=None if mesh is None else spread_sharding(mesh, shape, tensor=1))
 
 
 @functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("caches",))

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.files.adapters.spaces import Pair
-from jaxmerge.files.checkpoints import safetensors
 from jaxmerge.files.checkpoints.adapter import CONFIG, FACTOR, WEIGHTS, read_config, scale_of, without_wrappers
 from jaxmerge.files.checkpoints.open import find_adapter
 from jaxmerge.files.checkpoints.source import Tensor, read
@@ -67,7 +66,7 @@ class Adapter:
     """An open adapter. name: as the recipe writes it. modules: by name, but for what a wrapper puts in front.
 
     whole: what is no factor, by name. base: the model it was trained on, as the recipe or else its config says; ""
-    where neither does.
+    where neither does. notes: on what of it is not here.
     """
 
     name: str
@@ -76,14 +75,19 @@ class Adapter:
     config: Mapping[str, Any]
     modules: Mapping[str, Module]
     whole: Mapping[str, Tensor]
+    notes: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[pathlib.Path, ...]:
         return self.folder / CONFIG, self.folder / WEIGHTS
 
 
-def open_adapter(name: str) -> Adapter:
+def open_adapter(name: str, *, headers_only: bool = False) -> Adapter:
     """Open `adapter`, or `base+adapter`: a folder or a hub name.
+
+    Args:
+      name: as the recipe writes it.
+      headers_only: of a hub's adapter that is not here, headers are fetched; its tensors cannot be read.
 
     Raises:
       ValueError: there is none, or it is more than factors of matrices; says what to do.
@@ -91,24 +95,26 @@ def open_adapter(name: str) -> Adapter:
     base, plus, adapter = name.rpartition("+")
     if not plus or pathlib.Path(name).expanduser().exists():
         base, adapter = "", name
-    folder = find_adapter(adapter, name)
+    folder, weights, notes = find_adapter(adapter, name, headers_only=headers_only)
     if not (folder / CONFIG).exists():
         raise ValueError(
             f"model {name!r} has no {CONFIG}, so it is no adapter; a recipe with 'adapter' merges adapters with "
             "adapters, leave the key out to merge whole models"
         )
     config, path = read_config(folder), folder / WEIGHTS
-    if not path.exists():
+    if not weights.has(WEIGHTS):
         raise ValueError(f"adapter {name!r} has no {WEIGHTS}; save it as safetensors (PEFT's default)")
     base = base or str(config.get("base_model_name_or_path") or "")
-    return Adapter(name, folder, base, config, *_modules(name, config, path))
+    return Adapter(name, folder, base, config, *_modules(name, config, path, weights.header(WEIGHTS)), notes)
 
 
-def _modules(name: str, config: Mapping[str, Any], path: pathlib.Path) -> tuple[dict[str, Module], dict[str, Tensor]]:
+def _modules(
+    name: str, config: Mapping[str, Any], path: pathlib.Path, stored: Mapping[str, Tensor]
+) -> tuple[dict[str, Module], dict[str, Tensor]]:
     """The factors by module, and what is kept whole by its name."""
     parts: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
-    for key, tensor in safetensors.read_header(path).items():
+    for key, tensor in stored.items():
         found = FACTOR.fullmatch(key.removeprefix(PREFIX))
         if found is None:
             whole[_SAVED.sub("", key.removeprefix(PREFIX))] = tensor

@@ -6,6 +6,7 @@ Memory holds the factors of all adapters of one module, what the space makes of 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -55,8 +56,8 @@ class AdapterWork:
     ):  # fmt: skip
         self.recipe, self.options, self.device, self.progress = recipe, options, device, progress
         self.seed = recipe.seed if seed is None else seed
-        self.adapters = [open_adapter(name) for name in recipe.sources]
-        self.notes = list(recipe.notes)
+        self.adapters = [open_adapter(name, headers_only=headers_only) for name in recipe.sources]
+        self.notes = [*recipe.notes, *(note for adapter in self.adapters for note in adapter.notes)]
         self.base = base_of(self.adapters, recipe.base, self.notes)
         self.modules = modules_of(self.adapters, allow_missing="missing" in allow, notes=self.notes)
         self.ranks = {key: self._rank(key) for key in self.modules}
@@ -64,10 +65,15 @@ class AdapterWork:
         self.depths = layers.depths([*(f"{module.name}.weight" for module in self.modules.values()), *self.whole])
         self.rules = {key: self._rule(f"{module.name}.weight") for key, module in self.modules.items()}
         self.based = self._base_tensors(headers_only)
-        files = sorted({file for adapter in self.adapters for file in adapter.files} | {*self.base_files})
-        self.before = stamps(files)
-        said = [recipe.text, self.seed, sorted(allow), device.platform, card.versions(), list(map(stamp, files))]
-        self.digest = xxhash.xxh3_128_hexdigest(json.dumps(said).encode())
+        self.files = sorted({file for adapter in self.adapters for file in adapter.files} | {*self.base_files})
+        self.before = stamps(self.files)
+        self.allow = sorted(allow)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Digest all that decides the result; files that are not here have no stamp, so a dry run must not ask."""
+        said = [self.recipe.text, self.seed, self.allow, self.device.platform, card.versions()]
+        return xxhash.xxh3_128_hexdigest(json.dumps([*said, list(map(stamp, self.files))]).encode())
 
     def _base_tensors(self, headers_only: bool) -> dict[str, Tensor]:
         """The base's tensors where adapters keep unlike ones whole; without such, the base is not opened."""

@@ -25,10 +25,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxmerge.files.checkpoints import safetensors
 from jaxmerge.files.checkpoints.adapted import Adapted, Renamed, Replaced, Shifted
 from jaxmerge.files.checkpoints.classes import is_transposed, model_types
 from jaxmerge.files.checkpoints.heads import have_same_bits, is_head, tied_pair, untied
+from jaxmerge.files.checkpoints.safetensors import NotHere
+from jaxmerge.files.checkpoints.shards import Weights, weights_in
 from jaxmerge.files.checkpoints.source import Source, Tensor
 from jaxmerge.files.documents import read_json, some
 from jaxmerge.files.patterns import matches_module
@@ -49,12 +50,13 @@ WRAPPERS = ("model", "language_model", "text_model", "transformer", "base_model"
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def apply(source: Source, adapter: pathlib.Path) -> Source:
+def apply(source: Source, adapter: pathlib.Path, weights: Weights | None = None) -> Source:
     """Apply a PEFT LoRA adapter to a checkpoint; nothing is read but headers.
 
     Args:
       source: the model it was trained on.
       adapter: folder with adapter_config.json and adapter_model.safetensors.
+      weights: the adapter's file of weights; by default that in the folder.
 
     Returns:
       The source with the adapter's modules as virtual tensors, its `modules_to_save` and biases as stored, in the
@@ -65,8 +67,8 @@ def apply(source: Source, adapter: pathlib.Path) -> Source:
     """
     folder = pathlib.Path(adapter)
     config = read_config(folder)
-    path = folder / WEIGHTS
-    if not path.exists():
+    path, weights = folder / WEIGHTS, weights or weights_in(folder)
+    if not weights.has(WEIGHTS):
         raise ValueError(f"adapter {str(folder)!r} has no {WEIGHTS}; save it as safetensors (PEFT's default)")
     names = Names(source.tensors)
     pair = tied_pair(source)
@@ -75,7 +77,7 @@ def apply(source: Source, adapter: pathlib.Path) -> Source:
         # The adapter may name the head all the same.
         lent = Renamed(source.tensors[pair[0]], pair[1])
         names.add(pair[1], lent)
-    factors, unmatched = _place(safetensors.read_header(path), names)
+    factors, unmatched = _place(weights.header(WEIGHTS), names)
     turned = _only_turned(names, factors, source.config)
     for module, parts in factors.items():
         unmatched += _adapt(names, module, parts, config, path, _Layers(source.config, turned))
@@ -295,9 +297,14 @@ def _settle_head(
         del tensors[head]
         return source.config, ()
     own = tensors[head]
-    if isinstance(own, Replaced) and isinstance(embedding, Replaced) and have_same_bits(own.tensor, embedding.tensor):
-        del tensors[head]
-        return source.config, ()
+    if isinstance(own, Replaced) and isinstance(embedding, Replaced):
+        try:
+            same = have_same_bits(own.tensor, embedding.tensor)
+        except NotHere:  # a dry run: the larger of the two results is planned
+            same = False
+        if same:
+            del tensors[head]
+            return source.config, ()
     which = "embedding" if own is lent else "head" if not changed else "embedding and the head"
     note = f"{adapter} adapts the {which} of {source.name}, which were tied; now they are apart"
     return untied(source.config), (note,)

@@ -22,7 +22,7 @@ FP4_BLOCK = 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Made(MadeByRows):
+class Made(MadeByRows):
     """A float32 tensor that is made of others when it is read."""
 
     name: str
@@ -34,16 +34,40 @@ class _Made(MadeByRows):
         return " and ".join(dict.fromkeys(part.where for part in self.parts))
 
 
+def read_run(tensor: Tensor, first: int, last: int) -> np.ndarray:
+    """Read elements [first, last) in C order."""
+    size = tensor.dtype.itemsize
+    buffer = np.empty((last - first) * size, np.uint8)
+    tensor.read_into(buffer, first * size)
+    return buffer.view(tensor.dtype)
+
+
 def _read_rows(tensor: Tensor, first: int, last: int) -> np.ndarray:
     """Read indices [first, last) of the first axis."""
-    width = tensor.size // max(tensor.shape[0], 1)
-    buffer = np.empty((last - first) * width, np.uint8)
-    tensor.read_into(buffer, first * width)
-    return buffer.view(tensor.dtype).reshape(last - first, *tensor.shape[1:])
+    width = math.prod(tensor.shape[1:])
+    return read_run(tensor, first * width, last * width).reshape(last - first, *tensor.shape[1:])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Scaled(_Made):
+class Turned(Made):
+    """The transpose of a matrix, made whole when any of it is read."""
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Turned:
+        """Turn a matrix of float32."""
+        return cls(matrix.name, matrix.shape[::-1], (matrix,))
+
+    @property
+    def chunked(self) -> bool:
+        return False
+
+    def read_into(self, buffer: np.ndarray, start: int = 0) -> None:
+        whole = np.ascontiguousarray(read(self.parts[0]).T)
+        buffer[:] = whole.reshape(-1).view(np.uint8)[start : start + buffer.size]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scaled(Made):
     """(q − z)·s with a scale, and perhaps a zero point, for each block of `blocks` elements of every axis."""
 
     blocks: tuple[int, ...]
@@ -79,7 +103,7 @@ def grid(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, ...] | No
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Packed(_Made):
+class Packed(Made):
     """A matrix of codes packed in words of 32 bits, with a scale and a zero point for each group of inputs.
 
     parts: qweight, qzeros, scales, and g_idx where there is one. bits: of a code. awq: packed as AWQ does, else as
@@ -122,7 +146,7 @@ class Packed(_Made):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Microscaled(_Made):
+class Microscaled(Made):
     """Experts [E, in, out] of codes [E, out, in/32, 16], two a byte, the low half first, and exponents [E, out, in/32].
 
     The axes are turned because gpt-oss computes x·W with the weights that transformers makes of these.

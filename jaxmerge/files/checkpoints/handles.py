@@ -7,7 +7,7 @@ import os
 import pathlib
 import resource
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 Stamp = tuple[int, int, int]
 
@@ -30,12 +30,13 @@ class OpenFile:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         status = os.fstat(self.handle)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path} is no plain file; give a file of weights")
+            raise ValueError(f"{path} is no plain file but a folder, a pipe or a device; give a file")
         self.size = status.st_size
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # A default, because the module's names may be gone when the interpreter ends.
         if self.handle >= 0:
-            os.close(self.handle)
+            close(self.handle)
 
 
 def _open(path: pathlib.Path) -> int:

@@ -52,16 +52,21 @@ def fetch(name: str, *, weights: bool = True) -> pathlib.Path:
     return pathlib.Path(found)
 
 
-def describe(name: str) -> tuple[pathlib.Path, shards.Weights | None]:
+def describe(name: str, single: str = SINGLE) -> tuple[pathlib.Path, shards.Weights | None]:
     """Return the folder of a hub's model without its weights, and the headers of these; None if they are in the folder.
+
+    Args:
+      name: `org/name` or `org/name@revision`.
+      single: the file that has all weights where no index says otherwise; an adapter's is called otherwise.
 
     Raises:
       ValueError: as `fetch`.
     """
     folder = fetch(name, weights=False)
     here = shards.weights_in(folder)
-    named = sorted(set(shards.read_index(folder / INDEX).values())) if (folder / INDEX).exists() else []
-    if here.has(SINGLE) or (named and all(map(here.has, named))):
+    index = folder / INDEX
+    named = sorted(set(shards.read_index(index).values())) if single == SINGLE and index.exists() else []
+    if here.has(single) or (named and all(map(here.has, named))):
         return folder, None
     with _asked(name):
         from huggingface_hub import HfApi
@@ -80,8 +85,8 @@ def describe(name: str) -> tuple[pathlib.Path, shards.Weights | None]:
             # Where the data begin is not said; nothing is read from there.
             return {tensor.name: tensor for tensor in entries_of(folder / file, entries, None, 0)[0]}
 
-        headers = {SINGLE: header(SINGLE)}
-        if headers[SINGLE] is None:
+        headers = {single: header(single)}
+        if headers[single] is None:
             with concurrent.futures.ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
                 headers |= dict(zip(named, pool.map(header, named), strict=True))
     found = {file: tensors for file, tensors in headers.items() if tensors is not None}

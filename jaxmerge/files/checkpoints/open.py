@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from jaxmerge.files.checkpoints import adapter as adapters
 from jaxmerge.files.checkpoints import hub, safetensors, shards
@@ -23,8 +24,8 @@ def open_source(name: str, *, headers_only: bool = False) -> Source:
       name: a Hugging Face folder; a file of safetensors or GGUF; a folder of one GGUF file; an Orbax checkpoint;
         `model+adapter`, split at the last plus sign; or a hub name `org/model` or `org/model@revision`, which is
         downloaded unless it has been. An adapter may be a hub name too.
-      headers_only: of a hub's model that is not here, what lies beside the weights and the headers of the weights are
-        fetched. Its tensors cannot be read. Adapters are downloaded whole.
+      headers_only: of a hub's model or adapter that is not here, what lies beside the weights and the headers of the
+        weights are fetched. Its tensors cannot be read.
 
     Raises:
       ValueError: there is no model, or it is damaged or of a format not known; says what was looked for and found.
@@ -128,9 +129,13 @@ def _open_described_on_the_hub(name: str) -> Source:
     if weights is None:
         return open_folder(name, folder)
     stored, notes = shards.open_folder(folder, weights)
+    return _described(name, folder, stored, (*notes, _not_downloaded(name, stored)))
+
+
+def _not_downloaded(name: str, stored: Mapping[str, Tensor]) -> str:
     size = sum(tensor.size for tensor in stored.values())
-    notes = (*notes, f"{name} is not downloaded: its headers alone were read; it has {size / 1e9:.2f} GB of weights")
-    return _described(name, folder, stored, notes)
+    said = f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+    return f"{name} is not downloaded: its headers alone were read; it has {said} of weights"
 
 
 def _file(name: str, path: pathlib.Path) -> Source:
@@ -172,16 +177,31 @@ def _described(
 
 def _open_adapted(name: str, headers_only: bool) -> Source:
     base, _, adapter = name.rpartition("+")
-    folder = find_adapter(adapter, name)
-    return dataclasses.replace(adapters.apply(open_source(base, headers_only=headers_only), folder), name=name)
+    found = find_adapter(adapter, name, headers_only=headers_only)
+    adapted = adapters.apply(open_source(base, headers_only=headers_only), found.folder, found.weights)
+    return dataclasses.replace(adapted, name=name, notes=(*adapted.notes, *found.notes))
 
 
-def find_adapter(adapter: str, name: str) -> pathlib.Path:
-    """Return the folder of the adapter in the model string `name`, a hub's adapter downloaded."""
+class FoundAdapter(NamedTuple):
+    """Where an adapter lies, the headers of its weights, and a note where these alone are here."""
+
+    folder: pathlib.Path
+    weights: shards.Weights
+    notes: tuple[str, ...] = ()
+
+
+def find_adapter(adapter: str, name: str, *, headers_only: bool) -> FoundAdapter:
+    """Find the adapter in the model string `name`; of a hub's adapter that is not here, headers or all is fetched."""
+    if headers_only and find_here(adapter) is None and hub.is_hub_name(adapter):
+        folder, weights = hub.describe(adapter, adapters.WEIGHTS)
+        if weights is not None:
+            stored = weights.header(adapters.WEIGHTS) if weights.has(adapters.WEIGHTS) else {}
+            return FoundAdapter(folder, weights, (_not_downloaded(adapter, stored),))
+        return FoundAdapter(folder, shards.weights_in(folder))
     folder = find(adapter)
     if folder is None or not folder.is_dir():
         raise ValueError(
             f"model {name!r}: the adapter {adapter!r} is no folder here (and {name!r} is none); give the folder that "
             "holds adapter_config.json, or the adapter's hub name org/name"
         )
-    return folder
+    return FoundAdapter(folder, shards.weights_in(folder))

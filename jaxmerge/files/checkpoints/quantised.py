@@ -1,8 +1,8 @@
 r"""Which tensors of a checkpoint are codes and scales of weights, and the weights they stand for.
 
 What is dequantised exactly as its own library does it is listed in `METHODS`: FP8 with `weight_scale_inv` or
-`weight_scale` (both are multiplied, whatever the name says), GPTQ, AWQ and MXFP4. Everything else that has codes and
-scales is refused by name, because a merge of codes is a merge of nothing.
+`weight_scale` (both are multiplied, whatever the name says), GPTQ, AWQ, MXFP4 and bitsandbytes. Everything else that
+has codes and scales is refused by name, because a merge of codes is a merge of nothing.
 
 References:
   Frantar et al., "GPTQ", https://arxiv.org/abs/2210.17323
@@ -19,12 +19,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmerge.files.checkpoints.bitsandbytes import eight_bits, four_bits
 from jaxmerge.files.checkpoints.classes import is_transposed
 from jaxmerge.files.checkpoints.codes import FP4_BLOCK, Microscaled, Packed, Scaled, grid
 from jaxmerge.files.checkpoints.safetensors import DTYPES
 from jaxmerge.files.checkpoints.source import Tensor
 
-METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "gptq", "awq", "mxfp4")
+METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "gptq", "awq", "mxfp4", "bitsandbytes")
 CONFIG_KEYS = ("quantization_config", "compression_config")
 # How a scale of a weight is named after the weight.
 SCALES = ("_scale_inv", "_scale")
@@ -35,7 +36,7 @@ ACTIVATIONS = (
 # Tensors that only quantised layers have. What is left of them after dequantising is refused.
 CODES = (
     "qweight", "qzeros", "weight_packed", "weight_shape", "weight_scale_2", "weight_global_scale", "SCB", "absmax",
-    "quant_map", "weight_format", "codebooks", "W_q", "weight_zero_point", "bitmask", "compressed",
+    "quant_map", "nested_absmax", "weight_format", "codebooks", "W_q", "weight_zero_point", "bitmask", "compressed",
 )  # fmt: skip
 
 
@@ -65,10 +66,14 @@ def dequantise(name: str, tensors: Mapping[str, Tensor], config: Mapping[str, An
     if method and method not in METHODS:
         raise ValueError(_refusal(name, f"config.json says quant_method {method!r}"))
     left = dict(tensors)
-    made = {**_packed(name, left, said, config), **_scaled(name, left, said), **_microscaled(name, left, config)}
+    made = {**four_bits(name, left, config), **eight_bits(name, left, config)}
+    made |= {**_packed(name, left, said, config), **_scaled(name, left, said), **_microscaled(name, left, config)}
     for tensor in left:
         if tensor.rpartition(".")[2] in CODES or (method and _is_code(left[tensor])):
-            raise ValueError(_refusal(name, f"tensor {tensor!r} is stored as {left[tensor].dtype} codes"))
+            # What the config calls it: NVFP4 and others are a format of a method that has several.
+            said_too = [str(said[key]) for key in ("quant_algo", "format") if isinstance(said.get(key), str)]
+            kind = f" of {', '.join([method, *said_too])}" if method else ""
+            raise ValueError(_refusal(name, f"tensor {tensor!r} is stored as {left[tensor].dtype} codes{kind}"))
     idle = [tensor for tensor in left if made and tensor.rpartition(".")[2] in ACTIVATIONS]
     # In the order of the file: a result is written in it.
     order = {tensor: place for place, tensor in enumerate(tensors)}
@@ -105,7 +110,8 @@ def _natural(config: Mapping[str, Any]) -> np.dtype:
 
 def _refusal(name: str, what: str) -> str:
     return (
-        f"model {name!r} is quantised: {what}, which is not dequantised here (known are {', '.join(METHODS)}); "
+        f"model {name!r} is quantised: {what}, which is no layout that is dequantised here (docs/merge.md lists "
+        f"those of {', '.join(METHODS)}); "
         "give the model it was made from, or dequantise it first, with transformers: "
         "AutoModelForCausalLM.from_pretrained(…).dequantize().save_pretrained(…)"
     )

@@ -11,6 +11,7 @@ from helpers.played_hub import played_hub
 from safetensors.numpy import load_file, save_file
 
 from jaxmerge.files import merge
+from jaxmerge.files.adapters.folder import open_adapter
 from jaxmerge.files.checkpoints import safetensors
 from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import read
@@ -23,12 +24,15 @@ RECIPE = (
 LARGE = {"model.layers.0.mlp.large.weight": np.ones((300, 1000), np.float32)}  # a header is asked for with 100 kB
 
 
-def adapter(path: pathlib.Path) -> None:
+def adapter(path: pathlib.Path, rank: int = 1) -> None:
     path.mkdir()
-    factors = {"lora_A": np.ones((1, 8), np.float32), "lora_B": np.ones((16, 1), np.float32)}
+    rng = np.random.default_rng(rank)
+    factors = {"lora_A": rng.standard_normal((rank, 8)), "lora_B": rng.standard_normal((16, rank))}
     named = {f"base_model.model.lm_head.{kind}.weight": factor for kind, factor in factors.items()}
-    save_file(named, path / "adapter_model.safetensors")
-    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 2}))
+    named["base_model.model.model.norm.weight"] = rng.standard_normal(8)
+    save_file({name: array.astype(np.float32) for name, array in named.items()}, path / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": rank, "lora_alpha": 2, "base_model_name_or_path": "org/base"}
+    (path / "adapter_config.json").write_text(json.dumps(said))
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,7 @@ def hub(tmp_path_factory):
     tied = tensors(0)
     folder(root / "org/tied", tied | {"lm_head.weight": tied["model.embed_tokens.weight"]}, tie_word_embeddings=True)
     adapter(root / "org/adapter")
+    adapter(root / "org/second", rank=700)
     whole = root / "org/sharded/model.safetensors"
     arrays, placed = load_file(whole), {}
     whole.unlink()
@@ -86,7 +91,7 @@ def test_a_dry_run_needs_headers_alone_and_says_what_the_merge_does(hub, here, c
         ("org/sharded", "model-00001-of-00002.safetensors"), ("org/sharded", "model-00002-of-00002.safetensors"),
     }  # fmt: skip
     assert all(count <= 100_001 for count in sent_weights(hub).values())
-    assert "note: org/one@main is not downloaded: its headers alone were read; it has 0.00 GB of weights" in said
+    assert "note: org/one@main is not downloaded: its headers alone were read; it has 1.21 MB of weights" in said
     assert not list(here.rglob("*.safetensors"))
     plan = merge("r.yaml", "out", dry_run=True)
     report = merge("r.yaml", "out")
@@ -129,8 +134,28 @@ def test_an_adapter_and_a_tokenizer_of_the_hub(hub, here):
     opened = open_source("org/base+org/adapter", headers_only=True)
     assert opened.tensors["lm_head.weight"].shape == (16, 8)
     assert sent_weights(hub)["org/base", "model.safetensors"] <= 100_001
+    assert not list(here.rglob("*.safetensors"))
+    assert any("org/adapter is not downloaded: its headers alone were read" in note for note in opened.notes)
+    with pytest.raises(ValueError, match="is not downloaded, for a dry run reads headers alone"):
+        read(opened.tensors["lm_head.weight"])
     hub.sent.clear()
     pathlib.Path("r.yaml").write_text(RECIPE + "tokenizer: {source: org/lost}\n")
     with pytest.raises(ValueError, match="has no tokenizer"):
         merge("r.yaml", "out", dry_run=True)
     assert not [file for file in sent_weights(hub) if file[0] == "org/lost"]
+
+
+def test_a_merge_of_adapters_of_the_hub(hub, here, capsys):
+    """Neither adapter is downloaded, nor the base, though both keep a norm whole that may differ."""
+    models = "models: [{model: org/adapter}, {model: org/second}]\nparameters: {weight: 0.5}\n"
+    pathlib.Path("r.yaml").write_text(f"merge_method: linear\nadapter: core\n{models}")
+    assert main(["merge", "r.yaml", "out", "--dry-run"]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert set(sent_weights(hub)) == {
+        ("org/adapter", "adapter_model.safetensors"), ("org/second", "adapter_model.safetensors")
+    }  # fmt: skip
+    assert not list(here.rglob("*.safetensors"))
+    assert "note: org/second is not downloaded: its headers alone were read; it has 0.07 MB of weights" in said
+    for name in ("adapter", "second"):
+        found = open_adapter(f"org/{name}").folder
+        assert (found / "adapter_model.safetensors").exists(), "without headers_only all of it is fetched"

@@ -1,11 +1,11 @@
 """Quantised checkpoints: each layout packed here by its definition, and read back as float64 says."""
 
 import json
-import pathlib
 
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.quantised import check, folder
 
 from jaxmerge.files.checkpoints import adapter, safetensors
 from jaxmerge.files.checkpoints.codes import FP4
@@ -13,32 +13,8 @@ from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import read
 from jaxmerge.files.stream import merge
 
-Q, NORM = "model.layers.0.self_attn.q_proj", "model.norm.weight"
+Q = "model.layers.0.self_attn.q_proj"
 R = np.random.default_rng(0)
-
-
-def folder(path: pathlib.Path, arrays: dict[str, np.ndarray], said: dict | None, **config) -> pathlib.Path:
-    path.mkdir()
-    safetensors.write_file(path / safetensors.SINGLE, {NORM: np.ones(4, ml_dtypes.bfloat16), **arrays})
-    config = {"model_type": "llama", "torch_dtype": "bfloat16", "tie_word_embeddings": False} | config
-    (path / "config.json").write_text(json.dumps(config | ({"quantization_config": said} if said else {})))
-    return path
-
-
-def check(path: pathlib.Path, wanted: dict[str, np.ndarray]) -> None:
-    """Read whole tensors and runs of elements; float32 is the one rounding of float64's product."""
-    source = open_source(str(path))
-    assert set(source.tensors) == {*wanted, NORM}
-    assert "quantization_config" not in source.config
-    for name, array in wanted.items():
-        tensor = source.tensors[name]
-        found = read(tensor)
-        assert np.array_equal(found, array.astype(np.float32)), name
-        for first, count in ((1, 3), (found.size // 2, 2), (found.size - 2, 2)):
-            run = np.empty(count * 4, np.uint8)
-            tensor.read_into(run, first * 4)
-            assert np.array_equal(run.view(np.float32), found.reshape(-1)[first : first + count])
-        assert source.natural[name] == ml_dtypes.bfloat16
 
 
 def fp8(shape, dtype=ml_dtypes.float8_e4m3fn) -> np.ndarray:
@@ -184,9 +160,12 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):
 
 BYTES = {f"{Q}.weight": R.integers(0, 255, (8, 1)).astype(np.uint8)}
 WRONG = {
-    "bnb4": ({**BYTES, f"{Q}.weight.absmax": np.ones(2, np.float32)}, {"quant_method": "bitsandbytes"}, "bitsandbytes"),
-    "bnb8 unsaid": ({f"{Q}.weight": BYTES[f"{Q}.weight"], f"{Q}.SCB": np.ones(8, np.float32)}, None, "SCB"),
-    "nvfp4": ({**BYTES, f"{Q}.weight_scale_2": np.ones(1, np.float32)}, {"quant_method": "modelopt"}, "weight"),
+    "bnb4": ({**BYTES, f"{Q}.weight.absmax": np.ones(2, np.float32)}, {"quant_method": "bitsandbytes"}, "of bits"),
+    "bnb8 unsaid": ({f"{Q}.weight": BYTES[f"{Q}.weight"], f"{Q}.SCB": np.ones(8, np.float32)}, None, r"SCB .*uint8"),
+    "nvfp4": (
+        {**BYTES, f"{Q}.weight_scale_2": np.ones(1, np.float32)}, {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        "codes of modelopt, NVFP4",
+    ),
     "packed": ({f"{Q}.weight_packed": np.ones((2, 2), np.int32)}, CHANNEL, "weight_packed"),
     "no scale": ({f"{Q}.weight": fp8((4, 4))}, BLOCK, "stored as float8_e4m3fn codes"),
     "3 bits": (gptq(4, False, None)[0], {"quant_method": "gptq", "bits": 3}, "3 bits"),
