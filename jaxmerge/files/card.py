@@ -104,7 +104,7 @@ def write(folder: pathlib.Path, record: Mapping[str, Any], tensors: Sequence[Map
 
 
 def _models(tensor: Mapping[str, Any]) -> list[str]:
-    return [model for model, _, _ in tensor["inputs"]]
+    return [model for model, _, _ in tensor["inputs"][: tensor["models"]]]
 
 
 def merge_card(record: Mapping[str, Any], usage: str) -> Card:

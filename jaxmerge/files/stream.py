@@ -37,6 +37,7 @@ from jaxmerge.files.journal import Journal, Kept, stamp, unfinished
 from jaxmerge.files.kinds import AnyRecipe
 from jaxmerge.files.plan import Plan
 from jaxmerge.files.recipe import Recipe
+from jaxmerge.files.statistics import files_of, told
 
 FORMATS = ("safetensors", "orbax")
 
@@ -160,8 +161,9 @@ class _Work:
             name: open_source(name, headers_only=settings.dry_run) for name in named if not self._is_stage(name)
         }
         self.later = [name for name in named if self._is_stage(name)]
+        self.measured = {file for of in recipes for folder in of.statistics for file in files_of(folder)}
         read = {file for source in self.models.values() for file in _read_files(source)}
-        self.before = stamps(read | self._later_files())
+        self.before = stamps(read | self.measured | self._later_files())
         self.notes: list[str] = []  # of all plans so far: those of stages are the result's too
 
     def _is_stage(self, name: str) -> bool:
@@ -182,7 +184,7 @@ class _Work:
     def digest(self) -> str:
         """Digest all that decides the result, known before any of it is made: recipe, settings, what is read."""
         files = {file for source in self.models.values() for file in source.files}
-        files |= self._later_files()
+        files |= self.measured | self._later_files()
         beside = {name: (source.config, _digests(source.companions())) for name, source in self.models.items()}
         for name in (of.tokenizer.source for of in self.recipes if of.tokenizer is not None):
             if name not in ("union", "base") and name not in self.models and not self._is_stage(name):
@@ -233,7 +235,7 @@ class _Work:
         if settings.dry_run:
             return report | {"notes": list(plan.notes)}
         self.notes = list(dict.fromkeys([*self.notes, *plan.notes]))
-        files = sorted({file for source in sources.values() for file in source.files})
+        files = sorted(self.measured.union(*(source.files for source in sources.values())))
         digest = _digest(plan, of, seed, settings)
         record = card.provenance(
             of, sources, seed, self.notes, digest, map(stamp, files), settings.device, settings.format
@@ -257,6 +259,7 @@ class _Work:
                 writer.finish()
             check_unchanged(self.before)
             plan.companions(journal.result)
+            record |= {"statistics": told(of.statistics)} if of.statistics else {}
             record |= {"command": self.digest, "report": report, "compat": settings.compat, "allow": [*settings.allow]}
             card.write(journal.result, record, [journal.done[job.name] for job in plan.jobs])
         return report | {"notes": [*self.notes, *journal.notes]}
@@ -277,7 +280,7 @@ def _digest(plan: Plan, of: AnyRecipe, seed: int, settings: Settings) -> str:
     jobs = [
         [
             job.name, job.method.rule, str(job.dtype), str(job.out_dtype), job.shape, job.stacked,
-            [(i.model, i.tensor.name, str(i.tensor.dtype), i.tensor.shape) for i in job.operands],
+            [(i.model, i.tensor.name, str(i.tensor.dtype), i.tensor.shape) for i in job.reads],
             sorted((name, repr(value)) for name, value in job.coefficients.items()),
         ]
         for job in plan.jobs

@@ -110,7 +110,7 @@ def _replayable(
 def _is_sampled(job: Job) -> bool:
     """Whether a run of elements can be replayed alone."""
     elementwise = engine.is_copy(job) or (RULES[job.method.rule].needs.elementwise and engine.is_float(job.out_dtype))
-    return elementwise and all(operand.tensor.chunked for operand in job.operands)
+    return elementwise and all(read.tensor.chunked for read in job.reads)
 
 
 def _judge(job: Job, made: Source, seed: int, everything: bool) -> Verdict:
@@ -131,12 +131,12 @@ def _replay(job: Job, found: Tensor, seed: int, places: Iterator[tuple[int, int]
     """What the folder has, what the recipe gives, and the reference, run by run."""
     reference = _reference(job)
     for start, count in places:
-        wanted = _merged(job, [_run_of(i.tensor, start, count) for i in job.operands], seed)
+        wanted = _merged(job, [_run_of(i.tensor, start, count) for i in job.reads], seed)
         yield _run_of(found, start, count), wanted, _or_zeros(reference, wanted, start)
 
 
 def _whole(job: Job, found: Tensor, seed: int) -> Triple:
-    wanted = _merged(job, [read(i.tensor) for i in job.operands], seed)
+    wanted = _merged(job, [read(i.tensor) for i in job.reads], seed)
     return read(found), wanted, _or_zeros(_reference(job), wanted, 0).reshape(wanted.shape)
 
 

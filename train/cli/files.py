@@ -23,9 +23,14 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
 
     The merge holds a few tensors in memory at a time, whatever the size of the models. If it is killed, the same
     command continues it. With --dry-run it checks everything, prints sizes and the memory that it needs, and stops.
+    With conflict=true as well, it reads all weights and prints how well the changes of the models agree.
     """
     settings = dataclasses.asdict(options(assignments, MergeOptions))
-    where, private = settings.pop("push"), settings.pop("private")
+    where, private, conflict = (settings.pop(key) for key in ("push", "private", "conflict"))
+    if conflict and not dry:
+        raise UserError(
+            f"merge.conflict is of a dry run; add --dry-run, or read `conflict` in {words[1]}/merge.json later"
+        )
     settings["allow"] = [word for words_allowed in settings["allow"] for word in words_allowed.split(",")]
     from jaxmerge.files.disk import check_name
     from jaxmerge.files.journal import count_done
@@ -49,10 +54,22 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
     )
     if dry:
         say(f"buffers and the largest result take {plan['bytes_memory'] / 1e9:.2f} GB of memory")
+        if conflict:
+            show_conflict(words[0], settings["compat"])
     say(words[1])
     if not dry:
         push_folder(out, where, private=private)
     return 0
+
+
+def show_conflict(recipe: str, compat: str | None) -> None:
+    """Read all weights of a recipe and print how well the changes of its models agree, by layer."""
+    from jaxmerge.files.inspect.conflict import conflict
+    from jaxmerge.files.inspect.table import table
+
+    with own_errors(), progress_in_bytes("conflict") as advance:
+        found = conflict(recipe, compat=compat, progress=advance)
+    say(f"{table(found)}\n{found['bytes'] / 1e9:.2f} GB read in {found['seconds']:.1f} s")
 
 
 def push(words: Words, assignments: Words, dry: bool) -> int:

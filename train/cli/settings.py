@@ -68,6 +68,9 @@ class MergeOptions:
     """The arithmetic runs on this kind of device (cpu, gpu, tpu); null leaves the choice to jax."""
     max_shard_bytes: int = 5_000_000_000
     """A file of the result holds at most this many bytes, unless one tensor is larger."""
+    conflict: bool = False
+    """With --dry-run, all weights are read once, and the agreement of the models' changes from the base is printed by
+    layer."""
     push: str | None = None
     """The result is also put on the Hugging Face hub under this name, ORG/NAME; null keeps it here."""
     private: bool = False
