@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxmerge.draw import MASKS
 from jaxmerge.files import engine, kinds, recipe
+from jaxmerge.files.checkpoints import fp8
 from jaxmerge.files.checkpoints.adapter import CONFIG
 from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import Source, Tensor, read
@@ -59,6 +60,9 @@ def verify(
     folder = pathlib.Path(out)
     if (folder / CONFIG).exists():
         raise Unsure(f"{folder} is an adapter, and only whole models are replayed; merge again and compare")
+    form = str(read_json(folder / "merge.json").get("format"))
+    if form.startswith("gguf"):
+        raise Unsure(f"{folder} is written as GGUF, which is not replayed; merge as safetensors and verify that")
     made = unstacked(open_source(str(folder)), [])
     jobs, seed, is_ours = _replayable(folder, of, states)
     verdicts: list[Verdict] = []
@@ -70,7 +74,7 @@ def verify(
         if (large and not everything) or (not is_ours and RULES[job.method.rule].needs.key != "none"):
             skipped.append(job.name)
         else:
-            verdicts.append(_judge(job, made, seed, everything))
+            verdicts.append(_judge(job, made, seed, everything, form == "fp8"))
     return summarise(str(out), verdicts, skipped, sorted(set(made.tensors) - {job.name for job in jobs}))
 
 
@@ -113,17 +117,21 @@ def _is_sampled(job: Job) -> bool:
     return elementwise and all(read.tensor.chunked for read in job.reads)
 
 
-def _judge(job: Job, made: Source, seed: int, everything: bool) -> Verdict:
+def _judge(job: Job, made: Source, seed: int, everything: bool, is_fp8: bool) -> Verdict:
     found = made.tensors.get(job.name)
     if found is None:
         return Verdict(job.name, "missing", detail=elsewhere(job.name, job.shape, made.tensors))
 
+    has_scales = is_fp8 and fp8.is_stored(job.name, job.out_dtype, tuple(job.shape), made.config)
+
     def whole() -> Triple:
-        return _whole(job, found, seed)
+        got, wanted, reference = _whole(job, found, seed)
+        return got, fp8.rounded(wanted) if has_scales else wanted, reference
 
     if tuple(found.shape) != tuple(job.shape):
         return judge_shape(job.name, found.shape, job.shape, found.dtype, whole)
-    sampled = _replay(job, found, seed, runs(math.prod(job.shape), everything)) if _is_sampled(job) else [whole()]
+    in_runs = _is_sampled(job) and not has_scales  # a scale is of a tile, which is no run
+    sampled = _replay(job, found, seed, runs(math.prod(job.shape), everything)) if in_runs else [whole()]
     return judge(job.name, job.shape, found.dtype, sampled, whole)
 
 

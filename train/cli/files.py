@@ -31,6 +31,7 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
         raise UserError(
             f"merge.conflict is of a dry run; add --dry-run, or read `conflict` in {words[1]}/merge.json later"
         )
+    kind, pre = settings.pop("type"), settings.pop("pre")
     settings["allow"] = [word for words_allowed in settings["allow"] for word in words_allowed.split(",")]
     from jaxmerge.files.disk import check_name
     from jaxmerge.files.journal import count_done
@@ -42,6 +43,10 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
     start_jax()
     from jaxmerge.files import merge as merge_files
 
+    if settings["format"] == "gguf" and has_decoder():
+        from ..models.gguf_form import gguf_form
+
+        settings["format"] = gguf_form(out, kind or "q8_0", pre)
     if not dry and (done := count_done(out)):
         say(f"{done} tensors of an unfinished merge into {out} are there")
     with own_errors(), progress_in_bytes("merge") as advance:
@@ -225,9 +230,14 @@ def extract_lora(words: Words, assignments: Words, dry: bool) -> int:
     return 0
 
 
+def has_decoder() -> bool:
+    """Whether the extra that has the decoder is installed."""
+    return importlib.util.find_spec("flax") is not None
+
+
 def find_states() -> Callable[..., Any] | None:
     """What runs a model for the gates of a mixture of experts; None where the extra that has the decoder is missing."""
-    if importlib.util.find_spec("flax") is None:
+    if not has_decoder():
         return None
 
     def states(*words: Any) -> Any:

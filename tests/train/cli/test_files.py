@@ -63,7 +63,7 @@ def test_merge_passes_on_what_a_recipe_does_not_say(here, capsys):
     for words, said in [
         (["compat=paper"], "compat is 'paper'; it must be one of mergekit"),
         (["allow=all"], "allow='all', wanted some of missing, unused, shapes"),
-        (["format=zip"], "format is 'zip'; it must be one of safetensors, orbax"),
+        (["format=zip"], "format is 'zip'; it must be one of safetensors, orbax, fp8, gguf"),
         (["device=abacus"], "device='abacus' is not here; there are cpu"),
         (["seed=abc"], "seed is 'abc'; int is wanted"),
         (["--seed", "1.5"], "seed is 1.5; int is wanted"),
