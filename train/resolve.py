@@ -28,6 +28,14 @@ def at_least(config: Any, where: str, **bounds: float) -> None:
             raise UserError(f"{where}.{name} is {getattr(config, name)}; it must be at least {bound}")
 
 
+def read_date(text: str, where: str) -> datetime.date:
+    """A date written as 2026-01-31; the error names where another text stands."""
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"{where} is {text[:40]!r}; a date is wanted, written as 2026-01-31") from None
+
+
 def check_known(cls: type, values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     names = [f.name for f in dataclasses.fields(cls)]
     for key in values:

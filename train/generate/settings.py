@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from typing import Any, ClassVar, Literal
 
 from ..log import UserError
-from ..resolve import at_least
+from ..resolve import at_least, read_date
 from ..runtime.settings import Distributed, Mesh
 from .decodings import Alone, Decode
 
 COLDEST = 1e-30
 """Temperatures below it are greedy: divided by them, logits would leave float32."""
-
-
-def read_date(text: str, where: str) -> datetime.date:
-    try:
-        return datetime.date.fromisoformat(text)
-    except ValueError as error:
-        raise UserError(f"{where} is {text!r}; a date is wanted, written as 2026-01-31") from error
 
 
 def check_top_p(top_p: float, where: str) -> None:

@@ -22,7 +22,7 @@ import yaml
 from jaxmerge.draw import MASKS
 
 from ..log import UserError
-from ..resolve import FINISH_WITH, build, to_dict
+from ..resolve import FINISH_WITH, build, read_date, to_dict
 from .disk import write_durably
 
 PLACEMENT = ("mesh", "distributed")
@@ -94,15 +94,7 @@ def keep_date(folder: Path) -> str:
     path = folder / "date.txt"
     if not path.exists():
         write_durably(path, f"{datetime.date.today().isoformat()}\n")
-    return read_date(path)
-
-
-def read_date(path: Path) -> str:
-    text = path.read_text().strip()
-    try:
-        return datetime.date.fromisoformat(text).isoformat()
-    except ValueError as error:
-        raise UserError(f"{path} holds {text[:40]!r}; a date is wanted, written as 2026-01-31") from error
+    return read_date(path.read_text().strip(), str(path)).isoformat()
 
 
 def fingerprint(config: Any) -> str:

@@ -150,7 +150,7 @@ def test_a_run_tells_a_template_one_date(tmp_path):
     again = with_date(model, tmp_path).tokenizer
     assert again.chat([{"role": "user", "content": "x"}]) == "Today is 09 Mar 2025.x"
     (tmp_path / "date.txt").write_text("soon")
-    with pytest.raises(UserError, match=r"date\.txt holds 'soon'; a date is wanted"):
+    with pytest.raises(UserError, match=r"date\.txt is 'soon'; a date is wanted"):
         with_date(model, tmp_path)
 
 
