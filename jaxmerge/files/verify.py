@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxmerge.draw import MASKS
 from jaxmerge.files import engine, kinds, recipe
+from jaxmerge.files.adapters.verify import verify_adapter
 from jaxmerge.files.checkpoints import fp8
 from jaxmerge.files.checkpoints.adapter import CONFIG
 from jaxmerge.files.checkpoints.open import open_source
@@ -59,7 +60,7 @@ def verify(
     """
     folder = pathlib.Path(out)
     if (folder / CONFIG).exists():
-        raise Unsure(f"{folder} is an adapter, and only whole models are replayed; merge again and compare")
+        return verify_adapter(folder, of=of, progress=progress)
     form = str(read_json(folder / "merge.json").get("format"))
     if form.startswith("gguf"):
         raise Unsure(f"{folder} is written as GGUF, which is not replayed; merge as safetensors and verify that")
@@ -99,7 +100,7 @@ def _replayable(
     else:
         recipes = [recipe.parse({"merge_method": "passthrough", "models": [{"model": str(of)}]})]
     if recipes[0].adapter is not None:
-        raise Unsure("what the recipe makes is an adapter, and only whole models are replayed; merge again and compare")
+        raise Unsure(f"what the recipe makes is an adapter, and {folder} is none")
     if len(recipes) > 1:
         raise Unsure(f"the recipe has {len(recipes)} stages, whose results are gone; give of=RECIPE of the last one")
     seed = recipes[0].seed if seed is None else seed
