@@ -13,6 +13,7 @@ F mlp, V vocab, L layers.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from ..runtime.mesh import gathered, spread
 from . import lora
 from .attention import KV, attend, cap, visible, within, write
 from .config import ModelConfig
+from .experts import ExpertMLP
 from .matmul import matmul_t
 from .rope import rope_table, rotate
 
@@ -76,15 +78,19 @@ class Attention(nnx.Module):
             self.k_proj = Linear(kv, c.hidden_size, c.qkv_bias)
             self.v_proj = Linear(kv, c.hidden_size, c.qkv_bias)
         self.o_proj = Linear(c.hidden_size, q, c.o_bias)
-        self.q_norm = RMSNorm(c.head_dim, c) if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim, c) if c.qk_norm else None
+        each = (c.head_dim, c.head_dim) if c.qk_norm else (q, kv) if c.qk_norm_all else None
+        self.q_norm = RMSNorm(each[0], c) if each else None
+        self.k_norm = RMSNorm(each[1], c) if each else None
 
     def __call__(self, x, rope, mask, cache: KV | None, at, dtype) -> tuple[jax.Array, KV]:
         """x [B, T, D], mask [B, T, S] → ([B, T, D], keys and values [B, K, S, H])."""
         c = self.config
         B, T, _ = x.shape
-        q, k, v = (spread(y.reshape(B, T, -1, c.head_dim), tensor=2) for y in self.project(x, dtype))
-        if self.q_norm is not None and self.k_norm is not None:
+        q, k, v = self.project(x, dtype)
+        if self.q_norm is not None and self.k_norm is not None and c.qk_norm_all:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (spread(y.reshape(B, T, -1, c.head_dim), tensor=2) for y in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None and not c.qk_norm_all:
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q, rope).swapaxes(1, 2)
         kv = KV(rotate(k, rope).swapaxes(1, 2).astype(dtype), v.swapaxes(1, 2).astype(dtype))
@@ -121,12 +127,12 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, layer: int = 0):
         self.config = c
         self.input_layernorm = RMSNorm(c.hidden_size, c)
         self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c)
-        self.mlp = MLP(c)
+        self.mlp = mixture(c) if c.has_experts(layer) else MLP(c)
         if c.post_norms:
             self.pre_feedforward_layernorm = RMSNorm(c.hidden_size, c)
             self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c)
@@ -136,9 +142,24 @@ class Block(nnx.Module):
         y, kv = self.self_attn(self.input_layernorm(x), rope, mask, cache, at, dtype)
         if self.config.post_norms:
             x = x + self.post_attention_layernorm(y)
-            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), dtype)), kv
+            y, scores = self.feed(self.pre_feedforward_layernorm(x), dtype)
+            return x + self.post_feedforward_layernorm(y), kv, scores
         x = spread(x + y)
-        return x + self.mlp(self.post_attention_layernorm(x), dtype), kv
+        y, scores = self.feed(self.post_attention_layernorm(x), dtype)
+        return x + y, kv, scores
+
+    def feed(self, x, dtype) -> tuple[jax.Array, jax.Array | None]:
+        """The MLP's output, and the scores of its router, [B, T, E], where it has one."""
+        return self.mlp(x, dtype) if isinstance(self.mlp, ExpertMLP) else (self.mlp(x, dtype), None)
+
+
+def mixture(c: ModelConfig) -> ExpertMLP:
+    """The mixture of experts of a layer."""
+    e = c.experts
+    assert e is not None, "asked where a layer has experts"
+    wide = e.shared_intermediate_size
+    shared = None if wide is None else MLP(dataclasses.replace(c, intermediate_size=wide))
+    return ExpertMLP(e, c.hidden_size, ACTIVATIONS[c.activation], shared)
 
 
 class Embedding(nnx.Module):
@@ -150,7 +171,7 @@ class Trunk(nnx.Module):
     def __init__(self, c: ModelConfig, names: tuple[str, ...]):
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
         # Keys are strings because a parameter's path is its Hugging Face name.
-        self.layers = nnx.Dict({name: Block(c) for name in names})
+        self.layers = nnx.Dict({name: Block(c, int(name) if name.isdecimal() else 0) for name in names})
         self.norm = RMSNorm(c.hidden_size, c)
 
 
@@ -174,18 +195,26 @@ class Decoder(nnx.Module):
         Returns:
           (hidden [B, T, D] float32, keys and values as in `caches`).
         """
+        return self.routed(tokens, positions, mask, caches, at, dtype=dtype, remat=remat)[:2]
+
+    def routed(self, tokens, positions, mask, caches=None, at=None, *, dtype=jnp.float32, remat="none"):
+        """As a call, and third the routers' scores: [B, T, E] of each layer with experts; of a scan [L, B, T, E].
+
+        A scan over caches returns none.
+        """
         c, m = self.config, self.model
         x, views = self.embed(tokens), self.views(positions, mask, at)
         if "stacked" in m.layers:
-            x, kvs = scan(c, m.layers["stacked"], x, views, caches, at, dtype, remat)
-            return m.norm(x), kvs
-        kvs = []
+            x, kvs, scores = scan(c, m.layers["stacked"], x, views, caches, at, dtype, remat)
+            return m.norm(x), kvs, () if scores is None else scores
+        kvs, scores = [], []
         for i, kind in enumerate(c.layers):
             graph, leaves = nnx.split(m.layers[str(i)])
             cache = None if caches is None else caches[i]
-            x, kv = runner(graph, dtype, remat)(leaves, x, *views[kind], cache, at)
+            x, kv, of_layer = runner(graph, dtype, remat)(leaves, x, *views[kind], cache, at)
             kvs.append(kv)
-        return m.norm(x), tuple(kvs)
+            scores += [] if of_layer is None else [of_layer]
+        return m.norm(x), tuple(kvs), tuple(scores)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """tokens [B, T] → what enters the first layer, [B, T, D] float32."""
@@ -236,20 +265,22 @@ def scan(c: ModelConfig, blocks: Block, x, views, caches, at, dtype, remat: str)
     def fresh(x, layer):
         leaves, kind = layer
         rope, mask = view(kind)
-        return run(leaves, x, rope, mask, None, at)
+        x, *made = run(leaves, x, rope, mask, None, at)
+        return x, made
 
     def cached(carry, layer):
         (x, caches), (leaves, kind, i) = carry, layer
         rope, mask = view(kind)
         # Carried whole and written in place: caches as scanned inputs and outputs are copied at every step.
         cache = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), caches)
-        x, kv = run(leaves, x, rope, mask, cache, at)
+        x, kv, _ = run(leaves, x, rope, mask, cache, at)
         return (x, jax.tree.map(lambda a, new: lax.dynamic_update_index_in_dim(a, new, i, 0), caches, kv)), None
 
     if caches is None:
-        return lax.scan(fresh, x, (leaves, which))
+        x, (kvs, scores) = lax.scan(fresh, x, (leaves, which))
+        return x, kvs, scores
     (x, caches), _ = lax.scan(cached, (x, caches), (leaves, which, jnp.arange(c.num_hidden_layers)))
-    return x, caches
+    return x, caches, None
 
 
 def is_stacked(params: Params) -> bool:
