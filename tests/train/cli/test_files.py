@@ -69,7 +69,7 @@ def test_merge_passes_on_what_a_recipe_does_not_say(here, capsys):
         (["--seed", "1.5"], "seed is 1.5; int is wanted"),
         (["max_shard_bytes=0"], "merge.max_shard_bytes is 0; it must be at least 1"),
         (["max_shard_byte=3"], "max_shard_byte: no such key; did you mean max_shard_bytes?"),
-        (["zzz=3"], "zzz: no such key; known: seed, compat, allow, format, device, max_shard_bytes"),
+        (["zzz=3"], "zzz: no such key; known: seed, compat, allow, format, type, pre, device"),
     ]:
         assert main(["merge", "recipe.yaml", "other", *words]) == 2
         assert said in capsys.readouterr().err
