@@ -62,9 +62,9 @@ def _opened(folder: Path) -> tuple[ModelConfig, Tokenizer]:
 def _check(folder: Path, tensors: Tensors, *, file: Path, pre: str | None) -> list[str]:
     """Raise where the model or its tokenizer cannot be written, before anything is merged."""
     config, tokenizer = _opened(folder)
+    prepare(config, tokenizer, file, pre=pre)  # first, for experts have no leaf of their own
     lazy: dict[str, Any] = {name: _Lazy(tuple(shape)) for name, (_, shape) in tensors.items()}
     tree_of(config, lazy, source="the result")
-    prepare(config, tokenizer, file, pre=pre)
     return []
 
 

@@ -92,7 +92,7 @@ def _step(graph, leaves, x, weights, rope, mask, before: dict[str, jax.Array], d
         for path, module in nnx.iter_modules(block):
             if isinstance(module, Linear):
                 module.side = Tap(seen, ".".join(map(str, path)))
-        out, _ = block(x, rope, mask, None, None, dtype)
+        out, *_ = block(x, rope, mask, None, None, dtype)
         return {" ".join(names): _gram(x, weights, before.get(" ".join(names))) for x, names in seen.values()}, out
 
 

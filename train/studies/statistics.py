@@ -25,6 +25,7 @@ from ..models.hf import named
 from ..models.loss import Compute
 from ..models.open import Model, open_model
 from ..models.statistics import Grams, add_fisher, add_grams, by_weight
+from ..models.stored import parts
 from ..models.tokenizer import DATE
 from ..runtime.disk import check_folder
 from ..runtime.mesh import make_mesh, mesh_of, shardings
@@ -106,7 +107,10 @@ def fisher(model: Model, given: Sequence[Tokens], options: StatisticsOptions) ->
             )
             sums = add_fisher(model.config, params, {"tokens": tokens, "weights": learnt.astype(np.float32)}, sums, how)
             bar.advance(1)
-    return {name: leaf / len(given) for name, leaf in named(sums)}
+    mean = jax.jit(lambda sums: jax.tree.map(lambda total: total / len(given), sums), donate_argnums=0)(sums)
+    leaves = dict(named(mean))
+    stored = parts(model.config, leaves)
+    return {name: leaves[p.leaf] if p.expert is None else leaves[p.leaf][p.expert] for name, p in stored.items()}
 
 
 def gram(model: Model, given: Sequence[Tokens], options: StatisticsOptions) -> dict[str, Any]:
@@ -124,7 +128,9 @@ def gram(model: Model, given: Sequence[Tokens], options: StatisticsOptions) -> d
             sums = add_grams(model.config, model.params, tokens, lengths, sums, dtype=options.dtype)
             bar.advance(count)
     total = sum(len(one.tokens) for one in given)
-    return by_weight({names: found / total for names, found in sums.items()})
+    stored = parts(model.config, dict(named(model.params)))
+    names = {part.leaf: name for name, part in stored.items() if part.expert is None}
+    return {names[leaf]: found for leaf, found in by_weight({of: g / total for of, g in sums.items()}).items()}
 
 
 def filled(rows: Sequence[Sequence[Any]], length: int) -> np.ndarray:
