@@ -196,7 +196,7 @@ class ExportOptions:
     """The weights of a Hugging Face folder are written in this precision."""
     format: Literal["hf", "gguf"] = "hf"
     """With hf, a Hugging Face folder is written; with gguf, a folder with one GGUF file for llama.cpp."""
-    type: Literal["q8_0", "f16", "bf16"] | None = None
+    type: Literal["q8_0", "f16", "bf16", "f32"] | None = None
     """The matrices of a GGUF file are stored in this type; null takes q8_0."""
     pre: str | None = None
     """The GGUF file names this pre-tokenizer of llama.cpp; null finds the name of those that are known here."""
