@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,8 +42,8 @@ REMAT = {
 
 
 class Linear(nnx.Module):
-    side: lora.Side | None = None
-    """A LoRA path beside the weight, put there by `bind`."""
+    side: Callable[[jax.Array, Any], Any] | None = None
+    """What is added to the product: a LoRA path, put there by `bind`."""
 
     def __init__(self, out_features: int, in_features: int, bias: bool = False):
         self.weight = nnx.Param(jnp.zeros((out_features, in_features)))

@@ -80,10 +80,8 @@ def save_gguf(
         raise UserError(f"type={type!r}; choose {', '.join(KINDS)}")
     folder, params = pathlib.Path(folder), unstack_layers(params)
     kind, number = KINDS[type]
-    file = folder / f"{folder.name}-{kind}.gguf"
-    metadata, factors = model_metadata(config, file)
-    metadata |= tokenizer_metadata(config, tokenizer, file, pre=pre)
-    check_config(config, metadata, factors, file)
+    file = file_of(folder, kind)
+    metadata, factors = prepare(config, tokenizer, file, pre=pre)
     general = {
         "general.type": "model",
         "general.name": folder.name,
@@ -94,6 +92,21 @@ def save_gguf(
         _write(temporary / file.name, config, params, general | metadata, factors, kind)
     broadcast(None)
     return file
+
+
+def file_of(folder: pathlib.Path, kind: str) -> pathlib.Path:
+    """The file in a folder, which has the folder's name and the type's."""
+    return folder / f"{folder.name}-{kind}.gguf"
+
+
+def prepare(
+    config: ModelConfig, tokenizer: Tokenizer, file: pathlib.Path, *, pre: str | None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(metadata of a file, factors of its rotary frequencies), checked; arguments and errors as of `save_gguf`."""
+    metadata, factors = model_metadata(config, file)
+    metadata |= tokenizer_metadata(config, tokenizer, file, pre=pre)
+    check_config(config, metadata, factors, file)
+    return metadata, factors
 
 
 # --- sizes and switches ---
