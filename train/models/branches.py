@@ -54,6 +54,8 @@ def obstacle(config: ModelConfig, attention: str) -> str | None:
     """
     if attention == "splash":
         return "splash attention knows segments and no parents (sft.step.attention=xla has both)"
+    if config.experts is not None:
+        return "the balance of a mixture of experts counts a prompt for each of its answers"
     if config.rope_scaling is not None and config.rope_scaling.kind in READS_LENGTHS:
         return f"rotations of the kind {config.rope_scaling.kind} depend on the length of a whole sequence"
     return None
@@ -83,3 +85,18 @@ def by_answer(values: jax.Array, cells: jax.Array, shape: tuple[int, ...]) -> ja
     empty = jnp.zeros((B, G * K + 1), values.dtype)
     found = jax.vmap(lambda row, cell, value: row.at[cell].add(value))(empty, cells, values)
     return found[:, :-1].reshape(shape)
+
+
+def grouped(batch: dict[str, jax.Array], values: jax.Array) -> jax.Array:
+    """Values of targets [B·G, K] as [B, G, K] where a batch has groups; of rows that branch, [B, M] as [B, G, K]."""
+    if "cells" in batch:
+        return by_answer(values, batch["cells"], batch["answers"].shape)
+    return values.reshape(*batch["tokens"].shape[:-1], -1)
+
+
+def there(batch: dict[str, jax.Array], values: jax.Array) -> jax.Array:
+    """Of values [B, T] of the tokens, or [B, G, K] of answers, those of the targets, [B, K] or [B, M]."""
+    if "cells" in batch:
+        return flat(values, batch["cells"])
+    targets = batch.get("targets")
+    return values[:, 1:] if targets is None else jnp.take_along_axis(values, targets, axis=1)
