@@ -251,7 +251,8 @@ def _merge(
         keys = None
         if key is not None:
             keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, path_salt)))(name_salts)
-        widened = tuple(widen(model) for model in models)
+        # Statistics and masks keep their precision: `cast` is of weights.
+        widened = (*map(widen, models[:count]), *(more.astype(dtype) for more in models[count:]))
         stored = models[:count] if base is None else (*models[:count], base)
         wide_base = None if base is None else widen(base)
         operands = Operands(widened[:count], wide_base, keys, widened[count:], stored, widen, on_one_device, aside)

@@ -26,7 +26,7 @@ def _fisher(x: Operands, *, weights: Array, floor: Array) -> Array:
     return first + moved / jnp.where(total == 0, 1, total)
 
 
-@requires(symmetric=True)
+@requires(symmetric=True, elementwise=True)
 def fisher(
     models: Sequence[PyTree],
     *,

@@ -23,7 +23,6 @@ from jaxmerge.rules import RULES
 
 RECIPE = "mergekit_config.yml"
 HERE = "path/of/this/folder"
-ORBAX = f"```sh\njaxmerge export {HERE} hf    # as a Hugging Face folder\n```"
 
 
 def provenance(
@@ -75,7 +74,12 @@ def _version() -> str:
         return "checkout"
 
 
-def write(folder: pathlib.Path, record: Mapping[str, Any], tensors: Sequence[Mapping[str, Any]]) -> None:
+def write(
+    folder: pathlib.Path,
+    record: Mapping[str, Any],
+    tensors: Sequence[Mapping[str, Any]],
+    usage: str | None = None,
+) -> None:
     """Write merge.json, README.md and mergekit_config.yml.
 
     merge.json has for each tensor the statistics of `jaxmerge.files.tally`, and for each input a digest, xxh3 with 128
@@ -87,6 +91,7 @@ def write(folder: pathlib.Path, record: Mapping[str, Any], tensors: Sequence[Map
       folder: of the result, with its config.json and tokenizer already.
       record: what `provenance` returned.
       tensors: the journal's records, in the order of the result.
+      usage: how the result is loaded; None: by transformers.
     """
     digests: dict[str, Any] = {}
     for tensor in tensors:
@@ -99,12 +104,11 @@ def write(folder: pathlib.Path, record: Mapping[str, Any], tensors: Sequence[Map
     lines = ",\n".join(f"    {json.dumps(part)}: {json.dumps(row)}" for part, row in rows.items())
     (folder / "merge.json").write_text(f'{body[:-2]},\n  "tensors": {{\n{lines}\n  }}\n}}\n')
     (folder / RECIPE).write_text(record["recipe"].rstrip() + "\n")
-    usage = ORBAX if record["format"] == "orbax" else model_card.usage(folder, HERE)
-    model_card.write_card(folder, merge_card(record, usage))
+    model_card.write_card(folder, merge_card(record, usage or model_card.usage(folder, HERE)))
 
 
 def _models(tensor: Mapping[str, Any]) -> list[str]:
-    return [model for model, _, _ in tensor["inputs"]]
+    return [model for model, _, _ in tensor["inputs"][: tensor["models"]]]
 
 
 def merge_card(record: Mapping[str, Any], usage: str) -> Card:

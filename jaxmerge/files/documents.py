@@ -82,6 +82,25 @@ def parse_yaml(text: str, where: Any) -> list[Any]:
     return [document for document in documents if document is not None]
 
 
+def written(source: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
+    """Write a recipe that is given as data as the YAML file that says the same.
+
+    Example:
+      >>> print(written({"merge_method": "linear", "models": [{"model": pathlib.Path("a")}]}), end="")
+      merge_method: linear
+      models:
+      - model: a
+    """
+    documents = [source] if isinstance(source, Mapping) else source
+    try:
+        plain = json.loads(json.dumps(documents, default=os.fspath))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"the recipe holds what YAML cannot ({error}); give dictionaries, lists, texts, numbers and paths"
+        ) from None
+    return yaml.safe_dump_all(plain, sort_keys=False, allow_unicode=True)
+
+
 def _construct(loader: yaml.SafeLoader, node: yaml.Node | None) -> Any:
     try:
         return loader.construct_document(node)

@@ -55,7 +55,13 @@ class Piece:
 
     @property
     def sizes(self) -> list[int]:
-        return [self.length * operand.tensor.dtype.itemsize for operand in self.job.operands]
+        """Bytes of a buffer for each tensor that is read."""
+        lengths = [math.prod(i.tensor.shape) if self.whole else self.length for i in self.job.reads]
+        return [n * i.tensor.dtype.itemsize for n, i in zip(lengths, self.job.reads, strict=True)]
+
+    def bytes_of(self, read: Input) -> int:
+        """How many bytes of a tensor belong to the piece: all of one that is read whole, whatever its shape."""
+        return read.tensor.size if self.whole else self.count * read.tensor.dtype.itemsize
 
     @property
     def last(self) -> bool:
@@ -75,7 +81,7 @@ def pieces(job: Job) -> Iterator[Piece]:
 
 def _is_elementwise(job: Job) -> bool:
     needs = RULES[job.method.rule].needs
-    return needs.elementwise and is_float(job.out_dtype) and all(i.tensor.chunked for i in job.operands)
+    return needs.elementwise and is_float(job.out_dtype) and all(i.tensor.chunked for i in job.reads)
 
 
 def is_float(dtype: np.dtype) -> bool:
@@ -118,7 +124,7 @@ class Engine:
         def finish(piece: Piece, future: Future[None]) -> None:
             nonlocal done
             future.result()
-            done += sum(piece.count * operand.tensor.dtype.itemsize for operand in piece.job.operands)
+            done += sum(map(piece.bytes_of, piece.job.reads))
             if progress is not None:
                 progress(done, total, piece.job.name)
 
@@ -132,7 +138,7 @@ class Engine:
                     buffers = self.buffers.take(piece.sizes)
                     reads = [
                         read.submit(_fill, operand, piece, buffer)
-                        for operand, buffer in zip(job.operands, buffers, strict=True)
+                        for operand, buffer in zip(job.reads, buffers, strict=True)
                     ]
                     merged = merge.submit(self._merge, piece, reads, buffers)
                     on_way.append((piece, write.submit(self._write, piece, merged, buffers)))
@@ -146,8 +152,10 @@ class Engine:
         for done in reads:
             done.result()
         job = piece.job
-        shape = job.shape if piece.whole else (piece.length,)
-        arrays = [b.view(i.tensor.dtype).reshape(shape) for i, b in zip(job.operands, buffers, strict=True)]
+        arrays = [
+            b.view(i.tensor.dtype).reshape(i.tensor.shape if piece.whole else (piece.length,))
+            for i, b in zip(job.reads, buffers, strict=True)
+        ]
         if not is_float(job.out_dtype):
             return arrays[-1 if job.base is not None else 0].copy(), []
         copied = arrays[0].astype(job.out_dtype) if is_copy(job) else None
@@ -156,7 +164,7 @@ class Engine:
                 arrays = jax.device_put(arrays, self.device)
             merged = merge_arrays(job, arrays, self.seed) if copied is None else copied
             # On a CPU views of host memory, cut into chunks without a copy.
-            flat = [np.asarray(a) if self.in_place else a for a in (*arrays, merged)]
+            flat = [np.asarray(a) if self.in_place else a for a in (*arrays[: len(job.operands)], merged)]
             return np.asarray(merged), list(_sums(job, [a.reshape(-1) for a in flat], piece.count))
 
     def _write(self, piece: Piece, merged: Future[tuple[np.ndarray, list]], buffers: list[np.ndarray]) -> None:
@@ -164,14 +172,14 @@ class Engine:
         try:
             array, parts = merged.result()
             state = self._progress.setdefault(job.name, _Progress(job))
-            for digest, operand, buffer in zip(state.inputs, job.operands, buffers, strict=True):
-                digest.update(buffer[: piece.count * operand.tensor.dtype.itemsize].data)
+            for digest, read, buffer in zip(state.inputs, job.reads, buffers, strict=True):
+                digest.update(buffer[: piece.bytes_of(read)].data)
             data = array.reshape(-1)[: piece.count].view(np.uint8)
             self.writer.write(job.name, data, piece.start * job.out_dtype.itemsize)
             state.output.update(data.data)
             finite = [state.tally.add(part) for part in parts]
             if not all(finite):
-                arrays = [b.view(i.tensor.dtype)[: piece.count] for i, b in zip(job.operands, buffers, strict=True)]
+                arrays = [b[: piece.bytes_of(i)].view(i.tensor.dtype) for i, b in zip(job.reads, buffers, strict=True)]
                 check_finite(job, arrays, array.reshape(-1)[: piece.count])
             if piece.last:
                 self.journal.add(state.record())
@@ -185,7 +193,7 @@ class _Progress:
 
     def __init__(self, job: Job):
         self.job = job
-        self.inputs = [xxhash.xxh3_128() for _ in job.operands]
+        self.inputs = [xxhash.xxh3_128() for _ in job.reads]
         self.output = xxhash.xxh3_128()
         self.tally = Tally(len(job.operands) - 1, math.prod(job.shape))
 
@@ -194,15 +202,16 @@ class _Progress:
             "tensor": self.job.name,
             "digest": self.output.hexdigest(),
             "inputs": [
-                [operand.model, operand.tensor.name, digest.hexdigest()]
-                for operand, digest in zip(self.job.operands, self.inputs, strict=True)
+                [read.model, read.tensor.name, digest.hexdigest()]
+                for read, digest in zip(self.job.reads, self.inputs, strict=True)
             ],
+            "models": len(self.job.operands),  # so many of the inputs are weights; statistics are behind them
             "statistics": self.tally.summary(),
         }
 
 
 def merge_arrays(job: Job, arrays: list[Any], seed: int) -> Any:
-    """Call the job's rule on its operands (inputs, then the base): float32 arithmetic, one cast at the end.
+    """Call the job's rule on what is read (inputs, the base, statistics): float32 arithmetic, one cast at the end.
 
     Raises:
       ValueError: the rule takes no such operands or coefficients; names the tensor.
@@ -211,6 +220,10 @@ def merge_arrays(job: Job, arrays: list[Any], seed: int) -> Any:
     keywords: dict[str, Any] = dict(job.coefficients)
     if job.stacked and not rule.needs.elementwise:  # else it comes in runs of elements, and is the same
         keywords["stacked"] = (job.path,)
+    if job.method.reads is not None:
+        arrays, statistics = arrays[: len(job.operands)], arrays[len(job.operands) :]
+        given = [{job.path: array} for array in statistics] or [{} for _ in job.inputs]
+        keywords[job.method.reads.keyword] = given
     if job.base is not None:
         *arrays, base = arrays
         keywords["base"] = {job.path: base}
@@ -244,18 +257,18 @@ def _padded(array: Any, start: int, size: int, length: int) -> Any:
 
 
 def _fill(operand: Input, piece: Piece, buffer: np.ndarray) -> None:
-    item = operand.tensor.dtype.itemsize
-    operand.tensor.read_into(buffer[: piece.count * item], piece.start * item)
-    buffer[piece.count * item :] = 0
+    size = piece.bytes_of(operand)
+    operand.tensor.read_into(buffer[:size], piece.start * operand.tensor.dtype.itemsize)
+    buffer[size:] = 0
 
 
 def check_finite(job: Job, arrays: list[np.ndarray], result: np.ndarray) -> None:
     """Raise if an operand or the result holds a NaN or an infinity, naming which and how many."""
-    for operand, array in zip(job.operands, arrays, strict=True):
+    for operand, array in zip(job.reads, arrays, strict=True):
         if bad := _bad(array):
             raise ValueError(
                 f"tensor {operand.tensor.name!r} of {operand.tensor.where} has {bad} NaN or infinite elements; "
-                "wanted finite weights"
+                "wanted finite numbers"
             )
     if bad := _bad(result):
         raise ValueError(
@@ -270,7 +283,7 @@ def _bad(array: np.ndarray) -> int:
 
 def precision(job: Job) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which jax keeps the precision of a job's operands: 64-bit floats would be halved."""
-    given = [job.dtype, job.out_dtype, *(operand.tensor.dtype for operand in job.operands)]
+    given = [job.dtype, job.out_dtype, *(read.tensor.dtype for read in job.reads)]
     # NumPy takes None for float64.
     wide = any(dtype is not None and np.dtype(dtype) == np.float64 for dtype in given)
     return jax.enable_x64(True) if wide else contextlib.nullcontext()
@@ -303,7 +316,7 @@ def verified(jobs: tuple[Job, ...], writer: Writer, journal: Journal) -> Mapping
         record = journal.done.get(job.name)
         if record is None:
             continue
-        for operand, (_, _, digest) in zip(job.operands, record["inputs"], strict=True):
+        for operand, (_, _, digest) in zip(job.reads, record["inputs"], strict=True):
             if journal.touched and _digest(operand.tensor.read_into, operand.tensor.size, buffer) != digest:
                 raise Changed(
                     f"tensor {operand.tensor.name!r} of {operand.tensor.where} has changed since this merge was begun; "

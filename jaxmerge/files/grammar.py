@@ -22,8 +22,8 @@ KEYS = (
 )  # fmt: skip
 SLICE_KEYS = ("sources", "base_model", "parameters", "residual_weight")
 MODULE_KEYS = ("models", "slices", "parameters")
-MODEL_KEYS = ("model", "parameters")
-SOURCE_KEYS = ("model", "layer_range", "parameters")
+MODEL_KEYS = ("model", "parameters", "statistics")
+SOURCE_KEYS = ("model", "layer_range", "parameters", "statistics")
 # Without these a recipe is another one: in the wrong place they are an error.
 BEARING = ("merge_method", "models", "slices", "modules", "sources", "model", "parameters")
 # Of mergekit's command: what does the same here is a key of `jaxmerge merge`.

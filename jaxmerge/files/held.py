@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import read
 from jaxmerge.files.plan import Job, Plan
 from jaxmerge.files.ranges import filled, ranges
+from jaxmerge.files.statistics import files_of
 from jaxmerge.strategies import Candidate, Space
 from jaxmerge.tree import PyTree
 
@@ -71,10 +73,16 @@ class Held:
         assert self.slopes, "every range has been looked at"
         arrays: dict[int, jax.Array] = {}
         for job in self.plan.jobs:
-            for operand in job.operands:
+            for operand in job.reads:
                 if id(operand.tensor) not in arrays:
                     arrays[id(operand.tensor)] = put(job.path, read(operand.tensor))
-        self.operands = {job.name: [arrays[id(i.tensor)] for i in job.operands] for job in self.plan.jobs}
+        self.operands = {job.name: [arrays[id(i.tensor)] for i in job.reads] for job in self.plan.jobs}
+
+    @property
+    def files(self) -> list[pathlib.Path]:
+        """Every file of weights and of statistics that was read."""
+        measured = [file for folder in self.recipe(self.start).statistics for file in files_of(folder)]
+        return [*(file for source in self.sources.values() for file in source.files), *measured]
 
     def recipe(self, candidate: Candidate) -> recipes.Recipe:
         """The checked recipe of a candidate."""

@@ -27,7 +27,7 @@ import xxhash
 
 from jaxmerge.files.disk import check_free, sync, sync_all
 
-VERSION = 2
+VERSION = 3
 CHECK = b',"check":'  # the last key of each line: a digest of what stands before it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -18,6 +18,19 @@ from jaxmerge.rules import RULES
 
 
 @dataclasses.dataclass(frozen=True)
+class Reads:
+    """Statistics of each model that a rule takes (`jaxmerge.files.statistics`).
+
+    kind: of statistics. keyword: of the rule, which takes a mapping from path to array of each model. everywhere: the
+    rule needs those of every tensor; else it does without where no model has them.
+    """
+
+    kind: str
+    keyword: str
+    everywhere: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Method:
     """A method of recipes: its rule, and its parameters' names there and here, scopes and defaults.
 
@@ -35,6 +48,7 @@ class Method:
     unused: tuple[str, ...] = ()  # parameters of the grammar that change nothing in this method
     compat: bool = False  # the rule takes compat="mergekit"
     reads_base: bool = False  # the rule looks at the base's own values, not at changes from it alone
+    reads: Reads | None = None  # statistics that stand beside each model
 
     @property
     def parameters(self) -> dict[str, tuple[str, Any]]:
@@ -131,6 +145,19 @@ METHODS: dict[str, Method] = {
     "wudi": _weighted("wudi", damping=1e-6),
     "svc": _weighted("svc", alpha=1.0),
     "opcm": _weighted("opcm", alpha=0.5),
+    "fisher": Method(
+        "fisher",
+        each={"weight": ("weights", 1.0)},
+        shared={"floor": ("floor", 1e-6)},
+        base_is_input=True,
+        reads=Reads("fisher", "fishers", everywhere=True),
+    ),
+    "regmean": Method(
+        "regmean",
+        shared={"damping": ("damping", 0.1)},
+        base_is_input=True,
+        reads=Reads("gram", "grams", everywhere=False),
+    ),
 }
 COPY = METHODS["passthrough"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import Source, main_dtype, read
 from jaxmerge.files.companions import as_json
 from jaxmerge.files.documents import some
+from jaxmerge.files.experts.layout import unstacked
 from jaxmerge.tree import PyTree, is_array, named_leaves
 
 FORMATS = ("safetensors", "orbax")
@@ -42,8 +44,9 @@ def load(path: str | os.PathLike[str], *, dtype: Any = None, sharding: Any = Non
         default jax's default device.
 
     Returns:
-      The parameters. A head that is tied to the embedding is left out, because it is the embedding. Leaves of 64 bits
-      are NumPy arrays unless `jax_enable_x64` is set, because jax would halve their bits.
+      The parameters. Experts that are stored stacked are apart, a leaf for each matrix of each, where `merge` merges
+      them so (docs/experts.md). A head that is tied to the embedding is left out, because it is the embedding. Leaves
+      of 64 bits are NumPy arrays unless `jax_enable_x64` is set, because jax would halve their bits.
 
     Raises:
       ValueError: there is no checkpoint, or it is damaged or of a format not known.
@@ -53,7 +56,7 @@ def load(path: str | os.PathLike[str], *, dtype: Any = None, sharding: Any = Non
       >>> params["model"]["norm"]["weight"].shape  # doctest: +SKIP
       (896,)
     """
-    source = open_source(os.fspath(path))
+    source = unstacked(open_source(os.fspath(path)), [])
 
     def leaf(name: str) -> Any:
         array = read(source.tensors[name])
@@ -82,9 +85,9 @@ def save(
       params: any pytree of arrays; a leaf's name is its path with dots. A flat dict of dotted names is the same as the
         nested one.
       path: of a new folder; with the ending `.safetensors`, of a new file.
-      like: a model as in `load`. Its config.json, tokenizer, chat template and generation config are copied, and
-        names and shapes must be its own. A head that equals the embedding stays tied; a head that differs is written,
-        and the config says that the two are not tied.
+      like: a model as in `load`, with its experts apart or as they are stored. Its config.json, tokenizer, chat
+        template and generation config are copied, and names and shapes must be its own. A head that equals the
+        embedding stays tied; a head that differs is written, and the config says that the two are not tied.
       dtype: floating leaves are cast to it; by default each keeps its own.
       format: "safetensors", or "orbax" for the layout that `jaxmerge merge … format=orbax` writes.
       max_shard_bytes: size above which a folder of safetensors is split into shards.
@@ -110,7 +113,7 @@ def save(
         with disk.new_file(path) as partial:
             safetensors.write_file(partial, leaves)
         return path
-    files = {} if like is None else _beside(open_source(os.fspath(like)), leaves)
+    files = {} if like is None else _beside(_like(os.fspath(like), leaves), leaves)
     places = safetensors.plan({name: (np.dtype(x.dtype), x.shape) for name, x in leaves.items()}, max_shard_bytes)
     with disk.new_folder(path, places.total) as partial:
         beside = partial
@@ -146,6 +149,13 @@ def _named(params: PyTree, dtype: Any) -> dict[str, Any]:
     if not found:
         raise ValueError("params hold no array; give a pytree of arrays")
     return found
+
+
+def _like(name: str, leaves: Mapping[str, Any]) -> Source:
+    """The model that leaves are like, its experts apart unless a leaf has the name of stacked ones."""
+    stored = open_source(name)
+    apart = unstacked(stored, [])
+    return stored if any(leaf in stored.tensors and leaf not in apart.tensors for leaf in leaves) else apart
 
 
 def _beside(like: Source, leaves: dict[str, Any]) -> dict[str, bytes]:

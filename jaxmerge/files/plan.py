@@ -24,6 +24,7 @@ from jaxmerge.files.experts import layout
 from jaxmerge.files.methods import COPY, Method
 from jaxmerge.files.operands import Draft, Operand
 from jaxmerge.files.recipe import Module, Recipe, Slice
+from jaxmerge.files.statistics import Readings
 
 ALLOW = ("missing", "unused", "shapes")
 
@@ -42,7 +43,7 @@ class Job:
 
     name: in the result. path: the leaf path random masks are keyed by. dtype: floating inputs are cast to it first
     (None: as stored). out_dtype, shape: of the result. coefficients: keywords of the rule, numbers all. stacked: the
-    rule sees one index of the first axis at a time.
+    rule sees one index of the first axis at a time. statistics: of each input, where the rule takes them here.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Job:
     out_dtype: np.dtype
     shape: tuple[int, ...]
     stacked: bool = False
+    statistics: tuple[Input, ...] = ()
 
     @property
     def size(self) -> int:
@@ -63,13 +65,18 @@ class Job:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of all inputs."""
-        return sum(i.tensor.size for i in self.operands)
+        """Bytes of all that is read."""
+        return sum(i.tensor.size for i in self.reads)
 
     @property
     def operands(self) -> tuple[Input, ...]:
         """Inputs, and the base if there is one."""
         return self.inputs if self.base is None else (*self.inputs, self.base)
+
+    @property
+    def reads(self) -> tuple[Input, ...]:
+        """Operands, and the statistics behind them."""
+        return (*self.operands, *self.statistics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +139,7 @@ def make(
         notes += vocabulary.notes
     planner = _Planner(recipe, sources, vocabulary, compat, frozenset(allow), notes)
     jobs = planner.jobs()
+    notes += planner.readings.notes()
     if not jobs:
         counts = ", ".join(f"{name!r} has {len(source.tensors)} tensors" for name, source in sources.items())
         raise ValueError(f"the recipe merges no tensor: {counts}; give models with weights")
@@ -168,6 +176,7 @@ class _Planner:
         self.stacks: dict[str, companions.Stack] = {}
         self.matching = operands.Matching(allow, compat, notes)
         self.notes: list[str] = notes
+        self.readings = Readings(recipe, sources, frozenset(allow))
 
     def jobs(self) -> list[Job]:
         modules = self.recipe.modules
@@ -263,11 +272,13 @@ class _Planner:
         if draft.copied or not inputs or not is_float:
             inputs, base, method = [draft.first], None, COPY
             coefficients: dict[str, Any] = {"scale": 1.0}
+            statistics: list[tuple[str, Tensor]] = []
         else:
             method = recipe.method
             outer = (draft.part.parameters, draft.module.parameters, recipe.parameters)
             of = [Of(o.entry.model, o.name, o.entry.parameters) for o in inputs]
             coefficients = resolve(recipe, draft.name, draft.t, of, outer, compat=self.compat)
+            statistics = self.readings.of(draft.name, inputs)
         first = inputs[0]
         stored = self.sources[first.entry.model].natural.get(first.name, first.stored.dtype)
         out = recipe.out_dtype or recipe.dtype or (self._promoted(draft) if self.compat else stored)
@@ -279,6 +290,7 @@ class _Planner:
             None if base is None else Input(labels[id(base)], base.stored), coefficients,
             recipe.dtype if is_float else None, dtype, tuple(draft.first.stored.shape),
             self.compat is None and layout.is_stacked(draft.name, draft.first.stored.shape),
+            tuple(Input(folder, tensor) for folder, tensor in statistics),
         )  # fmt: skip
 
     def _promoted(self, draft: Draft) -> np.dtype:

@@ -4,6 +4,7 @@ r"""Recipes: mergekit's YAML grammar, our methods in the same one, typed and ref
     base_model: path/of/base               # where the method takes one
     models:                                # or slices, or modules: exactly one of the three
       - model: path/of/one
+        statistics: path/of/folder         # where the method reads them: fisher, regmean
         parameters: {weight: 0.5}          # number | [gradient over depth] | [{filter: substring, value: …}, …]
       - model: path/of/two+path/of/adapter
         parameters: {weight: [0.2, 0.8]}
@@ -31,8 +32,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,7 +41,7 @@ import yaml
 
 from jaxmerge.files.adapters import options as adapters
 from jaxmerge.files.chat import check_template
-from jaxmerge.files.documents import parse_yaml, read_text
+from jaxmerge.files.documents import parse_yaml, read_text, written
 from jaxmerge.files.experts import recipe as experts
 from jaxmerge.files.experts.recipe import Experts
 from jaxmerge.files.grammar import (
@@ -63,16 +62,17 @@ from jaxmerge.files.tokens import Options
 from jaxmerge.files.tokens import parse as parse_tokenizer
 from jaxmerge.rules import RULES
 
-__all__ = ["IGNORED", "METHODS", "REQUIRED", "Entry", "Method", "Module", "Recipe", "Slice", "parse", "read", "written"]
+__all__ = ["IGNORED", "METHODS", "REQUIRED", "Entry", "Method", "Module", "Recipe", "Slice", "parse", "read"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One source: a model, or `layers` [a, b) of it, and its own parameters."""
+    """One source: a model, or `layers` [a, b) of it, and its own parameters; the folder of its statistics."""
 
     model: str
     parameters: Scope
     layers: tuple[int, int] | None = None
+    statistics: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +143,12 @@ class Recipe:
         return list(dict.fromkeys(entries if self.base is None else [*entries, self.base]))
 
     @property
+    def statistics(self) -> list[str]:
+        """Every folder of statistics that the method reads, once."""
+        entries = [entry for module in self.modules for part in module.slices for entry in part.sources]
+        return list(dict.fromkeys(entry.statistics for entry in entries if entry.statistics is not None))
+
+    @property
     def donor(self) -> str:
         """The model whose config and tokenizer the result takes: the base, else the first."""
         return self.base or self.sources[0]
@@ -171,25 +177,6 @@ def read(
         return [*before, dataclasses.replace(last, text=text)]  # it is the recipe of the result
     except ValueError as error:
         raise ValueError(f"{source}: {error}" if isinstance(source, pathlib.Path) else str(error)) from None
-
-
-def written(source: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
-    """Write a recipe that is given as data as the YAML file that says the same.
-
-    Example:
-      >>> print(written({"merge_method": "linear", "models": [{"model": pathlib.Path("a")}]}), end="")
-      merge_method: linear
-      models:
-      - model: a
-    """
-    documents = [source] if isinstance(source, Mapping) else source
-    try:
-        plain = json.loads(json.dumps(documents, default=os.fspath))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"the recipe holds what YAML cannot ({error}); give dictionaries, lists, texts, numbers and paths"
-        ) from None
-    return yaml.safe_dump_all(plain, sort_keys=False, allow_unicode=True)
 
 
 def parse(document: Any, text: str = "", *, compat: str | None = None) -> Recipe | Experts:
@@ -347,6 +334,11 @@ class _Parser:
         if self.adapter is not None:
             adapters.check(names, self.base, self.name, self.needs)
             return part
+        if (reads := self.method.reads) and (without := [e.model for e in part.sources if e.statistics is None]):
+            raise ValueError(
+                f"{self.name} needs the statistics of model {without[0]!r} in {what}: write statistics: FOLDER beside "
+                f"it; jaxmerge statistics {without[0]} DATA FOLDER kind={reads.kind} makes the folder"
+            )
         inputs, base = part.roles(self.method)
         takes_base = self.method.base_first or not self.method.base_is_input
         if takes_base and part.base is not None and part.base not in names:
@@ -367,7 +359,17 @@ class _Parser:
             self.known(key, keys, "key of a model")
         model = model_name(value.get("model"), "model")
         layers = layer_range(value.get("layer_range"), model) if sliced else None
-        return Entry(model, self.parameters(value.get("parameters"), model), layers)
+        statistics = self.statistics(value.get("statistics"), model)
+        return Entry(model, self.parameters(value.get("parameters"), model), layers, statistics)
+
+    def statistics(self, value: Any, model: str) -> str | None:
+        """Check the folder of statistics that stands beside a model."""
+        if value is not None and (not isinstance(value, str) or not value):
+            raise ValueError(f"statistics of model {model!r} is {value!r}, wanted the path of a folder")
+        if value is not None and self.method.reads is None:
+            self.notes.append(f"'statistics' has no effect in {self.name}, which reads none; found at model {model!r}")
+            return None
+        return value
 
     def parameters(self, value: Any, model: str | None = None) -> Scope:
         """Check a mapping of parameters; at a model only those that are one a model."""

@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,21 +25,21 @@ import xxhash
 from jaxmerge.files import card, disk, engine, kinds, vocabulary
 from jaxmerge.files import recipe as recipes
 from jaxmerge.files.adapters.merge import AdapterWork
-from jaxmerge.files.checkpoints import orbax, safetensors
+from jaxmerge.files.checkpoints import safetensors
 from jaxmerge.files.checkpoints.adapter import CONFIG, WEIGHTS
 from jaxmerge.files.checkpoints.beside import companion_paths
 from jaxmerge.files.checkpoints.handles import check_unchanged, stamps
 from jaxmerge.files.checkpoints.open import find_adapter, open_source
 from jaxmerge.files.checkpoints.source import Source
-from jaxmerge.files.documents import read_json
+from jaxmerge.files.documents import parse_json, read_json
 from jaxmerge.files.engine import Engine, Progress
 from jaxmerge.files.experts.gates import States
+from jaxmerge.files.forms import FORMS, Form, form_of
 from jaxmerge.files.journal import Journal, Kept, stamp, unfinished
 from jaxmerge.files.kinds import AnyRecipe
 from jaxmerge.files.plan import Plan
 from jaxmerge.files.recipe import Recipe
-
-FORMATS = ("safetensors", "orbax")
+from jaxmerge.files.statistics import files_of, told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Settings:
     max_shard_bytes: int
     device: Any
     seed: int | None
-    format: str
+    form: Form
     dry_run: bool
     states: States | None
 
@@ -65,7 +66,7 @@ def merge(
     allow: Sequence[str] = (),
     max_shard_bytes: int = 5_000_000_000,
     device: str | None = None,
-    format: str = "safetensors",
+    format: str | Form = "safetensors",
     dry_run: bool = False,
     states: States | None = None,
 ) -> dict[str, Any]:
@@ -84,7 +85,8 @@ def merge(
       allow: of "missing", "unused", "shapes": tensors that do not match, which are refused otherwise (`plan.make`).
       max_shard_bytes: size above which the result is split into shards.
       device: "cpu", "gpu" or "tpu", where the arithmetic runs; by default jax's.
-      format: of the result, "safetensors" or "orbax".
+      format: of the result, "safetensors", "orbax" or "fp8", or a `jaxmerge.files.forms.Form`; all but the first are
+        made of a folder of safetensors beside `out`, which is there for a while.
       dry_run: check everything and return the plan, without reading a tensor or writing a file; of the hub's models the
         headers are fetched alone.
       states: runs a model on prompts, for recipes of experts with a `gate_mode` that needs it
@@ -99,9 +101,8 @@ def merge(
     """
     start = time.perf_counter()
     out = pathlib.Path(out)
-    if format not in FORMATS:
-        raise ValueError(f"format={format!r}, wanted one of {', '.join(FORMATS)}")
-    settings = Settings(compat, tuple(allow), max_shard_bytes, _device(device), seed, format, dry_run, states)
+    form = form_of(format)
+    settings = Settings(compat, tuple(allow), max_shard_bytes, _device(device), seed, form, dry_run, states)
     of = pathlib.Path(recipe) if isinstance(recipe, str | os.PathLike) else recipe
     documents = recipes.read(of, compat=compat)
     if dry_run and len(documents) > 1:
@@ -131,8 +132,8 @@ def _work(documents: Sequence[AnyRecipe], between: pathlib.Path, settings: Setti
     last = documents[-1]
     if not isinstance(last, Recipe) or last.adapter is None or len(documents) > 1:
         raise ValueError("'adapter' stands in a recipe of one document; merge the adapters first, then name the result")
-    if settings.format != "safetensors":
-        raise ValueError(f"format={settings.format!r} is for whole models; an adapter is written as PEFT reads it")
+    if settings.form.write is not None:
+        raise ValueError(f"format={settings.form.name!r} is for whole models; an adapter is written as PEFT reads it")
     return AdapterWork(
         last, last.adapter, seed=settings.seed, allow=settings.allow, device=settings.device, progress=progress,
         headers_only=settings.dry_run,
@@ -160,8 +161,9 @@ class _Work:
             name: open_source(name, headers_only=settings.dry_run) for name in named if not self._is_stage(name)
         }
         self.later = [name for name in named if self._is_stage(name)]
+        self.measured = {file for of in recipes for folder in of.statistics for file in files_of(folder)}
         read = {file for source in self.models.values() for file in _read_files(source)}
-        self.before = stamps(read | self._later_files())
+        self.before = stamps(read | self.measured | self._later_files())
         self.notes: list[str] = []  # of all plans so far: those of stages are the result's too
 
     def _is_stage(self, name: str) -> bool:
@@ -183,13 +185,13 @@ class _Work:
     def digest(self) -> str:
         """Digest all that decides the result, known before any of it is made: recipe, settings, what is read."""
         files = {file for source in self.models.values() for file in source.files}
-        files |= self._later_files()
+        files |= self.measured | self._later_files()
         beside = {name: (source.config, _digests(source.companions())) for name, source in self.models.items()}
         for name in (of.tokenizer.source for of in self.recipes if of.tokenizer is not None):
             if name not in ("union", "base") and name not in self.models and not self._is_stage(name):
                 beside[name] = ({}, _digests(vocabulary.companions_at(name)))
         of, texts = self.settings, [document.text for document in self.recipes]
-        said = [texts, of.compat, sorted(of.allow), of.max_shard_bytes, of.device.platform, of.seed, of.format]
+        said = [texts, of.compat, sorted(of.allow), of.max_shard_bytes, of.device.platform, of.seed, of.form.name]
         read = [[stamp(file) for file in sorted(files)], beside]
         return xxhash.xxh3_128_hexdigest(json.dumps([said, card.versions(), read], sort_keys=True).encode())
 
@@ -200,7 +202,7 @@ class _Work:
     def run(self, out: pathlib.Path) -> dict[str, Any]:
         """Merge stage by stage."""
         *before, last = self.recipes
-        result = self.between / "result"  # before it is written as Orbax
+        result = self.between / "result"  # before it gets its form
         notes: list[str] = []
         for stage in before:
             try:
@@ -208,11 +210,11 @@ class _Work:
             except ValueError as error:
                 kind = Kept if isinstance(error, Kept) else ValueError
                 raise kind(f"stage {stage.name!r}: {error}") from None
-        if self.settings.format == "orbax":
-            report = self.merge(last, result)
-            orbax.write(result, out)
-        else:
+        if self.settings.form.write is None:
             report = self.merge(last, out)
+        else:
+            report = self.merge(last, result)
+            self.settings.form.write(result, out, self.settings.max_shard_bytes)
         return report | {"notes": list(dict.fromkeys(notes + report["notes"]))}
 
     def merge(self, of: AnyRecipe, out: pathlib.Path) -> dict[str, Any]:
@@ -224,20 +226,23 @@ class _Work:
             of, sources, compat=settings.compat, allow=settings.allow, seed=seed, states=settings.states,
             dry_run=settings.dry_run,
         )  # fmt: skip
-        places = safetensors.plan({job.name: (job.out_dtype, job.shape) for job in plan.jobs}, settings.max_shard_bytes)
+        tensors = {job.name: (job.out_dtype, job.shape) for job in plan.jobs}
+        places = safetensors.plan(tensors, settings.max_shard_bytes)
+        form = settings.form if of is self.recipes[-1] else FORMS["safetensors"]
+        final, said = _formed(form, plan, tensors, settings.max_shard_bytes)
         limit = engine.buffer_bytes(plan.jobs)
         report = {
-            "merge_method": of.merge_method, "tensors": len(plan.jobs), "files": list(places.sizes),
-            "bytes_in": sum(job.read_bytes for job in plan.jobs), "bytes_out": places.total,
+            "merge_method": of.merge_method, "tensors": len(plan.jobs), "files": list(final.sizes),
+            "bytes_in": sum(job.read_bytes for job in plan.jobs), "bytes_out": final.total,
             "bytes_memory": limit + max(job.size for job in plan.jobs),
         }  # fmt: skip
         if settings.dry_run:
-            return report | {"notes": list(plan.notes)}
-        self.notes = list(dict.fromkeys([*self.notes, *plan.notes]))
-        files = sorted({file for source in sources.values() for file in source.files})
+            return report | {"notes": [*plan.notes, *said]}
+        self.notes = list(dict.fromkeys([*self.notes, *plan.notes, *said]))
+        files = sorted(self.measured.union(*(source.files for source in sources.values())))
         digest = _digest(plan, of, seed, settings)
         record = card.provenance(
-            of, sources, seed, self.notes, digest, map(stamp, files), settings.device, settings.format
+            of, sources, seed, self.notes, digest, map(stamp, files), settings.device, settings.form.name
         )
         if _is_done(out, record):
             return report | {"notes": self.notes}
@@ -246,8 +251,8 @@ class _Work:
                 f"{out}, which is done, is of another recipe or other inputs; put these back to go on, or remove "
                 f"{self.between} to begin again"
             )
-        # a result that is written as Orbax in the end is there twice for a while
-        wanted = places.total * (2 if settings.format == "orbax" and of is self.recipes[-1] else 1)
+        # a result that gets another form in the end is there twice for a while
+        wanted = places.total + (final.total if form.write is not None else 0)
         with unfinished(out, record["plan"], record["files"], wanted) as journal:
             with contextlib.closing(safetensors.Writer(journal.result, places)) as writer:
                 kept = engine.verified(plan.jobs, writer, journal)
@@ -258,9 +263,23 @@ class _Work:
                 writer.finish()
             check_unchanged(self.before)
             plan.companions(journal.result)
+            record |= {"statistics": told(of.statistics)} if of.statistics else {}
             record |= {"command": self.digest, "report": report, "compat": settings.compat, "allow": [*settings.allow]}
-            card.write(journal.result, record, [journal.done[job.name] for job in plan.jobs])
+            card.write(journal.result, record, [journal.done[job.name] for job in plan.jobs], form.usage)
         return report | {"notes": [*self.notes, *journal.notes]}
+
+
+def _formed(
+    form: Form, plan: Plan, tensors: Mapping[str, Any], max_shard_bytes: int
+) -> tuple[safetensors.Plan, list[str]]:
+    """Check that a form is for the result; its files as far as they are known, and notes."""
+    notes: list[str] = []
+    if form.check is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            plan.companions(pathlib.Path(folder))
+            notes = form.check(pathlib.Path(folder), tensors)
+    config = parse_json(plan.files["config.json"], "config.json") if "config.json" in plan.files else {}
+    return safetensors.plan(form.layout(tensors, config), max_shard_bytes), notes
 
 
 def _read_files(source: Source) -> list[pathlib.Path]:
@@ -278,7 +297,7 @@ def _digest(plan: Plan, of: AnyRecipe, seed: int, settings: Settings) -> str:
     jobs = [
         [
             job.name, job.method.rule, str(job.dtype), str(job.out_dtype), job.shape, job.stacked,
-            [(i.model, i.tensor.name, str(i.tensor.dtype), i.tensor.shape) for i in job.operands],
+            [(i.model, i.tensor.name, str(i.tensor.dtype), i.tensor.shape) for i in job.reads],
             sorted((name, repr(value)) for name, value in job.coefficients.items()),
         ]
         for job in plan.jobs

@@ -16,6 +16,8 @@ import numpy as np
 
 from jaxmerge.draw import MASKS
 from jaxmerge.files import engine, kinds, recipe
+from jaxmerge.files.adapters.verify import verify_adapter
+from jaxmerge.files.checkpoints import fp8
 from jaxmerge.files.checkpoints.adapter import CONFIG
 from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.checkpoints.source import Source, Tensor, read
@@ -58,7 +60,10 @@ def verify(
     """
     folder = pathlib.Path(out)
     if (folder / CONFIG).exists():
-        raise Unsure(f"{folder} is an adapter, and only whole models are replayed; merge again and compare")
+        return verify_adapter(folder, of=of, progress=progress)
+    form = str(read_json(folder / "merge.json").get("format"))
+    if form.startswith("gguf"):
+        raise Unsure(f"{folder} is written as GGUF, which is not replayed; merge as safetensors and verify that")
     made = unstacked(open_source(str(folder)), [])
     jobs, seed, is_ours = _replayable(folder, of, states)
     verdicts: list[Verdict] = []
@@ -70,7 +75,7 @@ def verify(
         if (large and not everything) or (not is_ours and RULES[job.method.rule].needs.key != "none"):
             skipped.append(job.name)
         else:
-            verdicts.append(_judge(job, made, seed, everything))
+            verdicts.append(_judge(job, made, seed, everything, form == "fp8"))
     return summarise(str(out), verdicts, skipped, sorted(set(made.tensors) - {job.name for job in jobs}))
 
 
@@ -95,7 +100,7 @@ def _replayable(
     else:
         recipes = [recipe.parse({"merge_method": "passthrough", "models": [{"model": str(of)}]})]
     if recipes[0].adapter is not None:
-        raise Unsure("what the recipe makes is an adapter, and only whole models are replayed; merge again and compare")
+        raise Unsure(f"what the recipe makes is an adapter, and {folder} is none")
     if len(recipes) > 1:
         raise Unsure(f"the recipe has {len(recipes)} stages, whose results are gone; give of=RECIPE of the last one")
     seed = recipes[0].seed if seed is None else seed
@@ -110,20 +115,24 @@ def _replayable(
 def _is_sampled(job: Job) -> bool:
     """Whether a run of elements can be replayed alone."""
     elementwise = engine.is_copy(job) or (RULES[job.method.rule].needs.elementwise and engine.is_float(job.out_dtype))
-    return elementwise and all(operand.tensor.chunked for operand in job.operands)
+    return elementwise and all(read.tensor.chunked for read in job.reads)
 
 
-def _judge(job: Job, made: Source, seed: int, everything: bool) -> Verdict:
+def _judge(job: Job, made: Source, seed: int, everything: bool, is_fp8: bool) -> Verdict:
     found = made.tensors.get(job.name)
     if found is None:
         return Verdict(job.name, "missing", detail=elsewhere(job.name, job.shape, made.tensors))
 
+    has_scales = is_fp8 and fp8.is_stored(job.name, job.out_dtype, tuple(job.shape), made.config)
+
     def whole() -> Triple:
-        return _whole(job, found, seed)
+        got, wanted, reference = _whole(job, found, seed)
+        return got, fp8.rounded(wanted) if has_scales else wanted, reference
 
     if tuple(found.shape) != tuple(job.shape):
         return judge_shape(job.name, found.shape, job.shape, found.dtype, whole)
-    sampled = _replay(job, found, seed, runs(math.prod(job.shape), everything)) if _is_sampled(job) else [whole()]
+    in_runs = _is_sampled(job) and not has_scales  # a scale is of a tile, which is no run
+    sampled = _replay(job, found, seed, runs(math.prod(job.shape), everything)) if in_runs else [whole()]
     return judge(job.name, job.shape, found.dtype, sampled, whole)
 
 
@@ -131,12 +140,12 @@ def _replay(job: Job, found: Tensor, seed: int, places: Iterator[tuple[int, int]
     """What the folder has, what the recipe gives, and the reference, run by run."""
     reference = _reference(job)
     for start, count in places:
-        wanted = _merged(job, [_run_of(i.tensor, start, count) for i in job.operands], seed)
+        wanted = _merged(job, [_run_of(i.tensor, start, count) for i in job.reads], seed)
         yield _run_of(found, start, count), wanted, _or_zeros(reference, wanted, start)
 
 
 def _whole(job: Job, found: Tensor, seed: int) -> Triple:
-    wanted = _merged(job, [read(i.tensor) for i in job.operands], seed)
+    wanted = _merged(job, [read(i.tensor) for i in job.reads], seed)
     return read(found), wanted, _or_zeros(_reference(job), wanted, 0).reshape(wanted.shape)
 
 

@@ -35,8 +35,8 @@ def turned(x):
     return np.stack([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
 
 
-def block(layer, x):
-    """What a layer makes of the stream x [T, D]."""
+def block(layer, x, seen=None):
+    """What a layer makes of the stream x [T, D]; `seen` is told what enters its linear layers."""
     at, h = layer["self_attn"], norm(x, layer["input_layernorm"]["weight"])
     q, k, v = ((h @ at[f"{name}_proj"]["weight"].T).reshape(len(x), -1, 2) for name in "qkv")
     q, k = turned(q), turned(k)
@@ -46,9 +46,13 @@ def block(layer, x):
     weights /= weights.sum(-1, keepdims=True)
     heads = np.einsum("hts,sd->thd", weights, v[:, 0]).reshape(len(x), -1)
     x = x + heads @ at["o_proj"]["weight"].T
+    entered = {"self_attn.q_proj": h, "self_attn.k_proj": h, "self_attn.v_proj": h, "self_attn.o_proj": heads}
     mlp, h = layer["mlp"], norm(x, layer["post_attention_layernorm"]["weight"])
     gate = h @ mlp["gate_proj"]["weight"].T
-    return x + (gate / (1 + np.exp(-gate)) * (h @ mlp["up_proj"]["weight"].T)) @ mlp["down_proj"]["weight"].T
+    active = gate / (1 + np.exp(-gate)) * (h @ mlp["up_proj"]["weight"].T)
+    if seen is not None:
+        seen.update(entered | {"mlp.gate_proj": h, "mlp.up_proj": h, "mlp.down_proj": active})
+    return x + active @ mlp["down_proj"]["weight"].T
 
 
 def nll(tree, sequences, layers=(0, 1)):

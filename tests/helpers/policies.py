@@ -13,7 +13,7 @@ COURSE = Course(
     prompts=[Prompt(str(i), PROMPT) for i in range(3)], categories=["a", "a", "b"],
     solutions=[(11, 12), (21, 22, 23), None], drawing=Settings(samples=2, temperature=1.0, max_new_tokens=6), pad_id=0,
     shown=[PROMPT] * 3, reference={}, student={}, average=dict, several=False,
-    logps=lambda params, batch: np.zeros(batch["tokens"].shape, np.float32),
+    logps=lambda params, batch, rows=0: np.zeros(batch["weights"].shape, np.float32),
 )  # fmt: skip
 
 

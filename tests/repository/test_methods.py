@@ -12,7 +12,7 @@ import yaml
 from helpers import ROOT
 from safetensors.numpy import load_file, save_file
 
-from jaxmerge.files import merge
+from jaxmerge.files import merge, statistics
 from jaxmerge.files.methods import METHODS, methods
 from train.cli.settings import InspectOptions
 from train.cli.words import options
@@ -102,6 +102,7 @@ NEEDS = {
     "slerp": ("one", {"t": 0.4}), "interpolate": ("one", {"t": 0.4}), "nearswap": ("one", {"t": 0.001}),
     "passthrough": (None, {}), "arcee_fusion": ("one", {}), "extrapolate": ("base", {"alpha": 0.3}),
     "extrapolation_merge": ("base", {"alpha": 0.3, "weight": 0.5}), "linear": (None, {"weight": 0.5}),
+    "fisher": (None, {}), "regmean": (None, {}),
     "karcher": (None, {}), "multislerp": (None, {"weight": 0.5}), "nuslerp": (None, {"weight": 0.5}),
 }  # fmt: skip
 MODELS = {"passthrough": 1, "extrapolate": 1, "slerp": 2, "interpolate": 2, "nearswap": 2, "arcee_fusion": 2}
@@ -119,6 +120,18 @@ def models(tmp_path_factory):
     return place
 
 
+def write_statistics(place, model, kind):
+    folder, rng = place / f"statistics-{len(list(place.iterdir()))}", np.random.default_rng(3)
+    shapes = {name: statistics.KINDS[kind].shape(array.shape) for name, array in weights_of(model).items()}
+    arrays = {name: rng.random(shape, np.float32) for name, shape in shapes.items()}
+    statistics.write(folder, kind, arrays, {"model": model})
+    return folder
+
+
+def weights_of(model):
+    return load_file(f"{model}/model.safetensors")
+
+
 @pytest.mark.parametrize("method", sorted({key.removeprefix("merge_method: ") for row in of(verb="merge")
                                           for key in row["keys"] if key.startswith("merge_method")}))  # fmt: skip
 def test_a_recipe_merges(models, tmp_path, method):
@@ -127,6 +140,9 @@ def test_a_recipe_merges(models, tmp_path, method):
     recipe = {"merge_method": method, "models": [{"model": str(models / name)} for name in names]}
     recipe |= {"parameters": parameters} if parameters else {}
     recipe |= {"base_model": str(models / base)} if base else {}
+    if (reads := METHODS[method].reads) is not None:
+        for model in recipe["models"]:
+            model["statistics"] = str(write_statistics(tmp_path, model["model"], reads.kind))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     merge(tmp_path / "recipe.yaml", tmp_path / "out")
     made = [load_file(path) for path in sorted((tmp_path / "out").glob("*.safetensors"))]

@@ -23,9 +23,15 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
 
     The merge holds a few tensors in memory at a time, whatever the size of the models. If it is killed, the same
     command continues it. With --dry-run it checks everything, prints sizes and the memory that it needs, and stops.
+    With conflict=true as well, it reads all weights and prints how well the changes of the models agree.
     """
     settings = dataclasses.asdict(options(assignments, MergeOptions))
-    where, private = settings.pop("push"), settings.pop("private")
+    where, private, conflict = (settings.pop(key) for key in ("push", "private", "conflict"))
+    if conflict and not dry:
+        raise UserError(
+            f"merge.conflict is of a dry run; add --dry-run, or read `conflict` in {words[1]}/merge.json later"
+        )
+    kind, pre = settings.pop("type"), settings.pop("pre")
     settings["allow"] = [word for words_allowed in settings["allow"] for word in words_allowed.split(",")]
     from jaxmerge.files.disk import check_name
     from jaxmerge.files.journal import count_done
@@ -37,6 +43,10 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
     start_jax()
     from jaxmerge.files import merge as merge_files
 
+    if settings["format"] == "gguf" and has_decoder():
+        from ..models.gguf_form import gguf_form
+
+        settings["format"] = gguf_form(out, kind or "q8_0", pre)
     if not dry and (done := count_done(out)):
         say(f"{done} tensors of an unfinished merge into {out} are there")
     with own_errors(), progress_in_bytes("merge") as advance:
@@ -49,10 +59,22 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
     )
     if dry:
         say(f"buffers and the largest result take {plan['bytes_memory'] / 1e9:.2f} GB of memory")
+        if conflict:
+            show_conflict(words[0], settings["compat"])
     say(words[1])
     if not dry:
         push_folder(out, where, private=private)
     return 0
+
+
+def show_conflict(recipe: str, compat: str | None) -> None:
+    """Read all weights of a recipe and print how well the changes of its models agree, by layer."""
+    from jaxmerge.files.inspect.conflict import conflict
+    from jaxmerge.files.inspect.table import table
+
+    with own_errors(), progress_in_bytes("conflict") as advance:
+        found = conflict(recipe, compat=compat, progress=advance)
+    say(f"{table(found)}\n{found['bytes'] / 1e9:.2f} GB read in {found['seconds']:.1f} s")
 
 
 def push(words: Words, assignments: Words, dry: bool) -> int:
@@ -208,9 +230,14 @@ def extract_lora(words: Words, assignments: Words, dry: bool) -> int:
     return 0
 
 
+def has_decoder() -> bool:
+    """Whether the extra that has the decoder is installed."""
+    return importlib.util.find_spec("flax") is not None
+
+
 def find_states() -> Callable[..., Any] | None:
     """What runs a model for the gates of a mixture of experts; None where the extra that has the decoder is missing."""
-    if importlib.util.find_spec("flax") is None:
+    if not has_decoder():
         return None
 
     def states(*words: Any) -> Any:

@@ -26,6 +26,7 @@ from ..runtime.disk import write_durably
 from ..runtime.settings import Distributed, Mesh
 from ..search.settings import SearchRun
 from ..studies.settings import AnalyseOptions, Sweep
+from ..studies.statistics_settings import StatisticsOptions
 from ..studies.tune_settings import TuneOptions
 from ..tasks.settings import FamilySpec
 from .settings import (
@@ -58,6 +59,9 @@ ABOUT = {
     "analyse": (AnalyseOptions, "`jaxmerge analyse RUN`."),
     "tune": (
         TuneOptions, "`jaxmerge tune RECIPE QUESTIONS OUT`, and the keys of `evaluate`; see [tune.md](tune.md)."
+    ),
+    "statistics": (
+        StatisticsOptions, "`jaxmerge statistics MODEL DATA OUT`; see [merge.md](merge.md#rules-that-read-data)."
     ),
     "merge": (MergeOptions, "`jaxmerge merge RECIPE OUT`; see [merge.md](merge.md)."),
     "verify": (VerifyOptions, "`jaxmerge verify OUT`."),

@@ -19,6 +19,12 @@ def pushed(options: MergeOptions | ExportOptions, verb: str) -> None:
         raise UserError(f"{verb}.private is of what is put on the hub; add push=ORG/NAME")
 
 
+def of_gguf(options: MergeOptions | ExportOptions, verb: str) -> None:
+    """Raise where a key of GGUF files is given for another format."""
+    if options.format != "gguf" and (given := [k for k in ("type", "pre") if getattr(options, k) is not None]):
+        raise UserError(f"{verb}.{given[0]} is of GGUF files; add format=gguf")
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where a program writes."""
@@ -62,12 +68,20 @@ class MergeOptions:
     allow: tuple[str, ...] = ()
     """Tensors are allowed that some models lack (missing), that the base lacks (unused), or whose shapes differ
     (shapes); each kind is refused otherwise. Several words may be given with commas between."""
-    format: Literal["safetensors", "orbax"] = "safetensors"
-    """The result is written in this format."""
+    format: Literal["safetensors", "orbax", "fp8", "gguf"] = "safetensors"
+    """The result is written in this format. fp8 stores the matrices of linear layers as FP8 with a scale for every tile
+    of 128 × 128; gguf writes a folder with one GGUF file for llama.cpp."""
+    type: Literal["q8_0", "f16", "bf16"] | None = None
+    """The matrices of a GGUF file are stored in this type; null takes q8_0."""
+    pre: str | None = None
+    """The GGUF file names this pre-tokenizer of llama.cpp; null finds the name of those that are known here."""
     device: str | None = None
     """The arithmetic runs on this kind of device (cpu, gpu, tpu); null leaves the choice to jax."""
     max_shard_bytes: int = 5_000_000_000
     """A file of the result holds at most this many bytes, unless one tensor is larger."""
+    conflict: bool = False
+    """With --dry-run, all weights are read once, and the agreement of the models' changes from the base is printed by
+    layer."""
     push: str | None = None
     """The result is also put on the Hugging Face hub under this name, ORG/NAME; null keeps it here."""
     private: bool = False
@@ -75,6 +89,7 @@ class MergeOptions:
 
     def __post_init__(self):
         at_least(self, "merge", max_shard_bytes=1)
+        of_gguf(self, "merge")
         pushed(self, "merge")
 
 
@@ -181,7 +196,7 @@ class ExportOptions:
     """The weights of a Hugging Face folder are written in this precision."""
     format: Literal["hf", "gguf"] = "hf"
     """With hf, a Hugging Face folder is written; with gguf, a folder with one GGUF file for llama.cpp."""
-    type: Literal["q8_0", "f16", "bf16"] | None = None
+    type: Literal["q8_0", "f16", "bf16", "f32"] | None = None
     """The matrices of a GGUF file are stored in this type; null takes q8_0."""
     pre: str | None = None
     """The GGUF file names this pre-tokenizer of llama.cpp; null finds the name of those that are known here."""
@@ -191,8 +206,7 @@ class ExportOptions:
     """The hub's repository is made private; one that is there stays as it is."""
 
     def __post_init__(self):
-        if self.format == "hf" and (given := [k for k in ("type", "pre") if getattr(self, k) is not None]):
-            raise UserError(f"export.{given[0]} is of GGUF files; add format=gguf")
+        of_gguf(self, "export")
         if self.format == "gguf" and self.dtype != "float32":
             raise UserError(f"export.dtype={self.dtype} is of Hugging Face folders; with format=gguf give type=")
         if self.decay is None and self.last != 1:

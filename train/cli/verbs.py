@@ -19,9 +19,11 @@ from ..runtime.disk import check_file, check_folder, write_durably
 from ..runtime.start import start_jax
 from ..search.settings import SearchRun
 from ..studies.settings import AnalyseOptions
+from ..studies.statistics_settings import StatisticsOptions
 from ..studies.tune_settings import TuneOptions
 from .files import check_push, extract_lora, inspect, merge, push, push_folder, verify
 from .flags import MERGEKIT
+from .measure import statistics
 from .settings import (
     DataOptions,
     Experiment,
@@ -358,6 +360,7 @@ TABLE = (
     Verb("verify", (("OUT",),), verify, (VerifyOptions,), extra="files"),
     Verb("inspect", (("MODEL",), ("BASE", "MODELS")), inspect, (InspectOptions,), extra="files"),
     Verb("extract-lora", (("BASE", "TUNED", "OUT"),), extract_lora, (ExtractOptions,), extra="files"),
+    Verb("statistics", (("MODEL", "DATA", "OUT"),), statistics, (StatisticsOptions,)),
     Verb("tune", (("RECIPE", "QUESTIONS", "OUT"),), tune, (TuneOptions, QuestionOptions), resumes=True),
     Verb("sft", (CONFIG, ("MODEL", "DATA", "OUT")), sft, (Place, Finetune), resumes=True),
     Verb("data", (("PATH",),), data, (DataOptions,)),

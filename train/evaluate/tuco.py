@@ -19,7 +19,6 @@ from ..models.config import ModelConfig
 from ..models.decoder import Params, bind, count_up
 from ..models.rope import rope_table
 from ..models.stacked import unstack_layers
-from ..runtime.mesh import gathered
 from .texts import ROWS
 
 
@@ -55,12 +54,11 @@ def tuco(config: ModelConfig, tuned: Params, base: Params, prompts: Sequence[Seq
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def contributions(config: ModelConfig, tuned: Params, base: Params, tokens, lengths, *, dtype: str) -> jax.Array:
     """TuCo of the sums up to each layer, [B, L], of right-padded tokens [B, T] with lengths [B]."""
-    after, before = bind(config, tuned).model, bind(config, base).model
+    decoder = bind(config, tuned)
+    after, before = decoder.model, bind(config, base).model
     positions = count_up(tokens.shape, lengths)
     mask, last = visible(positions), (jnp.arange(tokens.shape[0]), lengths - 1)
-    x = jnp.take(gathered(after.embed_tokens.weight[...]), tokens, axis=0).astype(jnp.float32)
-    if config.scaled_embedding:
-        x = x * config.hidden_size**0.5
+    x = decoder.embed(tokens)
     original = added = jnp.zeros((tokens.shape[0], config.hidden_size), jnp.float32)
     shares = []
     for i, (window, rotation) in enumerate(config.layers):

@@ -24,18 +24,20 @@ import numpy as np
 
 from ..generate.rollout import Prompt, Sample, rollout
 from ..generate.settings import Settings
-from ..log import UserError
+from ..log import UserError, say
+from ..models.branches import obstacle
 from ..models.config import ModelConfig
 from ..models.decoder import Params
 from ..models.loss import Compute, token_logps
 from ..models.open import Model
-from ..runtime.mesh import activations_on, everywhere
+from ..runtime.mesh import activations_on, everywhere, row_ways
 from ..runtime.processes import on_first
 from . import optim
 from .progress import Checkpoints, Log, Progress
 from .rollouts import Batch, Course, Group, Lesson, OnPolicy, parts
 from .settings import Sft
 from .sft import Trainee, made, metrics_of, prepared
+from .shared import Sharing
 from .shares import Shares
 
 Judge = Callable[[Sequence[Sample]], list[float | None]]
@@ -128,6 +130,23 @@ def course_of(
         average=lambda: model.params,
         several=updates > 1,
         logps=functools.partial(log_probabilities, model.config, how, shares),
+        sharing=sharing_of(model.config, improver, drawing, how, shares),
+    )
+
+
+def sharing_of(
+    model: ModelConfig, improver: OnPolicy, drawing: Settings, how: Compute, shares: Shares
+) -> Sharing | None:
+    """How rows share prompts, where they may and can; the reason is told where they may and cannot."""
+    config = shares.config
+    if not improver.shares(config):
+        return None
+    if reason := obstacle(model, how.attention):
+        say(f"prompts are computed for each of their answers: {reason}")
+        return None
+    micro, ways = config.micro_batch or config.batch, row_ways(shares.mesh)
+    return Sharing(
+        model, config.batch, config.batch // micro, 1 if micro % ways else ways, longest=drawing.max_new_tokens
     )
 
 
@@ -158,7 +177,7 @@ def learn(
 ) -> tuple[Trainee, dict[str, float]]:
     """The updates of a step, and the means of what they tell."""
     config = shares.config
-    own = parts(lesson.batch, config.batch) if lesson.batch is not None else []
+    own = parts(lesson.batch, lesson.rows or config.batch) if lesson.batch is not None else []
     worked = parts(lesson.worked, config.batch) if lesson.worked is not None else []
     own = own * improver.iterations
     most = 1 << 10  # numbers of rows are drawn from for dropout masks; no step has as many updates
@@ -191,10 +210,13 @@ def told_of(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
-def log_probabilities(model: ModelConfig, how: Compute, shares: Shares, params: Params, batch: Batch) -> np.ndarray:
+def log_probabilities(
+    model: ModelConfig, how: Compute, shares: Shares, params: Params, batch: Batch, rows: int = 0
+) -> np.ndarray:
     """`Course.logps`: as many rows at a time as an update has."""
     found = [
-        np.asarray(_token_logps(model, params, shares.put(part, 0), how)) for part in parts(batch, shares.config.batch)
+        np.asarray(_token_logps(model, params, shares.put(part, 0), how))
+        for part in parts(batch, rows or shares.config.batch)
     ]
     return np.concatenate(found)[: len(batch["tokens"])]
 

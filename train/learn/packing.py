@@ -1,7 +1,7 @@
 """Several examples in one row, so that less of a batch is padding: which go together, and the arrays of a row.
 
 A packed row has segment ids: an example sees no other, and positions count from 0 in each (`restart` in
-train/models/loss.py). So the loss is that of the examples one by one.
+train/models/branches.py). So the loss is that of the examples one by one.
 """
 
 from __future__ import annotations

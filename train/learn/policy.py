@@ -29,6 +29,7 @@ import numpy as np
 from ..generate.settings import Draw
 from ..log import UserError
 from ..resolve import at_least
+from .batches import Batch
 from .curriculum import Curriculum, chosen_by_bandit, told_of_categories
 from .objectives import Tokens
 from .rollouts import Course, Group, Lesson, OnPolicy, to_batch
@@ -110,7 +111,9 @@ NORMALISE: dict[str, Callable[..., tuple[Any, Any]]] = {
     "bnpo": by_token_of_part,
 }
 """By name: losses of tokens [B, K], the mask of those that count, 1 for each sequence [B], the longest length → the sum
-of losses and what it is divided by."""
+of losses and what it is divided by. With rows of several answers B is [B, G]."""
+OF_PARTS = ("bnpo",)
+"""Those of NORMALISE that depend on which sequences are a micro-batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +138,7 @@ class PolicyLoss(Tokens):
         import jax.numpy as jnp
 
         mask = (weights > 0).astype(jnp.float32)
-        A = beside["advantages"][:, None]
+        A = beside["advantages"][..., None]
         now = jax.lax.stop_gradient(logps)
         old = beside.get("old", now)
 
@@ -161,7 +164,7 @@ class PolicyLoss(Tokens):
             each += self.beta * k3
             found["kl"] = k3
         if "shown" in beside:
-            shown = beside["shown"][:, None] > 0
+            shown = beside["shown"][..., None] > 0
             each = jnp.where(shown, -logps, each)
             learnt = jnp.where(shown, 0.0, mask)
         loss, weight = NORMALISE[self.normalise](each, mask, beside["rows"], self.length)
@@ -200,6 +203,9 @@ class Policy(OnPolicy):
     """Samples that reach sampling.max_new_tokens without an end are learnt as others are, or not (mask)."""
     overlong_cache: int = 0
     """A reward falls by up to 1 over this many last tokens before sampling.max_new_tokens; 0 punishes no length."""
+    share_prompts: bool = True  # type: ignore[misc]  # a key here
+    """Answers to one question are put into one row behind their prompt, which is computed once, where that takes fewer
+    operations; false gives each a row of its own. The loss is the same."""
     redraws: int = 0  # type: ignore[misc]  # a key here
     """Up to this many times more are questions asked in a step, until `questions` of them have samples whose rewards
     differ; others are not learnt then (DAPO's dynamic sampling). 0 learns from all."""
@@ -228,6 +234,10 @@ class Policy(OnPolicy):
                 f"{drawing.max_new_tokens}"
             )
 
+    def shares(self, sft):
+        parts = sft.micro_batch not in (None, sft.batch)
+        return self.share_prompts and not (parts and self.normalise in OF_PARTS)
+
     def objective(self, drawing):
         return PolicyLoss(
             self.normalise, self.clip_low, self.clip_high, self.beta, self.importance_cap, drawing.max_new_tokens
@@ -253,23 +263,26 @@ class Policy(OnPolicy):
             "varied": sum(map(self.keeps, groups)) / len(groups),
             **told_of_categories([course.categories[g.question] for g in learnt], values),
         }
-        batch = self.batch(learnt, values, course) if learnt else None
-        return Lesson(batch, told, self.solutions(groups, course) if self.worked else None)
+        batch, rows = self.batch(learnt, values, course) if learnt else (None, 0)
+        return Lesson(batch, told, self.solutions(groups, course) if self.worked else None, rows)
 
-    def batch(self, groups: Sequence[Group], advantages: Sequence[np.ndarray], course: Course):
-        samples = [sample for group in groups for sample in group.samples]
-        batch = to_batch(
-            [(group.prompt, sample.tokens) for group in groups for sample in group.samples], course.pad_id,
-            sampled=[sample.logprobs for sample in samples], advantages=np.concatenate(advantages),
-            rows=np.ones(len(samples)),
-        )  # fmt: skip
-        unlearnt = np.isnan(np.concatenate([group.rewards for group in groups]))
-        if self.overlong == "mask":
-            unlearnt |= np.array([sample.reason == "length" for sample in samples])
-        batch["weights"][unlearnt] = 0.0
+    def batch(self, groups: Sequence[Group], advantages: Sequence[np.ndarray], course: Course) -> tuple[Batch, int]:
+        """What is learnt of groups, and the rows of an update (`Lesson.rows`)."""
+        pairs, sampled = [], []
+        for group in groups:
+            for sample, reward in zip(group.samples, group.rewards, strict=True):
+                learnt = not (np.isnan(reward) or (self.overlong == "mask" and sample.reason == "length"))
+                pairs.append((group.prompt, sample.tokens if learnt else ()))
+                sampled.append(sample.logprobs if learnt else ())
+        beside = {"sampled": sampled, "advantages": np.concatenate(advantages), "rows": np.ones(len(pairs))}
+        layout = course.sharing and course.sharing.layout(pairs)
+        if course.sharing is not None and layout is not None:
+            batch, rows = course.sharing.batch(pairs, layout, course.pad_id, **beside), layout.rows
+        else:
+            batch, rows = to_batch(pairs, course.pad_id, **beside), 0
         if course.several:
-            batch["old"] = course.logps(course.student, batch)
-        return self.beside(batch, course, shown=0.0)
+            batch["old"] = course.logps(course.student, batch, rows)
+        return self.beside(batch, course, rows, shown=0.0), rows
 
     def solutions(self, groups: Sequence[Group], course: Course):
         """Worked solutions of the questions that all samples failed."""
@@ -280,13 +293,13 @@ class Policy(OnPolicy):
         nothing = [np.zeros(len(completion)) for _, completion in rows]
         beside: Mapping[str, Any] = {"sampled": nothing} | ({"old": nothing} if course.several else {})
         numbers = {"advantages": np.zeros(len(rows)), "rows": np.ones(len(rows))}
-        return self.beside(to_batch(rows, course.pad_id, **beside, **numbers), course, shown=1.0)
+        return self.beside(to_batch(rows, course.pad_id, **beside, **numbers), course, 0, shown=1.0)
 
-    def beside(self, batch, course: Course, *, shown: float):
+    def beside(self, batch: Batch, course: Course, rows: int, *, shown: float) -> Batch:
         if self.beta:
-            batch["reference"] = course.logps(course.reference, batch)
+            batch["reference"] = course.logps(course.reference, batch, rows)
         if self.worked:
-            batch["shown"] = np.full(len(batch["tokens"]), shown, np.float32)
+            batch["shown"] = np.full(batch["rows"].shape, shown, np.float32)
         return batch
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ..generate.rollout import Prompt, Sample
     from ..models.decoder import Params
     from .objectives import Tokens
+    from .settings import Sft
+    from .shared import Sharing
 
 STEP = 32
 """Rows are padded to lengths that are multiples of it: few shapes, few compilations."""
@@ -63,18 +65,23 @@ class Course(NamedTuple):
     """Makes what the run would return now: with `sft.step.ema` the average of the student's weights."""
     several: bool
     """Whether weights change between the updates of a step: the samples are then of older ones."""
-    logps: Callable[[Params, Batch], np.ndarray]
-    """Log-probabilities of a batch's tokens [n, T] under some weights of this model; 0 where nothing is learnt."""
+    logps: Callable[..., np.ndarray]
+    """Log-probabilities under some weights of this model of a batch's tokens, of the shape of its weights, 0 where
+    nothing is learnt: (weights, batch, rows of an update, 0: as many as `sft.batch`)."""
+    sharing: Sharing | None = None
+    """How rows are made that share their prompts; None: each row has a prompt and an answer."""
 
 
 class Lesson(NamedTuple):
     """What a step learns."""
 
     batch: Batch | None
-    """Rows that are learnt `iterations` times, `sft.batch` at a time; None: nothing."""
+    """Rows that are learnt `iterations` times, an update's at a time; None: nothing."""
     metrics: dict[str, float]
     worked: Batch | None = None
-    """Rows that are learnt once afterwards, and whose loss is told apart."""
+    """Rows that are learnt once afterwards, `sft.batch` at a time, and whose loss is told apart."""
+    rows: int = 0
+    """Rows of an update, where they are not `sft.batch`, because a row has several answers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +106,8 @@ class OnPolicy:
     """Whether the teacher is shown worked solutions; None: where it is the student's own average."""
     gate: ClassVar[str] = "off"
     """What becomes of a run whose teacher is not better than its student."""
+    share_prompts: ClassVar[bool] = False
+    """Whether a prompt is computed once for several of its answers."""
     redraws: ClassVar[int] = 0
     """How often other questions are asked in a step, until `questions` of those asked are kept."""
 
@@ -121,6 +130,11 @@ class OnPolicy:
                 f"{where}.sft.{unread[0]}: learning from fresh samples does not read it; leave it out "
                 "(improver.steps and improver.questions say how long)"
             )
+
+    def shares(self, sft: Sft) -> bool:
+        """Whether the answers of an update may be put into other rows than their own."""
+        del sft
+        return self.share_prompts
 
     @property
     def gated(self) -> bool:
@@ -181,7 +195,7 @@ def to_batch(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, /
         for name, values in beside.items():
             if name not in numbers:
                 batch[name][i, begin:end] = values[i]
-    width = target_width(STEP * -(-max(len(c) for _, c in rows) // STEP), length - 1)
+    width = target_width(STEP * -(-max(1, *(len(c) for _, c in rows)) // STEP), length - 1)
     if width is not None:
         batch["targets"] = target_positions(weights[:, 1:] > 0, width)
     return batch

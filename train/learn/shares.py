@@ -22,14 +22,17 @@ class Shares:
     """
 
     def __init__(self, mesh: jax.sharding.Mesh, config: Sft):
-        self.config = config
+        self.config, self.mesh = config, mesh
         self.where = batch_sharding(mesh, config.micro_batch or config.batch)
-        places = self.where.addressable_devices_indices_map((config.batch,)).values()
-        mine = np.zeros(config.batch, bool)
-        for (rows,) in places:  # type: ignore[misc]  # one axis, one slice
-            mine[rows] = True
-        self.rows = np.flatnonzero(mine)
+        self.rows = self._own(config.batch)
         """Numbers of the rows that this process's devices take, ascending."""
+
+    def _own(self, rows: int) -> np.ndarray:
+        """Those numbers, of a batch of so many rows."""
+        mine = np.zeros(rows, bool)
+        for (part,) in self.where.addressable_devices_indices_map((rows,)).values():  # type: ignore[misc]
+            mine[part] = True  # one axis, one slice
+        return np.flatnonzero(mine)
 
     def batches(self, rows: RowSource, *, seed: int, start: int = 0) -> Iterator[dict[str, jax.Array]]:
         """The batches of `batches(rows, …)` as arrays on the mesh, from step `start` on."""
@@ -39,24 +42,29 @@ class Shares:
             shown = objective.inputs(batch["tokens"], batch["weights"], numbers=numbers, seed=seed, done=number / total)
             if shown is not None:
                 batch = {**batch, "inputs": shown}
-            yield self._numbered(batch, number)
+            yield self._numbered(batch, number, self.rows, self.config.batch)
 
     def put(self, batch: Batch, number: int) -> dict[str, jax.Array]:
-        """A whole batch, which every process has, as arrays on the mesh; `number` is as that of a step."""
-        return self._numbered({name: values[self.rows] for name, values in batch.items()}, number)
+        """A whole batch, which every process has, as arrays on the mesh; `number` is as that of a step.
 
-    def _numbered(self, batch: Batch, number: int) -> dict[str, jax.Array]:
+        It has `config.batch` rows, or fewer that divide over the mesh as those do.
+        """
+        count = len(batch["tokens"])
+        own = self.rows if count == self.config.batch else self._own(count)
+        return self._numbered({name: values[own] for name, values in batch.items()}, number, own, count)
+
+    def _numbered(self, batch: Batch, number: int, own: np.ndarray, count: int) -> dict[str, jax.Array]:
         if self.config.lora is not None:
-            batch = adapters.numbered(batch, number, self.config.batch, self.rows)
-        return {name: self._place(values) for name, values in batch.items()}
+            batch = adapters.numbered(batch, number, self.config.batch, own)
+        return {name: self._place(values, own, count) for name, values in batch.items()}
 
-    def _place(self, values: np.ndarray) -> jax.Array:
-        if len(self.rows) == self.config.batch:
+    def _place(self, values: np.ndarray, own: np.ndarray, count: int) -> jax.Array:
+        if len(own) == count:
             return jax.device_put(values, self.where)
-        shape = (self.config.batch, *values.shape[1:])
+        shape = (count, *values.shape[1:])
 
         def part(index: Any) -> np.ndarray:
-            first, last, _ = index[0].indices(self.config.batch)
-            return values[np.searchsorted(self.rows, np.arange(first, last))]
+            first, last, _ = index[0].indices(count)
+            return values[np.searchsorted(own, np.arange(first, last))]
 
         return jax.make_array_from_callback(shape, self.where, part)

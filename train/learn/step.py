@@ -136,7 +136,7 @@ def make_step(
 
 @functools.lru_cache(maxsize=8)
 def _make_step(model: ModelConfig, config: Sft, how: Compute, taught: tuple[ModelConfig, Compute] | None):
-    micro, stay = config.micro_batch or config.batch, config.stay
+    count, stay = config.batch // (config.micro_batch or config.batch), config.stay
 
     def mean_gradient(params, batch, frozen, anchor, source):
         def sums(params, part):
@@ -146,11 +146,11 @@ def _make_step(model: ModelConfig, config: Sft, how: Compute, taught: tuple[Mode
             return _sums(model, params, part, how, config, near, source)
 
         gradient = jax.value_and_grad(sums, has_aux=True)
-        if micro == config.batch:
+        if count == 1:
             (loss, others), grads = gradient(params, batch)
         else:
             # Part i has rows i, i + n, …: each device cuts its own rows, none moves.
-            parts = jax.tree.map(lambda x: x.reshape(micro, -1, *x.shape[1:]).swapaxes(0, 1), batch)
+            parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
             shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
             zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
 

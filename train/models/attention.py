@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from . import fused
+from .branches import near, related
 
 
 class KV(NamedTuple):
@@ -51,16 +52,21 @@ def cap(x: jax.Array, limit: float | None) -> jax.Array:
     return x if limit is None else limit * jnp.tanh(x / limit)
 
 
-def within(mask: jax.Array | fused.Causal, window: int | None, at: jax.Array | None = None):
-    """The mask [B, T, S] of a layer whose queries see `window` keys, themselves included; None is all.
+def within(
+    mask: jax.Array | fused.Causal, window: int | None, at: jax.Array | None = None, positions: jax.Array | None = None
+):
+    """The mask [B, T, S] of a layer whose queries see `window` positions, their own included; None is all.
 
     Args:
       at: [B] index of the first query of each row while decoding; None: query t has index t.
+      positions: [B, T] of the tokens, which rows that branch need; None: a token's index is its position.
     """
     if isinstance(mask, fused.Causal):
         return mask.within(window)
     if window is None:
         return mask
+    if positions is not None and at is None:
+        return mask & near(positions, window)
     query = jnp.arange(mask.shape[1])[None] + (0 if at is None else at[:, None])
     return mask & (query[:, :, None] - jnp.arange(mask.shape[2]) < window)
 
@@ -73,10 +79,10 @@ def write(cache: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
     return cache.at[jnp.arange(cache.shape[0]), :, at].set(new[:, :, 0], mode="drop", unique_indices=True)
 
 
-def visible(positions: jax.Array, segments: jax.Array | None = None) -> jax.Array:
-    """Causal mask [B, T, T]; with segment ids [B, T], packed sequences do not see each other."""
+def visible(positions: jax.Array, segments: jax.Array | None = None, parents: jax.Array | None = None) -> jax.Array:
+    """Causal mask [B, T, T]; with segment ids and parents [B, T], what branches.py says is seen."""
     index = jnp.arange(positions.shape[1])
     mask = jnp.broadcast_to(index[:, None] >= index[None, :], (*positions.shape, positions.shape[1]))
     if segments is not None:
-        mask &= segments[:, :, None] == segments[:, None, :]
+        mask &= related(segments, parents)
     return mask

@@ -101,6 +101,8 @@ class ModelConfig:
     """θ of the layers with a window, unscaled (Gemma 3); None: as the others."""
     partial_rotary_factor: float = 1.0
     """Share of a head's elements that is rotated: the first ones."""
+    rope_interleaved: bool = False
+    """Rotation pairs neighbours, 2i with 2i + 1 (GLM), and not i with i + R/2."""
     rope_layers: tuple[bool, ...] = ()
     """Which layers rotate (SmolLM3 leaves out some); () is all."""
 
@@ -110,6 +112,8 @@ class ModelConfig:
     """`sliding_attention` or `full_attention` a layer; () is the window, if there is one, in all."""
     query_pre_attn_scalar: float | None = None
     """Scores are divided by its root; None: head_dim."""
+    attention_multiplier: float | None = None
+    """Scores are multiplied by it, and not divided by a root (Granite); None: they are."""
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
 
@@ -119,16 +123,24 @@ class ModelConfig:
     qk_norm: bool = False
     """RMS norms of each head's queries and keys, before rotation."""
     activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"
-    post_norms: bool = False
-    """Norms after attention and MLP too (Gemma)."""
+    block_norms: tuple[str, ...] = ("input_layernorm", "", "post_attention_layernorm", "")
+    """The names of a layer's norms: before attention, after it, before the MLP, after it; "" where there is none."""
     unit_offset_norms: bool = False
     """Norms scale by 1 + w (Gemma)."""
     scaled_embedding: bool = False
     """Embeddings are multiplied by √D (Gemma)."""
+    embedding_multiplier: float = 1.0
+    """Embeddings are multiplied by it (Granite)."""
+    residual_multiplier: float = 1.0
+    """What attention and MLP add to the residual stream is multiplied by it (Granite)."""
+    logits_scaling: float = 1.0
+    """Logits are divided by it (Granite)."""
     fused_projections: bool = False
-    """q, k, v in one matrix, gate and up in another (Phi-3)."""
+    """q, k and v are in one matrix (Phi-3)."""
     qk_norm_all: bool = False
-    """RMS norms of all heads' queries together, and of all heads' keys, before rotation (OLMoE)."""
+    """RMS norms of all heads' queries together, and of all heads' keys, before rotation (OLMo 2, OLMoE)."""
+    fused_mlp: bool = False
+    """Gate and up of the MLP are in one matrix (Phi-3, GLM)."""
     experts: Experts | None = None
     """Mixtures of experts in the place of MLPs; `intermediate_size` is then of the layers without."""
 
@@ -157,9 +169,14 @@ class ModelConfig:
             )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"model config: activation {self.activation!r} is not known; known: {ACTIVATIONS}")
-        for name in ("sliding_window", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+        for name in (
+            "sliding_window", "query_pre_attn_scalar", "attention_multiplier", "attn_logit_softcapping",
+            "final_logit_softcapping", "embedding_multiplier", "residual_multiplier", "logits_scaling",
+        ):  # fmt: skip
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"model config: {name} is {value}; it must be positive, or none")
+        if len(self.block_norms) != 4 or len({*filter(None, self.block_norms)}) != 4 - self.block_norms.count(""):
+            raise ValueError(f"model config: block_norms is {self.block_norms}; four places want a name each, or ''")
         for name in ("layer_types", "rope_layers"):
             if len(getattr(self, name)) not in (0, self.num_hidden_layers):
                 raise ValueError(
@@ -184,6 +201,13 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """Elements of a head that are rotated, R."""
         return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def score_scale(self) -> float:
+        """What the scores of attention are multiplied by."""
+        if self.attention_multiplier is not None:
+            return self.attention_multiplier
+        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
     @property
     def layers(self) -> tuple[tuple[int | None, Rope], ...]:

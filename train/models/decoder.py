@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,8 +42,8 @@ REMAT = {
 
 
 class Linear(nnx.Module):
-    side: lora.Side | None = None
-    """A LoRA path beside the weight, put there by `bind`."""
+    side: Callable[[jax.Array, Any], Any] | None = None
+    """What is added to the product: a LoRA path, put there by `bind`."""
 
     def __init__(self, out_features: int, in_features: int, bias: bool = False):
         self.weight = nnx.Param(jnp.zeros((out_features, in_features)))
@@ -91,12 +92,11 @@ class Attention(nnx.Module):
         q, k, v = (spread(y.reshape(B, T, -1, c.head_dim), tensor=2) for y in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None and not c.qk_norm_all:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q, rope).swapaxes(1, 2)
-        kv = KV(rotate(k, rope).swapaxes(1, 2).astype(dtype), v.swapaxes(1, 2).astype(dtype))
+        q, k = (rotate(y, rope, interleaved=c.rope_interleaved).swapaxes(1, 2) for y in (q, k))
+        kv = KV(k.astype(dtype), v.swapaxes(1, 2).astype(dtype))
         if cache is not None:
             kv = KV(write(cache.k, kv.k, at), write(cache.v, kv.v, at))
-        scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
-        heads = attend(q.astype(dtype), kv, mask, scale=scale, softcap=c.attn_logit_softcapping)
+        heads = attend(q.astype(dtype), kv, mask, scale=c.score_scale, softcap=c.attn_logit_softcapping)
         return self.o_proj(heads.swapaxes(1, 2).reshape(B, T, -1), dtype), kv
 
     def project(self, x, dtype) -> list[jax.Array]:
@@ -110,7 +110,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     def __init__(self, c: ModelConfig):
         self.config = c
-        if c.fused_projections:
+        if c.fused_mlp:
             self.gate_up_proj = Linear(2 * c.intermediate_size, c.hidden_size, c.mlp_bias)
         else:
             self.gate_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
@@ -118,7 +118,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
 
     def __call__(self, x, dtype):
-        if self.config.fused_projections:
+        if self.config.fused_mlp:
             gate, up = jnp.split(self.gate_up_proj(x, dtype), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x, dtype), self.up_proj(x, dtype)
@@ -128,28 +128,31 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     def __init__(self, c: ModelConfig, layer: int = 0):
         self.config = c
-        self.input_layernorm = RMSNorm(c.hidden_size, c)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c)
         self.mlp = mixture(c) if c.has_experts(layer) else MLP(c)
-        if c.post_norms:
-            self.pre_feedforward_layernorm = RMSNorm(c.hidden_size, c)
-            self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c)
+        for name in filter(None, c.block_norms):
+            setattr(self, name, RMSNorm(c.hidden_size, c))
 
     def __call__(self, x, rope, mask, cache, at, dtype):
-        x = spread(x)
-        y, kv = self.self_attn(self.input_layernorm(x), rope, mask, cache, at, dtype)
-        if self.config.post_norms:
-            x = x + self.post_attention_layernorm(y)
-            y, scores = self.feed(self.pre_feedforward_layernorm(x), dtype)
-            return x + self.post_feedforward_layernorm(y), kv, scores
-        x = spread(x + y)
-        y, scores = self.feed(self.post_attention_layernorm(x), dtype)
-        return x + y, kv, scores
+        x, scale = spread(x), self.config.residual_multiplier
+        y, kv = self.self_attn(self.norm(0, x), rope, mask, cache, at, dtype)
+        x = spread(x + times(self.norm(1, y), scale))
+        y, scores = self.feed(self.norm(2, x), dtype)
+        return x + times(self.norm(3, y), scale), kv, scores
 
     def feed(self, x, dtype) -> tuple[jax.Array, jax.Array | None]:
         """The MLP's output, and the scores of its router, [B, T, E], where it has one."""
         return self.mlp(x, dtype) if isinstance(self.mlp, ExpertMLP) else (self.mlp(x, dtype), None)
+
+    def norm(self, place: int, x: jax.Array) -> jax.Array:
+        """x after the norm of this place among `block_norms`, if there is one."""
+        name = self.config.block_norms[place]
+        return getattr(self, name)(x) if name else x
+
+
+def times(x: jax.Array, factor: float) -> jax.Array:
+    """x · factor; nothing is computed for 1."""
+    return x if factor == 1 else x * factor
 
 
 def mixture(c: ModelConfig) -> ExpertMLP:
@@ -218,13 +221,15 @@ class Decoder(nnx.Module):
     def embed(self, tokens: jax.Array) -> jax.Array:
         """tokens [B, T] → what enters the first layer, [B, T, D] float32."""
         x = jnp.take(gathered(self.model.embed_tokens.weight[...]), tokens, axis=0).astype(jnp.float32)
-        return x * self.config.hidden_size**0.5 if self.config.scaled_embedding else x
+        x = x * self.config.hidden_size**0.5 if self.config.scaled_embedding else x
+        return times(x, self.config.embedding_multiplier)
 
     def views(self, positions: jax.Array, mask: jax.Array, at: jax.Array | None = None) -> dict[Any, tuple[Any, Any]]:
         """Kind of layer → its table of rotations and its mask."""
         c = self.config
         return {
-            kind: (rope_table(c, positions, kind[1]), within(mask, kind[0], at)) for kind in dict.fromkeys(c.layers)
+            kind: (rope_table(c, positions, kind[1]), within(mask, kind[0], at, positions))
+            for kind in dict.fromkeys(c.layers)
         }
 
     def head(self, hidden: jax.Array, dtype) -> jax.Array:
@@ -233,7 +238,8 @@ class Decoder(nnx.Module):
             logits = matmul_t(hidden, self.model.embed_tokens.weight[...], dtype)
         else:
             logits = self.lm_head(hidden, dtype)
-        return cap(spread(logits, tensor=-1), self.config.final_logit_softcapping)
+        logits = times(spread(logits, tensor=-1), 1 / self.config.logits_scaling)
+        return cap(logits, self.config.final_logit_softcapping)
 
 
 def runner(graph, dtype, remat: str, *, scanned: bool = False):

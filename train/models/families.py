@@ -6,6 +6,7 @@ A new family is an entry of FAMILIES, and a flag of ModelConfig for what it does
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,10 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "query_pre_attn_scalar": ("query_pre_attn_scalar",),
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
+    "attention_multiplier": ("attention_multiplier",),
+    "embedding_multiplier": ("embedding_multiplier",),
+    "residual_multiplier": ("residual_multiplier",),
+    "logits_scaling": ("logits_scaling",),
 }
 
 
@@ -49,9 +54,9 @@ def upper(given: Attributes, window: int | None) -> list[str]:
     return [SLIDING if i >= first else FULL for i in range(given["num_hidden_layers"])]
 
 
-def all_but_every_nth(given: Attributes, window: int | None) -> list[str]:
+def all_but_every_nth(given: Attributes, window: int | None, *, n: int = 2) -> list[str]:
     del window
-    n = given.get("sliding_window_pattern") or 2
+    n = given.get("sliding_window_pattern") or n
     return [SLIDING if (i + 1) % n else FULL for i in range(given["num_hidden_layers"])]
 
 
@@ -83,8 +88,10 @@ class Family:
 
     architecture: the class that transformers loads it as.
     absent: its attributes beside the common ones, with what they mean where config.json has none.
-    fixed: fields of ModelConfig that no attribute of the family names.
+    fixed: fields of ModelConfig that no attribute of the family names, or not as FIELDS has it.
     slides: (attributes, window) → the kind of each layer.
+    theta, local_theta: of the rotation where config.json does not say, of all layers and of those with a window; None:
+      these rotate as the others do.
     harmless: attribute → values at which it changes nothing; "any" whatever its value.
     """
 
@@ -93,6 +100,7 @@ class Family:
     fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
     slides: Callable[[Attributes, int | None], list[str]] = every
     theta: float = 10000.0
+    local_theta: float | None = None
     harmless: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -111,9 +119,44 @@ GEMMA = {
     "eos_token_id": 1,
     "bos_token_id": 2,
 }
-GEMMA_FIXED = {"post_norms": True, "unit_offset_norms": True, "scaled_embedding": True}
+GEMMA_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+GEMMA_FIXED = {"block_norms": GEMMA_NORMS, "unit_offset_norms": True, "scaled_embedding": True}
 # transformers reads hidden_activation, and writes the other beside it.
 GEMMA_HARMLESS = {"hidden_act": "any", "cache_implementation": "any", "use_bidirectional_attention": (False, None)}
+OLMO = {
+    "max_position_embeddings": 2048,
+    "num_key_value_heads": None,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
+    "pad_token_id": 1,
+    "bos_token_id": None,
+    "eos_token_id": 50279,
+}
+OLMO_FIXED = {
+    "block_norms": ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+    "qk_norm_all": True,
+}
+GLM = {
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "rms_norm_eps": 1.5625e-7,
+    "attention_bias": True,
+    "partial_rotary_factor": 0.5,
+    "pad_token_id": 151329,
+    "bos_token_id": None,
+    "eos_token_id": [151329, 151336, 151338],
+}
+# The bias is of q, k and v alone.
+GLM_FIXED = {"o_bias": False, "rope_interleaved": True, "fused_mlp": True}
+GLM4_NORMS = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
+LOCAL_THETA = 10000.0
+"""θ of Gemma 3's layers with a window, where config.json does not say."""
 
 # Attributes of mixtures of experts (hf_experts.py); `num_local_experts` is another name of `num_experts`.
 EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.001}
@@ -236,6 +279,7 @@ FAMILIES: dict[str, Family] = {
         fixed={**GEMMA_FIXED, "qk_norm": True},
         slides=all_but_every_nth,
         theta=1e6,
+        local_theta=LOCAL_THETA,
         # transformers has the attribute and caps no scores by it.
         harmless={**GEMMA_HARMLESS, "attn_logit_softcapping": (None,), "_sliding_window_pattern": "any"},
     ),
@@ -273,7 +317,7 @@ FAMILIES: dict[str, Family] = {
             "eos_token_id": 32000,
             "pad_token_id": 32000,
         },
-        fixed={"fused_projections": True},
+        fixed={"fused_projections": True, "fused_mlp": True},
         # The code that auto_map names is what transformers has built in.
         harmless={
             "auto_map": "any",
@@ -284,6 +328,50 @@ FAMILIES: dict[str, Family] = {
             "resid_pdrop": (0,),
         },
     ),
+    "ministral": Family(
+        "MinistralForCausalLM",
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096, "layer_types": None},
+    ),
+    "olmo2": Family("Olmo2ForCausalLM", OLMO, fixed=OLMO_FIXED),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        {**OLMO, "sliding_window": 4096, "layer_types": None},
+        fixed=OLMO_FIXED,
+        slides=functools.partial(all_but_every_nth, n=4),
+        theta=500000.0,
+        local_theta=500000.0,
+    ),
+    "granite": Family(  # Granite 3
+        "GraniteForCausalLM",
+        {
+            "max_position_embeddings": 2048,
+            "num_key_value_heads": None,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "attention_multiplier": 1.0,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    ),
+    "glm": Family("GlmForCausalLM", GLM, fixed=GLM_FIXED),
+    "glm4": Family(
+        "Glm4ForCausalLM",
+        GLM,
+        fixed={**GLM_FIXED, "block_norms": GLM4_NORMS},
+    ),
 }
-LOCAL_THETA = 10000.0
-"""θ of Gemma 3's layers with a window, where config.json does not say."""
+
+# model_type → what the decoder lacks for it.
+LACKING: dict[str, str] = {
+    **dict.fromkeys(
+        ("qwen3_5", "qwen3_5_text", "qwen3_next"),
+        "three of four of its layers are linear attention (Gated DeltaNet), which is not implemented",
+    ),
+    **dict.fromkeys(
+        ("gemma4", "gemma4_text", "gemma3n", "gemma3n_text"),
+        "its layers differ in head size or share keys and values (and embeddings a layer), which is not implemented",
+    ),
+    "granitemoehybrid": "Mamba-2 layers and shared experts (shared_mlp) are not implemented",
+    "ministral3": "the growth of its queries with the position (llama_4_scaling_beta) is not implemented",
+}

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from ..runtime.mesh import BATCH, ROWS
 from . import tiled
+from .branches import near, related
 from .config import ModelConfig
 
 LANES = 128
@@ -26,7 +27,9 @@ GPUS = ("gpu", "cuda")
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["segments"], meta_fields=["kernel", "window", "mesh", "interpret"]
+    jax.tree_util.register_dataclass,
+    data_fields=["segments", "parents", "positions"],
+    meta_fields=["kernel", "window", "mesh", "interpret"],
 )
 @dataclasses.dataclass(frozen=True)
 class Causal:
@@ -38,6 +41,7 @@ class Causal:
       window: keys a query sees, itself included; None is all.
       mesh: a kernel runs a device's rows and heads on that device; None where there is one device.
       interpret: run splash attention without a TPU, slowly: for tests.
+      parents, positions: [B, T] of rows that branch (branches.py), which splash attention knows not; None: none does.
     """
 
     segments: jax.Array | None
@@ -45,6 +49,8 @@ class Causal:
     window: int | None = None
     mesh: jax.sharding.Mesh | None = None
     interpret: bool = False
+    parents: jax.Array | None = None
+    positions: jax.Array | None = None
 
     def within(self, window: int | None) -> Causal:
         return dataclasses.replace(self, window=window)
@@ -118,9 +124,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: Causal, *, scale: flo
     if seen.kernel != "splash" and softcap is not None:
         raise ValueError(f"{seen.kernel} attention has no soft cap, found {softcap}; take attention=xla")
     if seen.kernel == "tiled":
-        return tiled.attend(q, k, v, seen.segments, scale=scale, window=seen.window)
+        return tiled.attend(
+            q, k, v, seen.segments, scale=scale, window=seen.window, parents=seen.parents, positions=seen.positions
+        )
     if seen.kernel == "cudnn":  # jax partitions it over a mesh by itself
-        return _cudnn(q, k, v, seen.segments, scale=scale, window=seen.window)
+        return _cudnn(q, k, v, seen, scale=scale)
+    if seen.parents is not None:
+        raise ValueError("splash attention knows segments and no parents, rows branch; take attention=xla")
     kernel = functools.partial(_splash, scale=scale, softcap=softcap, window=seen.window, interpret=seen.interpret)
     if seen.mesh is None or seen.mesh.size == 1:
         return kernel(q, k, v, seen.segments)
@@ -136,16 +146,19 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: Causal, *, scale: flo
     return local(q, k, v, *segments)
 
 
-def _cudnn(q, k, v, segments, *, scale: float, window: int | None) -> jax.Array:
-    T = q.shape[2]
+def _cudnn(q, k, v, seen: Causal, *, scale: float) -> jax.Array:
+    T, window = q.shape[2], seen.window
     mask = None
-    if segments is not None:
+    if seen.segments is not None:
         # A row of T tokens has T − 1 positions, and with a bias the backward pass takes even lengths only. What is
         # filled up is a segment of its own behind all others: no query sees it, and it sees itself.
         more = -T % EVEN
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q, k, v))
-        segments = jnp.pad(segments, ((0, 0), (0, more)), constant_values=-1)
-        mask = (segments[:, :, None] == segments[:, None, :])[:, None]
+        parents, positions = (x if x is None else _behind(x, more) for x in (seen.parents, seen.positions))
+        mask = related(_behind(seen.segments, more), parents)
+        if window is not None and positions is not None:
+            mask, window = mask & near(positions, window), None
+        mask = mask[:, None]
     out = jax.nn.dot_product_attention(
         *(x.swapaxes(1, 2) for x in (q, k, v)),
         mask=mask,  # becomes a bias: the kernel still skips what is in the future, not what is in other segments
@@ -155,6 +168,11 @@ def _cudnn(q, k, v, segments, *, scale: float, window: int | None) -> jax.Array:
         implementation="cudnn",
     )
     return out.swapaxes(1, 2)[:, :, :T].astype(jnp.float32)
+
+
+def _behind(ids: jax.Array, more: int) -> jax.Array:
+    """Numbers [B, T] of a row's tokens, and −1 for `more` that fill it up."""
+    return jnp.pad(ids, ((0, 0), (0, more)), constant_values=-1)
 
 
 def _splash(

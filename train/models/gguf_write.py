@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxmerge.files.checkpoints import gguf_config, gguf_tokenizer
+from jaxmerge.files.checkpoints import gguf_config, gguf_rope, gguf_tokenizer
 from jaxmerge.files.checkpoints.gguf import permute
-from jaxmerge.files.checkpoints.gguf_config import ARCHITECTURES, FACTORS
+from jaxmerge.files.checkpoints.gguf_config import ARCHITECTURES, PATTERN
+from jaxmerge.files.checkpoints.gguf_rope import FACTORS, WINDOW
 
 from ..log import UserError, is_first_process, say
 from ..runtime.disk import new_folder
@@ -33,12 +34,14 @@ from .rope import llama3
 from .stacked import unstack_layers
 from .tokenizer import Tokenizer
 
-Type = Literal["f16", "bf16", "q8_0"]
-KINDS = {"f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
+Type = Literal["f32", "f16", "bf16", "q8_0"]
+KINDS = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
 """Type → its name in the gguf package and its number as the type of a whole file."""
 F16_OVERFLOWS = 65520  # rounds to infinity
 BLOCK = 32  # weights of a row that Q8_0 gives one scale
-OF_FAMILY = {arch.family: name for name, arch in ARCHITECTURES.items()} | {"mistral": "llama"}
+OF_FAMILY = {arch.family: name for name, arch in ARCHITECTURES.items()} | {
+    "mistral": "llama", "ministral": "llama", "olmo3": "olmo2",
+}  # fmt: skip
 PROBES = (
     "Hello world", "<|im_start|>", " two  spaces,\ta tab\n\n and lines", "1234567890 3.14159 1,000,000",
     "don't we'll I'm CAN'T",
@@ -63,7 +66,8 @@ def save_gguf(
     Args:
       folder: must not exist, or be empty; the file has its name and the type's.
       tokenizer: fitted to the model.
-      type: f16 and bf16 round once; q8_0 gives 32 weights of a row one scale. Rows that 32 does not divide are f16.
+      type: f32 loses nothing; f16 and bf16 round once; q8_0 gives 32 weights of a row one scale, and rows that 32 does
+        not divide are f16.
       pre: llama.cpp's name of how the tokenizer cuts words, where it is none that is known here.
 
     Returns:
@@ -76,10 +80,8 @@ def save_gguf(
         raise UserError(f"type={type!r}; choose {', '.join(KINDS)}")
     folder, params = pathlib.Path(folder), unstack_layers(params)
     kind, number = KINDS[type]
-    file = folder / f"{folder.name}-{kind}.gguf"
-    metadata, factors = model_metadata(config, file)
-    metadata |= tokenizer_metadata(config, tokenizer, file, pre=pre)
-    check_config(config, metadata, factors, file)
+    file = file_of(folder, kind)
+    metadata, factors = prepare(config, tokenizer, file, pre=pre)
     general = {
         "general.type": "model",
         "general.name": folder.name,
@@ -92,6 +94,21 @@ def save_gguf(
     return file
 
 
+def file_of(folder: pathlib.Path, kind: str) -> pathlib.Path:
+    """The file in a folder, which has the folder's name and the type's."""
+    return folder / f"{folder.name}-{kind}.gguf"
+
+
+def prepare(
+    config: ModelConfig, tokenizer: Tokenizer, file: pathlib.Path, *, pre: str | None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(metadata of a file, factors of its rotary frequencies), checked; arguments and errors as of `save_gguf`."""
+    metadata, factors = model_metadata(config, file)
+    metadata |= tokenizer_metadata(config, tokenizer, file, pre=pre)
+    check_config(config, metadata, factors, file)
+    return metadata, factors
+
+
 # --- sizes and switches ---
 
 
@@ -102,12 +119,13 @@ def model_metadata(config: ModelConfig, file: pathlib.Path) -> tuple[dict[str, A
         raise UserError(f"{file}: GGUF is not written of {config.family!r}; known: {', '.join(OF_FAMILY)}")
     own: dict[str, Any] = {}
     if arch in ("gemma2", "gemma3", "phi3"):
-        own["attention.sliding_window"] = config.sliding_window or 0
+        own[WINDOW] = config.sliding_window or 0
     if arch == "phi3" and config.sliding_window:
         say(f"note: llama.cpp leaves out the window of {config.sliding_window} keys that this Phi-3 has")
-    if arch == "gemma2":
-        own["attn_logit_softcapping"] = config.attn_logit_softcapping
-        own["final_logit_softcapping"] = config.final_logit_softcapping
+    own |= {key: getattr(config, attribute) for key, attribute in ARCHITECTURES[arch].words.items()}
+    if ARCHITECTURES[arch].rope.local and config.sliding_window:
+        own[WINDOW] = config.sliding_window
+        own[PATTERN] = [window is not None for window, _ in config.layers]
     if arch == "gemma3":
         if config.local_rope_theta != LOCAL_THETA:
             raise UserError(
@@ -152,7 +170,7 @@ def _rope(config: ModelConfig, file: pathlib.Path) -> tuple[dict[str, Any], dict
         return {}, {FACTORS[0]: np.asarray(plain / scaled, np.float32)}
     if s.kind == "longrope":
         original = s.original_max_position_embeddings
-        follows = gguf_config.attention_factor(config.max_position_embeddings, original)
+        follows = gguf_rope.attention_factor(config.max_position_embeddings, original)
         factor = follows if s.attention_factor is None else s.attention_factor
         both = zip(FACTORS[1:], (s.long_factor, s.short_factor), strict=True)
         numbers = {f"{where}original_context_length": original, f"{where}attn_factor": factor}

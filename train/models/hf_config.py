@@ -13,9 +13,10 @@ from typing import Any
 
 from ..log import UserError
 from .config import ACTIVATIONS, FULL, SLIDING, ModelConfig
-from .families import COMMON, FAMILIES, FIELDS, Family, every, rope_layers
+from .families import COMMON, FAMILIES, FIELDS, LACKING, Family, every, rope_layers
 from .hf_experts import read_experts, resolve_counts, write_experts
 from .hf_rope import read_rope, write_rope
+from .rope import yarn_attention_factor
 
 SIZES = (
     "vocab_size",
@@ -71,7 +72,8 @@ def config_from_hf(attributes: Mapping[str, Any], *, source: str | os.PathLike[s
     """
     name = attributes.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"{source}: model_type {name!r:.80} is not known; known: {', '.join(FAMILIES)}")
+        lacking = f"cannot be loaded: {LACKING[name]}" if isinstance(name, str) and name in LACKING else "is not known"
+        raise UserError(f"{source}: model_type {name!r:.80} {lacking}; known: {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     given = resolve_counts({**COMMON, **family.absent, **attributes}, attributes, family, source)
     _refuse_unknown(given, family, source)
@@ -84,10 +86,11 @@ def config_from_hf(attributes: Mapping[str, Any], *, source: str | os.PathLike[s
     if given.get("head_dim") is None and isinstance(given["hidden_size"], int):
         given["head_dim"] = given["hidden_size"] // given["num_attention_heads"]
     _check_types(given, source)
-    fields = dict(family.fixed)
+    fields: dict[str, Any] = {}
     for attribute, names in FIELDS.items():
         if attribute in family.absent or attribute in COMMON:
             fields |= dict.fromkeys(names, given[attribute])
+    fields |= family.fixed
     try:
         return ModelConfig(
             **{size: given[size] for size in SIZES},
@@ -170,7 +173,11 @@ def _check_types(given: Mapping[str, Any], source) -> None:
     flags = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "qkv_bias")
     expected = {
         "a whole number": ((*SIZES, "max_window_layers", "no_rope_layer_interval", "sliding_window_pattern"), is_whole),
-        "a number": (("rms_norm_eps", "initializer_range", "query_pre_attn_scalar"), is_real),
+        "a number": (
+            ("rms_norm_eps", "initializer_range", "query_pre_attn_scalar", "attention_multiplier",
+             "embedding_multiplier", "residual_multiplier", "logits_scaling"),
+            is_real,
+        ),
         "true or false": (flags, lambda x: isinstance(x, bool)),
         "a whole number or null": (("bos_token_id", "pad_token_id", "sliding_window"), or_null(is_whole)),
         "whole numbers or null": (("eos_token_id",), or_null(is_ids)),
@@ -228,6 +235,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         written["query_pre_attn_scalar"] = config.head_dim
     elif isinstance(x := written.get("query_pre_attn_scalar"), float) and x.is_integer():
         written["query_pre_attn_scalar"] = int(x)  # transformers wants a whole one
+    if written.get("attention_multiplier", 0) is None:
+        written["attention_multiplier"] = config.score_scale
     read = config_from_hf(written, source=f"model config ({config.family})")
     if differ := differences(config, read):
         named = ", ".join(f"{name}={getattr(config, name)!r}" for name in differ)
@@ -242,11 +251,15 @@ def differences(config: ModelConfig, read: ModelConfig) -> list[str]:
 
 
 def _said(config: ModelConfig) -> dict[str, Any]:
-    """What a config says, apart from how: the layers one by one, the divisor of the scores."""
+    """What a config says, apart from how: the layers one by one, the factors of the scores and of YaRN."""
     said = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    del said["layer_types"], said["rope_layers"], said["local_rope_theta"]
-    scalar = config.query_pre_attn_scalar or config.head_dim
-    return {**said, "sliding_window": config.layers, "query_pre_attn_scalar": float(scalar)}
+    del said["layer_types"], said["rope_layers"]
+    said["local_rope_theta"] = config.local_rope_theta if any(rope == "local" for _, rope in config.layers) else None
+    if (s := config.rope_scaling) is not None and s.kind == "yarn":
+        grown = round(yarn_attention_factor(s), 6)
+        said["rope_scaling"] = dataclasses.replace(s, attention_factor=grown, mscale=None, mscale_all_dim=None)
+    factor = dict.fromkeys(("query_pre_attn_scalar", "attention_multiplier"), config.score_scale)
+    return {**said, "sliding_window": config.layers, **factor}
 
 
 def _write_layers(config: ModelConfig, family: Family) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from typing import Any
 
 from ..log import UserError
 from .config import FULL, SLIDING, ModelConfig, RopeScaling
-from .families import LOCAL_THETA, Family
+from .families import Family
 
-ORIGINAL = "original_max_position_embeddings"
+ORIGINAL, PARTIAL, LOCAL = "original_max_position_embeddings", "partial_rotary_factor", "rope_local_base_freq"
 # Kind → what it must say, what it may.
 KEYS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
@@ -38,22 +38,25 @@ def read_rope(given: Mapping[str, Any], family: Family, source) -> Fields:
     """Rotary fields from either style; a config that gives both must say the same twice."""
     theta, scaling, new = (given.get(name) for name in ("rope_theta", "rope_scaling", "rope_parameters"))
     old_full = {**(scaling or {}), **({} if theta is None else {"rope_theta": theta})}
-    local = given.get("rope_local_base_freq")
-    old = read_style(old_full, {} if local is None else {"rope_theta": local}, given, family, source)
+    local = given.get(LOCAL)
+    old_local = {} if local is None else {"rope_theta": local}
     if not new:
-        return old
+        return read_style(old_full, old_local, given, family, source)
     nested = {key: value or {} for key, value in new.items() if key in (FULL, SLIDING)}
-    if nested and "rope_local_base_freq" not in family.absent:
+    if nested and family.local_theta is None:
         raise UserError(f"{source}: rope_parameters are of kinds of layers ({sorted(nested)}); this family has one")
     if nested and nested.keys() != new.keys():
         raise UserError(f"{source}: rope_parameters mix kinds of layers with others: {sorted(new)}")
     full, sliding = (nested.get(FULL, {}), nested.get(SLIDING, {})) if nested else (dict(new), {})
     found = read_style(full, sliding, given, family, source)
-    if (scaling or theta is not None or local is not None) and old != found:
-        raise UserError(
-            f"{source}: rope_parameters {spell_fields(found)} and rope_theta with rope_scaling {spell_fields(old)} "
-            "differ; keep one of them"
-        )
+    if scaling or theta is not None or local is not None:
+        # Families without an attribute for it say the local θ in the new style alone.
+        old = read_style(old_full, old_local if LOCAL in family.absent else sliding, given, family, source)
+        if old != found:
+            raise UserError(
+                f"{source}: rope_parameters {spell_fields(found)} and rope_theta with rope_scaling "
+                f"{spell_fields(old)} differ; keep one of them"
+            )
     return found
 
 
@@ -66,13 +69,18 @@ def read_style(full: dict[str, Any], sliding: dict[str, Any], given, family: Fam
     theta, kind, values = normal({"rope_theta": family.theta, **full}, source, PHI3_NAMES if is_phi3(family) else {})
     partial = values.pop("partial_rotary_factor", given.get("partial_rotary_factor"))
     partial = 1.0 if partial is None else float(partial)
-    if partial != 1 and not is_phi3(family):
+    if partial != 1 and PARTIAL not in family.absent:
         raise UserError(f"{source}: not understood: partial_rotary_factor = {partial!r} (implemented: 1)")
     local = None
-    if "rope_local_base_freq" in family.absent:
-        local, local_kind, rest = normal({"rope_theta": LOCAL_THETA, **sliding}, source, {})
+    if family.local_theta is not None:
+        local, local_kind, rest = normal({"rope_theta": family.local_theta, **sliding}, source, {})
         if local_kind != "default" or rest:
             raise UserError(f"{source}: rope scaling {local_kind!r} of layers with a window is not implemented")
+        if LOCAL not in family.absent and "rope_theta" not in sliding and local != theta:
+            raise UserError(
+                f"{source}: rope_theta is {theta}, and releases of transformers differ on whether layers with a window "
+                f"turn by it or by {local}; say both in rope_parameters, of {FULL} and {SLIDING}"
+            )
     try:
         scaling = None if kind == "default" else RopeScaling(kind, **settle(kind, values, given, family, source))  # pyright: ignore[reportArgumentType]  # one of KEYS
     except ValueError as error:
@@ -86,7 +94,7 @@ def read_style(full: dict[str, Any], sliding: dict[str, Any], given, family: Fam
 
 
 def is_phi3(family: Family) -> bool:
-    return "partial_rotary_factor" in family.absent
+    return ORIGINAL in family.absent
 
 
 def normal(rope: dict[str, Any], source, names: Mapping[str, str]) -> tuple[float, str, dict[str, Any]]:
@@ -165,12 +173,15 @@ def write_rope(config: ModelConfig, family: Family) -> dict[str, Any]:
     new: dict[str, Any] = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
     new.pop("type", None)
     written: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_scaling": scaling}
-    if "rope_local_base_freq" in family.absent:
-        local = LOCAL_THETA if config.local_rope_theta is None else config.local_rope_theta
+    if family.local_theta is not None:
+        local = family.local_theta if config.local_rope_theta is None else config.local_rope_theta
         new = {FULL: new, SLIDING: {"rope_theta": local, "rope_type": "default"}}
-        written["rope_local_base_freq"] = local
-    if is_phi3(family):
-        new["partial_rotary_factor"] = written["partial_rotary_factor"] = config.partial_rotary_factor
-        if s is not None:
-            written[ORIGINAL] = s.original_max_position_embeddings
+        if LOCAL in family.absent:
+            written[LOCAL] = local
+        elif local != config.rope_theta:
+            written = {}
+    if PARTIAL in family.absent:
+        new[PARTIAL] = written[PARTIAL] = config.partial_rotary_factor
+    if is_phi3(family) and s is not None:
+        written[ORIGINAL] = s.original_max_position_embeddings
     return {**written, "rope_parameters": new}

@@ -12,7 +12,11 @@ from jax.sharding import PartitionSpec
 
 from ..runtime.mesh import BATCH, ROWS, activations_on, row_ways, spread
 from .attention import visible
+<<<<<<< HEAD
+from .branches import BRANCHED, by_answer, flat, positions_of
+=======
 from .balance import Routing, balance_sums, tokens_read
+>>>>>>> main
 from .config import ModelConfig
 from .decoder import Params, bind, logprobs, shapes
 from .divergence import Divergence, forward_kl, kl_sum
@@ -62,7 +66,7 @@ def loss_and_metrics(
       batch: `tokens` [B, T] int32; `weights` [B, T] float32, the loss weight of each token as a target; optionally
         `targets` [B, K] int32, the positions whose weight is not 0, filled up with 0; optionally `segments` [B, T]
         int32, equal and contiguous for the tokens of one sequence of a packed row; optionally `inputs` [B, T] int32,
-        which the model reads in place of the tokens, whose labels stay.
+        which the model reads in place of the tokens, whose labels stay. Rows that branch: see branches.py.
       near: (θ_0, β): Σ w·β·D(p_θ, p_0) is added to the losses.
       divergence: D, of models/divergence.py.
       teacher: takes its share of the place of −log p.
@@ -115,22 +119,28 @@ def objective_sums(
     Returns:
       (sum of losses, sum of weights, sums of metrics): what is divided by the sum of weights is the mean.
     """
+<<<<<<< HEAD
+    rows = as_rows(batch)
+    ours = hidden, labels, weights = at_targets(config, params, rows, how)
+=======
     groups = batch["tokens"].shape[:-1]
     flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in READ if name in batch}
     *ours, routing = routed_at_targets(config, params, flat, how)
     hidden, labels, weights = ours
+>>>>>>> main
     head = Head(config, jnp.dtype(how.dtype), how.mesh)
     each = token_losses(head, how, params, hidden, labels)
-    beside = {
-        name: there(flat, values.reshape(-1, values.shape[-1])).reshape(*groups, -1)
-        if values.shape == batch["tokens"].shape
-        else values
-        for name, values in batch.items()
-        if name not in READ and name not in SHOWN
-    }
+    beside = {name: values for name, values in batch.items() if name not in READ and name not in SHOWN}
+    if "cells" not in batch:
+        beside = {
+            name: grouped(batch, there(rows, values.reshape(-1, values.shape[-1])))
+            if values.shape == batch["tokens"].shape
+            else values
+            for name, values in beside.items()
+        }
 
     def of(each):
-        loss, weight, metrics = objective(-each.reshape(*groups, -1), weights.reshape(*groups, -1), beside)
+        loss, weight, metrics = objective(-grouped(batch, each), grouped(batch, weights), beside)
         return loss, (weight, metrics)
 
     (loss, (weight, metrics)), slopes = jax.value_and_grad(of, has_aux=True)(each)
@@ -142,12 +152,17 @@ def objective_sums(
         taught = apart_sum(head, how, params, ours, shown, teacher)
         loss = (1 - teacher.share) * loss + teacher.share * mean * taught
     if near is not None:
+<<<<<<< HEAD
+        loss += mean * _pull(head, how, params, ours, rows, near, divergence)
+    return loss, weight, metrics
+=======
         loss += mean * _pull(head, how, params, ours, flat, near, divergence)
     more, of_router = balance_sums(config.experts, routing, weight, balanced)
     return loss + more, weight, {**metrics, **of_router}
+>>>>>>> main
 
 
-READ = ("tokens", "weights", "targets", "segments", "inputs")
+READ = ("tokens", "weights", "targets", "segments", "inputs", *BRANCHED)
 """What a model reads of a batch."""
 SHOWN = {"teacher_tokens": "tokens", "teacher_weights": "weights", "teacher_targets": "targets"}
 """What a teacher reads of a batch, where that is another prompt before the same completion; K is the student's."""
@@ -193,19 +208,20 @@ def token_losses(head: Head, how: Compute, params: Params, hidden: jax.Array, la
 
 
 def token_logps(config: ModelConfig, params: Params, batch: dict[str, jax.Array], how: Compute) -> jax.Array:
-    """log p of each token of a batch's `tokens`, of their shape, without a gradient; 0 where there is no weight.
+    """log p of each token of a batch, of the shape of its weights, without a gradient; 0 where there is no weight.
 
     With them as another array of the batch, an objective has the log-probabilities of a reference or of a sampler.
     """
-    groups, T = batch["tokens"].shape[:-1], batch["tokens"].shape[-1]
-    flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in READ if name in batch}
-    hidden, labels, weights = at_targets(config, params, flat, how)
+    rows, shape = as_rows(batch), batch["weights"].shape
+    hidden, labels, weights = at_targets(config, params, rows, how)
     logps = -token_losses(Head(config, jnp.dtype(how.dtype), how.mesh), how, params, hidden, labels)
     logps = jnp.where(weights != 0, logps, 0.0)
-    if "targets" not in flat:
-        return jnp.pad(logps, ((0, 0), (1, 0))).reshape(*groups, T)
-    rows = jnp.arange(len(logps))[:, None]
-    return jnp.zeros((len(logps), T), jnp.float32).at[rows, flat["targets"]].add(logps).reshape(*groups, T)
+    if "cells" in rows:
+        return grouped(batch, logps)
+    if "targets" not in rows:
+        return jnp.pad(logps, ((0, 0), (1, 0))).reshape(shape)
+    each = jnp.arange(len(logps))[:, None]
+    return jnp.zeros((len(logps), shape[-1]), jnp.float32).at[each, rows["targets"]].add(logps).reshape(shape)
 
 
 def _pull(head: Head, how: Compute, params: Params, ours, batch, near, divergence: Divergence) -> jax.Array:
@@ -234,14 +250,39 @@ def routed_at_targets(config: ModelConfig, params: Params, batch: dict[str, jax.
     tokens, weights = batch["tokens"], batch["weights"]
     inputs = batch.get("inputs", tokens)
     targets, segments = batch.get("targets"), batch.get("segments")
-    if segments is None:
-        positions = unpacked_positions(weights[:, 1:])
+    parents, sources = batch.get("parents"), batch.get("sources")
+    if sources is None:  # the last token is a label alone
+        inputs, segments = inputs[:, :-1], None if segments is None else segments[:, :-1]
+        sources = None if targets is None else jnp.maximum(targets - 1, 0)
+    positions = unpacked_positions(weights[:, 1:]) if segments is None else positions_of(segments, parents)
+    if how.attention == "xla":
+        seen = visible(positions, segments, parents)
     else:
-        segments = segments[:, :-1]
-        positions = restart(segments)
-    seen = visible(positions, segments) if how.attention == "xla" else Causal(segments, how.attention, mesh=how.mesh)
+        stand = None if parents is None else positions
+        seen = Causal(segments, how.attention, mesh=how.mesh, parents=parents, positions=stand)
     dtype = jnp.dtype(how.dtype)
     with activations_on(how.mesh):
+<<<<<<< HEAD
+        hidden, _ = bind(config, params)(inputs, positions, seen, dtype=dtype, remat=how.remat)
+    if sources is not None:
+        hidden = jnp.take_along_axis(hidden, sources[..., None], axis=1)
+    weights = there(batch, weights)
+    labels = there(batch, batch.get("answers", tokens))
+    return hidden, labels, weights if targets is None else jnp.where(targets > 0, weights, 0.0)
+
+
+def as_rows(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a model reads of a batch, groups of sequences as rows; rows that branch hold theirs already."""
+    read = {name: batch[name] for name in READ if name in batch}
+    return read if "cells" in read else {name: x.reshape(-1, x.shape[-1]) for name, x in read.items()}
+
+
+def grouped(batch: dict[str, jax.Array], values: jax.Array) -> jax.Array:
+    """Values of targets [B·G, K] as [B, G, K] where a batch has groups; of rows that branch, [B, M] as [B, G, K]."""
+    if "cells" in batch:
+        return by_answer(values, batch["cells"], batch["answers"].shape)
+    return values.reshape(*batch["tokens"].shape[:-1], -1)
+=======
         hidden, _, scores = bind(config, params).routed(inputs[:, :-1], positions, seen, dtype=dtype, remat=how.remat)
     read = tokens_read(weights) if segments is None else segments > 0
     if targets is not None:
@@ -249,10 +290,13 @@ def routed_at_targets(config: ModelConfig, params: Params, batch: dict[str, jax.
     weights = there(batch, weights)
     learnt = weights if targets is None else jnp.where(targets > 0, weights, 0.0)
     return hidden, there(batch, tokens), learnt, None if config.experts is None else Routing(scores, read)
+>>>>>>> main
 
 
 def there(batch: dict[str, jax.Array], values: jax.Array) -> jax.Array:
-    """Of values [B, T] of the tokens those of the targets, [B, K]."""
+    """Of values [B, T] of the tokens, or [B, G, K] of answers, those of the targets, [B, K] or [B, M]."""
+    if "cells" in batch:
+        return flat(values, batch["cells"])
     targets = batch.get("targets")
     return values[:, 1:] if targets is None else jnp.take_along_axis(values, targets, axis=1)
 
@@ -265,13 +309,6 @@ def unpacked_positions(weights: jax.Array) -> jax.Array:
     """
     index = jnp.broadcast_to(jnp.arange(weights.shape[1]), weights.shape)
     return jnp.minimum(index, jnp.max(jnp.where(weights != 0, index, 0), axis=1, keepdims=True))
-
-
-def restart(segments: jax.Array) -> jax.Array:
-    """0, 1, 2, … from the first token of each segment [B, T] on."""
-    index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
-    first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

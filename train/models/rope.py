@@ -54,8 +54,17 @@ def pin(table: jax.Array) -> jax.Array:
     return jnp.matmul(table, jnp.eye(table.shape[-1], dtype=table.dtype), precision=lax.Precision.HIGHEST)
 
 
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate the first R elements of x [B, T, heads, H]: i pairs with i + R/2 (Hugging Face's order)."""
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array], *, interleaved: bool = False) -> jax.Array:
+    """Rotate the first R elements of x [B, T, heads, H]: i pairs with i + R/2 (Hugging Face's order).
+
+    Args:
+      interleaved: 2i pairs with 2i + 1. The result has the first of all pairs before the second: queries and keys in
+        one order have the products that they have in another.
+    """
+    if interleaved:
+        R = 2 * rope[0].shape[-1]
+        pairs = x[..., :R].reshape(*x.shape[:-1], R // 2, 2).swapaxes(-1, -2).reshape(*x.shape[:-1], R)
+        x = jnp.concatenate([pairs, x[..., R:]], axis=-1)
     return _rotate(x, *rope)
 
 
@@ -167,3 +176,5 @@ SCALINGS: dict[str, Callable[..., Frequencies]] = {
     "yarn": yarn,
     "longrope": longrope,
 }
+READS_LENGTHS = ("dynamic", "longrope")
+"""Those of SCALINGS that look at the length of the sequence a token is part of."""

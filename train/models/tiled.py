@@ -13,15 +13,28 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from .branches import near, related
+
 TILES = 8  # at most, for each is compiled
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments, *, scale: float, window: int | None) -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments,
+    *,
+    scale: float,
+    window: int | None,
+    parents=None,
+    positions=None,
+) -> jax.Array:
     """As `attention.attend` under a causal mask: q [B, N, T, H], k and v [B, K, T, H] → [B, N, T, H] float32.
 
     Args:
       segments: [B, T] ids of packed sequences, or None.
       window: keys a query sees, itself included; None is all.
+      parents, positions: [B, T] of rows that branch (branches.py), whose windows are of positions; None: of columns.
     """
     B, N, T, H = q.shape
     K = k.shape[1]
@@ -30,12 +43,15 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments, *, scale: float, 
     tiles = []
     for start in range(0, T, size):
         end = min(start + size, T)
-        first = 0 if window is None else max(0, start - window + 1)
+        first = 0 if window is None or positions is not None else max(0, start - window + 1)
         query, key = jnp.arange(start, end)[:, None], jnp.arange(first, end)[None]
-        seen = query >= key if window is None else (query >= key) & (query - key < window)
-        seen = seen[None, None, None]
+        part = slice(start, end), slice(first, end)
+        seen = (query >= key)[None]
+        if window is not None:
+            seen &= query - key < window if positions is None else near(positions, window, *part)
         if segments is not None:
-            seen &= (segments[:, start:end, None] == segments[:, None, first:end])[:, None, None]
+            seen &= related(segments, parents, *part)
+        seen = seen[:, None, None]
         tiles.append(_tile(q[:, :, :, start:end], k[:, :, first:end], v[:, :, first:end], seen, scale))
     return jnp.concatenate(tiles, axis=3).reshape(B, N, T, H)
 

@@ -93,7 +93,7 @@ def tune(recipe: Path, source: Path, out: Path, options: TuneOptions, questions:
     on_first(held.plan.companions, out / "model")
     model = empty_model(out / "model")
     judge = JUDGES[options.score](source, model, out, options, questions)
-    stamps = [stamp(file) for opened in held.sources.values() for file in opened.files]
+    stamps = [stamp(file) for file in held.files]
     config = Tuning(document, str(source), json.dumps([stamps, judge.ids]), options, questions)
     on_first(check_same_config, out, config)
     on_first(write_config, out, config)

@@ -55,6 +55,7 @@ class AdapterWork:
         progress: Progress | None, headers_only: bool,
     ):  # fmt: skip
         self.recipe, self.options, self.device, self.progress = recipe, options, device, progress
+        self.allow = list(allow)
         self.seed = recipe.seed if seed is None else seed
         self.adapters = [open_adapter(name, headers_only=headers_only) for name in recipe.sources]
         self.notes = [*recipe.notes, *(note for adapter in self.adapters for note in adapter.notes)]
@@ -135,7 +136,7 @@ class AdapterWork:
         merged = {}
         with jax.default_device(self.device):
             for key, module in self.modules.items():
-                merged[key] = self._merge(key)
+                merged[key] = self.merged(key)
                 read += sum(of.size for of in self._of(key))
                 if self.progress is not None:
                     self.progress(read, report["bytes_in"], module.name)
@@ -150,7 +151,7 @@ class AdapterWork:
             module = self.modules[key]
             names = (f"{PREFIX}{module.name}.{end}" for end in KINDS[module.kind])
             tensors |= dict(zip(names, (found.a, found.b), strict=True))
-        tensors |= {f"{PREFIX}{name}": self._whole(name) for name in self.whole}
+        tensors |= {f"{PREFIX}{name}": self.kept(name) for name in self.whole}
         check_unchanged(self.before)
         with disk.new_folder(out, report["bytes_out"]) as folder:
             safetensors.write_file(folder / WEIGHTS, tensors)
@@ -160,7 +161,8 @@ class AdapterWork:
             self._describe(folder, out.name, report, merged)
         return report
 
-    def _merge(self, key: str) -> _Merged:
+    def merged(self, key: str) -> _Merged:
+        """Merge a module."""
         module, rank = self.modules[key], self.ranks[key]
         pairs = [of.modules[key].read() if key in of.modules else _nothing(module, rank) for of in self.adapters]
         cut = dataclasses.replace(self.options.cut, rank=rank)
@@ -175,7 +177,8 @@ class AdapterWork:
         square = float(np.sum((b.astype(np.float64).T @ b.astype(np.float64)) * (a.astype(np.float64) @ a.T)))
         return _Merged(a, b, made.explained, square)
 
-    def _whole(self, name: str) -> np.ndarray:
+    def kept(self, name: str) -> np.ndarray:
+        """Merge a tensor that adapters keep whole."""
         kept = self.whole[name]
         if name in self.based:
             return whole.merge_whole(kept, self.based[name], self._rule(name))
@@ -222,7 +225,7 @@ class AdapterWork:
             "merge_method": recipe.merge_method, "rule": recipe.method.rule, "recipe": recipe.text, "seed": self.seed,
             "adapter": dataclasses.asdict(self.options), "base": self.base, "versions": card.versions(),
             "inputs": {a.name: dataclasses.asdict(i) for a, i in zip(self.adapters, ingredients, strict=True)},
-            "command": self.digest, "report": report, "notes": report["notes"],
+            "command": self.digest, "report": report, "notes": report["notes"], "allow": self.allow,
             "tensors": {
                 self.modules[key].name: {
                     "rank": len(of.a), "explained": of.explained, "norm": math.sqrt(max(of.square, 0.0)),

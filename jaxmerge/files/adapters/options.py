@@ -43,6 +43,10 @@ def parse(value: Any, document: Mapping[str, Any], name: str, method: Method) ->
             f"{name} reads the base's own values, which adapters do not have; merge the models as base+adapter, "
             "without the key 'adapter'"
         )
+    if method.reads is not None:
+        raise ValueError(
+            f"{name} reads statistics of whole models; merge the models as base+adapter, without the key 'adapter'"
+        )
     found = value if isinstance(value, Mapping) else {"space": value}
     for key in found:
         known(key, KEYS, "key of 'adapter'")

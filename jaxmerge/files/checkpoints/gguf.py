@@ -18,7 +18,8 @@ import numpy as np
 
 from jaxmerge import install
 from jaxmerge.files.checkpoints import gguf_config
-from jaxmerge.files.checkpoints.gguf_config import FACTORS, architecture_of
+from jaxmerge.files.checkpoints.gguf_config import architecture_of
+from jaxmerge.files.checkpoints.gguf_rope import FACTORS
 from jaxmerge.files.checkpoints.gguf_tokenizer import check_tokenizer, special_tokens, tokenizer_json
 from jaxmerge.files.checkpoints.source import MadeByRows, Source, Tensor
 

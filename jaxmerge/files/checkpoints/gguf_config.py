@@ -7,13 +7,14 @@ scores are divided by, which layers do not rotate. What is fixed there is writte
 from __future__ import annotations
 
 import dataclasses
-import math
 import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+
+from jaxmerge.files.checkpoints.gguf_rope import WINDOW, Rotation, read_rope, shortest
 
 Given = Mapping[str, Any]
 """Metadata of the architecture without its name in front: `block_count`, `attention.head_count`."""
@@ -36,9 +37,11 @@ GEMMA_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
-FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-"""Tensors that are no weights: what rotary frequencies are divided by."""
+FUSED_MLP = {"ffn_up": "mlp.gate_up_proj"}
+FUSED = {"attn_qkv": "self_attn.qkv_proj", **FUSED_MLP}
+OLMO_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+GLM4_NORMS = {"post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"}
+PATTERN = "attention.sliding_window_pattern"
 
 # Metadata of the architecture, all of it read below; any other key with its name is refused.
 NEEDED = (
@@ -48,10 +51,9 @@ OPTIONAL = (
     "attention.head_count_kv", "attention.key_length", "attention.value_length",
     "attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count", "rope.scaling.type",
     "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.attn_factor",
-    "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.finetuned", "vocab_size",
+    "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+    "rope.scaling.finetuned", "vocab_size",
 )  # fmt: skip
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Of every Llama 3 so far; a file holds the frequencies' factors alone, from which these do not follow."""
 
 
 # --- what an architecture fixes or reads beside the others: (metadata, tensor names) → attributes ---
@@ -95,8 +97,7 @@ def _gemma(given: Given, every: int, largest: int) -> dict[str, Any]:
 
 def _gemma2(given: Given, names: set[str]) -> dict[str, Any]:
     del names
-    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-    return {**_gemma(given, 2, 46), **{key: shortest(given.get(key, value)) for key, value in caps.items()}}
+    return {**_gemma(given, 2, 46), "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
 
 def _gemma3(given: Given, names: set[str]) -> dict[str, Any]:
@@ -115,13 +116,56 @@ def _phi3(given: Given, names: set[str]) -> dict[str, Any]:
     }
 
 
+def _granite(given: Given, names: set[str]) -> dict[str, Any]:
+    if not given.get("rope.scaling.finetuned", True):
+        raise ValueError("rope.scaling.finetuned is false: a Granite without rotation is not implemented")
+    head = given.get("attention.key_length", given["embedding_length"] // given["attention.head_count"])
+    return {**_llama(given, names), "attention_multiplier": head**-0.5}
+
+
+def _glm(given: Given, names: set[str]) -> dict[str, Any]:
+    head = given.get("attention.key_length", given["embedding_length"] // given["attention.head_count"])
+    return {
+        "hidden_act": "silu",
+        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
+        "partial_rotary_factor": given.get("rope.dimension_count", head) / head,
+    }
+
+
+def _chatglm(given: Given, names: set[str]) -> dict[str, Any]:
+    """Heads have no size of their own."""
+    head = given["embedding_length"] // given["attention.head_count"]
+    return {**_glm({"attention.key_length": head, **given}, names), "head_dim": head}
+
+
+def _olmo2(given: Given, names: set[str]) -> dict[str, Any]:
+    """OLMo 2, and OLMo 3 where there is a window; neither has biases, a tied head or a head size of its own."""
+    del names
+    fixed = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "head_dim": given["embedding_length"] // given["attention.head_count"],
+    }
+    if not given.get(WINDOW):
+        return fixed
+    slides = [bool((i + 1) % 4) for i in range(given["block_count"])]
+    if (pattern := given.get(PATTERN, slides)) not in (4, slides):
+        raise ValueError(f"{PATTERN} is {pattern!r:.80}; implemented: windows in all but every fourth layer")
+    kinds = ["sliding_attention" if x else "full_attention" for x in slides]
+    more = {"sliding_window": given[WINDOW], "layer_types": kinds}
+    return {**fixed, "architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", **more}
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """One `general.architecture`.
 
     family, model: its `model_type`, and the class that transformers loads it as. attributes: those of config.json that
     are its own. inner: what its modules are called where INNER does not say. needed, optional: metadata of its own.
-    permuted: rows of q and k are stored in interleaved pairs. offset: norms are stored with 1 added to each weight.
+    words: metadata of its own that are an attribute of config.json under another name. partial: it says how much of a
+    head rotates. rope: what it fixes of the rotation. permuted: rows of q and k are stored in interleaved pairs.
+    offset: norms are stored with 1 added to each weight.
     """
 
     family: str
@@ -130,6 +174,9 @@ class Architecture:
     inner: Mapping[str, str] = dataclasses.field(default_factory=dict)
     needed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    words: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    partial: bool = False
+    rope: Rotation = dataclasses.field(default_factory=Rotation)
     permuted: bool = False
     offset: bool = False
 
@@ -148,21 +195,43 @@ class Architecture:
         return f"{OUTER[kind]}.{leaf}" if kind in OUTER else name
 
 
-WINDOW = "attention.sliding_window"
+CAPS = {name: name for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+MULTIPLIERS = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+PLAIN = ("linear", "yarn")
+"""Kinds of rope scaling that need no factors of frequencies."""
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", "LlamaForCausalLM", _llama, permuted=True),  # also Mistral and SmolLM2
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _qwen2),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _qwen3, HEAD_NORMS),
     "gemma2": Architecture(
         "gemma2", "Gemma2ForCausalLM", _gemma2, GEMMA_NORMS,
-        needed=(WINDOW,), optional=("attn_logit_softcapping", "final_logit_softcapping"), offset=True,
+        needed=(WINDOW,), words=CAPS, offset=True,
     ),
     "gemma3": Architecture(
         "gemma3_text", "Gemma3ForCausalLM", _gemma3, {**GEMMA_NORMS, **HEAD_NORMS},
-        needed=(WINDOW,), optional=("rope.freq_base_swa",), offset=True,
+        needed=(WINDOW,), optional=("rope.freq_base_swa",), rope=Rotation(1e6, old=True), offset=True,
     ),
     "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", _smollm3, permuted=True),
-    "phi3": Architecture("phi3", "Phi3ForCausalLM", _phi3, FUSED, optional=(WINDOW,)),
+    "phi3": Architecture(
+        "phi3", "Phi3ForCausalLM", _phi3, FUSED,
+        optional=(WINDOW,), partial=True, rope=Rotation(scalings=(*PLAIN, "llama3", "longrope"), old=True),
+    ),
+    "olmo2": Architecture(  # also OLMo 3
+        "olmo2", "Olmo2ForCausalLM", _olmo2, {**OLMO_NORMS, **HEAD_NORMS},
+        optional=(WINDOW, PATTERN, "rope.freq_base_swa"), rope=Rotation(scalings=PLAIN, local=True),
+    ),
+    "granite": Architecture("granite", "GraniteForCausalLM", _granite, words=MULTIPLIERS, permuted=True),
+    "chatglm": Architecture(
+        "glm", "GlmForCausalLM", _chatglm, FUSED_MLP, partial=True, rope=Rotation(scalings=PLAIN),
+    ),
+    "glm4": Architecture(
+        "glm4", "Glm4ForCausalLM", _glm, {**FUSED_MLP, **GLM4_NORMS}, partial=True, rope=Rotation(scalings=PLAIN),
+    ),
 }  # fmt: skip
 
 
@@ -188,7 +257,7 @@ def config_of(
     arch = architecture_of(metadata, source=source)
     prefix = f"{metadata['general.architecture']}."
     given = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    needed, optional = NEEDED + arch.needed, OPTIONAL + arch.optional
+    needed, optional = NEEDED + arch.needed, (*OPTIONAL, *arch.optional, *arch.words)
     if unknown := [f"{prefix}{key} = {value!r:.80}" for key, value in given.items() if key not in needed + optional]:
         raise ValueError(f"{source}: not understood: {'; '.join(unknown)}")
     if missing := [f"{prefix}{key}" for key in needed if key not in given]:
@@ -197,7 +266,7 @@ def config_of(
         raise ValueError(f"{source}: {prefix}block_count is {given['block_count']}, and it holds {len(names)} tensors")
     heads, width = given["attention.head_count"], given["embedding_length"]
     head_dim = given.get("attention.key_length", width // max(heads, 1))
-    fixed = ("attention.value_length",) if arch.family == "phi3" else ("rope.dimension_count", "attention.value_length")
+    fixed = ("attention.value_length",) if arch.partial else ("rope.dimension_count", "attention.value_length")
     for key in fixed:
         if given.get(key, head_dim) != head_dim:
             raise ValueError(f"{source}: {prefix}{key} is {given[key]}; implemented: the head size, {head_dim}")
@@ -205,6 +274,10 @@ def config_of(
         raise ValueError(f"{source}: num_attention_heads is {heads}; it must be at least 1")
     ends = [metadata[key] for key in map("tokenizer.ggml.{}_token_id".format, ("eos", "eot", "eom")) if key in metadata]
     eos = list(dict.fromkeys(ends))
+    try:
+        own = arch.attributes(given, names)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     return {
         "architectures": [arch.model],
         "model_type": arch.family,
@@ -218,103 +291,12 @@ def config_of(
         "max_position_embeddings": given["context_length"],
         "rms_norm_eps": shortest(given.get("attention.layer_norm_rms_epsilon", 1e-5)),
         "tie_word_embeddings": "lm_head.weight" not in names,
-        **arch.attributes(given, names),
-        **_rope(given, factors, arch, prefix, source),
+        **own,
+        # llama.cpp takes 0 for a factor that is not there.
+        **{attribute: shortest(given[key]) for key, attribute in arch.words.items() if given.get(key)},
+        **read_rope(given, factors, arch.rope, prefix, source),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": eos if len(eos) > 1 else eos[0] if eos else None,
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
         "torch_dtype": "float32",
     }
-
-
-# --- rotary settings ---
-
-
-def _rope(
-    given: Given, factors: Mapping[str, np.ndarray], arch: Architecture, prefix: str, source: pathlib.Path | str
-) -> dict[str, Any]:
-    default = 1e6 if arch.family == "gemma3_text" else 10000.0
-    theta = shortest(given.get("rope.freq_base", default))
-    scaling = _scaling(given, factors, theta, prefix, source)
-    old = {"rope_theta": theta, "rope_scaling": scaling}
-    # Twice: old readers know the second form only. Of several kinds of rotation the second says all.
-    new = {"rope_parameters": {"rope_theta": theta, **(scaling or {"rope_type": "default"})}}
-    return old if arch.family in ("gemma3_text", "phi3") else new | old
-
-
-def _scaling(
-    given: Given, factors: Mapping[str, np.ndarray], theta: float, prefix: str, source: pathlib.Path | str
-) -> dict[str, Any] | None:
-    """The scaling of a file: its kind by name, or by the factors that only one kind has."""
-    named = given.get("rope.scaling.type", "none")
-    if named not in ("none", "linear", "yarn", "longrope"):
-        raise ValueError(
-            f"{source}: {prefix}rope.scaling.type {named!r:.80} is not known; known: none, linear, yarn, longrope"
-        )
-    kind = "llama3" if "rope_freqs.weight" in factors and named == "none" else named
-    kind = "longrope" if "rope_factors_long.weight" in factors else kind
-    takes = {"llama3": FACTORS[:1], "longrope": FACTORS[1:]}.get(kind, ())
-    if set(takes) != set(factors):
-        raise ValueError(
-            f"{source}: rope scaling {kind!r} takes the tensors {', '.join(takes) or 'none'}; "
-            f"found {', '.join(sorted(factors)) or 'none'}"
-        )
-    if kind in ("linear", "yarn") and "rope.scaling.factor" not in given:
-        raise ValueError(f"{source}: {prefix}rope.scaling.factor missing from the metadata")
-    original = given.get("rope.scaling.original_context_length", given["context_length"])
-    if kind == "longrope" and prefix != "phi3.":
-        raise ValueError(f"{source}: rope scaling 'longrope' is known of phi3 alone")
-    if kind == "longrope":
-        return _longrope(given, factors, original)
-    if shortest(given.get("rope.scaling.attn_factor", 1.0)) != 1:
-        raise ValueError(f"{source}: not understood: {prefix}rope.scaling.attn_factor of rope scaling {kind!r}")
-    if kind == "llama3":
-        return _llama3(factors["rope_freqs.weight"], theta, source)
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": shortest(given["rope.scaling.factor"])}
-    if kind == "yarn":
-        betas = {name: f"rope.scaling.yarn_{name}" for name in ("beta_fast", "beta_slow")}
-        return {
-            "rope_type": "yarn",
-            "factor": shortest(given["rope.scaling.factor"]),
-            "original_max_position_embeddings": original,
-            **{name: shortest(given[key]) for name, key in betas.items() if key in given},
-        }
-    return None
-
-
-def _longrope(given: Given, factors: Mapping[str, np.ndarray], original: int) -> dict[str, Any]:
-    long, short = ([shortest(x) for x in factors[name]] for name in FACTORS[1:])
-    found = {"rope_type": "longrope", "type": "longrope", "short_factor": short, "long_factor": long}
-    written = np.float32(given.get("rope.scaling.attn_factor", 1.0))
-    follows = np.float32(attention_factor(given["context_length"], original))
-    return found if written == follows else found | {"attention_factor": shortest(written)}
-
-
-def attention_factor(longest: int, original: int) -> float:
-    """What LongRoPE multiplies cos and sin by, √(1 + ln s / ln m), where a config does not say."""
-    return math.sqrt(1 + math.log(longest / original) / math.log(original)) if longest > original > 1 else 1.0
-
-
-def _llama3(factors: np.ndarray, theta: float, source: pathlib.Path | str) -> dict[str, Any]:
-    """Find the settings of Llama 3's scaling from what it divides each frequency by."""
-    scaling = {"rope_type": "llama3", "factor": shortest(factors.max()), **LLAMA3}
-    if factors.min() <= 0 or not np.allclose(factors, llama3_factors(len(factors), theta, scaling), rtol=1e-5):
-        raise ValueError(
-            f"{source}: rope_freqs.weight holds no Llama 3 scaling with {LLAMA3}; use the model's Hugging Face folder"
-        )
-    return scaling
-
-
-def llama3_factors(count: int, theta: float, scaling: Mapping[str, Any]) -> np.ndarray:
-    """What Llama 3's scaling divides each of `count` frequencies by, float32."""
-    inverse = 1.0 / theta ** (np.arange(count, dtype=np.float64) / count)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * inverse / (2 * np.pi)
-    keep = np.clip((turns - low) / (high - low), 0, 1)
-    return (1.0 / (keep + (1 - keep) / scaling["factor"])).astype(np.float32)
-
-
-def shortest(stored: Any) -> float:
-    """The number a float32 was written from: 9.999999747e-06 → 1e-05."""
-    return float(str(np.float32(stored)))

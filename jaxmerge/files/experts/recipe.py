@@ -67,6 +67,7 @@ class Experts:
     method: ClassVar[Method] = COPY
     tokenizer: ClassVar[None] = None
     adapter: ClassVar[None] = None
+    statistics: ClassVar[tuple[str, ...]] = ()
 
     @property
     def about(self) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxmerge import where
 from jaxmerge.files.checkpoints.source import Source, Tensor, read
+from jaxmerge.files.experts.layout import unstacked
 from jaxmerge.files.inspect.table import aligned, short
 
 Progress = Callable[[int, int, str], None]
@@ -42,8 +43,10 @@ def spectra(base: Source, *others: Source, rank: int = 16, progress: Progress | 
     """
     if rank < 1:
         raise ValueError(f"inspect: the rank of the overlaps is {rank}, wanted at least 1")
+    sources = tuple(unstacked(source, []) for source in (base, *others))  # as `compare` sees them
+    base, others = sources[0], sources[1:]
     shared = {
-        name: [source.tensors[name] for source in (base, *others)]
+        name: [source.tensors[name] for source in sources]
         for name, tensor in base.tensors.items()
         if len(tensor.shape) == 2 and min(tensor.shape) > 1
         and all(name in s.tensors and s.tensors[name].shape == tensor.shape for s in others)

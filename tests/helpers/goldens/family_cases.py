@@ -27,6 +27,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 HALF_PHI = {"model_type": "phi3", **SIZES, "hidden_size": 48, "partial_rotary_factor": 0.5}
 LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.3, 2.0], "long_factor": [1.5, 3.0, 9.0]}
 GEMMA = {"head_dim": 10, "query_pre_attn_scalar": 20, "sliding_window": 8}
+GRANITE = {
+    "attention_multiplier": 0.7, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0,
+}  # fmt: skip
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 FAMILY_CASES: dict[str, dict[str, Any]] = {
@@ -87,6 +90,20 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     },
     "phi3_long": {**HALF_PHI, "original_max_position_embeddings": 16, "rope_scaling": LONGROPE},
     "phi3_short": {**HALF_PHI, "original_max_position_embeddings": 48, "rope_scaling": LONGROPE},
+    "ministral": {
+        "model_type": "ministral", **SIZES, "num_hidden_layers": 3, "head_dim": 12, "sliding_window": 8,
+        "layer_types": [SLIDING, FULL, SLIDING], "rope_theta": 100.0,
+    },
+    "olmo2": {"model_type": "olmo2", **SIZES, "rope_theta": 100.0, "attention_bias": True},
+    "olmo3": {
+        "model_type": "olmo3", **SIZES, "num_hidden_layers": 4, "sliding_window": 8, "rope_theta": 500000.0,
+        "rope_scaling": YARN,
+    },
+    "granite": {
+        "model_type": "granite", **SIZES, "tie_word_embeddings": True, "mlp_bias": True, **GRANITE,
+    },
+    "glm": {"model_type": "glm", **SIZES, "head_dim": 12, "rope_theta": 100.0},
+    "glm4": {"model_type": "glm4", **SIZES, "head_dim": 12, "rope_theta": 100.0, "rope_scaling": YARN},
 }  # fmt: skip
 
 # Case → feature → what says in config.json that it is off.
@@ -146,6 +163,24 @@ OFF: dict[str, dict[str, dict[str, Any]]] = {
         "attention factor": {"rope_scaling": {**LONGROPE, "attention_factor": 1.0}},
     },
     "phi3_short": {"longrope": {"rope_scaling": None}, "which": {"original_max_position_embeddings": 8}},
+    "ministral": {"window": {"sliding_window": 64}, "pattern": {"layer_types": [FULL, SLIDING, FULL]}},
+    "olmo2": {"theta": {"rope_theta": 10.0}},
+    "olmo3": {
+        "window": {"sliding_window": 64},
+        "pattern": {"layer_types": [FULL, SLIDING, SLIDING, SLIDING]},
+        "yarn": {"rope_scaling": None},
+        "local theta": {
+            "rope_theta": None,
+            "rope_scaling": None,
+            "rope_parameters": {
+                FULL: {**YARN, "rope_theta": 500000.0},
+                SLIDING: {"rope_type": "default", "rope_theta": 50.0},
+            },
+        },
+    },
+    "granite": {name: {name: 1.0} for name in GRANITE},
+    "glm": {"partial": {"partial_rotary_factor": 1.0}},
+    "glm4": {"partial": {"partial_rotary_factor": 1.0}, "yarn": {"rope_scaling": None}},
 }
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.tiny_adapters import DOWN, D, F, Q, V, adapter_folder, alike, applied, factors, folder, normal, weights
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jaxmerge.files import merge
 from jaxmerge.files.checkpoints import adapter
@@ -235,8 +235,26 @@ def test_the_same_command_again_a_dry_run_and_the_record(tmp_path, pair):
     assert "2 LoRA adapters of org/other merged with `linear` in the space `core`" in card
     assert "library_name: peft" in card
     assert str(tmp_path) not in card.partition("```yaml")[0]
-    with pytest.raises(Unsure, match="is an adapter, and only whole models are replayed"):
-        verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("space", ["core", "knots", "products"])
+def test_verify_replays_the_change_of_every_module(tmp_path, pair, space):
+    own = [{"weight": 0.5, "density": 0.6}] * 2
+    merge(recipe(tmp_path, method="dare_linear", at=own, adapter=space), tmp_path / "out")
+    assert verify(tmp_path / "out")["tensors"] == {"right": 2}
+    file = tmp_path / "out" / adapter.WEIGHTS
+    arrays = load_file(file)
+    turn, first = np.linalg.qr(normal(7, 7))[0], f"base_model.model.{DOWN}.lora_"  # other factors of the same change
+    arrays |= {f"{first}A.weight": turn.T @ arrays[f"{first}A.weight"]}
+    arrays |= {f"{first}B.weight": np.ascontiguousarray(arrays[f"{first}B.weight"] @ turn)}
+    other = f"base_model.model.{FIRST}.lora_B.weight"
+    file.unlink()
+    save_file(arrays | {other: 2 * arrays[other]}, file)
+    report = verify(tmp_path / "out")
+    assert [(v.tensor, v.verdict, round(v.strength, 2)) for v in report["wrong"]] == [(FIRST, "wrong strength", 2.0)]
+    assert report["code"] == 1
+    with pytest.raises(Unsure, match="is no recipe; give of=RECIPE, one with the key 'adapter'"):
+        verify(tmp_path / "out", of="base+adapter")
 
 
 WRONG = {

@@ -78,7 +78,9 @@ def test_a_rule_that_says_it_is_elementwise_is(name):
     rule, rng = jaxmerge.RULES[name], np.random.default_rng(0)
     count = rule.needs.most or 3
     trees = [{"w": jnp.asarray(rng.standard_normal((6, 8)), jnp.float32)} for _ in range(count + 1)]
-    keywords = {"base": trees[-1]} if rule.needs.base == "required" else {}
+    keywords: dict[str, Any] = {"base": trees[-1]} if rule.needs.base == "required" else {}
+    size = {"w": jnp.asarray(rng.random((6, 8)), jnp.float32)}
+    keywords |= {"fishers": [size, trees[0], size][:count]} if name == "fisher" else {}
     keywords |= {"nearswap": {"t": 0.5}, "extrapolate": {"alpha": 0.3}, "extrapolation_merge": {"alphas": 0.3}}.get(
         name, {}
     )
@@ -90,6 +92,8 @@ def test_a_rule_that_says_it_is_elementwise_is(name):
     parts = [part(tree) for tree in trees]
     if "base" in keywords:
         keywords["base"] = parts[-1]
+    if "fishers" in keywords:
+        keywords["fishers"] = [part(tree) for tree in keywords["fishers"]]
     assert jnp.array_equal(rule(parts[:count], **keywords)["w"], whole.reshape(-1)[5:21])
 
 

@@ -368,8 +368,8 @@ def test_the_recipes_of_the_documentation_are_read(tmp_path, monkeypatch):
     text = (ROOT / "docs" / "merge.md").read_text()
     monkeypatch.chdir(tmp_path)
     blocks = [block.split("```")[0] for block in text.split("```yaml\n")[1:]]
-    assert len(blocks) == 6
-    assert [len(read(block)) for block in blocks] == [1, 1, 1, 1, 2, 1]
+    assert len(blocks) == 7
+    assert [len(read(block)) for block in blocks] == [1, 1, 1, 1, 2, 1, 1]
     table = text[text.index("| `merge_method`") :].split("\n\n")[0]
     rows = [line for line in table.splitlines() if line.startswith("| `")][1:]
     for row in rows:

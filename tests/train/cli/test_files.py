@@ -63,13 +63,13 @@ def test_merge_passes_on_what_a_recipe_does_not_say(here, capsys):
     for words, said in [
         (["compat=paper"], "compat is 'paper'; it must be one of mergekit"),
         (["allow=all"], "allow='all', wanted some of missing, unused, shapes"),
-        (["format=zip"], "format is 'zip'; it must be one of safetensors, orbax"),
+        (["format=zip"], "format is 'zip'; it must be one of safetensors, orbax, fp8, gguf"),
         (["device=abacus"], "device='abacus' is not here; there are cpu"),
         (["seed=abc"], "seed is 'abc'; int is wanted"),
         (["--seed", "1.5"], "seed is 1.5; int is wanted"),
         (["max_shard_bytes=0"], "merge.max_shard_bytes is 0; it must be at least 1"),
         (["max_shard_byte=3"], "max_shard_byte: no such key; did you mean max_shard_bytes?"),
-        (["zzz=3"], "zzz: no such key; known: seed, compat, allow, format, device, max_shard_bytes"),
+        (["zzz=3"], "zzz: no such key; known: seed, compat, allow, format, type, pre, device"),
     ]:
         assert main(["merge", "recipe.yaml", "other", *words]) == 2
         assert said in capsys.readouterr().err
@@ -150,8 +150,8 @@ def test_adapters_merge_into_an_adapter(here, capsys):
     back, wanted = load_file("back/model.safetensors"), load_file("whole/model.safetensors")
     for name in SHAPES:
         np.testing.assert_allclose(back[name], wanted[name], atol=2e-6)
-    assert main(["verify", "out"]) == 2
-    assert "out is an adapter, and only whole models are replayed" in capsys.readouterr().out
+    assert main(["verify", "out"]) == 0
+    assert "out: 2 right" in capsys.readouterr().out
     (here / "recipe.yaml").write_text(recipe.replace("core", "knot"))
     assert main(["merge", "recipe.yaml", "again"]) == 2
     assert "unknown space of 'adapter' 'knot'; did you mean 'knots'" in capsys.readouterr().err
@@ -182,3 +182,29 @@ def test_the_recipe_of_slerp_over_depth_is_the_schedule_of_its_paper(tmp_path, m
         np.testing.assert_allclose(found.ravel(), slerp(first[name], second[name], t), atol=3e-6, err_msg=name)
         if t in (0.0, 1.0):
             np.testing.assert_array_equal(found, (first, second)[int(t)][name], err_msg=name)
+
+
+def test_a_dry_run_prints_the_conflict_of_its_sources(here, capsys):
+    pair = RECIPE.replace("[{model: one}]", "[{model: base}, {model: one}, {model: two}]")
+    (here / "recipe.yaml").write_text(pair)
+    assert main(["merge", "recipe.yaml", "out", "--dry-run", "conflict=true"]) == 0
+    said = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in said.splitlines() if line.startswith("model/")}
+    base, one, two = (load_file(f"{name}/model.safetensors") for name in ("base", "one", "two"))
+    for layer in range(2):
+        names = [name for name in SHAPES if f"layers.{layer}." in name]
+        a, b = (np.concatenate([(m[n] - base[n]).ravel() for n in names]).astype(np.float64) for m in (one, two))
+        *_, cosine, conflict, _ = rows[f"model/layers/{layer}"]  # the last is the sign of percent
+        assert float(cosine) == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=2e-3)
+        assert float(conflict) == pytest.approx(100 * np.mean(a * b < 0), abs=0.1)
+    assert "GB read in" in said
+    assert not (here / "out").exists()
+    slices = "merge_method: passthrough\nslices: [{sources: [{model: one, layer_range: [0, 1]}]}]\n"
+    for recipe, words, wanted in [
+        (pair, [], "merge.conflict is of a dry run; add --dry-run"),
+        (RECIPE, ["--dry-run"], "found base_model 'base' and 1 model beside it; wanted a base_model and two models"),
+        (slices, ["--dry-run"], "the recipe merges slices; wanted"),
+    ]:
+        (here / "recipe.yaml").write_text(recipe)
+        assert main(["merge", "recipe.yaml", "out", "conflict=true", *words]) == 2
+        assert wanted in capsys.readouterr().err

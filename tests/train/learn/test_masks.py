@@ -26,7 +26,7 @@ from train.models.loss import loss_sums
 from train.models.open import random_model
 from train.resolve import build
 
-FUSED = {"fused_projections": True}
+FUSED = {"fused_projections": True, "fused_mlp": True}
 
 
 @pytest.fixture(scope="module")

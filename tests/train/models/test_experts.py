@@ -111,10 +111,10 @@ def test_the_loop_of_cpus_is_ragged_dot(shares, dtype, drawn):
     rows, (stacks, sizes) = 100, (drawn[1], jnp.asarray(SHARES[shares], jnp.int32))
     r = np.random.default_rng(1)
     x, *stacks = (jnp.asarray(a, dtype) for a in (r.standard_normal((rows, D)), *stacks))
-    tolerance = {"atol": 1e-5 if dtype == "float32" else 0.15}
+    tolerance = 1e-5 if dtype == "float32" else 0.15
     found, wanted = LOOP[0](SILU, x, *stacks, sizes), RAGGED[0](SILU, x, *stacks, sizes)
     total = sum(SHARES[shares])
-    np.testing.assert_allclose(found[0], wanted[0], **tolerance)
+    np.testing.assert_allclose(found[0], wanted[0], atol=tolerance)
     assert found[0].dtype == jnp.float32
     assert not any(made[0][total:].any() for made in (found, wanted))
     g = jnp.asarray(r.standard_normal((rows, D)), jnp.float32)
@@ -123,7 +123,7 @@ def test_the_loop_of_cpus_is_ragged_dot(shares, dtype, drawn):
     for a, b in pairs:
         assert a.dtype == b.dtype == x.dtype
         a, b = (np.asarray(z, np.float32) for z in (a, b))
-        np.testing.assert_allclose(a[: total or rows], b[: total or rows], **tolerance)
+        np.testing.assert_allclose(a[: total or rows], b[: total or rows], atol=tolerance)
 
 
 def test_a_token_does_not_depend_on_the_others(drawn):
@@ -168,18 +168,6 @@ def test_the_balance_and_its_metrics():
     np.testing.assert_allclose(found, shares.mean(axis=0), atol=1e-6)
     even = Routing(jnp.zeros((1, 2, 6, E)), jnp.asarray(read))
     assert abs(float(balance(even, K)[0]) - K) < 1e-5
-
-
-@pytest.mark.torch
-def test_the_balance_is_that_of_transformers():
-    import torch
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    scores = np.random.default_rng(4).standard_normal((3, 2, 6, E)).astype(np.float32)
-    read = np.array([[1] * 6, [1] * 2 + [0] * 4])
-    ours, _ = balance(Routing(jnp.asarray(scores), jnp.asarray(read) > 0), K)
-    flat = tuple(torch.tensor(layer.reshape(-1, E)) for layer in scores)
-    assert abs(float(ours) - float(load_balancing_loss_func(flat, E, K, torch.tensor(read)))) < 1e-5
 
 
 def test_tokens_behind_the_last_target_are_not_counted():
@@ -357,6 +345,7 @@ def test_adapters_of_experts_are_refused_and_others_made():
 
 def test_operations_are_of_the_experts_that_a_token_sees():
     config = config_of(FAMILY_CASES["olmoe"])
+    assert config.experts is not None
     fewer = dataclasses.replace(config, experts=dataclasses.replace(config.experts, per_token=1))
     assert token_flops(config)[0] - token_flops(fewer)[0] == 3 * 40 * 32
     more = dataclasses.replace(config, experts=dataclasses.replace(config.experts, count=8))

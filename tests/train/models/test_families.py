@@ -52,12 +52,16 @@ def test_a_feature_switched_off_changes_the_logits(name, feature, expected):
     assert relative(logits(config_of({**FAMILY_CASES[name], **OFF[name][feature]}), params), wanted) > 0.005
 
 
+PRE_NORMS = ("input_layernorm", "", "post_attention_layernorm", "")
 FIXED = {
-    "gemma2": {"post_norms": False, "unit_offset_norms": False, "scaled_embedding": False},
+    "gemma2": {"block_norms": PRE_NORMS, "unit_offset_norms": False, "scaled_embedding": False},
     "gemma3": {"qk_norm": False, "scaled_embedding": False},
     "qwen2": {"qkv_bias": False},
     "qwen3": {"qk_norm": False},
     "olmoe": {"qk_norm_all": False},
+    "olmo2": {"qk_norm_all": False, "block_norms": ("", "post_attention_layernorm", "", "")},
+    "glm": {"rope_interleaved": False, "qkv_bias": False},
+    "glm4": {"rope_interleaved": False, "block_norms": PRE_NORMS},
 }
 
 
@@ -125,7 +129,7 @@ def test_lengths_are_read_off_positions():
 
 
 @pytest.mark.parametrize(
-    "name", ["mistral", "qwen3", "qwen2_moe", "gemma3", "smollm3_windows", "phi3_long", "phi3_short"]
+    "name", ["mistral", "qwen3", "qwen2_moe", "gemma3", "smollm3_windows", "phi3_long", "phi3_short", "glm4"]
 )
 def test_greedy_decoding_equals_whole_passes(name, expected):
     """Windows in the cache, rotations by kind of layer, caps: at every step the argmax of a pass without a cache.
@@ -239,6 +243,34 @@ REAL = {
         "rope_scaling": {"type": "su", "long_factor": [1.5] * 48, "short_factor": [1.0] * 48}, "rope_theta": 10000.0,
         "sliding_window": 262144, "vocab_size": 32064,
     },
+    "olmo3": {
+        "architectures": ["Olmo3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "eos_token_id": 100257, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008,
+        "layer_types": [SLIDING, SLIDING, SLIDING, FULL] * 8, "max_position_embeddings": 65536,
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "pad_token_id": 100277,
+        "rms_norm_eps": 1e-06, "rope_theta": 500000, "sliding_window": 4096, "tie_word_embeddings": False,
+        "rope_scaling": {
+            "attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0,
+            "original_max_position_embeddings": 8192, "rope_type": "yarn",
+        },
+        "vocab_size": 100278,
+    },
+    "granite": {
+        "architectures": ["GraniteForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "attention_multiplier": 0.0078125, "bos_token_id": 0, "embedding_multiplier": 12.0, "eos_token_id": 0,
+        "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 12800,
+        "logits_scaling": 16.0, "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32,
+        "num_hidden_layers": 40, "num_key_value_heads": 8, "pad_token_id": 0, "residual_multiplier": 0.22,
+        "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000000.0, "tie_word_embeddings": True,
+        "use_cache": True, "vocab_size": 49159,
+    },
+    "glm4": {
+        "architectures": ["Glm4ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "eos_token_id": [151329, 151336, 151338], "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 13696, "max_position_embeddings": 32768, "num_attention_heads": 32,
+        "num_hidden_layers": 40, "num_key_value_heads": 2, "pad_token_id": 151329, "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "tie_word_embeddings": False, "vocab_size": 151552,
+    },
 }  # fmt: skip
 
 
@@ -257,6 +289,9 @@ def test_published_configs_are_understood(name):
         "gemma3_text": ([*[512] * 5, None, 512], [*["local"] * 5, "global", "local"]),
         "smollm3": ([None] * 7, ["global", "global", "global", "none", "global", "global", "global"]),
         "phi3": ([262144] * 7, ["global"] * 7),
+        "olmo3": ([4096, 4096, 4096, None, 4096, 4096, 4096], [*["local"] * 3, "global", *["local"] * 3]),
+        "granite": ([None] * 7, ["global"] * 7),
+        "glm4": ([None] * 7, ["global"] * 7),
     }[name]
     if name == "phi3":
         assert config.rope_scaling is not None
@@ -267,6 +302,18 @@ REFUSED = {
     "known: llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, olmoe, gemma2, gemma3_text, smollm3, phi3": {
         "model_type": "gemma3"
     },
+    "'qwen3_5_text' cannot be loaded: .* linear attention .*; known: llama": {
+        "model_type": "qwen3_5_text",
+        "layer_types": ["linear_attention"] * 2,
+    },
+    "'gemma4_text' cannot be loaded: its layers differ in head size": {"model_type": "gemma4_text"},
+    "'granitemoehybrid' cannot be loaded: Mamba-2": {"model_type": "granitemoehybrid"},
+    "rope_theta is 100.0, and releases of transformers differ": {"model_type": "olmo3", "rope_theta": 100.0},
+    "clip_qkv = 8": {"model_type": "olmo2", "clip_qkv": 8},
+    "layer_rope_theta = .0, 1.": {"model_type": "granite", "layer_rope_theta": [0, 1]},
+    "logits_scaling is None; expected a number": {"model_type": "granite", "logits_scaling": None},
+    "residual_multiplier is 0.0; it must be positive": {"model_type": "granite", "residual_multiplier": 0},
+    "sliding_window = 4 .implemented: None": {"model_type": "glm4", "sliding_window": 4},
     "attn_logit_softcapping = 50.0 .implemented: None": {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
     "use_bidirectional_attention = True": {"model_type": "gemma3_text", "use_bidirectional_attention": True},
     "hidden_activation = 'relu'": {"model_type": "gemma2", "hidden_activation": "relu"},
@@ -320,8 +367,8 @@ def test_a_config_without_words_in_its_family_is_not_written():
 def test_a_random_model_has_what_its_family_fixes():
     sizes = {k: v for k, v in SIZES.items() if not k.endswith("token_id")} | {"head_dim": 8, "family": "qwen3"}
     assert random_config(sizes).qk_norm
-    with pytest.raises(UserError, match="family 'qwen3' has no post_norms"):
-        random_config({**sizes, "post_norms": True})
+    with pytest.raises(UserError, match="family 'qwen3' has no fused_mlp"):
+        random_config({**sizes, "fused_mlp": True})
 
 
 def test_gemma_starts_with_norms_of_one():

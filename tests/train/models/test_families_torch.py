@@ -12,6 +12,7 @@ from helpers.tiny_families import IDS, logits, pack, run_engine, weights
 from helpers.tiny_models import config_of, relative
 
 from train.cli import __main__ as cli
+from train.models.balance import Routing, balance
 from train.models.characters import SYMBOLS, write_tokenizer
 from train.models.families import FAMILIES
 from train.models.hf import load_hf, save_hf
@@ -70,15 +71,16 @@ def random_rope(r, rotary: int, longest: int) -> dict:
 
 
 def random_attributes(family: str, seed: int) -> dict:
-    """Any mixture of what the family has."""
-    r = np.random.default_rng([seed, *family.encode()])
+    """Any mixture of what the family has; the sizes are the seed's, so that families share compiled operations."""
+    r = np.random.default_rng(seed)
     kv = int(r.integers(1, 3))
     heads, layers, longest = kv * int(r.integers(1, 4)), int(r.integers(2, 5)), int(r.integers(24, 64))
-    head = 2 * int(r.integers(2, 7))
+    head, wide = 2 * int(r.integers(2, 7)), heads * 2 * int(r.integers(4, 8))
+    tall, r = int(r.integers(10, 60)), np.random.default_rng([seed, *family.encode()])
     absent = FAMILIES[family].absent
     a = {
-        "model_type": family, "vocab_size": 61, "hidden_size": heads * 2 * int(r.integers(4, 8)),
-        "intermediate_size": int(r.integers(10, 60)), "num_hidden_layers": layers, "num_attention_heads": heads,
+        "model_type": family, "vocab_size": 61, "hidden_size": wide, "intermediate_size": tall,
+        "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": kv, "head_dim": head, "max_position_embeddings": longest,
         "rms_norm_eps": float(10 ** r.uniform(-6, -2)), "tie_word_embeddings": bool(r.integers(2)),
         "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
@@ -104,20 +106,35 @@ def random_attributes(family: str, seed: int) -> dict:
         "norm_topk_prob": lambda: bool(r.integers(2)),
         "decoder_sparse_step": lambda: int(r.integers(1, 3)),
         "mlp_only_layers": lambda: [int(r.integers(0, layers))],
+        "partial_rotary_factor": lambda: pick(r, 1.0, 4 / head),
+        "attention_multiplier": lambda: float(r.uniform(0.1, 1)),
+        "embedding_multiplier": lambda: float(r.uniform(0.5, 9)),
+        "residual_multiplier": lambda: float(r.uniform(0.2, 1)),
+        "logits_scaling": lambda: float(r.uniform(0.5, 4)),
     }
     a |= {name: draw() for name, draw in random.items() if name in absent}
+    if "num_experts_per_tok" in a:  # torch multiplies by expert where rows are of multiples of 16 bytes
+        a["hidden_size"] *= 2
+        wide = [name for name in a if name.endswith("intermediate_size")]
+        a |= {name: -(-a[name] // 4) * 4 for name in wide}
     if family == "olmoe":  # its heads are as wide as the model allows
         a["head_dim"] = head = a["hidden_size"] // heads
+    if isinstance(absent.get("eos_token_id"), list):
+        a["eos_token_id"] = 2  # transformers takes null for the ends that GLM has
     if family == "phi3":
         a["head_dim"] = head = a["hidden_size"] // heads
         a["partial_rotary_factor"] = pick(r, 1.0, 4 / head)
         a["original_max_position_embeddings"] = int(r.integers(8, 36))
         rotary = int(head * a["partial_rotary_factor"])
         scaling = {name: r.uniform(1, 4, rotary // 2).tolist() for name in ("short_factor", "long_factor")}
-        return a | pick(r, {}, {"rope_scaling": {"type": pick(r, "longrope", "su"), **scaling}})
+        return a | pick(r, {}, {"rope_scaling": {"type": "longrope", **scaling}})
     if family == "gemma3_text":
         return a | {"rope_theta": 1000.0, "rope_scaling": pick(r, None, {"rope_type": "linear", "factor": 4.0})}
-    return a | random_rope(r, head, longest)
+    if family == "olmo3":
+        full = {"rope_theta": 700.0, **pick(r, {"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0})}
+        sliding = {"rope_theta": float(r.uniform(20, 5000)), "rope_type": "default"}
+        return a | {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
+    return a | random_rope(r, int(head * a.get("partial_rotary_factor", 1.0)), longest)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -202,6 +219,9 @@ FIXED = {
     "query bias": ("qwen2", "q_proj.bias"),
     "key bias": ("qwen2", "k_proj.bias"),
     "value bias": ("qwen2", "v_proj.bias"),
+    "norm after OLMo's attention": ("olmo2", "post_attention_layernorm"),
+    "norm of all queries": ("olmo2", "q_norm"),
+    "norm after GLM's MLP": ("glm4", "post_mlp_layernorm"),
 }
 
 
@@ -229,7 +249,7 @@ def test_what_a_family_fixes_bites_in_the_reference(feature, reference):
     assert relative(theirs(model, IDS), before) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["gemma3", "phi3_long", "qwen2", "smollm3"])
+@pytest.mark.parametrize("name", ["gemma3", "phi3_long", "qwen2", "smollm3", "glm4"])
 def test_a_bfloat16_export_is_what_transformers_rounds_to(name, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
@@ -270,3 +290,14 @@ def test_the_verb_sample_says_what_transformers_does(name, reference, tmp_path):
         new = out[0, ids["input_ids"].shape[1] :].tolist()
         assert row["tokens"] == new
         assert row["text"] == tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_the_balance_of_a_router_is_that_of_transformers():
+    import torch
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    scores = np.random.default_rng(4).standard_normal((3, 2, 6, 5)).astype(np.float32)
+    read = np.array([[1] * 6, [1] * 2 + [0] * 4])
+    ours, _ = balance(Routing(jnp.asarray(scores), jnp.asarray(read) > 0), 2)
+    flat = tuple(torch.tensor(layer.reshape(-1, 5)) for layer in scores)
+    assert abs(float(ours) - float(load_balancing_loss_func(flat, 5, 2, torch.tensor(read)))) < 1e-5

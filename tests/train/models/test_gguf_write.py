@@ -1,6 +1,7 @@
 """GGUF files that are written: read back by our reader, by the gguf package and by transformers on torch."""
 
 import json
+import pathlib
 
 import gguf
 import jax
@@ -8,18 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from helpers.goldens.family_cases import FAMILY_CASES, SIZES
+from helpers.goldens.family_cases import FAMILY_CASES, FULL, GRANITE, SIZES, SLIDING
 from helpers.tiny_families import weights
 from helpers.tiny_models import config_of, logits, relative
 from helpers.tiny_tokenizers import CHATML, TEXTS, byte_level, pieces
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
+from jaxmerge.files.checkpoints import gguf_config
 from jaxmerge.files.checkpoints.gguf_tokenizer import PRE_TOKENIZERS, halves
 from jaxmerge.files.checkpoints.open import open_source
 from train.log import UserError
 from train.models.characters import write_tokenizer
-from train.models.gguf_write import save_gguf
+from train.models.decoder import shapes
+from train.models.families import FAMILIES
+from train.models.gguf_write import OF_FAMILY, model_metadata, save_gguf
 from train.models.hf import named
+from train.models.hf_config import config_from_hf, differences
 from train.models.open import load_model
 from train.models.tokenizer import Tokenizer
 
@@ -54,6 +59,18 @@ CASES = {
         "model_type": "phi3", **SMALL, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 16,
         "rope_scaling": LONGROPE,
     },
+    "ministral": {"model_type": "ministral", **SMALL, "sliding_window": None},
+    "olmo2": {"model_type": "olmo2", **SMALL, "rope_theta": 500000.0},
+    "olmo3": {
+        "model_type": "olmo3", **SMALL, "num_hidden_layers": 5, "sliding_window": 8, "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192,
+            "attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0,
+        },
+    },
+    "granite": {"model_type": "granite", **SMALL, **GRANITE, "attention_bias": True, "tie_word_embeddings": True},
+    "glm": {"model_type": "glm", **SMALL, "head_dim": 16},
+    "glm4": {"model_type": "glm4", **SMALL, "attention_bias": False, "head_dim": 16, "partial_rotary_factor": 0.25},
 }  # fmt: skip
 NAMES = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 
@@ -78,7 +95,9 @@ def write(tmp_path, case, tokenizer=None, *, dtype=jnp.bfloat16, type="bf16", **
 def test_what_is_written_is_the_same_model(case, tmp_path):
     config, params = model(case)
     found = load_model(write(tmp_path, case))
-    assert found.config == (config_of({**CASES[case], "model_type": "llama"}) if case == "mistral" else config)
+    llamas = {"model_type": "llama"} if case in ("mistral", "ministral") else {}
+    assert differences(config_of({**CASES[case], **llamas}), found.config) == []
+    assert found.config.family == {**CASES[case], **llamas}["model_type"]
     for (name, a), (other, b) in zip(named(params), named(found.params), strict=True):
         assert name == other
         # 1 + w is what the file holds of Gemma's norms.
@@ -91,14 +110,32 @@ def test_what_is_written_is_the_same_model(case, tmp_path):
     assert set(open_source(str(tmp_path / case)).tensors) == {name for name, _ in named(params)}
 
 
-@pytest.mark.parametrize("type", ["f16", "bf16", "q8_0"])
+def test_every_family_is_written_and_read():
+    assert {case["model_type"] for case in CASES.values()} == set(FAMILIES) == set(OF_FAMILY)
+
+
+def test_keys_that_only_llama_cpps_converter_writes_are_read():
+    """Of OLMo 3: the θ of its windows, and YaRN's factor, which llama.cpp computes anew whatever the file says."""
+    config = config_of(CASES["olmo3"])
+    metadata, _ = model_metadata(config, pathlib.Path("a.gguf"))
+    metadata |= {"general.architecture": "olmo2", "olmo2.rope.freq_base_swa": 500000.0}
+    metadata |= {"olmo2.rope.scaling.yarn_attn_factor": 1.2079441547393799, "olmo2.rope.scaling.yarn_beta_fast": 32.0}
+    names = {name for name, _ in named(shapes(config))}
+    found = config_from_hf(gguf_config.config_of(metadata, names, {}, source="a.gguf"), source="a.gguf")
+    assert {*differences(config, found)} <= {"bos_token_id", "eos_token_id", "pad_token_id"}
+    metadata["olmo2.rope.scaling.yarn_attn_factor"] = 1.5
+    with pytest.raises(ValueError, match=r"a.gguf: olmo2.rope.scaling.yarn_attn_factor is 1.5; implemented: 1.20794"):
+        gguf_config.config_of(metadata, names, {}, source="a.gguf")
+
+
+@pytest.mark.parametrize("type", ["f32", "f16", "bf16", "q8_0"])
 def test_types_are_those_of_the_format(type, tmp_path):
-    dtype = jnp.float16 if type == "f16" else jnp.bfloat16
+    dtype = {"f32": jnp.float32, "f16": jnp.float16}.get(type, jnp.bfloat16)
     _, params = model("llama3", dtype)
     reader = gguf.GGUFReader(write(tmp_path, "llama3", dtype=dtype, type=type))
     stored = {tensor.name: tensor for tensor in reader.tensors}
     wanted = dict(named(params))
-    assert reader.get_field("general.file_type").contents() == {"f16": 1, "bf16": 32, "q8_0": 7}[type]
+    assert reader.get_field("general.file_type").contents() == {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}[type]
     assert {stored[n].tensor_type.name for n in ("blk.1.attn_norm.weight", "rope_freqs.weight")} == {"F32"}
     for ours, its in [("mlp.down_proj", "ffn_down"), ("mlp.gate_proj", "ffn_gate"), ("self_attn.v_proj", "attn_v")]:
         tensor, weight = stored[f"blk.1.{its}.weight"], np.asarray(wanted[f"model.layers.1.{ours}.weight"])
@@ -142,6 +179,15 @@ def test_a_weight_beyond_f16_is_named_and_nothing_is_left(tmp_path):
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, **LLAMA3, "low_freq_factor": 2.0}},
          "holds no Llama 3 scaling"),
         ("qwen3", {"rope_scaling": {**FAMILY_CASES["llama_yarn"]["rope_scaling"]}}, "no words for rope_scaling="),
+        ("ministral", {"sliding_window": 8}, "'llama' has no words for sliding_window=8"),
+        ("olmo2", {"attention_bias": True}, "'olmo2' has no words for qkv_bias=True, o_bias=True"),
+        ("olmo2", {"tie_word_embeddings": True}, "'olmo2' has no words for tie_word_embeddings=True"),
+        ("olmo2", {"head_dim": 12}, "'olmo2' has no words for head_dim=12"),
+        ("glm", {"head_dim": 12}, "'chatglm' has no words for head_dim=12"),
+        ("olmo3", {"layer_types": [FULL] + [SLIDING] * 4}, "implemented: windows in all but every fourth"),
+        ("olmo3", {"rope_theta": None, "rope_scaling": None, "rope_parameters": {
+            FULL: {"rope_theta": 100.0}, SLIDING: {"rope_theta": 50.0}}}, "no words for local_rope_theta=50.0"),
+        ("glm4", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, **LLAMA3}}, "'llama3' is not known of glm4"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "no words for sliding"),
     ],
 )  # fmt: skip

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from train.models.branches import restart
 from train.models.decoder import forward, init, logprobs
-from train.models.loss import Compute, Head, loss_sums, nll_sum, restart, unpacked_positions
+from train.models.loss import Compute, Head, loss_sums, nll_sum, unpacked_positions
 from train.models.open import random_config
 
 SIZES = {

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import jaxmerge.files
 from jaxmerge.files import merge, verify
 from jaxmerge.files.checkpoints.open import open_source
 from jaxmerge.files.inspect.compare import compare
+from jaxmerge.files.inspect.spectrum import spectra
+from jaxmerge.tree import named_leaves
 
 WIDE, MLP, EXPERTS = 8, 12, 3
 NAMES = {
@@ -103,6 +106,31 @@ def test_layouts_are_compared_tensor_by_tensor(tmp_path, monkeypatch):
     assert found["missing"] == {"new": []}
     assert set(found["tensors"]) == set(arrays)
     assert found["overall"]["models"][0]["relative"] == 0
+
+
+def test_arrays_and_spectra_are_of_one_expert_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arrays = [one_by_one("mixtral", seed) for seed in (0, 1)]
+    for name, array in zip(("old", "tuned"), arrays, strict=True):
+        write(name, "mixtral", array)
+        write(f"{name}-stacked", "mixtral", stacked("mixtral", array))
+    params = jaxmerge.files.load("old-stacked")
+    found = {path.replace("/", "."): np.asarray(leaf) for path, leaf in named_leaves(params).items()}
+    assert set(found) == set(arrays[0])
+    for name, array in arrays[0].items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    jaxmerge.files.save(params, "again", like="old-stacked")
+    assert set(load_file("again/model.safetensors")) == set(arrays[0])
+    whole = load_file("old-stacked/model.safetensors")
+    jaxmerge.files.save(whole, "whole", like="old-stacked")  # by its own names, stacked as it is
+    assert set(load_file("whole/model.safetensors")) == set(whole)
+    with pytest.raises(ValueError, match=r"missing: .*block_sparse_moe\.experts\.0\.w2"):
+        jaxmerge.files.save({"model": {"norm": {"weight": np.ones(3)}}}, "less", like="old-stacked")
+    measured = [spectra(*map(open_source, names), rank=2) for names in (
+        ("old", "tuned"), ("old-stacked", "tuned-stacked"), ("old", "tuned-stacked"),
+    )]  # fmt: skip
+    assert measured[0]["tensors"] == measured[1]["tensors"] == measured[2]["tensors"]
+    assert sum(".experts." in name for name in measured[1]["tensors"]) == 2 * 3 * EXPERTS
 
 
 def test_experts_that_are_never_stored_one_by_one_are_merged_one_by_one_all_the_same(tmp_path, monkeypatch):
