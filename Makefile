@@ -1,5 +1,5 @@
 #   make quickstart   set up, then run the main job: jaxmerge improve configs/quickstart.yaml
-#   make test         set up, then run the tests
+#   make test         set up, then run the tests; LONG=1 make test runs those too that take long, as .ci/run does
 #   make setup        only set up: .venv from constraints.txt, and the quickstart's pretrained model
 #   make lint         ruff and pyright
 #   make clean        remove .venv, caches and builds (runs/ stays)

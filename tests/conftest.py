@@ -17,10 +17,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import pytest
+from helpers import tiers
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+ROOT = pathlib.Path(__file__).parent.parent
 LONGEST = (
     "runtime/test_processes.py", "improve/test_run.py", "studies/test_analyse.py", "search/test_run.py",
     "jaxmerge/test_contract.py", "learn/test_optim.py", "studies/test_sweep.py", "learn/test_sft.py",
@@ -51,5 +53,16 @@ def few_programs():
         gc.collect()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    """Leave out what takes long, unless it is asked for, and put the longest files first."""
+    if not tiers.LONG:
+        long = [item for item in items if takes_long(item)]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in set(long)]
     items.sort(key=place)
+
+
+def takes_long(item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    path = item.path.relative_to(ROOT).as_posix() if item.path.is_relative_to(ROOT) else ""
+    return tiers.is_long(path, getattr(item, "originalname", item.name), callspec.params if callspec else {})

@@ -108,7 +108,7 @@ def check_slice(task: Task, config: Mapping[str, Any]) -> None:
             f"{machine.generation.runtime}"
         )
     mesh = config.get("mesh") or {}
-    wanted = math.prod(mesh.get(axis) or 1 for axis in ("data", "fsdp", "tensor"))
+    wanted = math.prod(mesh.get(axis) or 1 for axis in ("data", "fsdp", "tensor", "expert"))
     if wanted > machine.chips or (machine.hosts > 1 and wanted != machine.chips):
         raise UserError(
             f"the mesh has {wanted} device{'s' if wanted > 1 else ''} and tpu-{machine.accelerator} has "

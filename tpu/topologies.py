@@ -144,7 +144,8 @@ def mesh(topology: Topology, shape: tuple[int, int, int]) -> Any:
     """The mesh a run on the slice would have."""
     from train.runtime.mesh import lay
 
-    return lay(shape, devices(topology))
+    data, fsdp, tensor = shape
+    return lay((data, fsdp, 1, tensor), devices(topology))
 
 
 def is_along(topology: Topology, sizes: Sequence[int]) -> bool:

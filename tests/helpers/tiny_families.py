@@ -19,8 +19,16 @@ IDS = family_tokens(61)
 
 def weights(config: ModelConfig):
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.asarray(tensor(".".join(e.key for e in path), leaf.shape)), shapes(config)
+        lambda path, leaf: jnp.asarray(drawn(".".join(e.key for e in path), leaf.shape)), shapes(config)
     )
+
+
+def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The weight of that name; transformers draws the gates and ups of all experts as one tensor."""
+    if ".experts." not in name or name.endswith("down_proj.weight"):
+        return tensor(name.replace("experts.down_proj.weight", "experts.down_proj"), shape)
+    both = tensor(f"{name.partition('.experts.')[0]}.experts.gate_up_proj", (shape[0], 2 * shape[1], shape[2]))
+    return both[:, shape[1] :] if "up_proj" in name else both[:, : shape[1]]
 
 
 def logits(config, params, ids=IDS, **options) -> np.ndarray:

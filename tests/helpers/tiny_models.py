@@ -15,6 +15,7 @@ from train.models.config import ModelConfig
 from train.models.decoder import forward, shapes
 from train.models.hf import named
 from train.models.hf_config import config_from_hf
+from train.models.stored import parts
 
 
 def config_of(attributes) -> ModelConfig:
@@ -26,10 +27,19 @@ def write_folder(folder: pathlib.Path, attributes, *, state=None, **changes) -> 
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(attributes))
     if state is None:
-        state = {name: tensor(name, leaf.shape) for name, leaf in named(shapes(config_of(attributes)))}
+        config = config_of(attributes)
+        state = state_of(config, {name: tensor(name, leaf.shape) for name, leaf in named(shapes(config))})
     state = {name: array for name, array in {**state, **changes}.items() if array is not None}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def state_of(config: ModelConfig, leaves) -> dict[str, np.ndarray]:
+    """The tensors of a file with these leaves: those of experts one by one."""
+    return {
+        name: leaves[part.leaf] if part.expert is None else leaves[part.leaf][part.expert]
+        for name, part in parts(config, leaves).items()
+    }
 
 
 def logits(config, params) -> np.ndarray:

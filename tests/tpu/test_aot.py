@@ -49,7 +49,7 @@ def test_the_programs_lower_for_tpu_on_eight_devices(step):
     program = PROGRAMS[step](TINY, tiny_plan(step), make_mesh(EIGHT))
     text = program.lower(lowering_platforms=("tpu",)).as_text()
     assert "mhlo.num_partitions = 8" in text
-    assert '"data"=2, "fsdp"=2, "tensor"=2' in text
+    assert '"data"=2, "fsdp"=2, "expert"=1, "tensor"=2' in text
     # One layer, whatever their number: the stack is scanned, and computed again in the backward pass.
     assert ("stablehlo.while" in text) == (step != "merge")
     weight = {"sft": "tensor<3x128x64xf32>", "decode": "tensor<128x64xbf16>", "merge": "tensor<128x64xf32>"}[step]

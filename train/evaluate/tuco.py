@@ -63,8 +63,8 @@ def contributions(config: ModelConfig, tuned: Params, base: Params, tokens, leng
     shares = []
     for i, (window, rotation) in enumerate(config.layers):
         view = (rope_table(config, positions, rotation), within(mask, window), None, None, jnp.dtype(dtype))
-        pre, _ = before.layers[str(i)](x, *view)
-        ft, _ = after.layers[str(i)](x, *view)
+        pre, *_ = before.layers[str(i)](x, *view)
+        ft, *_ = after.layers[str(i)](x, *view)
         original, added = original + (pre - x)[last], added + (ft - pre)[last]
         shares.append(share(original, added))
         x = ft

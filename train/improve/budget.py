@@ -261,7 +261,8 @@ def models_beside(config: Improve, todo: Plan) -> dict[str, int]:
 
 
 def axes(mesh: Mesh) -> Mapping[str, int]:
-    return {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    # Experts are reckoned whole on each device: the memory is then an upper bound.
+    return {"data": mesh.data * mesh.expert, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
 
 
 def seconds(config: Improve, model: ModelConfig, work: Work, device: Device) -> Amount:

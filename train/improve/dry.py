@@ -66,7 +66,7 @@ def show_phases(config: Improve, suite: Suite, todo: Plan, count: int) -> None:
 
 def show_memory(config: Improve, held: Mapping[str, Mapping[str, float]]) -> None:
     """Print what a device holds in each kind of phase, as `budget.memory` reckons it."""
-    devices = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+    devices = config.mesh.devices
     say(f"memory a device, of {devices}, where it needs most:")
     for name, parts in held.items():
         told = ", ".join(f"{what} {bytes / GIB:.2f}" for what, bytes in parts.items() if bytes)
@@ -90,7 +90,7 @@ def show_minutes(config: Improve, model: ModelConfig, suite: Suite, todo: Plan, 
     say(
         f"examples to learn, all epochs: about {examples.about:,.0f}, at most {examples.most:,.0f} (every sample right)"
     )
-    count = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+    count = config.mesh.devices
     searched = any(method.probe is not None and method.probe.search for method in config.methods.values())
     left = ["links", "compiling", "loading", *(["what the searches of probes evaluate"] if searched else [])]
     say(

@@ -16,6 +16,7 @@ import numpy as np
 import jaxmerge
 
 from ..models.decoder import Params
+from ..models.experts import stacks_of
 from .settings import Merge
 
 
@@ -38,7 +39,7 @@ def merged(
       ValueError: the rule does not take what `config.parameters` gives.
     """
     rule = jaxmerge.RULES[config.rule]
-    models, base, given = [tuned], anchor, {"key": key, **config.parameters}
+    models, base, given = [tuned], anchor, {"key": key, "stacked": stacks_of(anchor), **config.parameters}
     if config.rule == "imm":
         given |= {"alpha": alpha, "drop": config.drop, "reference": reference}
     elif config.rule == "slerp":

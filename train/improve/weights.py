@@ -18,6 +18,7 @@ import jaxmerge
 from ..evaluate.change import by_layer
 from ..log import UserError
 from ..models.decoder import Params, shapes
+from ..models.experts import stacks_of
 from ..models.open import Model, load_source, with_date
 from ..runtime import checkpoint
 from ..runtime.journal import Journal
@@ -184,4 +185,5 @@ def joined(phase: Phase, get: Callable[[str], Params]) -> Params:
 def merge_by_rule(models: list[Params], base: Params, *, rule: str, parameters: Mapping[str, Any]) -> Params:
     """A rule of the library on a round's checkpoints."""
     merge = jaxmerge.RULES[rule]
-    return merge(models, base=None if merge.needs.base == "none" else base, **parameters)
+    given = {"stacked": stacks_of(base), **parameters}
+    return merge(models, base=None if merge.needs.base == "none" else base, **given)

@@ -50,9 +50,14 @@ class Step:
     """Above 0, an update is skipped if its loss exceeds this many times the median of the last 32 losses."""
     max_skipped: int = 3
     """Training stops if this many updates in a row were skipped (loss or gradient not finite, or a spike)."""
+    router_aux_loss_coef: float | None = None
+    """The load-balancing loss of a mixture of experts is added with this coefficient; null takes the one of the model's
+    config.json, 0 adds none. A dense model has no such loss."""
 
     def __post_init__(self):
         at_least(self, "sft.step", logits_at_once=1, spike=0, max_skipped=1)
+        if self.router_aux_loss_coef is not None:
+            at_least(self, "sft.step", router_aux_loss_coef=0)
         if not self.clip > 0:
             raise UserError(
                 f"sft.step.clip is {self.clip}; it must be above 0, the norm that gradients are scaled down to; to "

@@ -32,8 +32,15 @@ def token_flops(model: ModelConfig) -> tuple[int, int]:
     """
     head = model.vocab_size * model.hidden_size
     embeddings = head if model.tie_word_embeddings else 2 * head
-    everything = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes(model)) if len(leaf.shape) > 1)
+    everything = sum(multiplying(model, leaf.shape) for leaf in jax.tree.leaves(shapes(model)) if len(leaf.shape) > 1)
     return everything - embeddings, head
+
+
+def multiplying(model: ModelConfig, shape: tuple[int, ...]) -> int:
+    """Numbers of a matrix, or of the matrices of those experts that a token sees."""
+    if model.experts is None or len(shape) < 3:
+        return math.prod(shape)
+    return math.prod(shape[1:]) * model.experts.per_token
 
 
 def step_flops(model: ModelConfig, rows: int, length: int, targets: int, *, frozen: bool = False) -> float:

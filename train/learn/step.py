@@ -17,7 +17,7 @@ from ..models.config import ModelConfig
 from ..models.decoder import Params, is_stacked
 from ..models.divergence import DIVERGENCES
 from ..models.fused import choose
-from ..models.loss import Compute, Teacher, loss_sums, objective_sums
+from ..models.loss import Compute, Teacher, loss_and_metrics, objective_sums
 from ..models.settings import Source
 from ..runtime.mesh import replicated, shardings
 from . import frozen as adapters
@@ -123,7 +123,11 @@ def make_step(
             float(config.stay.l2 > 0), float(config.stay.kl > 0), config.stay.divergence, freeze=config.stay.freeze
         ),
         step=dataclasses.replace(
-            Step(), clip=config.step.clip, weight_decay=config.step.weight_decay, decay=config.step.decay
+            Step(),
+            clip=config.step.clip,
+            weight_decay=config.step.weight_decay,
+            decay=config.step.decay,
+            router_aux_loss_coef=None if model.experts is None else config.step.router_aux_loss_coef,
         ),
         distill=config.distill and dataclasses.replace(config.distill, teacher=taught and Source(path="its"), ema=0.0),
     )
@@ -200,11 +204,13 @@ def _sums(
 ):
     """The loss of (part of) a batch, and {weight, metrics}: sums over parts, which are divided by the weight."""
     beside: dict[str, Any] = {"near": near, "divergence": DIVERGENCES[config.stay.divergence], "teacher": teacher}
-    metrics: dict[str, jax.Array] = {}
+    if model.experts is not None:
+        asked = config.step.router_aux_loss_coef
+        beside["balanced"] = model.experts.balance if asked is None else asked
     if config.objective.joint and (teacher is None or teacher.share < 1):
         loss, weight, metrics = objective_sums(model, params, part, how, config.objective.loss, **beside)
     else:
-        loss, weight = loss_sums(model, params, part, how, **beside)
+        loss, weight, metrics = loss_and_metrics(model, params, part, how, **beside)
     return loss, {"weight": weight, "metrics": metrics}
 
 

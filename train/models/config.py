@@ -43,6 +43,35 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """The mixture of experts in the place of an MLP: a router chooses which MLPs see a token (experts.py)."""
+
+    count: int
+    """E, how many experts a layer has."""
+    per_token: int
+    """k, how many of them see a token."""
+    intermediate_size: int
+    """F of each."""
+    normalize: bool = True
+    """The weights of a token's experts sum to 1: the softmax is over the k chosen scores; else over all E."""
+    shared_intermediate_size: int | None = None
+    """F of an expert that sees every token behind a gate of its own (Qwen2-MoE); None: there is none."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers with an MLP and no experts."""
+    balance: float = 0.001
+    """Coefficient of the load-balancing loss that config.json recommends for training (`router_aux_loss_coef`)."""
+
+    def __post_init__(self):
+        for name in ("count", "per_token", "intermediate_size", "shared_intermediate_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"model config: experts.{name} is {value}; it must be at least 1")
+        if self.per_token > self.count:
+            raise ValueError(f"model config: {self.per_token} experts a token are chosen, and a layer has {self.count}")
+        if not 0 <= self.balance < float("inf"):
+            raise ValueError(f"model config: router_aux_loss_coef is {self.balance}; it must be at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Sizes and switches of a decoder, under their Hugging Face names where those say it best.
 
@@ -112,6 +141,8 @@ class ModelConfig:
     """RMS norms of all heads' queries together, and of all heads' keys, before rotation (OLMo 2, OLMoE)."""
     fused_mlp: bool = False
     """Gate and up of the MLP are in one matrix (Phi-3, GLM)."""
+    experts: Experts | None = None
+    """Mixtures of experts in the place of MLPs; `intermediate_size` is then of the layers without."""
 
     def __post_init__(self):
         for name in (
@@ -153,6 +184,10 @@ class ModelConfig:
                 )
         if unknown := set(self.layer_types) - {SLIDING, FULL}:
             raise ValueError(f"model config: layer_types {sorted(unknown)} are not known; known: {SLIDING}, {FULL}")
+        if self.experts is not None and (
+            bad := [i for i in self.experts.dense_layers if not 0 <= i < self.num_hidden_layers]
+        ):
+            raise ValueError(f"model config: experts.dense_layers has {bad}, of {self.num_hidden_layers} layers")
         scaling = self.rope_scaling
         if scaling is not None and scaling.kind == "longrope":
             for name in ("short_factor", "long_factor"):
@@ -186,6 +221,10 @@ class ModelConfig:
             (window, "none" if not rotate else "local" if local and kind == SLIDING else "global")
             for window, kind, rotate in zip(windows, types, rotates, strict=True)
         )
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer is a mixture of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
     @property
     def context(self) -> int:

@@ -13,6 +13,7 @@ F mlp, V vocab, L layers.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import zlib
 from typing import Any
@@ -27,6 +28,7 @@ from ..runtime.mesh import gathered, spread
 from . import lora
 from .attention import KV, attend, cap, visible, within, write
 from .config import ModelConfig
+from .experts import ExpertMLP
 from .matmul import matmul_t
 from .rope import rope_table, rotate
 
@@ -123,10 +125,10 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, layer: int = 0):
         self.config = c
         self.self_attn = Attention(c)
-        self.mlp = MLP(c)
+        self.mlp = mixture(c) if c.has_experts(layer) else MLP(c)
         for name in filter(None, c.block_norms):
             setattr(self, name, RMSNorm(c.hidden_size, c))
 
@@ -134,7 +136,12 @@ class Block(nnx.Module):
         x, scale = spread(x), self.config.residual_multiplier
         y, kv = self.self_attn(self.norm(0, x), rope, mask, cache, at, dtype)
         x = spread(x + times(self.norm(1, y), scale))
-        return x + times(self.norm(3, self.mlp(self.norm(2, x), dtype)), scale), kv
+        y, scores = self.feed(self.norm(2, x), dtype)
+        return x + times(self.norm(3, y), scale), kv, scores
+
+    def feed(self, x, dtype) -> tuple[jax.Array, jax.Array | None]:
+        """The MLP's output, and the scores of its router, [B, T, E], where it has one."""
+        return self.mlp(x, dtype) if isinstance(self.mlp, ExpertMLP) else (self.mlp(x, dtype), None)
 
     def norm(self, place: int, x: jax.Array) -> jax.Array:
         """x after the norm of this place among `block_norms`, if there is one."""
@@ -147,6 +154,15 @@ def times(x: jax.Array, factor: float) -> jax.Array:
     return x if factor == 1 else x * factor
 
 
+def mixture(c: ModelConfig) -> ExpertMLP:
+    """The mixture of experts of a layer."""
+    e = c.experts
+    assert e is not None, "asked where a layer has experts"
+    wide = e.shared_intermediate_size
+    shared = None if wide is None else MLP(dataclasses.replace(c, intermediate_size=wide))
+    return ExpertMLP(e, c.hidden_size, ACTIVATIONS[c.activation], shared)
+
+
 class Embedding(nnx.Module):
     def __init__(self, vocab: int, size: int):
         self.weight = nnx.Param(jnp.zeros((vocab, size)))
@@ -156,7 +172,7 @@ class Trunk(nnx.Module):
     def __init__(self, c: ModelConfig, names: tuple[str, ...]):
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
         # Keys are strings because a parameter's path is its Hugging Face name.
-        self.layers = nnx.Dict({name: Block(c) for name in names})
+        self.layers = nnx.Dict({name: Block(c, int(name) if name.isdecimal() else 0) for name in names})
         self.norm = RMSNorm(c.hidden_size, c)
 
 
@@ -180,18 +196,26 @@ class Decoder(nnx.Module):
         Returns:
           (hidden [B, T, D] float32, keys and values as in `caches`).
         """
+        return self.routed(tokens, positions, mask, caches, at, dtype=dtype, remat=remat)[:2]
+
+    def routed(self, tokens, positions, mask, caches=None, at=None, *, dtype=jnp.float32, remat="none"):
+        """As a call, and third the routers' scores: [B, T, E] of each layer with experts; of a scan [L, B, T, E].
+
+        A scan over caches returns none.
+        """
         c, m = self.config, self.model
         x, views = self.embed(tokens), self.views(positions, mask, at)
         if "stacked" in m.layers:
-            x, kvs = scan(c, m.layers["stacked"], x, views, caches, at, dtype, remat)
-            return m.norm(x), kvs
-        kvs = []
+            x, kvs, scores = scan(c, m.layers["stacked"], x, views, caches, at, dtype, remat)
+            return m.norm(x), kvs, () if scores is None else scores
+        kvs, scores = [], []
         for i, kind in enumerate(c.layers):
             graph, leaves = nnx.split(m.layers[str(i)])
             cache = None if caches is None else caches[i]
-            x, kv = runner(graph, dtype, remat)(leaves, x, *views[kind], cache, at)
+            x, kv, of_layer = runner(graph, dtype, remat)(leaves, x, *views[kind], cache, at)
             kvs.append(kv)
-        return m.norm(x), tuple(kvs)
+            scores += [] if of_layer is None else [of_layer]
+        return m.norm(x), tuple(kvs), tuple(scores)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """tokens [B, T] → what enters the first layer, [B, T, D] float32."""
@@ -244,20 +268,22 @@ def scan(c: ModelConfig, blocks: Block, x, views, caches, at, dtype, remat: str)
     def fresh(x, layer):
         leaves, kind = layer
         rope, mask = view(kind)
-        return run(leaves, x, rope, mask, None, at)
+        x, *made = run(leaves, x, rope, mask, None, at)
+        return x, made
 
     def cached(carry, layer):
         (x, caches), (leaves, kind, i) = carry, layer
         rope, mask = view(kind)
         # Carried whole and written in place: caches as scanned inputs and outputs are copied at every step.
         cache = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), caches)
-        x, kv = run(leaves, x, rope, mask, cache, at)
+        x, kv, _ = run(leaves, x, rope, mask, cache, at)
         return (x, jax.tree.map(lambda a, new: lax.dynamic_update_index_in_dim(a, new, i, 0), caches, kv)), None
 
     if caches is None:
-        return lax.scan(fresh, x, (leaves, which))
+        x, (kvs, scores) = lax.scan(fresh, x, (leaves, which))
+        return x, kvs, scores
     (x, caches), _ = lax.scan(cached, (x, caches), (leaves, which, jnp.arange(c.num_hidden_layers)))
-    return x, caches
+    return x, caches, None
 
 
 def is_stacked(params: Params) -> bool:

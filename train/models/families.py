@@ -30,6 +30,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "hidden_act": ("activation",),
     "hidden_activation": ("activation",),
     "attention_bias": ("qkv_bias", "o_bias"),
+    "qkv_bias": ("qkv_bias",),
     "mlp_bias": ("mlp_bias",),
     "query_pre_attn_scalar": ("query_pre_attn_scalar",),
     "attn_logit_softcapping": ("attn_logit_softcapping",),
@@ -57,6 +58,12 @@ def all_but_every_nth(given: Attributes, window: int | None, *, n: int = 2) -> l
     del window
     n = given.get("sliding_window_pattern") or n
     return [SLIDING if (i + 1) % n else FULL for i in range(given["num_hidden_layers"])]
+
+
+def every_other(given: Attributes, window: int | None) -> list[str]:
+    """The even ones of the first `max_window_layers` (transformers' rule for Qwen2-MoE)."""
+    first = given["max_window_layers"] if window is not None else 0
+    return [SLIDING if i < first and i % 2 == 0 else FULL for i in range(given["num_hidden_layers"])]
 
 
 def without_rope(given: Attributes, window: int | None) -> list[str]:
@@ -151,6 +158,17 @@ GLM4_NORMS = ("input_layernorm", "post_self_attn_layernorm", "post_attention_lay
 LOCAL_THETA = 10000.0
 """θ of Gemma 3's layers with a window, where config.json does not say."""
 
+# Attributes of mixtures of experts (hf_experts.py); `num_local_experts` is another name of `num_experts`.
+EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.001}
+QWEN_EXPERTS = {
+    **EXPERTS,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+}
+# Of training in transformers alone: whether the routers' scores are returned.
+EXPERTS_HARMLESS = {"output_router_logits": "any"}
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(  # also SmolLM2
         "LlamaForCausalLM",
@@ -172,6 +190,70 @@ FAMILIES: dict[str, Family] = {
         {**QWEN_SIZES, **QWEN_WINDOWS, "head_dim": 128, "attention_bias": False},
         fixed={"qk_norm": True},
         slides=upper,
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {
+            **EXPERTS,
+            "num_local_experts": 8,
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+        },
+        theta=1e6,
+        harmless={**EXPERTS_HARMLESS, "router_jitter_noise": (0,)},
+    ),
+    "qwen2_moe": Family(  # also Qwen1.5-MoE
+        "Qwen2MoeForCausalLM",
+        {
+            **QWEN_SIZES,
+            **QWEN_WINDOWS,
+            **QWEN_EXPERTS,
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "qkv_bias": True,
+        },
+        slides=every_other,
+        harmless=EXPERTS_HARMLESS,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {
+            **QWEN_SIZES,
+            **QWEN_EXPERTS,
+            "num_key_value_heads": 4,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "attention_bias": False,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        fixed={"qk_norm": True},
+        harmless={**EXPERTS_HARMLESS, "max_window_layers": "any"},
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        {
+            **EXPERTS,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+            "router_aux_loss_coef": 0.01,
+            "max_position_embeddings": 4096,
+            "num_key_value_heads": None,
+            "rms_norm_eps": 1e-5,
+            "attention_bias": False,
+            "bos_token_id": None,
+            "eos_token_id": 50279,
+            "pad_token_id": 1,
+        },
+        fixed={"qk_norm_all": True},
+        harmless={**EXPERTS_HARMLESS, "clip_qkv": (None,)},
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from ..runtime.mesh import BATCH, ROWS
 from . import tiled
 from .config import ModelConfig
 
@@ -123,7 +124,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: Causal, *, scale: flo
     kernel = functools.partial(_splash, scale=scale, softcap=softcap, window=seen.window, interpret=seen.interpret)
     if seen.mesh is None or seen.mesh.size == 1:
         return kernel(q, k, v, seen.segments)
-    rows, heads = PartitionSpec(("data", "fsdp")), PartitionSpec(("data", "fsdp"), "tensor")
+    rows, heads = BATCH, PartitionSpec(ROWS, "tensor")
     segments = () if seen.segments is None else (seen.segments,)
     local = jax.shard_map(
         lambda q, k, v, *segments: kernel(q, k, v, segments[0] if segments else None),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
 import os
 import pathlib
 import re
@@ -25,6 +24,7 @@ from jaxmerge.files.checkpoints.open import open_folder
 from jaxmerge.files.checkpoints.quantised import CONFIG_KEYS
 from jaxmerge.files.checkpoints.safetensors import CODES, write_file
 from jaxmerge.files.checkpoints.source import read
+from jaxmerge.files.experts.layout import unstacked
 
 from ..log import UserError, is_first_process, mistakes, say
 from ..runtime.disk import new_folder
@@ -34,6 +34,7 @@ from .config import ModelConfig
 from .decoder import Params, shapes
 from .hf_config import config_from_hf, config_to_hf
 from .stacked import unstack_layers
+from .stored import Part, by_leaf, numbers, parts
 
 # --- reading -----------------------------------------------------------------------------------------------
 
@@ -75,13 +76,15 @@ def load_hf(
       check_finite: refuse NaN and infinity, by name.
 
     Returns:
-      The config, and parameters under their Hugging Face names, `[out, in]`.
+      The config, and parameters under their Hugging Face names, `[out, in]`; of experts `[E, out, in]`.
     """
     folder = pathlib.Path(folder)
     config = config_of_folder(folder)
     with mistakes():
         source = open_folder(str(folder), folder)
-        for note in source.notes:
+        notes = list(source.notes)
+        source = unstacked(source, notes)
+        for note in notes:
             say(f"note: {note}")
         tensors = {name: tensor for name, tensor in source.tensors.items() if not COMPUTED.fullmatch(name)}
         for name, tensor in tensors.items():
@@ -124,9 +127,9 @@ def place(
     wanted = _wanted(config, found, source)
     leaves: dict[str, jax.Array] = {}
     finite: dict[str, jax.Array] = {}
-    for name in wanted:
-        host = np.asarray(read(name)).astype(dtype, copy=False)
-        leaves[name] = put(host, _sharding_of(sharding, name, wanted[name].shape))
+    for name, files in by_leaf(wanted).items():
+        host = _host(files, wanted, read, dtype)
+        leaves[name] = put(host, _sharding_of(sharding, name, host.shape))
         del host
         if check_finite:
             finite[name] = _all_finite(leaves[name])
@@ -138,15 +141,30 @@ def place(
     return _nested(leaves)
 
 
+def _host(files: list[str], wanted: Mapping[str, Part], read: Callable[[str], np.ndarray], dtype) -> np.ndarray:
+    """A leaf in host memory; of experts the tensors of all, one behind the other."""
+    if wanted[files[0]].expert is None:
+        return np.asarray(read(files[0])).astype(dtype, copy=False)
+    stack = np.empty((len(files), *wanted[files[0]].shape), dtype)
+    for i, name in enumerate(files):
+        stack[i] = read(name)
+    return stack
+
+
 def tree_of(config: ModelConfig, tensors: Mapping[str, jax.Array], *, source: Any) -> Params:
     """Parameters of tensors that lie where they should, by their Hugging Face names; refused as `place` refuses."""
     used = {name: tensor for name, tensor in tensors.items() if not COMPUTED.fullmatch(name)}
-    return _nested({name: used[name] for name in _wanted(config, {n: t.shape for n, t in used.items()}, source)})
+    wanted = _wanted(config, {n: t.shape for n, t in used.items()}, source)
+
+    def leaf(files: list[str]) -> jax.Array:
+        return used[files[0]] if wanted[files[0]].expert is None else jnp.stack([used[name] for name in files])
+
+    return _nested({name: leaf(files) for name, files in by_leaf(wanted).items()})
 
 
-def _wanted(config: ModelConfig, found: Mapping[str, tuple[int, ...]], source: Any) -> dict[str, Any]:
+def _wanted(config: ModelConfig, found: Mapping[str, tuple[int, ...]], source: Any) -> dict[str, Part]:
     """The tensors that a config asks for, by name; raise unless those found are just these."""
-    wanted = dict(named(shapes(config)))
+    wanted = parts(config, dict(named(shapes(config))))
     complaints = {
         "missing": [name for name in wanted if name not in found],
         "unknown": [name for name in found if name not in wanted],
@@ -226,7 +244,7 @@ def save_hf(
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
         on_first(write_json, temporary / "config.json", attributes)
         on_first(write_json, temporary / "generation_config.json", {name: attributes[name] for name in tokens})
-        _write_tensors(temporary, params, dtype, max_shard_bytes)
+        _write_tensors(temporary, config, params, dtype, max_shard_bytes)
         if tokenizer_from is not None:
             on_first(tokenizer_from.save, temporary)
     broadcast(None)
@@ -240,18 +258,26 @@ def check_fit(config: ModelConfig, params: Params, where: str) -> None:
         raise UserError(f"{where}: the parameters do not fit the config: {documents.some(differ, LISTED)}")
 
 
-def _write_tensors(folder: pathlib.Path, params: Params, dtype, max_shard_bytes: int) -> None:
-    size = {name: math.prod(leaf.shape) * np.dtype(dtype).itemsize for name, leaf in named(params)}
+def _write_tensors(folder: pathlib.Path, config: ModelConfig, params: Params, dtype, max_shard_bytes: int) -> None:
+    leaves = dict(named(params))
+    stored = parts(config, leaves)
+    size = {name: numbers(part) * np.dtype(dtype).itemsize for name, part in stored.items()}
     shards: list[list[str]] = [[]]
     for name in size:
         if shards[-1] and sum(size[n] for n in shards[-1]) + size[name] > max_shard_bytes:
             shards.append([])
         shards[-1].append(name)
-    leaves, where = dict(named(params)), {}
+    where = {}
+
+    def host(name: str) -> np.ndarray:
+        part = stored[name]
+        leaf = leaves[part.leaf]
+        return to_host((leaf if part.expert is None else leaf[part.expert]).astype(dtype))
+
     for i, names in enumerate(shards, start=1):
         many = len(shards) > 1
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors"
-        on_first(write_file, folder / file, {name: to_host(leaves[name].astype(dtype)) for name in names})
+        on_first(write_file, folder / file, {name: host(name) for name in names})
         where.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": where}

@@ -14,6 +14,7 @@ from typing import Any
 from ..log import UserError
 from .config import ACTIVATIONS, FULL, SLIDING, ModelConfig
 from .families import COMMON, FAMILIES, FIELDS, LACKING, Family, every, rope_layers
+from .hf_experts import read_experts, resolve_counts, write_experts
 from .hf_rope import read_rope, write_rope
 from .rope import yarn_attention_factor
 
@@ -74,7 +75,7 @@ def config_from_hf(attributes: Mapping[str, Any], *, source: str | os.PathLike[s
         lacking = f"cannot be loaded: {LACKING[name]}" if isinstance(name, str) and name in LACKING else "is not known"
         raise UserError(f"{source}: model_type {name!r:.80} {lacking}; known: {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    given = {**COMMON, **family.absent, **attributes}
+    given = resolve_counts({**COMMON, **family.absent, **attributes}, attributes, family, source)
     _refuse_unknown(given, family, source)
 
     missing = [size for size in SIZES[:5] if given.get(size) is None]
@@ -103,6 +104,7 @@ def config_from_hf(attributes: Mapping[str, Any], *, source: str | os.PathLike[s
             **{field: float(x) if type(x) is int else x for field, x in fields.items()},
             **_read_layers(given, family, source),
             **read_rope(given, family, source),
+            **read_experts(given, family, source),
         )
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
@@ -168,7 +170,7 @@ def _check_types(given: Mapping[str, Any], source) -> None:
     def is_ids(x):
         return is_whole(x) or (isinstance(x, list) and all(is_whole(i) for i in x))
 
-    flags = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+    flags = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "qkv_bias")
     expected = {
         "a whole number": ((*SIZES, "max_window_layers", "no_rope_layer_interval", "sliding_window_pattern"), is_whole),
         "a number": (
@@ -223,6 +225,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         **{name: getattr(config, fields[0]) for name, fields in FIELDS.items() if name in {**COMMON, **family.absent}},
         **_write_layers(config, family),
         **write_rope(config, family),
+        **write_experts(config, family),
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         "pad_token_id": config.pad_token_id,

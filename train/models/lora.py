@@ -59,6 +59,11 @@ def init_lora(lora: Lora, params: Params, key: jax.Array) -> Params:
             continue
         if path[-1] in ("embed_tokens", "lm_head"):
             raise UserError(f"lora.targets name {name}; adapters of embeddings and heads are not known, leave it out")
+        if "/experts/" in f"/{name}/":
+            raise UserError(
+                f"lora.targets name {name}; adapters of experts are not known: name others alone, such as "
+                "'self_attn/.*_proj$'"
+            )
         *stack, rows, columns = weight.shape
         k = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
         a = jax.random.uniform(k, (*stack, lora.rank, columns), minval=-1, maxval=1) * columns**-0.5

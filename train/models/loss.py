@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from ..runtime.mesh import BATCH, ROWS, activations_on, row_ways, spread
 from .attention import visible
+from .balance import Routing, balance_sums, tokens_read
 from .config import ModelConfig
 from .decoder import Params, bind, logprobs, shapes
 from .divergence import Divergence, forward_kl, kl_sum
@@ -38,6 +39,13 @@ class Compute:
 
 
 def loss_sums(
+    config: ModelConfig, params: Params, batch: dict[str, jax.Array], how: Compute = Compute(), **beside: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Σ w·(−log p) and Σ w over a batch: their ratio is the mean loss a token; arguments as for `loss_and_metrics`."""
+    return loss_and_metrics(config, params, batch, how, **beside)[:2]
+
+
+def loss_and_metrics(
     config: ModelConfig,
     params: Params,
     batch: dict[str, jax.Array],
@@ -46,8 +54,9 @@ def loss_sums(
     near: tuple[Params, Any] | None = None,
     divergence: Divergence = forward_kl,
     teacher: Teacher | None = None,
+    balanced: float | None = None,
 ):
-    r"""Σ w·(−log p) and Σ w over a batch.
+    r"""Σ w·(−log p) and Σ w over a batch, and sums of metrics.
 
     Args:
       batch: `tokens` [B, T] int32; `weights` [B, T] float32, the loss weight of each token as a target; optionally
@@ -57,11 +66,13 @@ def loss_sums(
       near: (θ_0, β): Σ w·β·D(p_θ, p_0) is added to the losses.
       divergence: D, of models/divergence.py.
       teacher: takes its share of the place of −log p.
+      balanced: see `balance_sums`.
 
     Returns:
-      (sum of weighted losses, sum of weights): their ratio is the mean loss a token.
+      (sum of weighted losses, sum of weights, sums of metrics): what is divided by the sum of weights is the mean.
     """
-    ours = hidden, labels, weights = at_targets(config, params, batch, how)
+    *ours, routing = routed_at_targets(config, params, batch, how)
+    hidden, labels, weights = ours
     head = Head(config, jnp.dtype(how.dtype), how.mesh)
     if teacher is None or teacher.share < 1:
         loss = nll_sum(head, how.logits_at_once, head.weight(params), hidden, labels, weights)
@@ -72,7 +83,8 @@ def loss_sums(
         loss = (1 - teacher.share) * loss + teacher.share * taught
     if near is not None:
         loss += _pull(head, how, params, ours, batch, near, divergence)
-    return loss, jnp.sum(weights)
+    more, metrics = balance_sums(config.experts, routing, jnp.sum(weights), balanced)
+    return loss + more, jnp.sum(weights), metrics
 
 
 def objective_sums(
@@ -85,6 +97,7 @@ def objective_sums(
     near: tuple[Params, Any] | None = None,
     divergence: Divergence = forward_kl,
     teacher: Teacher | None = None,
+    balanced: float | None = None,
 ):
     r"""An objective that is any function L of the tokens' log-probabilities, and its gradient.
 
@@ -97,13 +110,15 @@ def objective_sums(
         All else is handed to the objective: arrays of the shape of `tokens` where the targets are, others as they are.
       objective: see `Objective`.
       near, divergence, teacher: as for `loss_sums`, by their means over the tokens and that of the objective.
+      balanced: see `balance_sums`.
 
     Returns:
       (sum of losses, sum of weights, sums of metrics): what is divided by the sum of weights is the mean.
     """
     groups = batch["tokens"].shape[:-1]
     flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in READ if name in batch}
-    ours = hidden, labels, weights = at_targets(config, params, flat, how)
+    *ours, routing = routed_at_targets(config, params, flat, how)
+    hidden, labels, weights = ours
     head = Head(config, jnp.dtype(how.dtype), how.mesh)
     each = token_losses(head, how, params, hidden, labels)
     beside = {
@@ -128,7 +143,8 @@ def objective_sums(
         loss = (1 - teacher.share) * loss + teacher.share * mean * taught
     if near is not None:
         loss += mean * _pull(head, how, params, ours, flat, near, divergence)
-    return loss, weight, metrics
+    more, of_router = balance_sums(config.experts, routing, weight, balanced)
+    return loss + more, weight, {**metrics, **of_router}
 
 
 READ = ("tokens", "weights", "targets", "segments", "inputs")
@@ -210,6 +226,11 @@ def apart_sum(head: Head, how: Compute, params: Params, ours, batch, other: Teac
 
 def at_targets(config: ModelConfig, params: Params, batch: dict[str, jax.Array], how: Compute):
     """(last hidden states [B, K, D], labels [B, K], their weights [B, K]) where something is learnt."""
+    return routed_at_targets(config, params, batch, how)[:3]
+
+
+def routed_at_targets(config: ModelConfig, params: Params, batch: dict[str, jax.Array], how: Compute):
+    """`at_targets`, and fourth what the routers of a mixture of experts said; None of a dense model."""
     tokens, weights = batch["tokens"], batch["weights"]
     inputs = batch.get("inputs", tokens)
     targets, segments = batch.get("targets"), batch.get("segments")
@@ -221,11 +242,13 @@ def at_targets(config: ModelConfig, params: Params, batch: dict[str, jax.Array],
     seen = visible(positions, segments) if how.attention == "xla" else Causal(segments, how.attention, mesh=how.mesh)
     dtype = jnp.dtype(how.dtype)
     with activations_on(how.mesh):
-        hidden, _ = bind(config, params)(inputs[:, :-1], positions, seen, dtype=dtype, remat=how.remat)
+        hidden, _, scores = bind(config, params).routed(inputs[:, :-1], positions, seen, dtype=dtype, remat=how.remat)
+    read = tokens_read(weights) if segments is None else segments > 0
     if targets is not None:
         hidden = jnp.take_along_axis(hidden, jnp.maximum(targets - 1, 0)[..., None], axis=1)
     weights = there(batch, weights)
-    return hidden, there(batch, tokens), weights if targets is None else jnp.where(targets > 0, weights, 0.0)
+    learnt = weights if targets is None else jnp.where(targets > 0, weights, 0.0)
+    return hidden, there(batch, tokens), learnt, None if config.experts is None else Routing(scores, read)
 
 
 def there(batch: dict[str, jax.Array], values: jax.Array) -> jax.Array:

@@ -18,12 +18,16 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ..log import UserError
 from .settings import Mesh as MeshConfig
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")
+AXES = ("data", "fsdp", "expert", "tensor")
+ROWS = ("data", "fsdp", "expert")
 """Axes of the mesh that rows of a batch lie over."""
 BATCH = PartitionSpec(ROWS)
 
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    # Mixtures of experts, [E, out, in]; every device routes every token it has.
+    (r"experts/(gate_proj|up_proj)/weight$", PartitionSpec("expert", "tensor", "fsdp")),
+    (r"experts/down_proj/weight$", PartitionSpec("expert", "fsdp", "tensor")),
+    (r"mlp/(gate|shared_expert_gate)/weight$", PartitionSpec()),
     # [out, in]: heads, mlp columns and vocabulary over `tensor`, the other axis over `fsdp`.
     (
         r"(q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|embed_tokens|lm_head)/weight$",
@@ -41,29 +45,30 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
     """The mesh of a run, over the first devices of the platform."""
     if config.cpu_devices is not None:
         request_cpu_devices(config.cpu_devices)
-    shape = (config.data, config.fsdp, config.tensor)
+    shape = (config.data, config.fsdp, config.expert, config.tensor)
     wanted, devices = math.prod(shape), jax.devices()
+    named = " × ".join(f"{axis}={n}" for axis, n in zip(AXES, shape, strict=True) if axis != "expert" or n > 1)
     if jax.process_count() > 1 and wanted != len(devices):
         raise UserError(
-            f"mesh data={config.data} × fsdp={config.fsdp} × tensor={config.tensor} has {wanted} devices, and "
+            f"mesh {named} has {wanted} devices, and "
             f"{jax.process_count()} processes have {len(devices)} together: every one must be used, e.g. mesh.fsdp="
             f"{len(devices)}"
         )
     if wanted > len(devices):
         raise UserError(
-            f"mesh data={config.data} × fsdp={config.fsdp} × tensor={config.tensor} needs {wanted} devices, "
+            f"mesh {named} needs {wanted} devices, "
             f"found {len(devices)} ({devices[0].platform}); make the mesh smaller"
             + ("" if devices[0].platform != "cpu" else f" or set mesh.cpu_devices={wanted}")
         )
     return lay(shape, devices[:wanted])
 
 
-def lay(shape: tuple[int, int, int], devices: Sequence[Any]) -> jax.sharding.Mesh:
+def lay(shape: tuple[int, int, int, int], devices: Sequence[Any]) -> jax.sharding.Mesh:
     """The mesh of `shape` over these devices: on TPUs along their torus, an axis over several of its dimensions."""
     # Without the option most meshes are refused on v4, v5p and v6e, 2 × 32 of v6e:8x8 for one.
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     # Auto axes: the shardings of inputs and outputs are ours, those in between the compiler's.
-    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def request_cpu_devices(count: int) -> None:
@@ -116,13 +121,13 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: jax.sharding.Mesh, rows: int) -> NamedSharding:
-    """Rows over data and fsdp where they divide, else everywhere the same."""
+    """Rows over data, fsdp and expert where they divide, else everywhere the same."""
     return NamedSharding(mesh, BATCH) if rows % row_ways(mesh) == 0 else replicated(mesh)
 
 
 def row_ways(mesh: jax.sharding.Mesh | None) -> int:
     """Parts that the rows of a batch are cut into."""
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def mesh_of(params: Any) -> jax.sharding.Mesh | None:
@@ -153,8 +158,13 @@ def activations_on(mesh: jax.sharding.Mesh | None) -> Iterator[None]:
         _activations.reset(token)
 
 
+def active_mesh() -> jax.sharding.Mesh | None:
+    """The mesh that a function which is being traced lays its activations on."""
+    return _activations.get()
+
+
 def spread(x: jax.Array, tensor: int | None = None, rows: int = 0) -> jax.Array:
-    """x with its axis `rows` over data and fsdp and its axis `tensor`, if any, over tensor, where they divide.
+    """x with its axis `rows` over data, fsdp and expert and its axis `tensor`, if any, over tensor, where they divide.
 
     Without this the compiler is free to follow the weights, which lie over fsdp along a model axis, and to gather
     activations in place of weights.

@@ -10,7 +10,7 @@ from ..resolve import at_least
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Device mesh: batch over data and fsdp, parameters over fsdp and tensor."""
+    """Device mesh: batch over data, fsdp and expert, parameters over fsdp, expert and tensor."""
 
     data: int = 1
     """The batch is divided among this many groups of devices, each with a copy of the parameters."""
@@ -18,6 +18,8 @@ class Mesh:
     """Batch and parameters are both divided among this many devices."""
     tensor: int = 1
     """Each matrix product is divided among this many devices."""
+    expert: int = 1
+    """The experts of a mixture of experts, and the batch, are divided among this many devices."""
     cpu_devices: int | None = None
     """The CPU is split into this many virtual devices (tests, laptops); null leaves it whole."""
     gather_to_decode: bool = False
@@ -25,7 +27,12 @@ class Mesh:
     device for P parameters."""
 
     def __post_init__(self):
-        at_least(self, "mesh", data=1, fsdp=1, tensor=1)
+        at_least(self, "mesh", data=1, fsdp=1, tensor=1, expert=1)
+
+    @property
+    def devices(self) -> int:
+        """How many devices it has."""
+        return self.data * self.fsdp * self.tensor * self.expert
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ SIZES = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+ONE_LAYER = {**SIZES, "num_hidden_layers": 1}
 LLAMA = {"model_type": "llama", **SIZES}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 HALF_PHI = {"model_type": "phi3", **SIZES, "hidden_size": 48, "partial_rotary_factor": 0.5}
@@ -42,6 +43,22 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         **LLAMA, "rope_parameters": {**YARN, "rope_theta": 1000.0, "mscale": 2.0, "mscale_all_dim": 0.5},
     },
     "mistral": {"model_type": "mistral", **SIZES, "sliding_window": 8, "head_dim": 12, "rope_theta": 100.0},
+    "mixtral": {
+        "model_type": "mixtral", **ONE_LAYER, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8,
+        "rope_theta": 100.0,
+    },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe", **SIZES, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 16, "mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 8,
+        "rope_theta": 100.0,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", **ONE_LAYER, "num_experts": 5, "num_experts_per_tok": 2, "head_dim": 10,
+        "moe_intermediate_size": 24, "norm_topk_prob": True, "attention_bias": True, "rope_theta": 100.0,
+    },
+    "olmoe": {
+        "model_type": "olmoe", **ONE_LAYER, "num_experts": 4, "num_experts_per_tok": 2, "rope_theta": 100.0,
+    },
     "qwen2": {
         "model_type": "qwen2", **SIZES, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1,
         "tie_word_embeddings": True, "rope_theta": 1000.0,
@@ -105,6 +122,14 @@ OFF: dict[str, dict[str, dict[str, Any]]] = {
     },
     "llama_yarn_mscale": {"mscale": {"rope_parameters": {**YARN, "rope_theta": 1000.0}}},
     "mistral": {"window": {"sliding_window": None}, "narrower": {"sliding_window": 7}},
+    "mixtral": {"window": {"sliding_window": None}, "fewer experts": {"num_experts_per_tok": 1}},
+    "qwen2_moe": {
+        "window": {"use_sliding_window": False},
+        "weights of sum 1": {"norm_topk_prob": True},
+        "fewer experts": {"num_experts_per_tok": 2},
+    },
+    "qwen3_moe": {"weights of any sum": {"norm_topk_prob": False}, "fewer experts": {"num_experts_per_tok": 1}},
+    "olmoe": {"weights of sum 1": {"norm_topk_prob": True}, "more experts": {"num_experts_per_tok": 3}},
     "qwen2": {
         "window": {"use_sliding_window": False},
         "pattern": {"layer_types": [SLIDING, FULL]},

@@ -1,4 +1,4 @@
-"""Make logits.npz and families.npz anew: transformers on torch, float32.
+"""Make logits.npz, families.npz and experts.npz anew: transformers on torch, float32.
 
 `PYTHONPATH=tests:. python -m helpers.goldens.make` (extra `torch`).
 """
@@ -40,4 +40,6 @@ def write(name, arrays):
 
 if __name__ == "__main__":
     write("logits.npz", {n: logits(a, tokens(a["vocab_size"])) for n, a in CASES.items()})
-    write("families.npz", {n: logits(a, family_tokens(61))[:, KEPT] for n, a in FAMILY_CASES.items()})
+    made = {n: logits(a, family_tokens(61))[:, KEPT] for n, a in FAMILY_CASES.items()}
+    write("families.npz", {n: made[n] for n, a in FAMILY_CASES.items() if "num_experts_per_tok" not in a})
+    write("experts.npz", {n: made[n] for n, a in FAMILY_CASES.items() if "num_experts_per_tok" in a})

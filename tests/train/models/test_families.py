@@ -13,7 +13,7 @@ from helpers.goldens import GOLDENS
 from helpers.goldens.cases import tensor
 from helpers.goldens.family_cases import FAMILY_CASES, FULL, KEPT, LLAMA, OFF, SIZES, SLIDING
 from helpers.tiny_families import IDS, logits, pack, run_engine, weights
-from helpers.tiny_models import config_of, relative, write_folder
+from helpers.tiny_models import config_of, relative, state_of, write_folder
 from safetensors.numpy import load_file
 
 from train.generate.engine import Decoding, Engine
@@ -32,7 +32,7 @@ from train.models.rope import sequence_lengths
 @pytest.fixture(scope="module")
 def expected():
     """Our logits of every case, which the golden ones of transformers are compared with first."""
-    goldens = np.load(GOLDENS / "families.npz")
+    goldens = {**np.load(GOLDENS / "families.npz"), **np.load(GOLDENS / "experts.npz")}
     found = {}
     for name, attributes in FAMILY_CASES.items():
         config = config_of(attributes)
@@ -61,6 +61,7 @@ FIXED = {
     "olmo2": {"qk_norm_all": False, "block_norms": ("", "post_attention_layernorm", "", "")},
     "glm": {"rope_interleaved": False, "qkv_bias": False},
     "glm4": {"rope_interleaved": False, "block_norms": PRE_NORMS},
+    "olmoe": {"qk_norm_all": False},
 }
 
 
@@ -127,7 +128,9 @@ def test_lengths_are_read_off_positions():
 # --- generating ---
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen3", "gemma3", "smollm3_windows", "phi3_long", "phi3_short", "glm4"])
+@pytest.mark.parametrize(
+    "name", ["mistral", "qwen3", "qwen2_moe", "gemma3", "smollm3_windows", "phi3_long", "phi3_short", "glm4"]
+)
 def test_greedy_decoding_equals_whole_passes(name, expected):
     """Windows in the cache, rotations by kind of layer, caps: at every step the argmax of a pass without a cache.
 
@@ -296,7 +299,9 @@ def test_published_configs_are_understood(name):
 
 
 REFUSED = {
-    "known: llama, mistral, qwen2, qwen3, gemma2, gemma3_text, smollm3, phi3": {"model_type": "gemma3"},
+    "known: llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, olmoe, gemma2, gemma3_text, smollm3, phi3": {
+        "model_type": "gemma3"
+    },
     "'qwen3_5_text' cannot be loaded: .* linear attention .*; known: llama": {
         "model_type": "qwen3_5_text",
         "layer_types": ["linear_attention"] * 2,
@@ -380,7 +385,7 @@ def test_gemma_starts_with_norms_of_one():
 @pytest.mark.parametrize("name", FAMILY_CASES)
 def test_folders_round_trip_bit_for_bit(name, dtype, tmp_path: pathlib.Path):
     config = config_of(FAMILY_CASES[name])
-    wanted = {n: tensor(n, leaf.shape).astype(dtype) for n, leaf in named(shapes(config))}
+    wanted = state_of(config, {n: tensor(n, leaf.shape).astype(dtype) for n, leaf in named(shapes(config))})
     found, params = load_hf(write_folder(tmp_path / "theirs", FAMILY_CASES[name], state=wanted))
     assert found == config
     save_hf(tmp_path / "ours", config, params, dtype=dtype)

@@ -101,10 +101,21 @@ def random_attributes(family: str, seed: int) -> dict:
         "embedding_multiplier": lambda: float(r.uniform(0.5, 9)),
         "residual_multiplier": lambda: float(r.uniform(0.2, 1)),
         "logits_scaling": lambda: float(r.uniform(0.5, 4)),
+        "qkv_bias": lambda: bool(r.integers(2)),
+        "num_experts": lambda: int(r.integers(3, 9)),
+        "num_local_experts": lambda: int(r.integers(3, 9)),
+        "num_experts_per_tok": lambda: int(r.integers(1, 4)),
+        "moe_intermediate_size": lambda: int(r.integers(5, 40)),
+        "shared_expert_intermediate_size": lambda: int(r.integers(5, 40)),
+        "norm_topk_prob": lambda: bool(r.integers(2)),
+        "decoder_sparse_step": lambda: int(r.integers(1, 3)),
+        "mlp_only_layers": lambda: [int(r.integers(0, layers))],
     }
     a |= {name: draw() for name, draw in random.items() if name in absent}
     if isinstance(absent.get("eos_token_id"), list):
         a["eos_token_id"] = 2  # transformers takes null for the ends that GLM has
+    if family == "olmoe":  # its heads are as wide as the model allows
+        a["head_dim"] = head = a["hidden_size"] // heads
     if family == "phi3":
         a["head_dim"] = head = a["hidden_size"] // heads
         a["partial_rotary_factor"] = pick(r, 1.0, 4 / head)

@@ -146,13 +146,13 @@ def test_too_few_devices_are_refused_with_a_way_out():
 
 def test_a_mesh_takes_the_first_devices():
     mesh = make_mesh(Mesh(data=2, tensor=2, cpu_devices=8))
-    assert mesh.shape == {"data": 2, "fsdp": 1, "tensor": 2}
+    assert mesh.shape == {"data": 2, "fsdp": 1, "expert": 1, "tensor": 2}
     assert list(mesh.devices.flat) == jax.devices()[:4]
 
 
 def test_rows_are_spread_where_they_divide():
     mesh = make_mesh(MESHES["2×2×2"])
-    assert batch_sharding(mesh, 8).spec == P(("data", "fsdp"))
+    assert batch_sharding(mesh, 8).spec == P(("data", "fsdp", "expert"))
     assert batch_sharding(mesh, 6) == replicated(mesh)
 
 
