@@ -76,7 +76,7 @@ def random_attributes(family: str, seed: int) -> dict:
     kv = int(r.integers(1, 3))
     heads, layers, longest = kv * int(r.integers(1, 4)), int(r.integers(2, 5)), int(r.integers(24, 64))
     head, wide = 2 * int(r.integers(2, 7)), heads * 2 * int(r.integers(4, 8))
-    tall, r = int(r.integers(10, 60)), np.random.default_rng([seed, *family.encode()])
+    tall, r = 4 * int(r.integers(3, 15)), np.random.default_rng([seed, *family.encode()])
     absent = FAMILIES[family].absent
     a = {
         "model_type": family, "vocab_size": 61, "hidden_size": wide, "intermediate_size": tall,
