@@ -83,3 +83,20 @@ def by_answer(values: jax.Array, cells: jax.Array, shape: tuple[int, ...]) -> ja
     empty = jnp.zeros((B, G * K + 1), values.dtype)
     found = jax.vmap(lambda row, cell, value: row.at[cell].add(value))(empty, cells, values)
     return found[:, :-1].reshape(shape)
+
+
+READ = ("tokens", "weights", "targets", "segments", "inputs", *BRANCHED)
+"""What a model reads of a batch."""
+
+
+def as_rows(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a model reads of a batch, groups of sequences as rows; rows that branch hold theirs already."""
+    read = {name: batch[name] for name in READ if name in batch}
+    return read if "cells" in read else {name: x.reshape(-1, x.shape[-1]) for name, x in read.items()}
+
+
+def grouped(batch: dict[str, jax.Array], values: jax.Array) -> jax.Array:
+    """Values of targets [B·G, K] as [B, G, K] where a batch has groups; of rows that branch, [B, M] as [B, G, K]."""
+    if "cells" in batch:
+        return by_answer(values, batch["cells"], batch["answers"].shape)
+    return values.reshape(*batch["tokens"].shape[:-1], -1)

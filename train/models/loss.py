@@ -12,11 +12,8 @@ from jax.sharding import PartitionSpec
 
 from ..runtime.mesh import BATCH, ROWS, activations_on, row_ways, spread
 from .attention import visible
-<<<<<<< HEAD
-from .branches import BRANCHED, by_answer, flat, positions_of
-=======
 from .balance import Routing, balance_sums, tokens_read
->>>>>>> main
+from .branches import READ, as_rows, flat, grouped, positions_of
 from .config import ModelConfig
 from .decoder import Params, bind, logprobs, shapes
 from .divergence import Divergence, forward_kl, kl_sum
@@ -119,15 +116,9 @@ def objective_sums(
     Returns:
       (sum of losses, sum of weights, sums of metrics): what is divided by the sum of weights is the mean.
     """
-<<<<<<< HEAD
     rows = as_rows(batch)
-    ours = hidden, labels, weights = at_targets(config, params, rows, how)
-=======
-    groups = batch["tokens"].shape[:-1]
-    flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in READ if name in batch}
-    *ours, routing = routed_at_targets(config, params, flat, how)
+    *ours, routing = routed_at_targets(config, params, rows, how)
     hidden, labels, weights = ours
->>>>>>> main
     head = Head(config, jnp.dtype(how.dtype), how.mesh)
     each = token_losses(head, how, params, hidden, labels)
     beside = {name: values for name, values in batch.items() if name not in READ and name not in SHOWN}
@@ -152,18 +143,11 @@ def objective_sums(
         taught = apart_sum(head, how, params, ours, shown, teacher)
         loss = (1 - teacher.share) * loss + teacher.share * mean * taught
     if near is not None:
-<<<<<<< HEAD
         loss += mean * _pull(head, how, params, ours, rows, near, divergence)
-    return loss, weight, metrics
-=======
-        loss += mean * _pull(head, how, params, ours, flat, near, divergence)
     more, of_router = balance_sums(config.experts, routing, weight, balanced)
     return loss + more, weight, {**metrics, **of_router}
->>>>>>> main
 
 
-READ = ("tokens", "weights", "targets", "segments", "inputs", *BRANCHED)
-"""What a model reads of a batch."""
 SHOWN = {"teacher_tokens": "tokens", "teacher_weights": "weights", "teacher_targets": "targets"}
 """What a teacher reads of a batch, where that is another prompt before the same completion; K is the student's."""
 
@@ -262,35 +246,14 @@ def routed_at_targets(config: ModelConfig, params: Params, batch: dict[str, jax.
         seen = Causal(segments, how.attention, mesh=how.mesh, parents=parents, positions=stand)
     dtype = jnp.dtype(how.dtype)
     with activations_on(how.mesh):
-<<<<<<< HEAD
-        hidden, _ = bind(config, params)(inputs, positions, seen, dtype=dtype, remat=how.remat)
+        hidden, _, scores = bind(config, params).routed(inputs, positions, seen, dtype=dtype, remat=how.remat)
+    read = tokens_read(weights) if segments is None else segments > 0
     if sources is not None:
         hidden = jnp.take_along_axis(hidden, sources[..., None], axis=1)
-    weights = there(batch, weights)
-    labels = there(batch, batch.get("answers", tokens))
-    return hidden, labels, weights if targets is None else jnp.where(targets > 0, weights, 0.0)
-
-
-def as_rows(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """What a model reads of a batch, groups of sequences as rows; rows that branch hold theirs already."""
-    read = {name: batch[name] for name in READ if name in batch}
-    return read if "cells" in read else {name: x.reshape(-1, x.shape[-1]) for name, x in read.items()}
-
-
-def grouped(batch: dict[str, jax.Array], values: jax.Array) -> jax.Array:
-    """Values of targets [B·G, K] as [B, G, K] where a batch has groups; of rows that branch, [B, M] as [B, G, K]."""
-    if "cells" in batch:
-        return by_answer(values, batch["cells"], batch["answers"].shape)
-    return values.reshape(*batch["tokens"].shape[:-1], -1)
-=======
-        hidden, _, scores = bind(config, params).routed(inputs[:, :-1], positions, seen, dtype=dtype, remat=how.remat)
-    read = tokens_read(weights) if segments is None else segments > 0
-    if targets is not None:
-        hidden = jnp.take_along_axis(hidden, jnp.maximum(targets - 1, 0)[..., None], axis=1)
-    weights = there(batch, weights)
-    learnt = weights if targets is None else jnp.where(targets > 0, weights, 0.0)
-    return hidden, there(batch, tokens), learnt, None if config.experts is None else Routing(scores, read)
->>>>>>> main
+    learnt = there(batch, weights)
+    learnt = learnt if targets is None else jnp.where(targets > 0, learnt, 0.0)
+    routing = None if config.experts is None else Routing(scores, read)
+    return hidden, there(batch, batch.get("answers", tokens)), learnt, routing
 
 
 def there(batch: dict[str, jax.Array], values: jax.Array) -> jax.Array:
