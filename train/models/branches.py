@@ -54,6 +54,8 @@ def obstacle(config: ModelConfig, attention: str) -> str | None:
     """
     if attention == "splash":
         return "splash attention knows segments and no parents (sft.step.attention=xla has both)"
+    if config.experts is not None:
+        return "the balance of a mixture of experts counts a prompt for each of its answers"
     if config.rope_scaling is not None and config.rope_scaling.kind in READS_LENGTHS:
         return f"rotations of the kind {config.rope_scaling.kind} depend on the length of a whole sequence"
     return None
@@ -85,18 +87,16 @@ def by_answer(values: jax.Array, cells: jax.Array, shape: tuple[int, ...]) -> ja
     return found[:, :-1].reshape(shape)
 
 
-READ = ("tokens", "weights", "targets", "segments", "inputs", *BRANCHED)
-"""What a model reads of a batch."""
-
-
-def as_rows(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """What a model reads of a batch, groups of sequences as rows; rows that branch hold theirs already."""
-    read = {name: batch[name] for name in READ if name in batch}
-    return read if "cells" in read else {name: x.reshape(-1, x.shape[-1]) for name, x in read.items()}
-
-
 def grouped(batch: dict[str, jax.Array], values: jax.Array) -> jax.Array:
     """Values of targets [B·G, K] as [B, G, K] where a batch has groups; of rows that branch, [B, M] as [B, G, K]."""
     if "cells" in batch:
         return by_answer(values, batch["cells"], batch["answers"].shape)
     return values.reshape(*batch["tokens"].shape[:-1], -1)
+
+
+def there(batch: dict[str, jax.Array], values: jax.Array) -> jax.Array:
+    """Of values [B, T] of the tokens, or [B, G, K] of answers, those of the targets, [B, K] or [B, M]."""
+    if "cells" in batch:
+        return flat(values, batch["cells"])
+    targets = batch.get("targets")
+    return values[:, 1:] if targets is None else jnp.take_along_axis(values, targets, axis=1)

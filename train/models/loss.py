@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from ..runtime.mesh import BATCH, ROWS, activations_on, row_ways, spread
 from .attention import visible
 from .balance import Routing, balance_sums, tokens_read
-from .branches import READ, as_rows, flat, grouped, positions_of
+from .branches import BRANCHED, grouped, positions_of, there
 from .config import ModelConfig
 from .decoder import Params, bind, logprobs, shapes
 from .divergence import Divergence, forward_kl, kl_sum
@@ -148,6 +148,8 @@ def objective_sums(
     return loss + more, weight, {**metrics, **of_router}
 
 
+READ = ("tokens", "weights", "targets", "segments", "inputs", *BRANCHED)
+"""What a model reads of a batch."""
 SHOWN = {"teacher_tokens": "tokens", "teacher_weights": "weights", "teacher_targets": "targets"}
 """What a teacher reads of a batch, where that is another prompt before the same completion; K is the student's."""
 
@@ -250,18 +252,16 @@ def routed_at_targets(config: ModelConfig, params: Params, batch: dict[str, jax.
     read = tokens_read(weights) if segments is None else segments > 0
     if sources is not None:
         hidden = jnp.take_along_axis(hidden, sources[..., None], axis=1)
-    learnt = there(batch, weights)
-    learnt = learnt if targets is None else jnp.where(targets > 0, learnt, 0.0)
-    routing = None if config.experts is None else Routing(scores, read)
-    return hidden, there(batch, batch.get("answers", tokens)), learnt, routing
+    weights = there(batch, weights)
+    labels = there(batch, batch.get("answers", tokens))
+    learnt = weights if targets is None else jnp.where(targets > 0, weights, 0.0)
+    return hidden, labels, learnt, None if config.experts is None else Routing(scores, read)
 
 
-def there(batch: dict[str, jax.Array], values: jax.Array) -> jax.Array:
-    """Of values [B, T] of the tokens, or [B, G, K] of answers, those of the targets, [B, K] or [B, M]."""
-    if "cells" in batch:
-        return flat(values, batch["cells"])
-    targets = batch.get("targets")
-    return values[:, 1:] if targets is None else jnp.take_along_axis(values, targets, axis=1)
+def as_rows(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a model reads of a batch, groups of sequences as rows; rows that branch hold theirs already."""
+    read = {name: batch[name] for name in READ if name in batch}
+    return read if "cells" in read else {name: x.reshape(-1, x.shape[-1]) for name, x in read.items()}
 
 
 def unpacked_positions(weights: jax.Array) -> jax.Array:
