@@ -54,11 +54,11 @@ def few_programs():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what takes long, unless it is asked for, and put the longest files first."""
-    if not tiers.LONG:
-        long = [item for item in items if takes_long(item)]
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if item not in set(long)]
+    """Leave out what takes long, or what does not, as LONG says, and put the longest files first."""
+    left = [item for item in items if not tiers.is_wanted(takes_long(item))]
+    config.hook.pytest_deselected(items=left)
+    apart = set(left)
+    items[:] = [item for item in items if item not in apart]
     items.sort(key=place)
 
 

@@ -1,8 +1,11 @@
-"""Which tests take long: `make test` leaves them out, `LONG=1 make test` and `.ci/run` run them (docs/testing.md)."""
+"""Which tests take long.
+
+`make test` leaves them out, `LONG=1 make test` runs them too, `LONG=only make test` runs them alone (docs/testing.md).
+"""
 
 import os
 
-LONG = bool(os.environ.get("LONG") or os.environ.get("FULL"))
+LONG = os.environ.get("LONG") or ("1" if os.environ.get("FULL") else "no")
 
 EVERY = ("",)
 TESTS: dict[str, tuple[str, ...]] = {
@@ -82,6 +85,11 @@ KINDS: dict[str, tuple[str, set[str]]] = {
     "tests/train/models/test_families.py": ("name", MODELS),
 }
 """By file, a parameter of its tests, and the values with which they are not long."""
+
+
+def is_wanted(long: bool) -> bool:
+    """Whether a test is run that takes long, or does not."""
+    return long if LONG == "only" else LONG != "no" or not long
 
 
 def is_long(path: str, name: str, params: dict[str, object]) -> bool:

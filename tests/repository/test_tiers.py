@@ -26,3 +26,9 @@ def test_which_are_long():
     assert tiers.is_long("tests/train/search/test_run.py", "test_anything", {})
     assert tiers.is_long("tests/train/learn/test_sft.py", "test_what_decays", {})
     assert not tiers.is_long("tests/train/learn/test_sft.py", "test_speed_is_in_the_metrics", {})
+
+
+def test_what_is_wanted(monkeypatch):
+    for given, wanted in {"no": (True, False), "1": (True, True), "only": (False, True)}.items():
+        monkeypatch.setattr(tiers, "LONG", given)
+        assert (tiers.is_wanted(False), tiers.is_wanted(True)) == wanted

@@ -393,17 +393,3 @@ def test_kept_prompts_change_nothing_and_save_their_beginnings(model, shelf):
     for i in wanted:
         np.testing.assert_allclose(found[i].logprobs, wanted[i].logprobs, atol=1e-4)
     assert computed < 0.5 * sum(map(len, set(texts)))
-
-
-def test_a_batch_of_a_size_that_was_there_compiles_nothing(model):
-    """Not even the program that makes empty caches, for which a function made anew counts as another one."""
-    events: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(lambda name, seconds, **_: events.append(name))
-    engine = Engine(model.config, model.params, slots=16, how=Decoding(greedy=False), eos=())
-    counts = []
-    for size in (1, 3, 3, 8, 5):
-        requests = [Request(i, (4, 5, 6), np.array([0, i], np.uint32), 3) for i in range(size)]
-        before = len(events)
-        assert len(list(engine.run(requests))) == size
-        counts.append(sum(name.endswith("backend_compile_duration") for name in events[before:]))
-    assert counts[1:] == [0] * 4, "all begin with eight slots, half of sixteen"
