@@ -186,7 +186,7 @@ def test_an_input_that_changed_is_named_and_nothing_lost(here, monkeypatch, chan
     "damage",
     [
         lambda line: bytes(len(line) - 1) + b"\n",
-        lambda line: line.replace(b'"tensor":"m', b'"tensor":"n').replace(b"2,", b"3,"),
+        lambda line: line.replace(b'"tensor":"m', b'"tensor":"n').replace(b"3,", b"4,"),
     ],
     ids=["zeros", "a letter"],
 )

@@ -153,7 +153,8 @@ def test_adapters_are_split_off_at_the_last_plus(tmp_path, monkeypatch):
     (tmp_path / "lora").mkdir()
     applied = []
     monkeypatch.setattr(
-        "jaxmerge.files.checkpoints.adapter.apply", lambda opened, path: applied.append((opened.name, path)) or opened
+        "jaxmerge.files.checkpoints.adapter.apply",
+        lambda opened, path, _: applied.append((opened.name, path)) or opened,
     )
     assert open_source("c++").name == "c++"
     assert open_source("c+++lora").name == "c+++lora"
