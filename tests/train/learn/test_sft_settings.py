@@ -79,11 +79,12 @@ def program(model, examples, mesh, config) -> str:
 def test_no_setting_is_forgotten():
     assert {f.name for f in dataclasses.fields(Sft)} >= {*CHANGES, "start", "step", "watch"}
     assert {f.name for f in dataclasses.fields(Step)} == {
-        *STEPS, "attention", "layers", "masters", "decay", "ema", "remat", "logits_at_once", "spike", "max_skipped"
+        *STEPS, "attention", "layers", "masters", "decay", "ema", "remat", "logits_at_once", "spike", "max_skipped",
+        "router_aux_loss_coef",
     }  # fmt: skip
 
 
-# The others have tests of their own, `attention` in test_models_fused.py.
+# The others have tests of their own, `attention` in test_fused.py, `router_aux_loss_coef` in test_experts_row.py.
 STEPS = {"clip": 1e-9, "weight_decay": 0.0}
 
 
