@@ -63,8 +63,10 @@ class TensorBoard:
 
         # Here and not by `add_hparams`, which begins a run of its own, apart from the curves.
         experiment, session, _ = hparams(self.config, self.seen)
+        events = self.writer.file_writer
+        assert events is not None, "only closing takes it away"
         for summary in (experiment, session):
-            self.writer.file_writer.add_summary(summary)
+            events.add_summary(summary)
         self.writer.close()
 
 
