@@ -14,11 +14,13 @@ memory, by size and in all. It starts without a compile cache; run each `begin` 
 from __future__ import annotations
 
 import os
+import pathlib
 import resource
 import sys
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import jax
 import numpy as np

