@@ -67,6 +67,11 @@ def versions() -> dict[str, str]:
     return {"jaxmerge": _version(), "masks": MASKS, "jax": jax.__version__, "python": platform.python_version()}
 
 
+def has_our_masks(record: Mapping[str, Any]) -> bool:
+    """Return whether random masks of the merge that a record is of are drawn as here; without a record, they are."""
+    return not record or record.get("versions", {}).get("masks") == MASKS
+
+
 def _version() -> str:
     try:
         return metadata.version("jaxmerge")

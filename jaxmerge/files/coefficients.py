@@ -11,12 +11,8 @@ from jaxmerge.files.recipe import Recipe
 from jaxmerge.sparsify import check_room
 
 SHARES = {"density": "[0, 1]", "gamma": "[0, 1]", "select_topk": "[0, 1]", "drop": "[0, 1)"}
-DIVIDED = (
-    "average",
-    "multislerp",
-    "extrapolation_merge",
-    "fisher",
-)  # rules that divide by Σw; others take 1 where it is zero
+# Rules that divide by Σw; others take 1 where it is zero.
+DIVIDED = ("average", "multislerp", "extrapolation_merge", "fisher")
 
 
 class Of(NamedTuple):

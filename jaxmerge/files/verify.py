@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmerge.draw import MASKS
 from jaxmerge.files import engine, kinds, recipe
 from jaxmerge.files.adapters.verify import verify_adapter
+from jaxmerge.files.card import has_our_masks
 from jaxmerge.files.checkpoints import fp8
 from jaxmerge.files.checkpoints.adapter import CONFIG
 from jaxmerge.files.checkpoints.open import open_source
-from jaxmerge.files.checkpoints.source import Source, Tensor, read
+from jaxmerge.files.checkpoints.source import Source, Tensor, read, read_run
 from jaxmerge.files.documents import parse_yaml, read_json
 from jaxmerge.files.experts.gates import States
 from jaxmerge.files.experts.layout import unstacked
@@ -84,7 +84,7 @@ def _replayable(
 ) -> tuple[tuple[Job, ...], int, bool]:
     """The jobs that made a folder, the seed of their random masks, and whether those are drawn as here."""
     record = read_json(folder / "merge.json")
-    is_ours = not record or record.get("versions", {}).get("masks") == MASKS
+    is_ours = has_our_masks(record)
     compat, allow, seed = record.get("compat"), record.get("allow", ()), record.get("seed")
     if of is None and record:
         recipes = [
@@ -140,8 +140,8 @@ def _replay(job: Job, found: Tensor, seed: int, places: Iterator[tuple[int, int]
     """What the folder has, what the recipe gives, and the reference, run by run."""
     reference = _reference(job)
     for start, count in places:
-        wanted = _merged(job, [_run_of(i.tensor, start, count) for i in job.reads], seed)
-        yield _run_of(found, start, count), wanted, _or_zeros(reference, wanted, start)
+        wanted = _merged(job, [read_run(i.tensor, start, start + count) for i in job.reads], seed)
+        yield read_run(found, start, start + count), wanted, _or_zeros(reference, wanted, start)
 
 
 def _whole(job: Job, found: Tensor, seed: int) -> Triple:
@@ -161,7 +161,7 @@ def _reference(job: Job) -> Tensor | None:
 
 
 def _or_zeros(reference: Tensor | None, like: np.ndarray, start: int) -> np.ndarray:
-    return np.zeros_like(like) if reference is None else _run_of(reference, start, like.size)
+    return np.zeros_like(like) if reference is None else read_run(reference, start, start + like.size)
 
 
 def _merged(job: Job, arrays: list[np.ndarray], seed: int) -> np.ndarray:
@@ -170,9 +170,3 @@ def _merged(job: Job, arrays: list[np.ndarray], seed: int) -> np.ndarray:
         return arrays[0].astype(job.out_dtype)
     with engine.precision(job), jax.default_device(jax.devices("cpu")[0]):
         return np.asarray(engine.merge_arrays(job, list(arrays), seed))
-
-
-def _run_of(tensor: Tensor, start: int, count: int) -> np.ndarray:
-    buffer = np.empty(count * tensor.dtype.itemsize, np.uint8)
-    tensor.read_into(buffer, start * tensor.dtype.itemsize)
-    return buffer.view(tensor.dtype)

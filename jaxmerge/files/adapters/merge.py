@@ -55,7 +55,6 @@ class AdapterWork:
         progress: Progress | None, headers_only: bool,
     ):  # fmt: skip
         self.recipe, self.options, self.device, self.progress = recipe, options, device, progress
-        self.allow = list(allow)
         self.seed = recipe.seed if seed is None else seed
         self.adapters = [open_adapter(name, headers_only=headers_only) for name in recipe.sources]
         self.notes = [*recipe.notes, *(note for adapter in self.adapters for note in adapter.notes)]

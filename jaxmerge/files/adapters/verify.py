@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmerge.draw import MASKS
 from jaxmerge.files import recipe as recipes
 from jaxmerge.files.adapters.folder import open_adapter
 from jaxmerge.files.adapters.merge import AdapterWork
+from jaxmerge.files.card import has_our_masks
 from jaxmerge.files.checkpoints.source import read
 from jaxmerge.files.documents import parse_yaml, read_json
 from jaxmerge.files.recipe import Recipe
@@ -32,7 +32,7 @@ def verify_adapter(
     """
     record = read_json(folder / "merge.json")
     work = _work(folder, record, of)
-    if RULES[work.recipe.method.rule].needs.key != "none" and record.get("versions", {}).get("masks", MASKS) != MASKS:
+    if RULES[work.recipe.method.rule].needs.key != "none" and not has_our_masks(record):
         raise Unsure(f"the random masks of {folder} were drawn by another version")
     found = open_adapter(str(folder))
     verdicts = []

@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmerge.files.checkpoints.classes import is_transposed
-from jaxmerge.files.checkpoints.codes import Made, Turned, read_run
+from jaxmerge.files.checkpoints.codes import Made, Turned
 from jaxmerge.files.checkpoints.safetensors import NotHere
-from jaxmerge.files.checkpoints.source import Tensor, read
+from jaxmerge.files.checkpoints.source import Tensor, read, read_run
 from jaxmerge.files.documents import parse_json
 
 STATE = ".quant_state.bitsandbytes__"

@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from jaxmerge.files.checkpoints.source import MadeByRows, Tensor, read
+from jaxmerge.files.checkpoints.source import MadeByRows, Tensor, read, read_run
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # AWQ's k-th nibble of a word is this one of its eight columns
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -32,14 +32,6 @@ class Made(MadeByRows):
     @property
     def where(self) -> str:
         return " and ".join(dict.fromkeys(part.where for part in self.parts))
-
-
-def read_run(tensor: Tensor, first: int, last: int) -> np.ndarray:
-    """Read elements [first, last) in C order."""
-    size = tensor.dtype.itemsize
-    buffer = np.empty((last - first) * size, np.uint8)
-    tensor.read_into(buffer, first * size)
-    return buffer.view(tensor.dtype)
 
 
 def _read_rows(tensor: Tensor, first: int, last: int) -> np.ndarray:

@@ -12,6 +12,7 @@ most such matrices, and multiplies some by the scales of other tiles.
 
 from __future__ import annotations
 
+import math
 import pathlib
 import re
 import shutil
@@ -25,7 +26,7 @@ from jaxmerge.files import disk
 from jaxmerge.files.checkpoints import safetensors, shards
 from jaxmerge.files.checkpoints.beside import companions_of, write_companions
 from jaxmerge.files.checkpoints.classes import is_transposed
-from jaxmerge.files.checkpoints.source import Tensor
+from jaxmerge.files.checkpoints.source import Tensor, read_run
 from jaxmerge.files.companions import as_json
 from jaxmerge.files.documents import read_json, some
 
@@ -143,8 +144,8 @@ def write(folder: pathlib.Path, out: pathlib.Path, max_shard_bytes: int) -> None
                 if is_stored(name, *tensors[name], config):
                     _write_codes(writer, name, tensor)
                 else:
-                    for start, data in _runs(tensor, BLOCK * 8192):
-                        writer.write(name, data, start)
+                    for first, run in _runs(tensor, BLOCK * 4096):
+                        writer.write(name, run.view(np.uint8), first * run.itemsize)
             writer.finish()
         finally:
             writer.close()
@@ -174,19 +175,17 @@ def check(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], config: Mappi
 def _write_codes(writer: safetensors.Writer, name: str, tensor: Tensor) -> None:
     """Quantise and write a matrix, a row of tiles at a time."""
     width = tensor.shape[1]
-    for start, data in _runs(tensor, BLOCK * width * tensor.dtype.itemsize):
-        rows = data.view(tensor.dtype).reshape(-1, width)
-        first = start // (width * tensor.dtype.itemsize)
+    for first, run in _runs(tensor, BLOCK * width):
+        rows = run.reshape(-1, width)
         if not np.isfinite(rows.astype(np.float32)).all():
             raise ValueError(f"tensor {name!r} holds numbers that float32 does not; FP8 has no scale for them")
         codes, scales = quantise(rows)
-        writer.write(name, codes.reshape(-1).view(np.uint8), first * width)
-        writer.write(name + SCALE, scales.reshape(-1).view(np.uint8), first // BLOCK * scales.shape[1] * 4)
+        writer.write(name, codes.reshape(-1).view(np.uint8), first)
+        writer.write(name + SCALE, scales.reshape(-1).view(np.uint8), first // (BLOCK * width) * scales.nbytes)
 
 
-def _runs(tensor: Tensor, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Read a tensor in runs of so many bytes: where each begins, and its bytes."""
-    for start in range(0, tensor.size, max(size, 1)):
-        buffer = np.empty(min(size, tensor.size - start), np.uint8)
-        tensor.read_into(buffer, start)
-        yield start, buffer
+def _runs(tensor: Tensor, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Read a tensor in runs of so many elements: the first one's number, and the run."""
+    size = math.prod(tensor.shape)
+    for first in range(0, size, max(count, 1)):
+        yield first, read_run(tensor, first, min(first + count, size))

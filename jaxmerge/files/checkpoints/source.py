@@ -58,6 +58,14 @@ def read(tensor: Tensor) -> np.ndarray:
     return buffer.view(tensor.dtype).reshape(tensor.shape)
 
 
+def read_run(tensor: Tensor, first: int, last: int) -> np.ndarray:
+    """Read elements [first, last), counted in C order, into a fresh array of one axis."""
+    size = tensor.dtype.itemsize
+    buffer = np.empty((last - first) * size, np.uint8)
+    tensor.read_into(buffer, first * size)
+    return buffer.view(tensor.dtype)
+
+
 def fill_by_rows(tensor: Tensor, buffer: np.ndarray, start: int, rows: Callable[[int, int], np.ndarray]) -> None:
     """Do the `read_into` of a tensor that can make its rows [first, last) as an array of its dtype.
 
