@@ -47,10 +47,21 @@ class _Lazy:
 
     shape: tuple[int, ...]
     tensor: Tensor | None = None
+    stacked: tuple[_Lazy, ...] = ()
+    """In place of a tensor: the matrices of all experts."""
 
     def astype(self, dtype: Any) -> np.ndarray:
+        if self.stacked:
+            array = np.empty(self.shape, dtype)
+            for i, lazy in enumerate(self.stacked):
+                array[i] = lazy.astype(dtype)
+            return array
         assert self.tensor is not None
         return read(self.tensor).astype(dtype)
+
+
+def _stack(lazies: list[_Lazy]) -> _Lazy:
+    return _Lazy((len(lazies), *lazies[0].shape), stacked=tuple(lazies))
 
 
 def _opened(folder: Path) -> tuple[ModelConfig, Tokenizer]:
@@ -62,9 +73,9 @@ def _opened(folder: Path) -> tuple[ModelConfig, Tokenizer]:
 def _check(folder: Path, tensors: Tensors, *, file: Path, pre: str | None) -> list[str]:
     """Raise where the model or its tokenizer cannot be written, before anything is merged."""
     config, tokenizer = _opened(folder)
-    prepare(config, tokenizer, file, pre=pre)  # first, for experts have no leaf of their own
+    prepare(config, tokenizer, file, pre=pre)
     lazy: dict[str, Any] = {name: _Lazy(tuple(shape)) for name, (_, shape) in tensors.items()}
-    tree_of(config, lazy, source="the result")
+    tree_of(config, lazy, source="the result", stack=_stack)
     return []
 
 
@@ -87,7 +98,7 @@ def _write(folder: Path, out: Path, max_shard_bytes: int, *, type: Type, pre: st
     lazy: dict[str, Any] = {name: _Lazy(tuple(tensor.shape), tensor) for name, tensor in source.tensors.items()}
     made = folder.parent / "gguf" / out.name  # the file is named after its folder
     shutil.rmtree(made, ignore_errors=True)
-    file = save_gguf(made, config, tree_of(config, lazy, source=folder), tokenizer, type=type, pre=pre)
+    file = save_gguf(made, config, tree_of(config, lazy, source=folder, stack=_stack), tokenizer, type=type, pre=pre)
     with new_folder(out) as partial:
         os.replace(file, partial / file.name)
         for name in SAID:

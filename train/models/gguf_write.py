@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxmerge.files.checkpoints import gguf_config, gguf_rope, gguf_tokenizer
 from jaxmerge.files.checkpoints.gguf import permute
-from jaxmerge.files.checkpoints.gguf_config import ARCHITECTURES, PATTERN
+from jaxmerge.files.checkpoints.gguf_config import ARCHITECTURES, EXPERTS, PATTERN, SHARED_WIDE, WIDE
 from jaxmerge.files.checkpoints.gguf_rope import FACTORS, WINDOW
 
 from ..log import UserError, is_first_process, say
@@ -38,9 +38,10 @@ Type = Literal["f32", "f16", "bf16", "q8_0"]
 KINDS = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
 """Type → its name in the gguf package and its number as the type of a whole file."""
 F16_OVERFLOWS = 65520  # rounds to infinity
+ROUTER, SHARED_GATE = ".mlp.gate.weight", ".mlp.shared_expert_gate.weight"
 BLOCK = 32  # weights of a row that Q8_0 gives one scale
 OF_FAMILY = {arch.family: name for name, arch in ARCHITECTURES.items()} | {
-    "mistral": "llama", "ministral": "llama", "olmo3": "olmo2",
+    "mistral": "llama", "ministral": "llama", "mixtral": "llama", "olmo3": "olmo2",
 }  # fmt: skip
 PROBES = (
     "Hello world", "<|im_start|>", " two  spaces,\ta tab\n\n and lines", "1234567890 3.14159 1,000,000",
@@ -123,6 +124,7 @@ def model_metadata(config: ModelConfig, file: pathlib.Path) -> tuple[dict[str, A
     if arch == "phi3" and config.sliding_window:
         say(f"note: llama.cpp leaves out the window of {config.sliding_window} keys that this Phi-3 has")
     own |= {key: getattr(config, attribute) for key, attribute in ARCHITECTURES[arch].words.items()}
+    own |= _experts(config, arch)
     if ARCHITECTURES[arch].rope.local and config.sliding_window:
         own[WINDOW] = config.sliding_window
         own[PATTERN] = [window is not None for window, _ in config.layers]
@@ -151,6 +153,16 @@ def model_metadata(config: ModelConfig, file: pathlib.Path) -> tuple[dict[str, A
         **rope,
     }
     return {f"{arch}.{key}": value for key, value in numbers.items() if value is not None}, factors
+
+
+def _experts(config: ModelConfig, arch: str) -> dict[str, Any]:
+    """Sizes of a mixture of experts."""
+    e = config.experts
+    if e is None:
+        return {}
+    sizes = {WIDE: e.intermediate_size, SHARED_WIDE: e.shared_intermediate_size}
+    own = {key: value for key, value in sizes.items() if key in ARCHITECTURES[arch].needed}
+    return {**dict(zip(EXPERTS, (e.count, e.per_token), strict=True)), **own}
 
 
 def _rope(config: ModelConfig, file: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -191,6 +203,9 @@ def check_config(
     found = config_from_hf(read, source=file)
     free = ("family", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
     alike = _in_float32(dataclasses.replace(found, **{name: getattr(config, name) for name in free}))
+    if alike.experts is not None and config.experts is not None:  # a coefficient of training alone
+        experts = dataclasses.replace(alike.experts, balance=config.experts.balance)
+        alike = dataclasses.replace(alike, experts=experts)
     if differ := differences(_in_float32(config), alike):
         said = ", ".join(f"{name}={getattr(config, name)!r:.120}" for name in differ)
         raise UserError(
@@ -290,7 +305,8 @@ def _write(
     types, arch = gguf.GGMLQuantizationType, OF_FAMILY[config.family]
     leaves = dict(named(params))
     names = {name: gguf_name(arch, config.num_hidden_layers, name) for name in leaves}
-    stored = {name: types[_kind(leaf.shape, kind)] for name, leaf in leaves.items()}
+    sizes = {name: _shape(name, leaf.shape) for name, leaf in leaves.items()}
+    stored = {name: types[_kind(name, shape, kind)] for name, shape in sizes.items()}
     writer = gguf.GGUFWriter(file, arch) if is_first_process() else None
     with contextlib.closing(writer) if writer is not None else contextlib.nullcontext():
         if writer is not None:
@@ -298,8 +314,8 @@ def _write(
                 _add(writer, key, value)
             for name, values in factors.items():
                 writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
-            for name, leaf in leaves.items():
-                shape = gguf.quant_shape_to_byte_shape(leaf.shape, stored[name])
+            for name in leaves:
+                shape = gguf.quant_shape_to_byte_shape(sizes[name], stored[name])
                 size = math.prod(shape)
                 writer.add_tensor_info(names[name], shape, np.dtype(np.uint8), size, raw_dtype=stored[name])
             writer.write_header_to_file()
@@ -310,7 +326,7 @@ def _write(
 
         def write(name: str, weight: np.ndarray) -> None:
             assert writer is not None
-            array = arrange(config, name, weight)
+            array = arrange(config, name, weight).reshape(sizes[name])
             if stored[name] == types.F16 and np.abs(array).max() >= F16_OVERFLOWS:
                 largest = f"{np.abs(array).max():.4g}"
                 raise UserError(f"{file.name}: {name} holds {largest}, more than f16 can; write type=bf16")
@@ -321,8 +337,13 @@ def _write(
             on_first(write, name, to_host(leaves[name].astype(np.float32)))
 
 
-def _kind(shape: tuple[int, ...], kind: str) -> str:
-    if len(shape) < 2:
+def _shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that llama.cpp has of a weight: the gate of a shared expert is a vector there."""
+    return shape[-1:] if name.endswith(SHARED_GATE) else shape
+
+
+def _kind(name: str, shape: tuple[int, ...], kind: str) -> str:
+    if len(shape) < 2 or name.endswith(ROUTER):  # llama.cpp's converter never rounds a router
         return "F32"
     return "F16" if kind == "Q8_0" and shape[-1] % BLOCK else kind
 

@@ -151,13 +151,18 @@ def _host(files: list[str], wanted: Mapping[str, Part], read: Callable[[str], np
     return stack
 
 
-def tree_of(config: ModelConfig, tensors: Mapping[str, jax.Array], *, source: Any) -> Params:
-    """Parameters of tensors that lie where they should, by their Hugging Face names; refused as `place` refuses."""
+def tree_of(
+    config: ModelConfig, tensors: Mapping[str, Any], *, source: Any, stack: Callable[[list[Any]], Any] = jnp.stack
+) -> Params:
+    """Parameters of tensors that lie where they should, by their Hugging Face names; refused as `place` refuses.
+
+    stack: makes one leaf of the matrices of all experts.
+    """
     used = {name: tensor for name, tensor in tensors.items() if not COMPUTED.fullmatch(name)}
     wanted = _wanted(config, {n: t.shape for n, t in used.items()}, source)
 
-    def leaf(files: list[str]) -> jax.Array:
-        return used[files[0]] if wanted[files[0]].expert is None else jnp.stack([used[name] for name in files])
+    def leaf(files: list[str]) -> Any:
+        return used[files[0]] if wanted[files[0]].expert is None else stack([used[name] for name in files])
 
     return _nested({name: leaf(files) for name, files in by_leaf(wanted).items()})
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from jaxmerge.files.checkpoints import gguf_config
 from jaxmerge.files.checkpoints.gguf_config import architecture_of
 from jaxmerge.files.checkpoints.gguf_rope import FACTORS
 from jaxmerge.files.checkpoints.gguf_tokenizer import check_tokenizer, special_tokens, tokenizer_json
-from jaxmerge.files.checkpoints.source import MadeByRows, Source, Tensor
+from jaxmerge.files.checkpoints.source import MadeByRows, Part, Source, Tensor
 
 # --- the file and its tensors ---
 
@@ -106,11 +107,11 @@ def config_of(metadata: Mapping[str, Any], stored: Iterable[Any], *, source: pat
 
 def tensors_of(
     metadata: Mapping[str, Any], config: Mapping[str, Any], stored: Iterable[Any], path: pathlib.Path
-) -> list[Quantised]:
-    """The reader's tensors under Hugging Face names, for the sizes of a config.json."""
+) -> list[Tensor]:
+    """The reader's tensors under Hugging Face names, for the sizes of a config.json; of experts one by one."""
     arch = architecture_of(metadata, source=path)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]} if arch.permuted else {}
-    found = []
+    found: list[Tensor] = []
     for tensor in stored:
         if tensor.name in FACTORS:
             continue
@@ -121,8 +122,19 @@ def tensors_of(
         if kind in heads and (not heads[kind] or shape[0] % (2 * heads[kind])):
             raise ValueError(f"{path}: {tensor.name} has {shape[0]} rows, not a multiple of two a head ({heads[kind]})")
         offset = 1.0 if arch.offset and kind.endswith("norm") else 0.0
-        found.append(Quantised(name, shape, path, tensor, heads.get(kind), offset))
+        found += _apart(Quantised(name, shape, path, tensor, heads.get(kind), offset))
     return found
+
+
+def _apart(tensor: Quantised) -> list[Tensor]:
+    """The tensors of a Hugging Face folder that one stands for: the matrices of a stack, or the tensor itself."""
+    name, shape = tensor.name, tensor.shape
+    if "{}" in name:
+        size = math.prod(shape[1:]) * tensor.dtype.itemsize
+        return [Part(name.format(expert), shape[1:], tensor, expert * size) for expert in range(shape[0])]
+    if name.endswith("shared_expert_gate.weight"):  # a vector there, and a matrix of one row here
+        return [Part(name, (1, *shape[-1:]), tensor, 0)]
+    return [tensor]
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:

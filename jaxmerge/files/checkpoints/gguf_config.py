@@ -40,8 +40,32 @@ GEMMA_NORMS = {
 FUSED_MLP = {"ffn_up": "mlp.gate_up_proj"}
 FUSED = {"attn_qkv": "self_attn.qkv_proj", **FUSED_MLP}
 OLMO_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+ROUTED = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
+"""Of a mixture of experts; `{}` stands for the expert, whose matrices one tensor [E, out, in] holds."""
+SHARED = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+MIXTRAL = {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+}
 GLM4_NORMS = {"post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"}
 PATTERN = "attention.sliding_window_pattern"
+EXPERTS = ("expert_count", "expert_used_count")
+WIDE, SHARED_WIDE = "expert_feed_forward_length", "expert_shared_feed_forward_length"
+# What llama.cpp's code says of the weights of the chosen experts; a file may say so too, and nothing else.
+WEIGHTING = ("expert_gating_func", "expert_weights_norm", "expert_weights_scale")
+SOFTMAX = 1
 
 # Metadata of the architecture, all of it read below; any other key with its name is refused.
 NEEDED = (
@@ -60,8 +84,13 @@ OPTIONAL = (
 
 
 def _llama(given: Given, names: set[str]) -> dict[str, Any]:
-    del given
+    """Llama, or Mixtral where there are experts."""
+    mixture = {}
+    if given.get("expert_count"):
+        kind = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+        mixture = {**kind, **_experts(given, "num_local_experts", normalized=True)}
     return {
+        **mixture,
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
         "mlp_bias": "model.layers.0.mlp.up_proj.bias" in names,
         "hidden_act": "silu",
@@ -80,6 +109,45 @@ def _qwen2(given: Given, names: set[str]) -> dict[str, Any]:
 
 def _qwen3(given: Given, names: set[str]) -> dict[str, Any]:
     return {**_qwen2(given, names), "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names}
+
+
+def _experts(given: Given, count: str, *, normalized: bool) -> dict[str, Any]:
+    """The number of experts under a family's name for it; raise where their weights are said to be others.
+
+    normalized: whether llama.cpp lets the weights of a token's experts sum to 1 in this architecture.
+    """
+    fixed = {"expert_gating_func": SOFTMAX, "expert_weights_norm": normalized, "expert_weights_scale": 1.0}
+    for key, value in fixed.items():
+        if given.get(key, value) not in (value, 0.0 if key == "expert_weights_scale" else value):
+            raise ValueError(f"{key} is {given[key]!r:.80}; implemented: {value}")
+    if missing := [key for key in EXPERTS if key not in given]:
+        raise ValueError(f"{', '.join(missing)} missing from the metadata of a mixture of experts")
+    return {count: given["expert_count"], "num_experts_per_tok": given["expert_used_count"]}
+
+
+def _qwen2_moe(given: Given, names: set[str]) -> dict[str, Any]:
+    return {
+        **_qwen2(given, names),
+        **_experts(given, "num_experts", normalized=False),
+        "norm_topk_prob": False,
+        "moe_intermediate_size": given[WIDE],
+        "shared_expert_intermediate_size": given[SHARED_WIDE],
+    }
+
+
+def _qwen3_moe(given: Given, names: set[str]) -> dict[str, Any]:
+    return {
+        **_qwen3(given, names),
+        **_experts(given, "num_experts", normalized=True),
+        "norm_topk_prob": True,
+        "moe_intermediate_size": given[WIDE],
+    }
+
+
+def _olmoe(given: Given, names: set[str]) -> dict[str, Any]:
+    del names
+    experts = _experts(given, "num_experts", normalized=False)
+    return {"hidden_act": "silu", "attention_bias": False, **experts, "norm_topk_prob": False}
 
 
 def _gemma(given: Given, every: int, largest: int) -> dict[str, Any]:
@@ -162,10 +230,10 @@ class Architecture:
     """One `general.architecture`.
 
     family, model: its `model_type`, and the class that transformers loads it as. attributes: those of config.json that
-    are its own. inner: what its modules are called where INNER does not say. needed, optional: metadata of its own.
-    words: metadata of its own that are an attribute of config.json under another name. partial: it says how much of a
-    head rotates. rope: what it fixes of the rotation. permuted: rows of q and k are stored in interleaved pairs.
-    offset: norms are stored with 1 added to each weight.
+    are its own. inner: what its modules are called where INNER does not say; `{}` stands for an expert. needed,
+    optional: metadata of its own. words: metadata of its own that are an attribute of config.json under another name.
+    partial: it says how much of a head rotates. rope: what it fixes of the rotation. permuted: rows of q and k are
+    stored in interleaved pairs. offset: norms are stored with 1 added to each weight.
     """
 
     family: str
@@ -186,7 +254,16 @@ class Architecture:
         Example:
           >>> ARCHITECTURES["llama"].hf_name("blk.3.attn_q.weight")
           'model.layers.3.self_attn.q_proj.weight'
+
+        A tensor of all experts has `{}` in the place of the expert:
+          >>> ARCHITECTURES["qwen3moe"].hf_name("blk.0.ffn_up_exps.weight")
+          'model.layers.0.mlp.experts.{}.up_proj.weight'
         """
+        # Files from before April 2024 have a tensor for each expert.
+        if match := re.fullmatch(r"blk\.(\d+)\.(ffn_(?:gate|up|down))\.(\d+)\.weight", name):
+            layer, kind, expert = match.groups()
+            module = self.inner.get(f"{kind}_exps")
+            return f"model.layers.{layer}.{module.format(expert)}.weight" if module else name
         if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
             layer, kind, leaf = match.groups()
             module = self.inner.get(kind) or INNER.get(kind)
@@ -205,9 +282,21 @@ MULTIPLIERS = {
 PLAIN = ("linear", "yarn")
 """Kinds of rope scaling that need no factors of frequencies."""
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("llama", "LlamaForCausalLM", _llama, permuted=True),  # also Mistral and SmolLM2
+    # Also Mistral, SmolLM2 and Mixtral.
+    "llama": Architecture("llama", "LlamaForCausalLM", _llama, MIXTRAL, optional=(*EXPERTS, *WEIGHTING), permuted=True),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _qwen2),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _qwen3, HEAD_NORMS),
+    "qwen2moe": Architecture(
+        "qwen2_moe", "Qwen2MoeForCausalLM", _qwen2_moe, {**ROUTED, **SHARED},
+        needed=(*EXPERTS, WIDE, SHARED_WIDE), optional=WEIGHTING,
+    ),
+    "qwen3moe": Architecture(
+        "qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_moe, {**ROUTED, **HEAD_NORMS},
+        needed=(*EXPERTS, WIDE), optional=WEIGHTING,
+    ),
+    "olmoe": Architecture(
+        "olmoe", "OlmoeForCausalLM", _olmoe, {**ROUTED, **HEAD_NORMS}, needed=EXPERTS, optional=WEIGHTING,
+    ),
     "gemma2": Architecture(
         "gemma2", "Gemma2ForCausalLM", _gemma2, GEMMA_NORMS,
         needed=(WINDOW,), words=CAPS, offset=True,

@@ -110,6 +110,37 @@ class MadeByRows:
         raise NotImplementedError
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """A run of a tensor's elements, in the order in which they are stored, as a tensor of its own."""
+
+    name: str
+    shape: tuple[int, ...]
+    whole: Tensor
+    first: int
+    """Its first byte in the whole."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.whole.dtype
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    @property
+    def where(self) -> str:
+        return self.whole.where
+
+    @property
+    def chunked(self) -> bool:
+        return self.whole.chunked
+
+    def read_into(self, buffer: np.ndarray, start: int = 0) -> None:
+        """Fill `buffer` (uint8, C order) with the bytes from byte `start` of the part on."""
+        self.whole.read_into(buffer, self.first + start)
+
+
 def main_dtype(tensors: Iterable[tuple[np.dtype, int]]) -> np.dtype | None:
     """Return the floating dtype that most bytes have, of tensors given as (dtype, bytes); None without one."""
     sizes: dict[np.dtype, int] = {}

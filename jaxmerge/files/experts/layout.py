@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from jaxmerge.files.checkpoints.classes import model_types
-from jaxmerge.files.checkpoints.source import Source, Tensor
+from jaxmerge.files.checkpoints.source import Part, Source, Tensor
 
 STACKED = re.compile(r"(?P<block>(.*\.)?mlp)\.experts\.(?P<kind>gate_up_proj|down_proj)")
 # What families without another layout call their stacked experts; the first axis of each is the expert.
@@ -29,37 +29,6 @@ LAYOUTS: dict[str, tuple[str, tuple[str, str, str]]] = {
     "olmoe": _QWEN, "flex_olmo": _QWEN, "deepseek_v2": _QWEN, "deepseek_v3": _QWEN, "glm4_moe": _QWEN, "dots1": _QWEN,
     "hunyuan_v1_moe": _QWEN, "afmoe": _QWEN, "longcat_flash": _QWEN, "solar_open": _QWEN,
 }  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Part:
-    """A run of a tensor's elements, in the order in which they are stored, as a tensor of its own."""
-
-    name: str
-    shape: tuple[int, ...]
-    whole: Tensor
-    first: int
-    """Its first byte in the whole."""
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.whole.dtype
-
-    @property
-    def size(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
-
-    @property
-    def where(self) -> str:
-        return self.whole.where
-
-    @property
-    def chunked(self) -> bool:
-        return self.whole.chunked
-
-    def read_into(self, buffer: np.ndarray, start: int = 0) -> None:
-        """Fill `buffer` (uint8, C order) with the bytes from byte `start` of the part on."""
-        self.whole.read_into(buffer, self.first + start)
 
 
 def unstacked(source: Source, notes: list[str]) -> Source:

@@ -30,7 +30,12 @@ NAMES = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = config_of(ATTRIBUTES)
+    write_models(config_of(ATTRIBUTES))
+    return tmp_path
+
+
+def write_models(config):
+    """Two models and the recipe of their mean."""
     tokenizer = Tokenizer(byte_level(), NAMES, chat_template=CHATML)
     fitted = tokenizer.fitted(vocab_size=config.vocab_size, eos_ids=config.eos_token_id)
     for seed, name in enumerate(("one", "two")):
@@ -39,7 +44,6 @@ def here(tmp_path, monkeypatch):
     recipe = {"merge_method": "linear", "models": [{"model": name} for name in ("one", "two")]}
     recipe |= {"parameters": {"weight": 1}, "dtype": "float32", "out_dtype": "bfloat16"}
     pathlib.Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return tmp_path
 
 
 def test_the_file_holds_the_merge_and_every_reader_takes_it(here, capsys):
@@ -87,3 +91,21 @@ def test_what_cannot_be_written_is_refused_before_the_merge(here, capsys):
     file.write_text(json.dumps(said))
     pathlib.Path("one/tokenizer.json").unlink()
     assert "tokenizer" in refused("format=gguf", "--dry-run")
+
+
+def test_experts_are_merged_one_by_one_and_written_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_models(config_of({**ATTRIBUTES, "model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}))
+    assert main(["merge", "recipe.yaml", "plain"]) == 0
+    assert main(["merge", "recipe.yaml", "out", "format=gguf", "type=bf16"]) == 0
+    plain, found = open_source("plain").tensors, open_source("out").tensors
+    assert set(found) == set(plain)
+    assert "model.layers.0.block_sparse_moe.experts.2.w3.weight" in found
+    for name, tensor in plain.items():
+        np.testing.assert_array_equal(read(found[name]), read(tensor).astype(np.float32), err_msg=name)
+    # The file is a model of recipes too, beside a folder.
+    recipe = {"merge_method": "linear", "models": [{"model": name} for name in ("out", "plain")], "dtype": "float32"}
+    pathlib.Path("again.yaml").write_text(yaml.safe_dump({**recipe, "parameters": {"weight": 1}}))
+    assert main(["merge", "again.yaml", "same"]) == 0
+    for name, tensor in open_source("same").tensors.items():
+        np.testing.assert_array_equal(read(tensor), read(plain[name]).astype(np.float32), err_msg=name)

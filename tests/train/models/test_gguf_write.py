@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from helpers.goldens.family_cases import FAMILY_CASES, FULL, GRANITE, SIZES, SLIDING
 from helpers.tiny_families import weights
-from helpers.tiny_models import config_of, logits, relative
+from helpers.tiny_models import config_of, logits, relative, tokens
 from helpers.tiny_tokenizers import CHATML, TEXTS, byte_level, pieces
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
@@ -26,6 +26,7 @@ from train.models.gguf_write import OF_FAMILY, model_metadata, save_gguf
 from train.models.hf import named
 from train.models.hf_config import config_from_hf, differences
 from train.models.open import load_model
+from train.models.stored import parts
 from train.models.tokenizer import Tokenizer
 
 PADDED = 3  # rows of the embedding that are no token's
@@ -36,6 +37,7 @@ SMALL = {
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.3, 2.0, 2.5], "long_factor": [1.5, 3.0, 9.0, 9.5]}
 GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 8}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2}
 CASES = {
     "llama": {"model_type": "llama", **SMALL, "attention_bias": True, "mlp_bias": True},
     "llama3": {
@@ -70,6 +72,16 @@ CASES = {
     },
     "granite": {"model_type": "granite", **SMALL, **GRANITE, "attention_bias": True, "tie_word_embeddings": True},
     "glm": {"model_type": "glm", **SMALL, "head_dim": 16},
+    "mixtral": {"model_type": "mixtral", **SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe", **SMALL, **EXPERTS, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.01,
+        "shared_expert_intermediate_size": 64,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", **SMALL, **EXPERTS, "moe_intermediate_size": 32, "norm_topk_prob": True,
+        "head_dim": 16,
+    },
+    "olmoe": {"model_type": "olmoe", **SMALL, **EXPERTS},
     "glm4": {"model_type": "glm4", **SMALL, "attention_bias": False, "head_dim": 16, "partial_rotary_factor": 0.25},
 }  # fmt: skip
 NAMES = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
@@ -95,9 +107,11 @@ def write(tmp_path, case, tokenizer=None, *, dtype=jnp.bfloat16, type="bf16", **
 def test_what_is_written_is_the_same_model(case, tmp_path):
     config, params = model(case)
     found = load_model(write(tmp_path, case))
-    llamas = {"model_type": "llama"} if case in ("mistral", "ministral") else {}
-    assert differences(config_of({**CASES[case], **llamas}), found.config) == []
-    assert found.config.family == {**CASES[case], **llamas}["model_type"]
+    # What the file does not say: how it is the same computation, and a coefficient of training.
+    llama = {"model_type": "llama"}
+    unsaid = {"mistral": llama, "ministral": llama, "qwen2_moe": {"router_aux_loss_coef": 0.001}}.get(case, {})
+    assert differences(config_of({**CASES[case], **unsaid}), found.config) == []
+    assert found.config.family == {**CASES[case], **unsaid}["model_type"]
     for (name, a), (other, b) in zip(named(params), named(found.params), strict=True):
         assert name == other
         # 1 + w is what the file holds of Gemma's norms.
@@ -107,12 +121,50 @@ def test_what_is_written_is_the_same_model(case, tmp_path):
     )
     # The folder is a checkpoint too: of merges, and of every verb.
     assert load_model(tmp_path / case).config == found.config
-    assert set(open_source(str(tmp_path / case)).tensors) == {name for name, _ in named(params)}
+    assert set(open_source(str(tmp_path / case)).tensors) == set(parts(config, dict(named(params))))
 
 
-def test_every_dense_family_is_written_and_read():
-    dense = {n for n, family in FAMILIES.items() if not {"num_experts", "num_local_experts"} & family.absent.keys()}
-    assert {case["model_type"] for case in CASES.values()} == dense == set(OF_FAMILY)
+def test_every_family_is_written_and_read():
+    assert {case["model_type"] for case in CASES.values()} == set(FAMILIES) == set(OF_FAMILY)
+
+
+def test_experts_are_one_tensor_and_gates_are_never_rounded(tmp_path):
+    config, _ = model("qwen2_moe")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(write(tmp_path, "qwen2_moe", type="q8_0")).tensors}
+    kinds = {name.removeprefix("blk.1.ffn_"): (list(t.shape), t.tensor_type.name) for name, t in tensors.items()}
+    wide, narrow, shared = config.hidden_size, 32, 64
+    assert kinds["gate_exps.weight"] == kinds["up_exps.weight"] == ([wide, narrow, 5], "Q8_0")
+    assert kinds["down_exps.weight"] == ([narrow, wide, 5], "Q8_0")
+    assert kinds["down_shexp.weight"] == ([shared, wide], "Q8_0")
+    assert kinds["gate_inp.weight"] == ([wide, 5], "F32")
+    assert kinds["gate_inp_shexp.weight"] == ([wide], "F32")
+
+
+def test_experts_of_old_files_have_a_tensor_each():
+    name = gguf_config.ARCHITECTURES["llama"].hf_name
+    assert name("blk.1.ffn_down.3.weight") == "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    assert name("blk.1.ffn_up_exps.weight") == "model.layers.1.block_sparse_moe.experts.{}.w3.weight"
+    dense = gguf_config.ARCHITECTURES["qwen2"].hf_name
+    assert dense("blk.1.ffn_down.3.weight") == "blk.1.ffn_down.3.weight"  # unknown, and refused by name later
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("qwen3_moe", {"expert_weights_norm": False}, "a.gguf: expert_weights_norm is False; implemented: True"),
+        ("olmoe", {"expert_gating_func": 2}, "a.gguf: expert_gating_func is 2; implemented: 1"),
+        ("qwen2_moe", {"expert_weights_scale": 2.5}, "a.gguf: expert_weights_scale is 2.5; implemented: 1.0"),
+        ("mixtral", {"expert_used_count": None}, "expert_used_count missing from the metadata of a mixture"),
+    ],
+)
+def test_other_weights_of_experts_are_refused(case, changes, message):
+    config = config_of(CASES[case])
+    written, _ = model_metadata(config, pathlib.Path("a.gguf"))
+    arch = OF_FAMILY[CASES[case]["model_type"]]
+    metadata = {"general.architecture": arch, **written, **{f"{arch}.{key}": value for key, value in changes.items()}}
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        gguf_config.config_of(metadata, {name for name, _ in named(shapes(config))}, {}, source="a.gguf")
 
 
 def test_keys_that_only_llama_cpps_converter_writes_are_read():
@@ -189,6 +241,9 @@ def test_a_weight_beyond_f16_is_named_and_nothing_is_left(tmp_path):
         ("olmo3", {"rope_theta": None, "rope_scaling": None, "rope_parameters": {
             FULL: {"rope_theta": 100.0}, SLIDING: {"rope_theta": 50.0}}}, "no words for local_rope_theta=50.0"),
         ("glm4", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, **LLAMA3}}, "'llama3' is not known of glm4"),
+        ("qwen2_moe", {"mlp_only_layers": [1]}, "'qwen2moe' has no words for experts="),
+        ("qwen3_moe", {"norm_topk_prob": False}, "'qwen3moe' has no words for experts="),
+        ("mixtral", {"sliding_window": 8}, "'llama' has no words for sliding_window=8"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "no words for sliding"),
     ],
 )  # fmt: skip
@@ -306,3 +361,25 @@ def test_transformers_reads_the_same_weights(case, tmp_path):
         np.testing.assert_allclose(
             state[name], leaf, rtol=0, atol=6e-8 if config.unit_offset_norms else 0, err_msg=name
         )
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("case", "widths"),
+    [
+        ("qwen2_moe", {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}),
+        ("qwen3_moe", {"moe_intermediate_size": 768}),
+    ],
+)
+def test_transformers_computes_the_same_with_experts(case, widths, tmp_path):
+    """The widths are its defaults: transformers 5.23 does not read them from a file (findings/)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = config_of({**CASES[case], **widths})
+    params = weights(config)
+    file = save_gguf(tmp_path / case, config, params, fitted(config), type="f32")
+    theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    with torch.no_grad():
+        wanted = theirs(torch.asarray(tokens(config.vocab_size))).logits.numpy()
+    assert relative(logits(config, params), wanted) < 1e-5
