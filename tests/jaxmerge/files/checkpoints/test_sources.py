@@ -215,8 +215,8 @@ def test_a_gguf_with_an_unknown_tokenizer_has_none(tmp_path):
 
 def test_damaged_gguf_files_are_named(tmp_path, monkeypatch):
     config, params = model()
-    file = write_gguf(tmp_path / "a.gguf", config, params, keys={"llama.expert_count": 2})
-    with pytest.raises(ValueError, match=r"a\.gguf: not understood: llama.expert_count = 2"):
+    file = write_gguf(tmp_path / "a.gguf", config, params, keys={"llama.experts_per_group": 2})
+    with pytest.raises(ValueError, match=r"a\.gguf: not understood: llama.experts_per_group = 2"):
         open_source(str(file))
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"a\.gguf: truncated or not a GGUF file"):
