@@ -85,7 +85,7 @@ def test_unpermute_undoes_interleaving():
     ("written", "message"),
     [
         ({"arch": "gemma"}, "general.architecture 'gemma' is not known; known: llama"),
-        ({"keys": {"llama.expert_count": 4}}, "not understood: llama.expert_count = 4"),
+        ({"keys": {"llama.experts_per_group": 4}}, "not understood: llama.experts_per_group = 4"),
         ({"keys": {"llama.block_count": None}}, "llama.block_count missing"),
         ({"keys": {"llama.rope.dimension_count": 4}}, "llama.rope.dimension_count is 4; implemented: the head size, 8"),
         ({"keys": {"llama.rope.scaling.type": "alibi"}}, "'alibi' is not known; known: none, linear, yarn, longrope"),
