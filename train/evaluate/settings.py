@@ -43,7 +43,7 @@ class Evaluation:
     temperature: float = 0.8
     """The logits of these samples are divided by it."""
     sampled: Literal["last", "all"] = "last"
-    """Samples are drawn from the models of the last round or of all rounds, besides the base."""
+    """Samples are drawn from the base, and from the models of the last round (last) or of all rounds (all)."""
 
     def __post_init__(self):
         at_least(self, "evaluation", max_new_tokens=1, slots=1, batch=1, samples=0)

@@ -47,7 +47,7 @@ class Alone(Decoding):
     """MODEL decides every token by itself."""
 
     name: Literal["alone"] = "alone"
-    """Which models decide a token together; which other keys there are depends on it."""
+    """The models decide a token together in this way. The other keys of this block depend on it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,9 +64,9 @@ class ProxyTuning(Decoding):
     name: Literal["proxy_tuning"] = "proxy_tuning"
     """The method."""
     expert: str
-    """The small model that was tuned, as MODEL is named."""
+    """This is the small model that was tuned; it is named like MODEL."""
     antiexpert: str
-    """The small model before it was tuned."""
+    """This is the small model before it was tuned."""
     alpha: float = 1.0
     """The change of the small model is added this many times; 0 leaves MODEL as it is."""
 
@@ -113,9 +113,9 @@ class EmulatedFineTuning(Decoding):
     name: Literal["emulated_fine_tuning"] = "emulated_fine_tuning"
     """The method."""
     tuned: tuple[str, ...]
-    """The small models that were tuned, as MODEL is named; most often one."""
+    """These are the small models that were tuned, most often one; they are named like MODEL."""
     small: str
-    """The small model before it was tuned."""
+    """This is the small model before it was tuned."""
     weights: tuple[float, ...] = ()
     """The change of each tuned model counts this much; () counts each once."""
     top_p: float = 1.0
@@ -175,7 +175,7 @@ class UniR(Decoding):
     name: Literal["unir"] = "unir"
     """The method."""
     reasoners: tuple[str, ...]
-    """The reasoners, as MODEL is named."""
+    """These are the reasoners; they are named like MODEL."""
     weights: tuple[float, ...] = ()
     """Each reasoner's log-probabilities count this much; () counts each once, as in the paper."""
 

@@ -96,7 +96,7 @@ class Right(Rewrite):
     """
 
     name: Literal["right"] = "right"
-    """Samples become examples in this way; which other keys there are depends on it."""
+    """Samples become examples in this way. The other keys of this block depend on it."""
     same: Literal["text", "equations"] = "text"
     """One of several solutions that are the same is learnt: with the same words (text), or with the same equations in
     the same order (equations), as in the paper of RFT; without an equation the text decides."""

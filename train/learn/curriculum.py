@@ -26,9 +26,10 @@ class Curriculum:
     """SEC's bandit over families."""
 
     rate: float = 0.5
-    """η: this share of a family's value is that of the newest step that asked it."""
+    """η: after each step that asked a family, its value is 1 − η times the old one and η times that of the step."""
     temperature: float = 1.0
-    """T: families are drawn as softmax of their values over it; a low one asks the best family alone."""
+    """T: families are drawn by the softmax of their values divided by T; with a low T the best family is nearly always
+    drawn."""
 
     def __post_init__(self):
         if not 0 < self.rate <= 1 or not self.temperature > 0:

@@ -48,7 +48,7 @@ class Linear(Curve):
     r"""The rate falls along a line, $d = 1 - x$: the plain mean of the snapshots (SMA of PMA)."""
 
     name: Literal["linear"] = "linear"
-    """The shape of the decay; which other keys there are depends on it."""
+    """The decay has this shape. The other keys of this block depend on it."""
 
     def points(self, count):
         return [(count - j) / count for j in range(count + 1)]
@@ -116,7 +116,7 @@ class Parts(Curve):
     name: Literal["parts"] = "parts"
     """The shape of the decay."""
     weights: tuple[float, ...] = (1.0,)
-    """The weights of the parts, the oldest first; their ratios alone count."""
+    """The parts have these weights, the oldest first; only the ratios of the weights matter."""
 
     def __post_init__(self):
         if not all(w >= 0 for w in self.weights) or not sum(self.weights) > 0:
@@ -150,7 +150,8 @@ class Beside:
     every: int = 0
     """A snapshot is taken every so many updates, counted back from the last one; 0 takes none."""
     decay: Decay | None = None
-    """The run returns its snapshots merged as this decay of the rate would have them; null returns the last weights."""
+    """The run returns a merge of its snapshots that stands in for this decay of the learning rate; null returns the
+    last weights."""
     last: float = 1.0
     """The snapshots of this last share of the run are merged."""
     block: int | None = None

@@ -53,7 +53,7 @@ class ReverseKL(Apart):
 
     function: ClassVar[str] = "reverse"
     name: Literal["reverse"] = "reverse"
-    """The divergence; which other keys there are depends on it."""
+    """This divergence is minimised. The other keys of this block depend on it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,8 @@ class GeneralisedJSD(Apart):
     name: Literal["jsd"] = "jsd"
     """The divergence."""
     beta: float = 0.5
-    """β: the share of the teacher in the mixture; near 0 the gradients point as those of forward, near 1 of reverse."""
+    """β: the teacher has this share in the mixture; the gradients are like those of forward near 0, and like those of
+    reverse near 1."""
 
 
 Divergence = ReverseKL | ForwardKL | SkewedKL | SkewedReverseKL | GeneralisedJSD

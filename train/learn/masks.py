@@ -59,7 +59,7 @@ class Everything(Mask):
     """All parameters are trained."""
 
     name: Literal["all"] = "all"
-    """The mask; which other keys there are depends on it."""
+    """The mask is of this kind. The other keys of this block depend on it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Lift(Mask):
     name: Literal["lift"] = "lift"
     """The mask."""
     rank: int = 128
-    """The rank r of the approximation whose entries are compared."""
+    """The entries that are largest in an approximation of this rank are trained."""
     budget: int = 128
     """As many entries are trained as LoRA of this rank would train: (m + n) times this."""
     every: int = 200
@@ -152,9 +152,9 @@ class Heads(Mask):
     heads: tuple[tuple[int, ...], ...] = ()
     """These heads are trained, each as [layer, head], counted from 0."""
     count: int = 0
-    """So many heads, the most important ones, are trained instead of `heads`."""
+    """This many heads, the most important ones, are trained instead of `heads`."""
     mlps: int = 0
-    """The most important MLPs, so many, are trained too."""
+    """This many MLPs, the most important ones, are trained too."""
     batches: int = 4
     """Importance is measured on this many batches of the run."""
 

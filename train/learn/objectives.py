@@ -72,7 +72,7 @@ class ResponseOnly(Tokens):
     r"""The mean loss of the completion's tokens: $-\log p_\theta(y_t \mid y_{<t})$."""
 
     name: Literal["response_only"] = "response_only"
-    """The objective; which other keys there are depends on it."""
+    """This objective is minimised. The other keys of this block depend on it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +89,9 @@ class MaskedThought(Tokens):
     name: Literal["masked_thought"] = "masked_thought"
     """The objective."""
     token: int | None = None
-    """The number of the token that hides others: the tokenizer's mask or padding token. It must be given."""
+    """The token of this number hides others. It must be given: take the tokenizer's mask or padding token."""
     probability: float = 0.4
-    """The share of the completion's tokens that are hidden once it has risen from 0."""
+    """This share of the completion's tokens is hidden at last; it rises from 0."""
     rise: float = 0.667
     """The share of hidden tokens rises over this share of the steps."""
 
@@ -168,10 +168,10 @@ class Talr(Tokens):
     name: Literal["talr"] = "talr"
     """The objective."""
     temperature: float | None = 1.0
-    """A token with a loss of this τ counts 1/e of a token with a loss of 0; null takes the median of the mean losses of
-    a forward pass's rows."""
+    """A token whose loss is this τ counts 1/e times as much as one whose loss is 0; null takes the median of the mean
+    losses of a forward pass's rows."""
     floor: float = 0.01
-    """The smallest factor of a token."""
+    """No token counts less than this times as much as one whose loss is 0."""
 
     def __post_init__(self):
         if (self.temperature is not None and not self.temperature > 0) or not 0 <= self.floor <= 1:

@@ -41,9 +41,9 @@ class OnPolicyDistillation(OnPolicy):
     """The teacher is shown the worked solution of a question, or its answer, before it reads a sample; null: where it
     is the student's own average."""
     gate: Literal["refuse", "go_on", "off"] = "refuse"  # type: ignore[misc]  # a key here
-    """Before the first round the teacher, as it will be shown the questions, and the student answer the validation
-    questions. Where the 95 % interval of their paired difference is not above 0 the run ends there (refuse), or goes on
-    and says so (go_on); off asks nothing."""
+    """Before the first round the student and the teacher answer the validation questions, and the teacher is shown what
+    it will be shown in training. If the 95 % interval of their paired difference is not above 0, the run ends (refuse),
+    or goes on and says so (go_on); off asks nothing."""
 
     def objective(self, drawing):
         del drawing

@@ -14,7 +14,7 @@ class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101)."""
 
     name: Literal["adamw"] = "adamw"
-    """The optimizer; which other keys there are depends on it."""
+    """This optimizer makes the updates. The other keys of this block depend on it."""
     b1: float = 0.9
     """The mean gradient is an exponential average that keeps this share of itself at every update."""
     b2: float = 0.999

@@ -47,7 +47,7 @@ class All(Pick):
 
     measures: ClassVar[bool] = False
     name: Literal["all"] = "all"
-    """Examples are picked in this way; which other keys there are depends on it."""
+    """Examples are picked in this way. The other keys of this block depend on it."""
 
     def choose(self, examples, measure):
         return list(range(len(examples)))
@@ -135,7 +135,7 @@ class Select2Reason(Pick):
     share: float = 0.1
     """This share of the examples is learnt."""
     weight: float = 0.5
-    """The rank of the difficulty has this weight, that of the length the rest to 1."""
+    """The rank of an example by its difficulty has this weight, and its rank by length has 1 less this weight."""
 
     def __post_init__(self):
         if not 0 < self.share <= 1 or not 0 <= self.weight <= 1:

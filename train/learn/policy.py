@@ -182,33 +182,37 @@ class Policy(OnPolicy):
     """Group-relative policy gradients; `sampling.samples` are a group, `sft` says how an update is computed."""
 
     name: Literal["grpo"] = "grpo"  # type: ignore[misc]  # a key here
-    """The improver; which other keys there are depends on it."""
+    """The model learns in this way. The other keys of this block depend on it."""
     advantage: Literal["group", "leave_one_out", "mean"] = "group"
     """A sample's advantage is its reward less the mean of its group, over the group's standard deviation (group,
     GRPO's); less the mean of the others (leave_one_out, RLOO's); or less the mean (Dr. GRPO's)."""
     normalise: Literal["dapo", "grpo", "dr_grpo", "bnpo"] = "dapo"
-    """The losses of tokens become one: the mean over all tokens of an update (dapo), the mean over sequences of their
-    means (grpo), a sum by the longest length (dr_grpo), or the mean of each micro-batch (bnpo)."""
+    """The loss of an update is the mean over all its tokens (dapo), the mean over sequences of their means (grpo), the
+    mean over sequences of their sums divided by sampling.max_new_tokens (dr_grpo), or the mean over the tokens of each
+    micro-batch (bnpo)."""
     clip_low: float = 0.2
-    """Where a sample is worse than its group, no token is learnt whose probability fell below 1 less this."""
+    """If a sample is worse than its group, a token is left out once its probability has fallen below 1 − this times
+    what it was when it was drawn."""
     clip_high: float = 0.2
-    """Where a sample is better than its group, no token is learnt whose probability rose over 1 and this (DAPO takes
-    0.28)."""
+    """If a sample is better than its group, a token is left out once its probability has risen above 1 + this times
+    what it was when it was drawn (DAPO takes 0.28)."""
     beta: float = 0.0
     """The divergence from the weights before the first step is added with this factor; 0 leaves it out."""
     importance_cap: float = 0.0
-    """Above 0, a token's loss is multiplied by its probability for the trainer over that for the sampler, at most
-    this; it corrects a sampler of another precision."""
+    """Above 0, a token's loss is multiplied by its probability for the trainer divided by that for the sampler, but by
+    no more than this. It corrects for a sampler of another precision."""
     overlong: Literal["keep", "mask"] = "keep"
-    """Samples that reach sampling.max_new_tokens without an end are learnt as others are, or not (mask)."""
+    """Samples that reach sampling.max_new_tokens without an end are learnt like the others (keep), or left out
+    (mask)."""
     overlong_cache: int = 0
-    """A reward falls by up to 1 over this many last tokens before sampling.max_new_tokens; 0 punishes no length."""
+    """The reward of a sample that comes within this many tokens of sampling.max_new_tokens falls steadily, by 1 at that
+    limit; 0 punishes no length."""
     share_prompts: bool = True  # type: ignore[misc]  # a key here
-    """Answers to one question are put into one row behind their prompt, which is computed once, where that takes fewer
-    operations; false gives each a row of its own. The loss is the same."""
+    """The answers to a question share a row with their prompt, which is then computed once, if that takes fewer
+    operations; false gives each answer a row of its own. The loss is the same."""
     redraws: int = 0  # type: ignore[misc]  # a key here
-    """Up to this many times more are questions asked in a step, until `questions` of them have samples whose rewards
-    differ; others are not learnt then (DAPO's dynamic sampling). 0 learns from all."""
+    """A step asks new questions up to this many more times, until `questions` of them have samples whose rewards
+    differ; the others are then left out (DAPO's dynamic sampling). 0 asks once and learns from all."""
     worked: bool = False
     """The worked solutions of questions that no sample of a step answers are learnt after the step's samples, where
     there are any (ReLIFT; the paper saves them until they fill a batch)."""

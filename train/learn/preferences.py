@@ -114,7 +114,7 @@ class Dpo(Pairs):
     beta: float = 0.1
     """β: the larger, the nearer the model stays to the reference."""
     smoothing: float = 0.0
-    """ε: this share of the pairs is thought to be labelled the wrong way round."""
+    """ε: this share of the pairs is assumed to be labelled the wrong way round."""
     reference: Reference = "start"
     """The reference is the model that this training starts from (start), or the run's original model (original)."""
 
@@ -181,7 +181,7 @@ class Orpo(Pairs):
     name: Literal["orpo"] = "orpo"
     """The objective."""
     weight: float = 0.1
-    """λ: the odds ratio counts so much beside the loss of the chosen answer."""
+    """λ: the loss is that of the chosen answer and λ times the term of the odds ratio."""
 
     def __post_init__(self):
         above("orpo", weight=self.weight)
@@ -215,11 +215,11 @@ class Cpo(Pairs):
     beta: float = 0.1
     """β: log-probabilities are multiplied by it."""
     nll: float = 1.0
-    """λ: the mean loss of the chosen answer counts so much."""
+    """λ: the mean loss of the chosen answer is added this many times."""
     length_normalised: bool = False
     """The log-probability of an answer is divided by the number of its tokens (SimPO)."""
     margin: float = 0.0
-    """γ: the chosen answer is to be ahead by this much (SimPO)."""
+    """γ: the chosen answer should be ahead by this much (SimPO)."""
 
     def __post_init__(self):
         above("cpo", beta=self.beta)
@@ -298,9 +298,9 @@ class Kto(Tokens):
     beta: float = 0.1
     """β: the larger, the nearer the model stays to the reference."""
     desirable: float = 1.0
-    """λ of good answers."""
+    """The loss of good answers is multiplied by this λ."""
     undesirable: float = 1.0
-    """λ of bad answers."""
+    """The loss of bad answers is multiplied by this λ."""
     reference: Reference = "start"
     """The reference is the model that this training starts from (start), or the run's original model (original)."""
 

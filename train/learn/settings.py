@@ -26,8 +26,8 @@ class Step:
     """How one update of fine-tuning is computed."""
 
     attention: Literal["auto", "xla", "tiled", "cudnn", "splash"] = "auto"
-    """Attention is computed by this program; auto takes tiled on CPUs, cudnn on GPUs, splash on TPUs where it can do
-    what the model asks, else xla."""
+    """Attention is computed by this program; auto takes tiled on CPUs, cudnn on GPUs and splash on TPUs if it can
+    compute what the model needs, and xla otherwise."""
     remat: Literal["none", "full", "dots"] = "none"
     """The backward pass computes this again instead of keeping it: nothing, every layer (full), or all but matrix
     products (dots)."""

@@ -243,7 +243,8 @@ class Lora:
     alpha: float = 32.0
     """The product B·A is scaled by alpha / rank."""
     targets: tuple[str, ...] = (r"_proj$",)
-    """Modules get an adapter if one of these patterns is found in their path, `model/layers/3/self_attn/q_proj`."""
+    """A module gets an adapter if one of these patterns is found in its path, such as
+    `model/layers/3/self_attn/q_proj`."""
     dropout: float = 0.0
     """This share of a side path's inputs is set to zero while training."""
 

@@ -49,10 +49,11 @@ commit, its command and its device.
   first.
 - Intervals are 95 % (Student's t). p-values are of Student's paired test against the control, after Holm's correction
   for the number of methods.
-- Nothing was chosen on the questions that it is reported on. Tuning and searches look at validation questions, with
-  seeds of their own.
-- What a method adds to the frontier is the area of all its rounds together. Chance adds to this area, and more to
-  more rounds. So only methods with as many rounds are compared by it.
+- No setting was chosen on the questions that its results are reported on. Tuning and searches look at validation
+  questions, with seeds of their own.
+- What a method adds to the frontier is an area in the picture of accuracy in domain against accuracy out of domain:
+  the part that the method's rounds cover and the base does not. Chance adds to this area, and adds more if there are
+  more rounds. So methods are compared by it only if they have the same number of rounds.
 """
 
 
@@ -84,7 +85,7 @@ def section(experiment: Experiment, folder: Path) -> str:
         lines += tuning(experiment, done, chosen)
     finished = sum(cell.id in done for cell in cells)
     if chosen is None:
-        return "\n".join([*lines, "The candidates are not all run yet; nothing is judged before they are.", ""])
+        return "\n".join([*lines, "Not all candidates have run yet. Nothing is judged before they have.", ""])
     if finished < len(cells):
         lines += [f"*{finished} of {len(cells)} runs are finished; the numbers below are of these.*", ""]
     found = runs(everything, done)
@@ -131,7 +132,8 @@ def flat(value: Any, prefix: str = "") -> str:
     if (
         isinstance(value, dict)
         and value
-        and not any("/" in str(k) or k in ("importance", "search", "schedule") for k in value)
+        and not any("/" in str(k) or k in ("importance", "search") for k in value)
+        and not {"schedule", "start"} <= value.keys()  # an α that changes over rounds, and not `sft.schedule`
     ):
         return " ".join(flat(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in value.items())
     return f"{prefix}={value}"
@@ -168,7 +170,7 @@ def frontier(experiment: Experiment, found: list[Finished], folder: Path) -> lis
     for name, shown in drawn.items():
         write_durably(folder / name, pictures.frontier(of, found, shown))
         lines += [f"![accuracy in domain against out of domain]({folder.name}/{name})", ""]
-    lines += differences(pairs, f"Less the control ({experiment.sweep.control})", k)
+    lines += differences(pairs, f"Difference from the control ({experiment.sweep.control})", k)
     lines += [*by_round(of), *families(found, of, methods)]
     axes = [axis for axis in experiment.sweep.axes if axis != "seed"]
     for axis in axes:
@@ -212,7 +214,7 @@ def curve(experiment: Experiment, found: list[Finished], folder: Path) -> list[s
     write_durably(picture, pictures.curve(axis, found))
     head = ["method", axis, "n", *(f"{DOMAIN_NAMES[d]} %" for d in domains)]
     lines = [*table(head, rows), f"![accuracy over {axis}]({folder.name}/{picture.name})", ""]
-    return lines + differences(against_first(found, axis), f"Less the same method at {axis} {labels[0]}")
+    return lines + differences(against_first(found, axis), f"Difference from the same method at {axis} {labels[0]}")
 
 
 def layers(experiment: Experiment, found: list[Finished], folder: Path) -> list[str]:

@@ -77,7 +77,7 @@ def families(found: list[Finished], of: dict[str, list[Finished]], methods: list
     rows = [["base", *(percent([before(found, "ood", f)]) for f in kinds)]]
     for name in methods:
         rows.append([name, *(over_seeds(of[name], accuracy("ood", family=f)) for f in kinds)])
-    return folded("Out of domain, kind by kind (%)", table(["method", *kinds], rows))
+    return folded("Out of domain, by kind of question (%)", table(["method", *kinds], rows))
 
 
 def by_axis(axis: str, found: list[Finished], methods: list[str]) -> list[str]:
@@ -142,7 +142,7 @@ def differences(pairs: Mapping[str, Sequence[Pair]], title: str, k: int = 0) -> 
         rows.append([name, str(len(found[0])), *(percent(values, sign=True) for values in found)])
     if not rows:
         return []
-    said = "Points of a hundred; intervals not corrected for the number of rows."
+    said = "Differences in percentage points. The intervals are not corrected for the number of rows."
     return folded(title, [said, "", *table(["method", "seeds", *measures], rows)])
 
 
@@ -164,7 +164,7 @@ def data(of: dict[str, list[Finished]]) -> list[str]:
     if not rows:
         return []
     head = ["method", "tokens generated", "solutions", "right", "learnt from"]
-    return folded("Data, a run's mean", table(head, rows))
+    return folded("What was learnt from, mean of the runs", table(head, rows))
 
 
 def searches(found: list[Finished]) -> list[str]:

@@ -243,6 +243,13 @@ def test_mistakes_are_named_before_anything_runs(sweep, said):
 # --- the page ---
 
 
+def test_candidates_are_shown_key_by_key_and_a_changing_alpha_whole():
+    steady = {"sft": {"learning_rate": 1e-3, "schedule": "constant"}}
+    assert page.flat(steady) == "sft.learning_rate=0.001 sft.schedule=constant"
+    annealed = {"merge": {"alpha": {"schedule": "linear", "start": 0.9, "end": 0.1}}}
+    assert page.flat(annealed) == "merge.alpha={'schedule': 'linear', 'start': 0.9, 'end': 0.1}"
+
+
 def test_the_page_says_what_the_rows_say(experiment, monkeypatch, tmp_path):
     pretend(monkeypatch, better_with_high_rate)
     configs = tmp_path / "configs"
@@ -256,7 +263,7 @@ def test_the_page_says_what_the_rows_say(experiment, monkeypatch, tmp_path):
     }
     (configs / "trial.yaml").write_text(yaml.safe_dump(values(**sweep), sort_keys=False))
     before = page.write(tmp_path / "results", configs).read_text()
-    assert "not all run yet" in before
+    assert "Not all candidates have run yet" in before
     sweeps.run(experiment, command="it", out=tmp_path / "runs")
     text = page.write(tmp_path / "results", configs).read_text()
     assert "**The claim.** It is so." in text
