@@ -67,6 +67,15 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
     return 0
 
 
+def has_begun(words: Words) -> bool:
+    """Whether a tensor of an unfinished merge into OUT is written: a merge that was stopped goes on from there."""
+    try:
+        from jaxmerge.files.journal import count_done
+    except ModuleNotFoundError:  # stopped before the extra was found missing
+        return False
+    return count_done(Path(words[1])) > 0
+
+
 def show_conflict(recipe: str, compat: str | None) -> None:
     """Read all weights of a recipe and print how well the changes of its models agree, by layer."""
     from jaxmerge.files.inspect.conflict import conflict
