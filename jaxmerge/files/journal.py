@@ -5,6 +5,7 @@ Beside the folder to make, `out`, lies `.out.merging/` until `out` is whole:
   journal.jsonl   first line: the plan's digest and the inputs' files with their sizes and times; then a line for each
                   tensor written: digests of its inputs and of its bytes, and its statistics; each with its own digest
   result/         the folder itself, its files pre-sized, tensors at their places; renamed to `out` at the end
+  modules/        of a merge of adapters: the merged factors of each module, until their ranks are all known
 
 A line is written after its tensor. Files are flushed to disk only at the end: after a crash of the machine a line may
 stand for bytes that never got there, so what the journal says is done is digested again before it is believed.
