@@ -148,6 +148,13 @@ def count_done(out: pathlib.Path) -> int:
     return sum(max(0, path.read_bytes().count(b"\n") - 1) for path in paths)
 
 
+def has_begun(out: pathlib.Path) -> bool:
+    """Whether an unfinished merge into `out` left something to go on from: a tensor, or a stage that is done."""
+    between = out.absolute().parent / f".{out.name}.stages"
+    done = [between / "result", *between.glob("stages/*")]
+    return count_done(out) > 0 or any(folder.is_dir() and not folder.name.startswith(".") for folder in done)
+
+
 def _check(body: bytes) -> bytes:
     """The end of a line that begins with `body`, after CHECK."""
     return f'"{xxhash.xxh3_64_hexdigest(body)}"}}\n'.encode()

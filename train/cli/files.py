@@ -68,12 +68,12 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
 
 
 def has_begun(words: Words) -> bool:
-    """Whether a tensor of an unfinished merge into OUT is written: a merge that was stopped goes on from there."""
+    """Whether the merge of these words, which was stopped, left something that the same command goes on from."""
     try:
-        from jaxmerge.files.journal import count_done
+        from jaxmerge.files import journal
     except ModuleNotFoundError:  # stopped before the extra was found missing
         return False
-    return count_done(Path(words[1])) > 0
+    return journal.has_begun(Path(words[1]))
 
 
 def show_conflict(recipe: str, compat: str | None) -> None:

@@ -18,7 +18,7 @@ from helpers.tiny_adapters import adapter_folder, factors
 from safetensors.numpy import load_file, save_file
 
 from jaxmerge.files.checkpoints import orbax, safetensors
-from jaxmerge.files.journal import Journal
+from jaxmerge.files.journal import Journal, count_done
 from train.cli import __main__ as cli
 from train.cli.verbs import VERBS
 from train.log import UserError, say
@@ -140,6 +140,27 @@ def test_a_merge_of_adapters_says_whether_something_is_kept(tmp_path, done, monk
     assert ("1 tensors of an unfinished merge into out are there" in said) == bool(done)
     assert ("1 of 2 modules were there already" in said) == bool(done)
     assert names(tmp_path) == ["one", "out", "recipe.yaml", "two"]
+
+
+def test_a_stage_that_is_done_is_something_to_go_on_from(here, monkeypatch, capsys):
+    (here / "recipe.yaml").write_text(f"{RECIPE}name: mean\n---\n{RECIPE.replace('model: one', 'model: mean')}")
+    add, count = Journal.add, 0
+
+    def stopped(self, record):
+        nonlocal count
+        count += 1
+        if count <= 5:  # the tensors of the stage
+            add(self, record)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", stopped)
+        assert cli.main(["merge", "recipe.yaml", "out"]) == 75
+    assert count_done(here / "out") == 0
+    assert capsys.readouterr().err == "jaxmerge merge: stopped; the same command goes on from what is saved\n"
+    assert cli.main(["merge", "recipe.yaml", "out"]) == 0
+    assert names(here) == ["one", "out", "recipe.yaml", "two"]
 
 
 def test_an_adapter_that_was_stopped_leaves_nothing(here, monkeypatch, capsys):
