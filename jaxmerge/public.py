@@ -19,13 +19,13 @@ from jaxmerge.leaves import Operands, leafwise
 from jaxmerge.localise import Graft, learn_mask
 from jaxmerge.measure import change, check_finite, cosines, nonfinite, norms, to_floats
 from jaxmerge.rules import RULES, rule
-from jaxmerge.selection import arcee_fusion, consensus_ta, magmax, nearswap, ram, ramplus_tl
+from jaxmerge.selection import arcee_fusion, consensus_ta, magmax, nearswap, ram, ramplus_tl, tatr
 from jaxmerge.sparse import delta_rule
 from jaxmerge.sparsify import drop, rank_drop, trim, two_sided_trim, variance_select
 from jaxmerge.spectral import iso_c, iso_cts, opcm, svc, tsvm, wudi
 from jaxmerge.spherical import karcher, multislerp, nuslerp, slerp
 from jaxmerge.statistics import fisher, graft_mask, grafting, regmean
-from jaxmerge.stock import model_stock
+from jaxmerge.stock import model_stock, norm_aware
 from jaxmerge.strategies import STRATEGIES, Float, Space
 from jaxmerge.tree import cast, dot, leaf_paths, norm, task_vector
 from jaxmerge.tune import Compiled, Monotone, Result, Search, descend, judge_line, monotone, search_merge
@@ -102,6 +102,7 @@ __all__ = [
     "nearswap",
     "nonfinite",
     "norm",
+    "norm_aware",
     "norms",
     "nuslerp",
     "offload",
@@ -123,6 +124,7 @@ __all__ = [
     "svc",
     "task_arithmetic",
     "task_vector",
+    "tatr",
     "ties",
     "to_floats",
     "trim",

@@ -3,7 +3,8 @@ r"""Rules that choose, element by element, what of a task vector to take over.""
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -283,4 +284,71 @@ def consensus_ta(
     return leafwise(
         _consensus_ta, models, base=base, stacked=stacked, shared={"scale": scale, "share": share},
         each={"weights": weights}, options={"least": int(least)},
+    )  # fmt: skip
+
+
+def _tatr(x: Operands, *, weights: Array, scale: Array, region: Array) -> Array:
+    assert x.base is not None
+    deltas = [w * delta for w, delta in zip(weights, x.deltas, strict=True)]
+    total = sum(deltas[1:], start=deltas[0])
+    gradients = [jnp.abs(array) for array in x.extra or x.deltas]
+    conflict = jnp.zeros_like(total)
+    for j, delta in enumerate(deltas):
+        others = sum((g for i, g in enumerate(gradients) if i != j), start=jnp.zeros_like(total))
+        # The magnitude after the product, which no compiler then rounds together with the sum: all meshes rank alike.
+        conflict = conflict + jnp.abs(delta * others)
+    kept = ~order.top(conflict, region) | (conflict == 0) | ~jnp.isfinite(total)  # no mask hides what came in broken
+    return x.base + scale * jnp.where(kept, total, 0)
+
+
+def _outside(value: Any, n: int) -> Any:
+    """How many of n elements are outside a trust region that has the share `value`."""
+    return np.uint32(n) - order.share(value, n, name="region")
+
+
+@requires(base="required", symmetric=True)
+def tatr(
+    models: Sequence[PyTree],
+    *,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    donate: bool = False,
+    weights: PerModel = 1.0,
+    scale: Coefficient = 1.0,
+    region: Coefficient = 0.99,
+    gradients: Sequence[PyTree] | None = None,
+) -> PyTree:
+    r"""Sum in a trust region: $\theta_b + \lambda\,[\Omega < \epsilon]\,\sum_i w_i \tau_i$.
+
+    $\Omega = \sum_{i \ne j} |g_i|\,|w_j \tau_j|$ is how much the change of one task moves, to first order, the losses
+    of the others; ε leaves the smallest ⌊ρn⌋ elements of each tensor. (The paper takes one ε for the whole model.)
+    Where Ω is 0 no task disturbs another: these elements are kept whatever ρ is.
+
+    Args:
+      models: N tuned models.
+      base: the model they were tuned from.
+      key, names: not used.
+      stacked: containers whose leaves have a leading layer axis.
+      weights: w, one a model or one for all.
+      scale: λ.
+      region: ρ, the share of a tensor that is in the trust region.
+      gradients: g, N pytrees like the models: the mean magnitude of the gradient of each task's loss at the base.
+        Without them g is τ, the paper's estimate without data.
+
+    Example:
+      >>> one, two = {"w": jnp.array([2.0, 1.0, 3.0, 0.0])}, {"w": jnp.array([1.0, 1.0, 3.0, 5.0])}
+      >>> tatr([one, two], base={"w": jnp.zeros(4)}, region=0.75)
+      {'w': Array([3., 2., 0., 5.], dtype=float32)}
+
+    References:
+      Sun et al., "Task Arithmetic in Trust Region", https://arxiv.org/abs/2501.15065 (TATR)
+    """
+    if gradients is not None and (isinstance(gradients, Mapping) or len(gradients) != len(models)):
+        found = type(gradients).__name__ if isinstance(gradients, Mapping) else f"{len(gradients)} entries"
+        raise ValueError(f"tatr: gradients must be a list with one entry a model, {len(models)}; found {found}")
+    return leafwise(
+        _tatr, models, base=base, stacked=stacked, shared={"scale": scale, "region": region},
+        each={"weights": weights}, convert={"region": _outside}, extra=gradients or [],
     )  # fmt: skip

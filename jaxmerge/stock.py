@@ -1,4 +1,4 @@
-r"""Model stock: how far to go from the base to the mean, told by the angle between the task vectors."""
+r"""Rules whose coefficients the task vectors tell: by the angle between them, and by their lengths."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from jaxmerge import passes
+from jaxmerge.consensus import weighted_sum
 from jaxmerge.contract import check_compat, requires
 from jaxmerge.leaves import Operands, leafwise
 from jaxmerge.spherical import gram
 from jaxmerge.tree import Array, PyTree
+from jaxmerge.where import Coefficient, PerModel
 
 
 def _model_stock(x: Operands, *, filter_wise: bool, floor: float) -> Array:
@@ -76,3 +79,49 @@ def model_stock(
     check_compat(compat)
     options = {"filter_wise": bool(filter_wise), "floor": 1e-6 if compat else 0.0}
     return leafwise(_model_stock, models, base=base, stacked=stacked, options=options)
+
+
+def _norm_aware(x: Operands, *, weights: Array, scale: Array) -> Array:
+    x = x.after()
+    squares = jnp.stack(passes.sums([jnp.square(delta) for delta in x.deltas]))
+    moved = squares > 0
+    shares = jnp.where(moved, weights / jnp.sqrt(jnp.where(moved, squares, 1)), 0)
+    x = x.after(shares)
+    assert x.base is not None
+    return x.base + scale * weighted_sum(x.deltas, shares, normalize=True)
+
+
+@requires(base="required", symmetric=True)
+def norm_aware(
+    models: Sequence[PyTree],
+    *,
+    base: PyTree | None = None,
+    key: Array | None = None,
+    names: Sequence[str] | None = None,
+    stacked: Sequence[str] = (),
+    donate: bool = False,
+    weights: PerModel = 1.0,
+    scale: Coefficient = 1.0,
+) -> PyTree:
+    r"""Weigh each change by its inverse length: $\theta_b + \lambda\sum_i c_i\tau_i / \sum_i c_i$.
+
+    $c_i = w_i/\|\tau_i\|$ with the length in each tensor. A model that did not change a tensor has no part in it: its
+    weight would be infinite, and would take away what the others learned there.
+
+    Args:
+      models: N tuned models.
+      base: the model they were tuned from.
+      key, names: not used.
+      stacked: containers whose leaves have a leading layer axis.
+      weights: w, one a model or one for all. Where the c sum to zero, the sum is undivided.
+      scale: λ.
+
+    Example:
+      >>> one, two = {"w": jnp.array([4.0, 0.0])}, {"w": jnp.array([0.0, 1.0])}
+      >>> print(norm_aware([one, two], base={"w": jnp.zeros(2)})["w"].round(3))
+      [0.8 0.8]
+
+    References:
+      Si et al., "NAN", https://arxiv.org/abs/2505.16148 (norm-aware coefficients)
+    """
+    return leafwise(_norm_aware, models, base=base, stacked=stacked, shared={"scale": scale}, each={"weights": weights})

@@ -247,13 +247,53 @@ def gradient(space: Space, *, steps: int = 50, rate: float = 0.1) -> Steps:
     return None
 
 
+def frank_wolfe(space: Space, *, steps: int = 20, rate: float = 1.0) -> Steps:
+    r"""Go a part of the way to the one model that helps most, again and again (Frank-Wolfe merging); for `descend`.
+
+    The coefficients are weights of models, and u, their shares of the ranges, a mix: $u_i \ge 0$, $\sum_i u_i \le 1$.
+    With g the gradient in u, v has all on the largest $g_i$, or nothing where none is positive (the base); then
+    $u \leftarrow u + \frac{2r}{k+2}(v - u)$ with r `rate`. Where the score is concave, no mix gains more than
+    $\langle g, v - u\rangle$, which the last note says. Lists over depth are a mix for each entry. A start beyond the
+    mixes is shortened to one. (fusion-bench chooses by the sum of the tensors' cosines in place of g, and takes
+    `rate` 0.1.)
+
+    References:
+      Chen et al., "FW-Merging", https://arxiv.org/abs/2503.12649
+    """
+    entries = [i if f.size else None for f in space.floats.values() for i in range(f.size or 1)]
+    groups = [np.array([entry == of for entry in entries]) for of in dict.fromkeys(entries)]
+    unit, best, bound = np.array(space.to_unit(space.start)), -math.inf, math.inf
+    for group in groups:
+        unit[group] /= max(1.0, unit[group].sum())
+    for k in range(steps):
+        (trial,) = yield Ask("frank_wolfe", [space.from_unit(unit)])
+        if "gradient" not in trial:
+            raise ValueError("strategy 'frank_wolfe': a trial without gradient; wanted descend(merge, loss, space)")
+        g = np.array(space.flatten(trial["gradient"])) * space.widths
+        if trial["score"] is None or not np.isfinite(g).all():
+            return [f"frank_wolfe: step {k} at {trial['coefficients']} is not finite, and the search ends there"]
+        corner = np.zeros_like(unit)
+        for group in groups:
+            chosen = np.flatnonzero(group)[np.argmax(g[group])]
+            corner[chosen] = float(g[chosen] > 0)
+        gap = float(g @ (corner - unit))
+        best, bound = max(best, trial["score"]), min(bound, trial["score"] + gap)
+        if gap <= 0:
+            break
+        unit = unit + min(1.0, 2 * rate / (k + 2)) * (corner - unit)
+    return [f"frank_wolfe: if the score is concave in the weights, no mix gains more than {bound - best:.3g}"]
+
+
 STRATEGIES: dict[str, Strategy] = {
     "grid": grid,
     "coordinate": coordinate,
     "golden": golden,
     "cma_es": cma_es,
     "gradient": gradient,
+    "frank_wolfe": frank_wolfe,
 }
+CLIMBING = ("gradient", "frank_wolfe")
+"""Strategies whose trials need a "gradient"."""
 
 
 def named(strategy: str | Strategy) -> Strategy:

@@ -5,6 +5,7 @@ Beside the folder to make, `out`, lies `.out.merging/` until `out` is whole:
   journal.jsonl   first line: the plan's digest and the inputs' files with their sizes and times; then a line for each
                   tensor written: digests of its inputs and of its bytes, and its statistics; each with its own digest
   result/         the folder itself, its files pre-sized, tensors at their places; renamed to `out` at the end
+  modules/        of a merge of adapters: the merged factors of each module, until their ranks are all known
 
 A line is written after its tensor. Files are flushed to disk only at the end: after a crash of the machine a line may
 stand for bytes that never got there, so what the journal says is done is digested again before it is believed.
@@ -145,6 +146,13 @@ def count_done(out: pathlib.Path) -> int:
     places = [beside / f".{out.name}.merging", *(beside / f".{out.name}.stages").glob("**/.*.merging")]
     paths = [path for place in places if (path := place / "journal.jsonl").is_file()]
     return sum(max(0, path.read_bytes().count(b"\n") - 1) for path in paths)
+
+
+def has_begun(out: pathlib.Path) -> bool:
+    """Whether an unfinished merge into `out` left something to go on from: a tensor, or a stage that is done."""
+    between = out.absolute().parent / f".{out.name}.stages"
+    done = [between / "result", *between.glob("stages/*")]
+    return count_done(out) > 0 or any(folder.is_dir() and not folder.name.startswith(".") for folder in done)
 
 
 def _check(body: bytes) -> bytes:

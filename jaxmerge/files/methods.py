@@ -139,6 +139,8 @@ METHODS: dict[str, Method] = {
     "imm": Method("imm", shared={"alpha": ("alpha", 0.5), "drop": ("drop", 0.0)}),
     "magmax": _weighted("magmax"),
     "consensus_ta": _weighted("consensus_ta", {"least": ("least", 2)}, share=0.4),
+    "tatr": _weighted("tatr", region=0.99),
+    "norm_aware": _weighted("norm_aware"),
     "tsvm": _weighted("tsvm", tolerance=1e-5),
     "iso_c": _weighted("iso_c", tolerance=1e-5),
     "iso_cts": _weighted("iso_cts", {"common": ("common", 0.8)}, tolerance=1e-5),

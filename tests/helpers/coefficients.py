@@ -38,6 +38,8 @@ COEFFICIENTS = {
     "breadcrumbs_ties": ({"density": 0.6, "gamma": 0.1, "weights": W1}, {"density": 0.3, "gamma": 0.2, "weights": W2}),
     "sce": ({"select_topk": 0.6, "weights": W1}, {"select_topk": 0.3, "weights": W2}),
     "model_stock": ({}, {}),
+    "norm_aware": ({"weights": W1, "scale": 0.9}, {"weights": W2, "scale": 0.5}),
+    "tatr": ({"region": 0.6, "weights": W1, "scale": 0.9}, {"region": 0.3, "weights": W2, "scale": 0.5}),
     "nearswap": ({"t": 0.3}, {"t": 0.6}),
     "arcee_fusion": ({}, {}),
     "ram": ({"epsilon": 0.5}, {"epsilon": 0.3}),
@@ -52,12 +54,14 @@ COEFFICIENTS |= {name: ({}, {}) for name in RULES if RULES[name] not in map(RULE
 EACH = {"weights", "alphas", "density", "gamma"}
 # Units in the last place where sums over a tensor (or a solve) take part: their order is the mesh's.
 TOLERANCE = {
-    **dict.fromkeys(["slerp", "nuslerp", "multislerp", "karcher", "model_stock", "sce", "arcee_fusion"], 16),
+    **dict.fromkeys(
+        ["slerp", "nuslerp", "multislerp", "karcher", "model_stock", "norm_aware", "sce", "arcee_fusion"], 16
+    ),
     "regmean": 256,
     # A decomposition is as exact as its largest singular value, and vectors as the gaps between them.
     **dict.fromkeys(["tsvm", "iso_c", "iso_cts", "wudi", "svc", "opcm"], 2048),
 }
-MASKING = {"density", "drop", "epsilon", "gamma", "select_topk"}
+MASKING = {"density", "drop", "epsilon", "gamma", "region", "select_topk"}
 
 
 def statistics(name, models, base):

@@ -91,6 +91,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "tests/train/studies/test_sweep.py": ("test_a_real_sweep_of_two_runs", "test_pretraining_left_out"),
     "tests/train/studies/test_tune.py": (
         "test_the_command_finds", "test_a_search_that_was_stopped", "test_the_gradient_is_that", "test_accuracy_is_of",
+        "test_frank_wolfe_mixes",
     ),
     "tests/train/tasks/test_code.py": ("test_codeio_does_not_depend_on_the_hash_seed",),
     "tests/train/tasks/test_suite.py": ("test_suites_do_not_depend_on_the_hash_seed",),

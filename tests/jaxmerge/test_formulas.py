@@ -127,6 +127,69 @@ def test_model_stock():
     check(run("model_stock", small, base * 0, filter_wise=True) * 1e5, go(-1) - base, tol=1e-4)
 
 
+def test_norm_aware():
+    base, models = arrays()
+    ds, w = deltas(base, [models[0], base + 5 * (models[1] - base), models[2]]), abs(W)
+    tuned = [models[0], base + 5 * (models[1] - base), models[2]]
+    c = w / [np.linalg.norm(d) for d in ds]
+    wanted = sum(ci * d for ci, d in zip(c / c.sum(), ds, strict=True))
+    check(run("norm_aware", tuned, base, weights=w, scale=0.5), base + 0.5 * wanted)
+    check(run("norm_aware", tuned[:1], base), tuned[0])
+    # A model that changed nothing has no part, where its inverse length would be all of the weight.
+    check(run("norm_aware", [*tuned, base], base, weights=[*w, 1.0]), base + wanted)
+    # Free of the deltas' scale, where their squares are near the end of float32's range.
+    tiny = [np.float32(1e-17) * d.astype(np.float32) for d in ds]
+    check(run("norm_aware", tiny, base * 0, weights=w) * 1e17, wanted, tol=1e-5)
+
+
+def test_tatr():
+    base, models = arrays((40, 25))
+    ds = deltas(base, models)
+    rng = np.random.default_rng(3)
+    given = [rng.random(base.shape).astype(np.float32) for _ in models]
+
+    def wanted(gradients, region, w):
+        pairs = [(i, j) for i in range(3) for j in range(3) if i != j]
+        omega = sum(np.abs(gradients[i]) * np.abs(w[j] * ds[j]) for i, j in pairs)
+        kept = omega < np.sort(omega.ravel())[int(region * omega.size)]
+        assert kept.sum() == int(region * omega.size)
+        return kept * sum(wi * d for wi, d in zip(w, ds, strict=True))
+
+    for region in (0.99, 0.4):
+        check(run("tatr", models, base, region=region), base + wanted(ds, region, np.ones(3)))
+        found = run("tatr", models, base, region=region, weights=W, scale=0.5)
+        check(found, base + 0.5 * wanted(ds, region, W))
+        trees = [{"w": jnp.asarray(g)} for g in given]
+        found = run("tatr", models, base, region=region, weights=W, gradients=trees)
+        check(found, base + wanted(given, region, W))
+    check(run("tatr", models, base, region=1.0), base + sum(ds))
+    with pytest.raises(ValueError, match="gradients must be a list with one entry a model, 3; found 2 entries"):
+        run("tatr", models, base, gradients=trees[:2])
+    with pytest.raises(ValueError, match=r"region=1\.5, wanted a share"):
+        run("tatr", models, base, region=1.5)
+
+
+def test_tatr_keeps_what_disturbs_no_other_task():
+    """Where fewer elements than one in a hundred were changed by several tasks, a plain quantile keeps nothing."""
+    base, (one, two, _) = arrays()
+    left, right = np.where(np.arange(7) < 3, one, base), np.where(np.arange(7) < 3, base, two)
+    check(run("tatr", [left, right], base, region=0.5), base + sum(deltas(base, [left, right])))
+    check(run("tatr", [one], base, region=0.0), one)
+    broken = np.where(np.arange(7) == 2, np.nan, one)
+    assert np.isnan(run("tatr", [broken, two], base, region=0.0)[:, 2]).all()
+
+
+def test_tatr_masks_the_same_elements_on_a_mesh_and_in_a_jit():
+    """Of so many elements, neighbours in rank are a rounding apart."""
+    base, models = arrays((512, 1024), 4)
+    place = jax.NamedSharding(jax.make_mesh((8,), ("x",)), jax.P("x"))
+    rule = lambda m, b: jaxmerge.tatr(m, base=b, region=0.5, scale=0.5)  # noqa: E731
+    trees, start = [{"w": jnp.asarray(m)} for m in models], {"w": jnp.asarray(base)}
+    one = rule(trees, start)["w"]
+    for found in (jax.jit(rule)(trees, start), rule(jax.device_put(trees, place), jax.device_put(start, place))):
+        assert np.array_equal(np.asarray(found["w"]) == base, np.asarray(one) == base)
+
+
 def slerp(t, a, b, axis=None):
     unit = lambda v: v / np.sqrt((v * v).sum(axis, keepdims=True))  # noqa: E731
     omega = np.arccos((unit(a) * unit(b)).sum(axis, keepdims=True))

@@ -17,7 +17,7 @@ from helpers.searches import BASE, EXPO, MERGE, ONE, PATHS, PLANTED, SPACE, TWO,
 import jaxmerge
 from jaxmerge import exme, strategies, tune
 from jaxmerge.exme import exme_merge, exme_space, search_exme, staged
-from jaxmerge.strategies import Float, Space, cma_es, coordinate, golden, gradient, grid, listed
+from jaxmerge.strategies import Float, Space, cma_es, coordinate, frank_wolfe, golden, gradient, grid, listed
 from jaxmerge.tune import Compiled, Search, descend, judge_line, monotone, search_merge
 
 COUNTS = {
@@ -66,6 +66,41 @@ def test_gradient_finds_an_alpha_a_layer():
     result = descend(EXPO, lambda p: distance(p, target), {"alpha": Float(-0.5, 1.5, size=3)})
     assert result.best["alpha"] == pytest.approx(wanted, abs=0.01)
     assert len(result.trials[0]["gradient"]["alpha"]) == 3
+
+
+def quadratic(matrix, target):
+    """A merge that gives its weights, and a loss of them, convex."""
+    merge = lambda a, b, c: {"w": jnp.stack([a, b, c])}  # noqa: E731
+    return merge, lambda params: jnp.sum(jnp.square(matrix @ (params["w"] - jnp.asarray(target)))) / 2
+
+
+def test_frank_wolfe_finds_the_best_mix_and_bounds_what_is_left():
+    space = dict.fromkeys("abc", Float(0.0, 1.0, start=0.5))
+    matrix = jnp.asarray(np.random.default_rng(0).standard_normal((3, 3)), jnp.float32)
+    merge, loss = quadratic(matrix, [0.2, 0.5, 0.1])  # a mix inside
+    result = descend(merge, loss, space, strategy=functools.partial(frank_wolfe, steps=200))
+    for trial in result.trials:
+        assert sum(trial["coefficients"].values()) <= 1 + 1e-6
+    bound = float(re.search("no mix gains more than (.*)", result.notes[-1])[1])
+    assert -result.score <= bound <= 0.05  # the best there is scores 0
+    assert -result.score < 0.01 * -result.trials[0]["score"]
+    # Of three models of which one is best alone, and of three that only hurt, the search ends at a corner.
+    for target, wanted in (([0.0, 3.0, 0.0], [0, 1, 0]), ([-1.0, -1.0, -1.0], [0, 0, 0])):
+        merge, loss = quadratic(jnp.eye(3), target)
+        result = descend(merge, loss, space, strategy="frank_wolfe")
+        assert list(result.best.values()) == pytest.approx(wanted, abs=1e-6)
+        assert result.evaluations == 2
+        assert result.notes == ["frank_wolfe: if the score is concave in the weights, no mix gains more than 0"]
+
+
+def test_frank_wolfe_mixes_each_entry_of_lists_over_depth():
+    target = EXPO(alpha=[0.9, 0.0, 0.3])
+    strategy = functools.partial(frank_wolfe, steps=100)
+    result = descend(EXPO, lambda p: distance(p, target), {"alpha": Float(0.0, 1.0, size=3)}, strategy=strategy)
+    assert result.best["alpha"] == pytest.approx([0.9, 0.0, 0.3], abs=0.02)
+    assert sum(result.best["alpha"]) > 1
+    with pytest.raises(ValueError, match="'frank_wolfe': a trial without gradient; wanted descend"):
+        search_merge(EXPO, near(ONE), {"alpha": (0.0, 1.0)}, strategy="frank_wolfe")
 
 
 def test_gradient_agrees_with_differences_and_stays_in_bounds():

@@ -23,6 +23,7 @@ from train.learn.registry import OBJECTIVES
 from train.learn.settings import Finetune
 from train.resolve import build, override
 from train.studies.settings import AnalyseOptions
+from train.studies.tune_settings import TuneOptions
 
 SPEC = importlib.util.spec_from_file_location("write_methods", ROOT / "docs/write_methods.py")
 assert SPEC is not None
@@ -86,7 +87,7 @@ def resolve(verb, keys):
         build(Finetune, override(dict(SFT), [*data, *keys]))
     else:
         kind = {"sample": SampleOptions, "evaluate": QuestionOptions, "analyse": AnalyseOptions,
-                "inspect": InspectOptions}[verb]  # fmt: skip
+                "inspect": InspectOptions, "tune": TuneOptions}[verb]  # fmt: skip
         options([key for key in keys if "=" in key], kind)
 
 

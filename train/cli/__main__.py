@@ -114,7 +114,7 @@ def attempt(name: str, rest: list[str]) -> int:
         print(f"jaxmerge {name}: stopped as asked; the same command goes on from here", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
-        if VERBS[name].resumes:
+        if keeps(name, rest):
             print(f"jaxmerge {name}: stopped; the same command goes on from what is saved", file=sys.stderr)
             return STOPPED
         print(f"jaxmerge {name}: stopped; nothing is kept, the same command begins again", file=sys.stderr)
@@ -133,6 +133,15 @@ def attempt(name: str, rest: list[str]) -> int:
             raise
         print(f"jaxmerge {name}: {error.filename or 'a file'}: {os.strerror(error.errno)}", file=sys.stderr)
         return 2
+
+
+def keeps(name: str, words: list[str]) -> bool:
+    """Whether something of a verb that was stopped is kept, from which the same command goes on."""
+    from .verbs import VERBS
+    from .words import parse
+
+    verb = VERBS[name]
+    return verb.resumes(parse(verb, words)[0]) if callable(verb.resumes) else verb.resumes
 
 
 def run(name: str, words: list[str]) -> int:

@@ -67,6 +67,15 @@ def merge(words: Words, assignments: Words, dry: bool) -> int:
     return 0
 
 
+def has_begun(words: Words) -> bool:
+    """Whether the merge of these words, which was stopped, left something that the same command goes on from."""
+    try:
+        from jaxmerge.files import journal
+    except ModuleNotFoundError:  # stopped before the extra was found missing
+        return False
+    return journal.has_begun(Path(words[1]))
+
+
 def show_conflict(recipe: str, compat: str | None) -> None:
     """Read all weights of a recipe and print how well the changes of its models agree, by layer."""
     from jaxmerge.files.inspect.conflict import conflict

@@ -21,7 +21,7 @@ from ..search.settings import SearchRun
 from ..studies.settings import AnalyseOptions
 from ..studies.statistics_settings import StatisticsOptions
 from ..studies.tune_settings import TuneOptions
-from .files import check_push, extract_lora, inspect, merge, push, push_folder, verify
+from .files import check_push, extract_lora, has_begun, inspect, merge, push, push_folder, verify
 from .flags import MERGEKIT
 from .measure import statistics
 from .settings import (
@@ -355,7 +355,7 @@ TABLE = (
         flags=("--dry-run",),
         others=MERGEKIT,
         extra="files",
-        resumes=True,
+        resumes=has_begun,
     ),
     Verb("verify", (("OUT",),), verify, (VerifyOptions,), extra="files"),
     Verb("inspect", (("MODEL",), ("BASE", "MODELS")), inspect, (InspectOptions,), extra="files"),

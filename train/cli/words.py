@@ -32,7 +32,8 @@ class Verb:
       flags: words without a value, beside --help.
       others: flags of another program that does the same → what to write here instead.
       extra: the extra of the package that brings what it needs.
-      resumes: what it has done is kept when it is stopped, and the same command goes on.
+      resumes: what it has done is kept when it is stopped, and the same command goes on; or a function of its arguments
+        that tells whether something is kept.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Verb:
     flags: tuple[str, ...] = ()
     others: dict[str, str] = dataclasses.field(default_factory=dict)
     extra: str = "train"
-    resumes: bool = False
+    resumes: bool | Callable[[Words], bool] = False
 
     @property
     def usage(self) -> str:

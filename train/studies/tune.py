@@ -26,7 +26,7 @@ import yaml
 from jaxmerge.files.held import Held
 from jaxmerge.files.journal import stamp
 from jaxmerge.files.ranges import filled
-from jaxmerge.strategies import STRATEGIES, Candidate, Trial
+from jaxmerge.strategies import CLIMBING, STRATEGIES, Candidate, Trial
 from jaxmerge.tune import Result, Search
 
 from ..evaluate.accuracy import paired_interval
@@ -136,7 +136,7 @@ def search(held: Held, model: Model, judge: Judge, options: TuneOptions, out: Pa
         searching = Search(held.space, strategy, safe=[held.start], trials=on_first(read_jsonl, log, torn="mend"))
     if searching.trials:
         say(f"{len(searching.trials)} trials are there; going on")
-    measured = descending(held, model, judge) if options.strategy == "gradient" else None
+    measured = descending(held, model, judge) if options.strategy in CLIMBING else None
     while candidates := searching.candidates:
         check()
         begin = time.perf_counter()

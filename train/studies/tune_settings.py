@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from typing import Any, Literal
 
-from jaxmerge.strategies import STRATEGIES
+from jaxmerge.strategies import CLIMBING, STRATEGIES
 
 from ..log import UserError
 
@@ -15,8 +15,8 @@ from ..log import UserError
 class TuneOptions:
     """How the coefficients of a recipe are searched."""
 
-    strategy: Literal["grid", "coordinate", "golden", "cma_es", "gradient"] = "coordinate"
-    """The next coefficients are chosen in this way; `gradient` needs score=likelihood."""
+    strategy: Literal["grid", "coordinate", "golden", "cma_es", "gradient", "frank_wolfe"] = "coordinate"
+    """The next coefficients are chosen in this way; `gradient` and `frank_wolfe` need score=likelihood."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The strategy takes these options, as {points: 9, rounds: 2}."""
     score: Literal["accuracy", "likelihood"] = "accuracy"
@@ -42,5 +42,5 @@ class TuneOptions:
             raise UserError(
                 f"tune: options.{unknown[0]}: {self.strategy} has no such option; it has {', '.join(known)}"
             )
-        if self.strategy == "gradient" and self.score != "likelihood":
-            raise UserError("tune: strategy=gradient needs score=likelihood, for accuracy has no gradient")
+        if self.strategy in CLIMBING and self.score != "likelihood":
+            raise UserError(f"tune: strategy={self.strategy} needs score=likelihood, for accuracy has no gradient")

@@ -17,10 +17,11 @@ import jax
 import numpy as np
 import xxhash
 
-from jaxmerge.files import card, disk, layers, model_card
+from jaxmerge.files import card, layers, model_card
 from jaxmerge.files.adapters import whole
 from jaxmerge.files.adapters.folder import KINDS, PREFIX, Module, base_of, modules_of, open_adapter
 from jaxmerge.files.adapters.options import Options
+from jaxmerge.files.adapters.parts import Merged, Parts
 from jaxmerge.files.adapters.spaces import SPACES, Pair, Rule
 from jaxmerge.files.checkpoints import safetensors
 from jaxmerge.files.checkpoints.adapter import CONFIG, WEIGHTS
@@ -28,23 +29,13 @@ from jaxmerge.files.checkpoints.handles import check_unchanged, stamps
 from jaxmerge.files.checkpoints.source import Tensor, read
 from jaxmerge.files.coefficients import Of, coefficients
 from jaxmerge.files.factors import ranks_in_config
-from jaxmerge.files.journal import stamp
+from jaxmerge.files.journal import stamp, unfinished
 from jaxmerge.files.recipe import Recipe
 
 Progress = Callable[[int, int, str], None]
 NARROWED = ("layers_to_transform", "layers_pattern", "exclude_modules")
 """Keys of a config that leave out modules whose names target_modules has."""
 SPARE = 3  # leaves beside the adapters': the base of zeros, the result, and one that a rule makes
-
-
-@dataclasses.dataclass(frozen=True)
-class _Merged:
-    """The factors of a module of the result as they are stored, and how much of the merged change they hold."""
-
-    a: np.ndarray
-    b: np.ndarray
-    explained: float
-    square: float  # ‖B·A‖²
 
 
 class AdapterWork:
@@ -72,8 +63,11 @@ class AdapterWork:
     @functools.cached_property
     def digest(self) -> str:
         """Digest all that decides the result; files that are not here have no stamp, so a dry run must not ask."""
-        said = [self.recipe.text, self.seed, self.allow, self.device.platform, card.versions()]
-        return xxhash.xxh3_128_hexdigest(json.dumps([*said, list(map(stamp, self.files))]).encode())
+        return xxhash.xxh3_128_hexdigest(json.dumps([*self._said(), list(map(stamp, self.files))]).encode())
+
+    def _said(self) -> list[Any]:
+        """What decides the result beside the adapters' files."""
+        return [self.recipe.text, self.seed, self.allow, self.device.platform, card.versions()]
 
     def _base_tensors(self, headers_only: bool) -> dict[str, Tensor]:
         """The base's tensors where adapters keep unlike ones whole; without such, the base is not opened."""
@@ -130,37 +124,48 @@ class AdapterWork:
         return np.dtype(self.recipe.out_dtype or self.recipe.dtype or stored)
 
     def run(self, out: pathlib.Path) -> dict[str, Any]:
-        """Merge, and write the folder whole or not at all."""
-        report, read = self.plan(out), 0
-        merged = {}
-        with jax.default_device(self.device):
-            for key, module in self.modules.items():
-                merged[key] = self.merged(key)
-                read += sum(of.size for of in self._of(key))
-                if self.progress is not None:
-                    self.progress(read, report["bytes_in"], module.name)
-        total = math.fsum(of.square / of.explained for of in merged.values())
-        explained = math.fsum(of.square for of in merged.values()) / total if total else 1.0
-        report["notes"] = [
-            *self.notes,
-            f"{100 * explained:.2f} % of the merged change (squared norm) is in the adapter",
-        ]
-        tensors = {}
-        for key, found in merged.items():
-            module = self.modules[key]
-            names = (f"{PREFIX}{module.name}.{end}" for end in KINDS[module.kind])
-            tensors |= dict(zip(names, (found.a, found.b), strict=True))
-        tensors |= {f"{PREFIX}{name}": self.kept(name) for name in self.whole}
-        check_unchanged(self.before)
-        with disk.new_folder(out, report["bytes_out"]) as folder:
+        """Merge, and write the folder whole or not at all; what an interrupted merge did is kept for the next."""
+        report = self.plan(out)
+        said = xxhash.xxh3_128_hexdigest(json.dumps([*self._said(), list(self.modules)]).encode())
+        # The modules are there twice for a while.
+        with unfinished(out, said, dict(map(stamp, self.files)), 2 * report["bytes_out"]) as journal:
+            parts = Parts(journal, self.modules, self.adapters, self._dtype())
+            merged = self._modules(parts, report["bytes_in"])
+            parts.tell()
+            total = math.fsum(of.square / of.explained for of in merged.values())
+            explained = math.fsum(of.square for of in merged.values()) / total if total else 1.0
+            report["notes"] = [
+                *self.notes,
+                f"{100 * explained:.2f} % of the merged change (squared norm) is in the adapter",
+            ]
+            tensors = {}
+            for key, found in merged.items():
+                module = self.modules[key]
+                names = (f"{PREFIX}{module.name}.{end}" for end in KINDS[module.kind])
+                tensors |= dict(zip(names, (found.a, found.b), strict=True))
+            tensors |= {f"{PREFIX}{name}": self.kept(name) for name in self.whole}
+            check_unchanged(self.before)
+            folder = journal.result
+            (folder / WEIGHTS).unlink(missing_ok=True)  # of a try that ended between these lines
             safetensors.write_file(folder / WEIGHTS, tensors)
             report["bytes_out"] = (folder / WEIGHTS).stat().st_size
             config = self._config({self.modules[key].name: len(of.a) for key, of in merged.items()})
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             self._describe(folder, out.name, report, merged)
-        return report
+        return report | {"notes": [*report["notes"], *journal.notes]}
 
-    def merged(self, key: str) -> _Merged:
+    def _modules(self, parts: Parts, size: int) -> dict[str, Merged]:
+        """Merge every module that an earlier try has not."""
+        merged, read = {}, 0
+        with jax.default_device(self.device):
+            for key, module in self.modules.items():
+                merged[key] = parts.take(key, self.merged)
+                read += sum(of.size for of in self._of(key))
+                if self.progress is not None:
+                    self.progress(read, size, module.name)
+        return merged
+
+    def merged(self, key: str) -> Merged:
         """Merge a module."""
         module, rank = self.modules[key], self.ranks[key]
         pairs = [of.modules[key].read() if key in of.modules else _nothing(module, rank) for of in self.adapters]
@@ -174,7 +179,7 @@ class AdapterWork:
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             raise ValueError(f"module {module.name!r}: the result is not finite as {dtype}; choose a wider out_dtype")
         square = float(np.sum((b.astype(np.float64).T @ b.astype(np.float64)) * (a.astype(np.float64) @ a.T)))
-        return _Merged(a, b, made.explained, square)
+        return Merged(a, b, float(made.explained), square)
 
     def kept(self, name: str) -> np.ndarray:
         """Merge a tensor that adapters keep whole."""
@@ -215,7 +220,7 @@ class AdapterWork:
         return [module.name for module in self.modules.values()]
 
     def _describe(
-        self, folder: pathlib.Path, title: str, report: Mapping[str, Any], merged: Mapping[str, _Merged]
+        self, folder: pathlib.Path, title: str, report: Mapping[str, Any], merged: Mapping[str, Merged]
     ) -> None:
         """Write merge.json, the recipe and the card."""
         recipe = self.recipe

@@ -14,9 +14,11 @@ import time
 import numpy as np
 import pytest
 from helpers import ROOT
+from helpers.tiny_adapters import adapter_folder, factors
 from safetensors.numpy import load_file, save_file
 
 from jaxmerge.files.checkpoints import orbax, safetensors
+from jaxmerge.files.journal import Journal, count_done
 from train.cli import __main__ as cli
 from train.cli.verbs import VERBS
 from train.log import UserError, say
@@ -68,7 +70,8 @@ def test_every_verb_ends_on_one_line(verb, number, monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "run", run)
     before = signal.getsignal(number)
-    assert cli.main([verb]) == (75 if verb in ("improve", "merge", "sft", "search", "tune") else 130)
+    words = ["nowhere.yaml", "out"] if verb == "merge" else []  # of which nothing is written
+    assert cli.main([verb, *words]) == (75 if verb in ("improve", "sft", "search", "tune") else 130)
     assert signal.getsignal(number) is before
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"jaxmerge {verb}: stopped; ")
@@ -108,6 +111,56 @@ def test_a_merge_that_was_stopped_says_what_is_there_and_goes_on(here, number, m
     assert not [name for name in names(here) if name.startswith(".")]
     for name, array in load_file("whole/model.safetensors").items():
         np.testing.assert_array_equal(load_file("out/model.safetensors")[name], array)
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_merge_of_adapters_says_whether_something_is_kept(tmp_path, done, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    modules = [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]
+    for seed, name in enumerate(("one", "two")):
+        arrays = factors(modules[0], (8, 6), 3, seed) | factors(modules[1], (8, 6), 3, seed + 5)
+        adapter_folder(tmp_path / name, arrays, target_modules=["down_proj"], base_model_name_or_path="org/base")
+    (tmp_path / "recipe.yaml").write_text(f"adapter: core\n{RECIPE}")
+    add, count = Journal.add, 0
+
+    def stopped(self, record):
+        nonlocal count
+        if count == done:
+            os.kill(os.getpid(), signal.SIGTERM)
+        count += 1
+        add(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", stopped)
+        assert cli.main(["merge", "recipe.yaml", "out"]) == (75 if done else 130)
+    said = "the same command goes on from what is saved" if done else "nothing is kept, the same command begins again"
+    assert capsys.readouterr().err == f"jaxmerge merge: stopped; {said}\n"
+    assert cli.main(["merge", "recipe.yaml", "out"]) == 0
+    said = capsys.readouterr().out
+    assert ("1 tensors of an unfinished merge into out are there" in said) == bool(done)
+    assert ("1 of 2 modules were there already" in said) == bool(done)
+    assert names(tmp_path) == ["one", "out", "recipe.yaml", "two"]
+
+
+def test_a_stage_that_is_done_is_something_to_go_on_from(here, monkeypatch, capsys):
+    (here / "recipe.yaml").write_text(f"{RECIPE}name: mean\n---\n{RECIPE.replace('model: one', 'model: mean')}")
+    add, count = Journal.add, 0
+
+    def stopped(self, record):
+        nonlocal count
+        count += 1
+        if count <= 5:  # the tensors of the stage
+            add(self, record)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", stopped)
+        assert cli.main(["merge", "recipe.yaml", "out"]) == 75
+    assert count_done(here / "out") == 0
+    assert capsys.readouterr().err == "jaxmerge merge: stopped; the same command goes on from what is saved\n"
+    assert cli.main(["merge", "recipe.yaml", "out"]) == 0
+    assert names(here) == ["one", "out", "recipe.yaml", "two"]
 
 
 def test_an_adapter_that_was_stopped_leaves_nothing(here, monkeypatch, capsys):

@@ -235,6 +235,28 @@ def test_the_gradient_is_that_of_differences(trained, tmp_path):
         np.testing.assert_allclose(slope, (ends[1] - ends[0]) / 0.04, rtol=0.02, atol=1e-4)
 
 
+def test_frank_wolfe_mixes_the_models_of_a_recipe(trained, tmp_path):
+    recipe = {
+        "merge_method": "task_arithmetic", "base_model": str(trained / "one"),
+        "models": [{"model": str(trained / name), "parameters": {"weight": {"search": [0, 1], "start": 1.0}}}
+                   for name in ("two", "between")],
+    }  # fmt: skip
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump(recipe))
+    assert (
+        run(trained, tmp_path / "out", "strategy=frank_wolfe", "options={steps: 3}", recipe=tmp_path / "mix.yaml") == 0
+    )
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    trials = [json.loads(line) for line in (tmp_path / "out" / "trials.jsonl").read_text().splitlines()]
+    assert [trial["kind"] for trial in trials] == ["safe", *["frank_wolfe"] * (len(trials) - 1)]
+    assert all(sum(trial["coefficients"].values()) <= 1 + 1e-6 for trial in trials[1:])
+    # Of the first mix, the half of each, the better direction is taken.
+    first, second = (list(trial["coefficients"].values()) for trial in trials[1:3])
+    slopes = list(trials[1]["gradient"].values())
+    assert first == [0.5, 0.5]
+    assert second == [float(slope == max(slopes) > 0) for slope in slopes]
+    assert any("no mix gains more than" in note for note in found["notes"])
+
+
 def test_accuracy_is_of_the_questions_answers(trained, tmp_path, monkeypatch, capsys):
     """Greedy answers need a chat template: they are put in the model's place."""
     seen = []
@@ -261,6 +283,7 @@ def test_accuracy_is_of_the_questions_answers(trained, tmp_path, monkeypatch, ca
     ("given", "message"),
     [
         ({"strategy": "gradient"}, "needs score=likelihood"),
+        ({"strategy": "frank_wolfe"}, "strategy=frank_wolfe needs score=likelihood"),
         ({"strategy": "golden", "options": {"points": 3}}, "golden has no such option; it has tolerance, rounds"),
         ({"test": 1.0}, "between 0 and 1"),
     ],
