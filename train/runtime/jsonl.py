@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from ..log import UserError
-from .disk import PathLike, named, write_durably
+from .disk import PathLike, named, read_bytes, write_durably
 
 Row = dict[str, Any]
 Torn = Literal["refuse", "drop", "mend"]
@@ -36,13 +36,11 @@ def numbered_jsonl(path: PathLike, *, torn: Torn = "refuse", required: Collectio
     """As `read_jsonl`, each object with the number of its line."""
     path = pathlib.Path(path)
     try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        if torn != "refuse":
+        data = read_bytes(path)
+    except UserError:
+        if torn != "refuse" and not path.exists():
             return []
-        raise UserError(f"{path}: no such file") from error
-    except OSError as error:
-        raise UserError(f"{path}: could not be read: {error.strerror or error}") from error
+        raise
     end = len(data) if torn == "refuse" else data.rfind(b"\n") + 1
     lines = data[:end].split(b"\n")
     rows = []
