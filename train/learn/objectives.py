@@ -177,8 +177,8 @@ class Talr(Tokens):
     def __post_init__(self):
         if (self.temperature is not None and not self.temperature >= COLDEST) or not 0 <= self.floor <= 1:
             raise UserError(
-                f"sft.objective: temperature is {self.temperature} (above {COLDEST:g}, or null), floor is {self.floor} (a share, "
-                "0 to 1)"
+                f"sft.objective: temperature is {self.temperature} (above {COLDEST:g}, or null), floor is "
+                f"{self.floor} (a share, 0 to 1)"
             )
 
     def loss(self, logps, weights, beside):

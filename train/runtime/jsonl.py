@@ -62,7 +62,7 @@ def numbered_jsonl(path: PathLike, *, torn: Torn = "refuse", required: Collectio
 def parse(line: bytes, where: str, *, ours: bool) -> Row:
     """The object of one line; `ours`: of a file that a program of ours wrote."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_no_number)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: expected one JSON object a line, found what is not UTF-8 text ({error})") from error
     except (ValueError, RecursionError) as error:
@@ -79,6 +79,11 @@ def parse(line: bytes, where: str, *, ours: bool) -> Row:
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
     return row
+
+
+def _no_number(word: str) -> float:
+    # Python alone reads these; what was read would be refused once it is written, when all work is done.
+    raise ValueError(f"{word} is no number of JSON; write null, or leave the key out")
 
 
 def check_text(row: Any, where: str) -> None:

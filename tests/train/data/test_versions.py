@@ -146,6 +146,8 @@ def test_jsonl_round_trip_and_errors(tmp_path):
     for line, message in [
         ('{"prompt": ', "rows.jsonl:3: no JSON"),
         ("[1]", "rows.jsonl:3: expected a JSON object, found list"),
+        ('{"prompt": "", "n": NaN}', r"rows.jsonl:3: no JSON \(NaN is no number of JSON; write null"),
+        ('{"prompt": "", "n": [-Infinity]}', r"rows.jsonl:3: no JSON \(-Infinity is no number of JSON"),
         ('{"promt": 1}', "rows.jsonl:3: missing prompt; found the keys promt"),
     ]:
         path.write_text("".join(json.dumps(r) + "\n" for r in rows) + line + "\n", encoding="utf-8")

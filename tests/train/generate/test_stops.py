@@ -173,6 +173,24 @@ def test_malformed_messages_are_refused_with_their_line(messages, message):
         lines_to_text(byte_tokenizer(), {"messages": messages})
 
 
+def test_a_prompt_that_does_not_fit_is_named_in_a_short_line():
+    model = random_model(SIZES, make_mesh(Mesh()), seed=0)
+    for prompt, said in ((Prompt("y" * 10**6, (1,) * 300), "300 tokens"), (Prompt("y" * 10**6, ()), "is empty")):
+        with pytest.raises(UserError, match=said) as error:
+            rollout(model.config, model.params, model.tokenizer, [prompt], Settings(), jax.random.key(0))
+        assert len(str(error.value)) < 400
+
+
+def test_any_number_of_slots_gives_the_same():
+    model = random_model(SIZES, make_mesh(Mesh()), seed=0)
+    prompts = [Prompt("1+2", tuple(model.tokenizer.encode("1+2")))]
+    few, many = (
+        rollout(model.config, model.params, model.tokenizer, prompts, settings, jax.random.key(0))
+        for settings in (Settings(max_new_tokens=6), Settings(max_new_tokens=6, slots=2**40))
+    )
+    assert few[0].tokens == many[0].tokens
+
+
 def test_the_date_of_a_sample_is_a_key(tmp_path, monkeypatch):
     template = "{{ strftime_now('%Y-%m-%d') }}{{ messages[0].content }}"
     model = Model(random_config(SIZES), {}, byte_tokenizer(chat_template=template))
