@@ -23,20 +23,30 @@ MOST_VALUES = 5_000_000
 DEEPEST = 100
 
 
+def read_bytes(path: pathlib.Path, most: int | None = None) -> bytes:
+    """Read a plain file; a pipe would hold us up, and a device has no end.
+
+    Raises:
+      ValueError: it is no plain file, or has more than `most` bytes.
+    """
+    opened = OpenFile(path)
+    if most is not None and opened.size > most:
+        raise ValueError(f"{path} has {opened.size:,} bytes, wanted at most {most:,}; it is no such file")
+    parts, size = [], 0
+    while part := os.pread(opened.handle, max(opened.size - size, 0) + 1, size):
+        parts.append(part)
+        size += len(part)
+    return b"".join(parts)
+
+
 def read_text(path: pathlib.Path) -> str:
     """Read a file of UTF-8 text.
 
     Raises:
       ValueError: it is no plain file, too large, or no text.
     """
-    opened = OpenFile(path)
-    if opened.size > MOST_BYTES:
-        raise ValueError(f"{path} has {opened.size:,} bytes, wanted at most {MOST_BYTES:,}; it is no such file")
-    data = b""
-    while part := os.pread(opened.handle, opened.size - len(data) + 1, len(data)):
-        data += part
     try:
-        return data.decode()
+        return read_bytes(path, MOST_BYTES).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text: byte {error.start} is not UTF-8; copy it again") from None
 

@@ -147,6 +147,8 @@ def licence_of(folder: pathlib.Path) -> str | None:
 
 def front_matter(path: pathlib.Path) -> Mapping[str, Any]:
     """Return the front matter of a card; nothing where there is no card, or none that can be read."""
+    if not path.is_file():  # a pipe would hold us up
+        return {}
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(MAX_FRONT)

@@ -26,6 +26,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from ..log import UserError
+from ..runtime.disk import read_bytes
 from ..runtime.jsonl import Row
 from . import hub, versions
 from .formats import read_row
@@ -207,15 +208,6 @@ def read_folder(folder: str | os.PathLike[str], split: str = "train") -> list[Re
         f"{folder}: the set {builder.name!r} has the features {', '.join(builder.info.features)}; wanted a set written"
         f" here, or one of {', '.join(SETS)}"
     )
-
-
-def read_bytes(path: pathlib.Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except OSError as error:
-        raise UserError(f"{path}: could not be read: {error.strerror or error}") from error
 
 
 def fingerprint(value: Any) -> str:

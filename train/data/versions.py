@@ -26,7 +26,7 @@ from jaxmerge.files import documents
 from jaxmerge.files.disk import sync
 
 from ..log import UserError
-from ..runtime.disk import PathLike, write_durably
+from ..runtime.disk import PathLike, read_bytes, write_durably
 
 Example = dict[str, Any]
 
@@ -261,7 +261,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _checksum(path: pathlib.Path) -> tuple[int, str]:
-    data = path.read_bytes()
+    data = read_bytes(path)
     return len(data), hashlib.sha256(data).hexdigest()
 
 

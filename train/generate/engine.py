@@ -31,6 +31,8 @@ from .weights import to_decode
 
 Ready = dict[tuple[int, ...], tuple[tuple[KV, ...], int]]
 """Prompt → the caches of the batch it was prefilled in, and its row there."""
+MOST_SLOTS = 1 << 20
+"""More slots than this are so many: no result depends on it, and their numbers are of 32 bits."""
 PREFILL = 8
 """Prompts prefilled at once."""
 GROWTH = 128
@@ -144,7 +146,7 @@ class Engine:
     ):
         self.config, self.how = config, how
         self.mesh = mesh_of(params)
-        self.slots = bucket(slots, row_ways(self.mesh))
+        self.slots = bucket(min(slots, MOST_SLOTS), row_ways(self.mesh))
         self.prefills = bucket(PREFILL, row_ways(self.mesh))
         self.params = change_each(config, params, functools.partial(to_decode, dtype=how.dtype, gather=gather))
         self.eos = frozenset(eos)

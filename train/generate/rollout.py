@@ -97,12 +97,12 @@ def check_lengths(config: ModelConfig, prompts: Sequence[Prompt], settings: Sett
     for prompt in prompts:
         wanted = len(prompt.tokens) + settings.max_new_tokens
         if not prompt.tokens:
-            raise UserError(f"prompt {prompt.id!r} is empty; a prompt has at least one token")
+            raise UserError(f"prompt {prompt.id!r:.100} is empty; a prompt has at least one token")
         if wanted > config.context:
             raise UserError(
-                f"prompt {prompt.id!r} has {len(prompt.tokens)} tokens; with max_new_tokens={settings.max_new_tokens} "
-                f"that is {wanted}, and the model ends at {config.context}; lower max_new_tokens or "
-                "shorten the prompt"
+                f"prompt {prompt.id!r:.100} has {len(prompt.tokens)} tokens; with"
+                f" max_new_tokens={settings.max_new_tokens} that is {wanted}, and the model ends at {config.context};"
+                " lower max_new_tokens or shorten the prompt"
             )
 
 

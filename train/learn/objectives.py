@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from ..generate.settings import COLDEST
 from ..log import UserError
 
 
@@ -174,10 +175,10 @@ class Talr(Tokens):
     """No token counts less than this times as much as one whose loss is 0."""
 
     def __post_init__(self):
-        if (self.temperature is not None and not self.temperature > 0) or not 0 <= self.floor <= 1:
+        if (self.temperature is not None and not self.temperature >= COLDEST) or not 0 <= self.floor <= 1:
             raise UserError(
-                f"sft.objective: temperature is {self.temperature} (above 0, or null), floor is {self.floor} (a share, "
-                "0 to 1)"
+                f"sft.objective: temperature is {self.temperature} (above {COLDEST:g}, or null), floor is "
+                f"{self.floor} (a share, 0 to 1)"
             )
 
     def loss(self, logps, weights, beside):

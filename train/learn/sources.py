@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxmerge.files import documents
+
 from ..data import hub
 from ..data import versions as dataset
 from ..data.builders import HubRows, JsonLines, Records, fingerprint, prepare, read_folder
@@ -139,9 +141,9 @@ def with_template(tokenizer: Tokenizer, path: str) -> Tokenizer:
     if not path:
         return tokenizer
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.chat_template: {path} could not be read: {error}") from error
+        text = documents.read_text(Path(path))
+    except ValueError as error:
+        raise UserError(f"data.chat_template: {error}") from error
     return dataclasses.replace(tokenizer, chat_template=text)
 
 

@@ -84,7 +84,9 @@ def config_from_hf(attributes: Mapping[str, Any], *, source: str | os.PathLike[s
     if given.get("num_key_value_heads") is None:
         given["num_key_value_heads"] = given["num_attention_heads"]
     if given.get("head_dim") is None and isinstance(given["hidden_size"], int):
-        given["head_dim"] = given["hidden_size"] // given["num_attention_heads"]
+        # What is no number of heads is named below.
+        heads = given["num_attention_heads"]
+        given["head_dim"] = given["hidden_size"] // heads if isinstance(heads, int) and heads else 0
     _check_types(given, source)
     fields: dict[str, Any] = {}
     for attribute, names in FIELDS.items():

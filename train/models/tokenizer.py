@@ -82,8 +82,10 @@ class Tokenizer:
                 f"{path}: no such file; where there is only a tokenizer.model or a vocab.json, make it with"
                 " transformers' AutoTokenizer.from_pretrained(…).save_pretrained(…)"
             )
+        with mistakes():
+            text = documents.read_text(path)
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path}: not a tokenizer ({one_line(error)})") from error
         backend.no_truncation()  # a length some trainer left in the file would cut texts in silence

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..log import format_percent
 from ..runtime.jsonl import Row, read_jsonl
+from .html import SHOWN as SHOWN_OF_TEXT
 from .html import Bar, Cell, Table, cut, part
 
 SHOWN = 40
 """Trees on the page; all are in trees.jsonl."""
+NODES = 4000
+"""Nodes and solutions on the page: what comes after them is in trees.jsonl alone."""
+CHARACTERS = 4_000_000
+"""Characters of all texts of the trees on the page: the more texts, the less is shown of each."""
 
 
 def numbers(phases: Sequence[Row]) -> str:
@@ -71,16 +77,33 @@ def trees(folder: Path) -> str:
     if not path.exists():
         return ""
     rows = read_jsonl(path, torn="drop")
-    rest = f" These are the first {SHOWN} of {len(rows):,}; all are in trees.jsonl." if len(rows) > SHOWN else ""
+    shown = first(rows)
+    rest = ""
+    if len(rows) > len(shown):
+        rest = f" The first {len(shown):,} of {len(rows):,} are shown; all are in trees.jsonl."
+    if any(size(row) > NODES for row in shown):
+        rest += f" Of a large tree the first {NODES:,} nodes and the plan that was taken are shown."
     words = (
         "Open a question, then a step. V is the value of the plan so far on [0, 1], n how often the search came by;"
         f" the plan that was taken is marked ●.{rest}"
     )
-    return part("trees", words=words, questions=[question(row) for row in rows[:SHOWN]])
+    most = CHARACTERS // max(2 * sum(map(size, shown)), 1)  # a node has a step and a reflection
+    return part("trees", words=words, questions=[question(row, most) for row in shown])
 
 
-def question(row: Row) -> Row:
-    """One question with its tree and what was written."""
+def size(row: Row) -> int:
+    """Nodes and solutions of a tree."""
+    return len(row["nodes"]) + len(row["solutions"])
+
+
+def first(rows: Sequence[Row]) -> Sequence[Row]:
+    """The first trees, as many as a page has room for; one at least."""
+    counts = itertools.accumulate(map(size, rows[:SHOWN]))
+    return rows[: max(1, sum(count <= NODES for count in counts))]
+
+
+def question(row: Row, most: int) -> Row:
+    """One question with its tree and what was written; of a node's texts at most so many characters each."""
     nodes, chosen = row["nodes"], row["chosen"]
     way: set[int] = set()
     at = chosen
@@ -97,14 +120,15 @@ def question(row: Row) -> Row:
         "about": f"{len(nodes) - 1} nodes · {value} · {row['end']}",
         "judged": 1.0 in verdicts if verdicts else None,
         "answer": None if row.get("answer") is None else cut(row["answer"]),
-        "steps": [step(nodes, i, way) for i, _ in children_of(nodes, 0)],
+        "steps": [step(nodes, i, way, most) for i in children_of(nodes, 0, way)],
         "solutions": [
-            {**found, "text": cut(found["text"]), "cut": found["reason"] == "length"} for found in row["solutions"]
+            {**found, "text": cut(found["text"], min(most, SHOWN_OF_TEXT)), "cut": found["reason"] == "length"}
+            for found in row["solutions"][:NODES]
         ],
     }
 
 
-def step(nodes: Sequence[Row], i: int, way: set[int]) -> Row:
+def step(nodes: Sequence[Row], i: int, way: set[int], most: int) -> Row:
     """A node with all below it; those on the way to the plan that was taken are open."""
     node = nodes[i]
     score = "" if node["score"] is None else f"V {node['value']:.2f} · n {node['visits']} · "
@@ -114,18 +138,18 @@ def step(nodes: Sequence[Row], i: int, way: set[int]) -> Row:
     if node["simulated"] is not None:
         notes.append(f"Best of the roll-out: {node['simulated']:.1f}")
     if node["reflection"]:
-        notes.append(f"Reflection: {cut(node['reflection'])}")
+        notes.append(f"Reflection: {cut(node['reflection'], min(most, SHOWN_OF_TEXT))}")
     solved = " · solved" if node["solved"] and node["score"] is not None else ""
     return {
         "about": f"{score}depth {node['depth']}{solved}",
-        "text": cut(node["step"], 2000),
+        "text": cut(node["step"], min(most, 2000)),
         "taken": i in way,
         "notes": notes,
-        "steps": [step(nodes, child, way) for child, _ in children_of(nodes, i)],
+        "steps": [step(nodes, child, way, most) for child in children_of(nodes, i, way)],
     }
 
 
-def children_of(nodes: Sequence[Mapping[str, Any]], i: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(number, node) of the children in rows of `Tree.rows`, the highest value first."""
-    for child in sorted(nodes[i]["children"], key=lambda c: (-nodes[c]["value"], c)):
-        yield child, nodes[child]
+def children_of(nodes: Sequence[Mapping[str, Any]], i: int, way: set[int]) -> list[int]:
+    """Numbers of the children that are shown, in rows of `Tree.rows`, the highest value first."""
+    shown = [c for c in nodes[i]["children"] if c < NODES or c in way]
+    return sorted(shown, key=lambda c: (-nodes[c]["value"], c))

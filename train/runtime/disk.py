@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxmerge.files import disk
+from jaxmerge.files import disk, documents
 from jaxmerge.files.disk import sync
 
 from ..log import UserError
@@ -33,6 +33,20 @@ def named(path: PathLike) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
         raise
+
+
+def read_bytes(path: PathLike) -> bytes:
+    """Read a plain file whole.
+
+    Raises:
+      UserError: there is none of that name, it is a pipe, a device or a folder, or it cannot be read.
+    """
+    if not os.path.exists(path):
+        raise UserError(f"{os.fspath(path)}: no such file")
+    try:
+        return documents.read_bytes(Path(path))
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def check_file(path: PathLike | None) -> None:

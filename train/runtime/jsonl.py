@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from ..log import UserError
-from .disk import PathLike, named, write_durably
+from .disk import PathLike, named, read_bytes, write_durably
 
 Row = dict[str, Any]
 Torn = Literal["refuse", "drop", "mend"]
@@ -36,13 +36,11 @@ def numbered_jsonl(path: PathLike, *, torn: Torn = "refuse", required: Collectio
     """As `read_jsonl`, each object with the number of its line."""
     path = pathlib.Path(path)
     try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        if torn != "refuse":
+        data = read_bytes(path)
+    except UserError:
+        if torn != "refuse" and not path.exists():
             return []
-        raise UserError(f"{path}: no such file") from error
-    except OSError as error:
-        raise UserError(f"{path}: could not be read: {error.strerror or error}") from error
+        raise
     end = len(data) if torn == "refuse" else data.rfind(b"\n") + 1
     lines = data[:end].split(b"\n")
     rows = []
@@ -64,7 +62,7 @@ def numbered_jsonl(path: PathLike, *, torn: Torn = "refuse", required: Collectio
 def parse(line: bytes, where: str, *, ours: bool) -> Row:
     """The object of one line; `ours`: of a file that a program of ours wrote."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_no_number)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: expected one JSON object a line, found what is not UTF-8 text ({error})") from error
     except (ValueError, RecursionError) as error:
@@ -81,6 +79,11 @@ def parse(line: bytes, where: str, *, ours: bool) -> Row:
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
     return row
+
+
+def _no_number(word: str) -> float:
+    # Python alone reads these; what was read would be refused once it is written, when all work is done.
+    raise ValueError(f"{word} is no number of JSON; write null, or leave the key out")
 
 
 def check_text(row: Any, where: str) -> None:

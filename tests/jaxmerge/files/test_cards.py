@@ -1,6 +1,7 @@
 """Model cards: what the hub reads of them, and what people do."""
 
 import json
+import os
 import pathlib
 
 import pytest
@@ -147,6 +148,9 @@ def test_licences_are_read_from_cards(tmp_path, text, licence):
     licensed(tmp_path, text)
     assert licence_of(tmp_path) == licence
     (tmp_path / "README.md").write_bytes(b"---\n\xff\xfe")
+    assert licence_of(tmp_path) is None
+    (tmp_path / "README.md").unlink()
+    os.mkfifo(tmp_path / "README.md")  # nobody writes to it
     assert licence_of(tmp_path) is None
 
 

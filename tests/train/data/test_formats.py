@@ -330,9 +330,10 @@ def test_a_set_that_tfds_has_is_read(tmp_path, name):
         assert first.id == "lbpp/3"
 
 
-def test_the_features_of_the_sets_are_those_tfds_declares(tmp_path):
+def test_the_features_of_the_sets_are_those_tfds_declares(tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where each of its builders leaves a folder
     for name in SETS:
         config = {"ai2_arc": "ARC-Challenge", "lbpp": "python"}.get(name)
         builder = tfds.builder_cls(name)(data_dir=str(tmp_path), **({"config": config} if config else {}))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -122,6 +123,7 @@ def test_bad_names_and_provenance(tmp_path):
 def test_tensorflow_is_not_imported_and_tfds_opens_the_version(tmp_path):
     program = f"""
 import sys
+from typing import Any, cast
 import train.data.versions as dataset
 assert "tensorflow_datasets" not in sys.modules, "imported before it is needed"
 dataset.write_version({str(tmp_path)!r}, "d", "1.0.0", [{example(3)!r}], {{}})
@@ -144,6 +146,8 @@ def test_jsonl_round_trip_and_errors(tmp_path):
     for line, message in [
         ('{"prompt": ', "rows.jsonl:3: no JSON"),
         ("[1]", "rows.jsonl:3: expected a JSON object, found list"),
+        ('{"prompt": "", "n": NaN}', r"rows.jsonl:3: no JSON \(NaN is no number of JSON; write null"),
+        ('{"prompt": "", "n": [-Infinity]}', r"rows.jsonl:3: no JSON \(-Infinity is no number of JSON"),
         ('{"promt": 1}', "rows.jsonl:3: missing prompt; found the keys promt"),
     ]:
         path.write_text("".join(json.dumps(r) + "\n" for r in rows) + line + "\n", encoding="utf-8")
@@ -165,3 +169,23 @@ def test_jsonl_is_written_whole_or_not_at_all(tmp_path):
         write_jsonl(path / "rows.jsonl", [{"a": 1}])  # below a file
     assert read_jsonl(path) == [{"a": 1}]
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["pipe", "folder", "/dev/zero"])
+def test_what_is_no_plain_file_is_refused_at_once(tmp_path, name):
+    """A pipe that nobody writes to would hold us up for ever; a device has no end."""
+    from train.data.builders import JsonLines
+    from train.data.rows import read_rows
+    from train.learn.sources import with_template
+
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / name
+    tokenizer = cast(Any, None)  # not looked at
+    readers = [
+        read_jsonl, read_rows, lambda path: read_jsonl(path, torn="drop"), lambda path: read_jsonl(path, torn="mend"),
+        lambda path: JsonLines(path=path, data_dir=tmp_path / "data"), lambda path: with_template(tokenizer, str(path)),
+    ]  # fmt: skip
+    for read in readers:
+        with pytest.raises(UserError, match=rf"{name} is no plain file but a folder, a pipe or a device; give a file"):
+            read(path)

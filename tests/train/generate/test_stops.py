@@ -7,6 +7,8 @@ import jax
 import pytest
 from helpers.tiny_tokenizers import CHATML, byte_level, llama_like
 
+from train.evaluate.harness import Requests
+from train.evaluate.settings import Evaluation
 from train.generate import rollout as rollouts
 from train.generate import run
 from train.generate.engine import Decoding
@@ -14,6 +16,7 @@ from train.generate.rollout import Prompt, rollout
 from train.generate.settings import SampleOptions, Settings
 from train.generate.slots import Completion
 from train.generate.stops import Stops
+from train.improve.settings import Sampling
 from train.log import UserError
 from train.models.config import ModelConfig
 from train.models.open import Model, random_config, random_model
@@ -32,8 +35,8 @@ def byte_tokenizer(**given):
     return Tokenizer(byte_level(), names, **{"chat_template": CHATML, **given})
 
 
-def say(monkeypatch, tokenizer, prompt, said, stop):
-    """What a rollout makes of a model that says these tokens."""
+def scripted(monkeypatch, tokenizer, said):
+    """Every model says these tokens from now on."""
 
     class Engine:
         def __init__(self, *given, **settings):
@@ -50,6 +53,11 @@ def say(monkeypatch, tokenizer, prompt, said, stop):
                         break
 
     monkeypatch.setattr(rollouts, "Engine", Engine)
+
+
+def say(monkeypatch, tokenizer, prompt, said, stop):
+    """What a rollout makes of a model that says these tokens."""
+    scripted(monkeypatch, tokenizer, said)
     config: ModelConfig = random_config(SIZES)
     (sample,) = rollout(config, {}, tokenizer, [Prompt("p", prompt)], Settings(stop=stop), jax.random.key(0))
     return sample
@@ -77,6 +85,26 @@ def test_a_special_token_may_be_a_stop_string(monkeypatch, stop, text, count):
     assert sample.reason == ("length" if count is None else "stop")
     if count is not None:
         assert len(sample.tokens) == sum(map(len, pieces[: count + 1]))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [SampleOptions, Sampling, Evaluation, lambda stop: Requests(None).settings({"until": list(stop)})],  # pyright: ignore
+    ids=["sample", "sampling.stop", "evaluation.stop", "until"],
+)
+@pytest.mark.parametrize(("stop", "text"), [("<|im_end|>", " Paris"), ("s<|im_end|> and", " Pari")])
+def test_every_key_for_stop_strings_takes_a_special_token(monkeypatch, block, stop, text):
+    ours = byte_tokenizer()
+    scripted(monkeypatch, ours, ours.encode(" Paris<|im_end|> and more"))
+    settings = block(stop=(stop,))
+    if isinstance(settings, Evaluation):
+        settings = settings.settings(dtype="float32", gather=False, stop=settings.stop)
+    elif not isinstance(settings, Settings):
+        settings = settings.settings(dtype="float32", gather=False)
+    prompts = [Prompt("p", tuple(ours.encode("Capital of France:")))]
+    config = random_config({**SIZES, "max_position_embeddings": 1024})
+    sample, *_ = rollout(config, {}, ours, prompts, settings, jax.random.key(0))
+    assert (sample.text, sample.reason) == (text, "stop")
 
 
 @pytest.mark.parametrize("kind", ["prepend", "first"])
@@ -143,6 +171,24 @@ def test_an_unfinished_turn_of_the_assistant_is_gone_on_with():
 def test_malformed_messages_are_refused_with_their_line(messages, message):
     with pytest.raises(UserError, match=rf"^p\.jsonl:3: {message}"):
         lines_to_text(byte_tokenizer(), {"messages": messages})
+
+
+def test_a_prompt_that_does_not_fit_is_named_in_a_short_line():
+    model = random_model(SIZES, make_mesh(Mesh()), seed=0)
+    for prompt, said in ((Prompt("y" * 10**6, (1,) * 300), "300 tokens"), (Prompt("y" * 10**6, ()), "is empty")):
+        with pytest.raises(UserError, match=said) as error:
+            rollout(model.config, model.params, model.tokenizer, [prompt], Settings(), jax.random.key(0))
+        assert len(str(error.value)) < 400
+
+
+def test_any_number_of_slots_gives_the_same():
+    model = random_model(SIZES, make_mesh(Mesh()), seed=0)
+    prompts = [Prompt("1+2", tuple(model.tokenizer.encode("1+2")))]
+    few, many = (
+        rollout(model.config, model.params, model.tokenizer, prompts, settings, jax.random.key(0))
+        for settings in (Settings(max_new_tokens=6), Settings(max_new_tokens=6, slots=2**40))
+    )
+    assert few[0].tokens == many[0].tokens
 
 
 def test_the_date_of_a_sample_is_a_key(tmp_path, monkeypatch):

@@ -60,6 +60,8 @@ def test_errors_name_the_key_and_the_way_out():
     for name in ("talr", "reward_weighted"):
         with pytest.raises(UserError, match=r"temperature is 0\.0"):
             of(name, temperature=0.0)
+    with pytest.raises(UserError, match=r"temperature is 1e-50 \(above 1e-30"):
+        of("talr", temperature=1e-50)  # float32 would divide 0 by 0
     with pytest.raises(UserError, match=r"a reward is 30, 60 times the temperature"):
         of("reward_weighted").objective.weight_of({"reward": 30.0})
 

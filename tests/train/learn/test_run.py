@@ -146,7 +146,7 @@ def test_a_template_of_ones_own_is_used_and_saved(tmp_path, folder):
     run(folder, data, tmp_path / "out", f"data.chat_template={template}")
     saved = Tokenizer.from_folder(tmp_path / "out" / "hf")
     assert saved.chat_template == template.read_text()
-    with pytest.raises(UserError, match=r"data\.chat_template: .*nowhere.* could not be read"):
+    with pytest.raises(UserError, match=r"data\.chat_template: .*nowhere.* cannot be read"):
         run(folder, data, tmp_path / "other", "data.chat_template=nowhere")
 
 

@@ -1,5 +1,6 @@
 """Tokenizers: ids, chats and saved folders equal to transformers'."""
 
+import os
 import subprocess
 import sys
 
@@ -151,6 +152,10 @@ def test_damaged_tokenizers_are_refused(tmp_path):
         Tokenizer.from_folder(write_folder(tmp_path, byte_level(), chat_template=named))
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json is no JSON"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match=r"tokenizer\.json is no plain file but a folder, a pipe or a device"):
         Tokenizer.from_folder(tmp_path)
 
 

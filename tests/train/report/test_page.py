@@ -10,6 +10,7 @@ from helpers.made_up_run import METHODS, NASTY, write_run
 
 from jaxmerge.files.inspect.canvas import DARK, LIGHT, ticks
 from train.log import UserError
+from train.report import trees
 from train.report.html import escape
 from train.report.labels import Placer, _overlap, spread
 from train.report.page import write_report
@@ -220,3 +221,38 @@ def test_ticks_and_spread():
     assert ticks(3.0, 3.0) == [3.0]
     placed = sorted(spread([5.0, 5.0, 5.0], gap=10, low=0, high=100))
     assert all(b - a > 9 for a, b in itertools.pairwise(placed))
+
+
+def tree_of(nodes: int, text: str) -> dict:
+    """A row of trees.jsonl: nodes one below the other in tens, each with a long step and reflection."""
+    made = [
+        {
+            "parent": None if i == 0 else (i - 1) // 10, "children": list(range(10 * i + 1, min(10 * i + 11, nodes))),
+            "step": text, "reflection": text, "depth": 0, "score": 0.5, "value": 0.5, "visits": 1, "simulated": None,
+            "solved": False, "expanded": True,
+        }
+        for i in range(nodes)
+    ]  # fmt: skip
+    solution = {"name": "a", "text": text, "reason": "eos", "verdict": 1.0}
+    return {
+        "question": text, "answer": text, "end": "budget", "chosen": nodes - 1, "nodes": made, "solutions": [solution]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said", "shown"),
+    [
+        ([5] * 45, "The first 40 of 45 are shown", 40 * 4),
+        ([150] * 4, "The first 2 of 4 are shown", 2 * 149),
+        ([900, 3], "Of a large tree the first 400 nodes and the plan that was taken are shown", 400),
+        ([3, 3], "marked ●.<", 4),
+    ],
+)
+def test_trees_of_long_texts_make_no_large_page(tmp_path, monkeypatch, sizes, said, shown):
+    monkeypatch.setattr(trees, "NODES", 400)
+    monkeypatch.setattr(trees, "CHARACTERS", 400_000)
+    (tmp_path / "trees.jsonl").write_text("".join(json.dumps(tree_of(n, "y" * 3000)) + "\n" for n in sizes))
+    page = trees.trees(tmp_path)
+    assert len(page) < 1_000_000
+    assert said in page
+    assert page.count("</small> yyy") == shown
