@@ -139,7 +139,13 @@ def sharing_of(
 ) -> Sharing | None:
     """How rows share prompts, where they may and can; the reason is told where they may and cannot."""
     config = shares.config
+    if not improver.share_prompts:
+        return None
     if not improver.shares(config):
+        say(
+            "prompts are computed for each of their answers: with improver.normalise=bnpo the loss depends on which "
+            "answers are a micro-batch; sft.micro_batch=null shares prompts"
+        )
         return None
     if reason := obstacle(model, how.attention):
         say(f"prompts are computed for each of their answers: {reason}")

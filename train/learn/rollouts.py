@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 STEP = 32
 """Rows are padded to lengths that are multiples of it: few shapes, few compilations."""
 UNREAD = (
-    "epochs", "max_length", "overlong", "packing", "loss", "objective", "step.spike", "watch.held_out",
+    "epochs", "max_length", "overlong", "packing", "loss", "objective", "share_prompts", "step.spike", "watch.held_out",
     "watch.evaluate_every", "watch.trace_from", "watch.trace_steps",
 )  # fmt: skip
 """Keys of `sft` that speak of examples on disk, or are of their loop alone."""
