@@ -108,6 +108,8 @@ class OnPolicy:
     """What becomes of a run whose teacher is not better than its student."""
     share_prompts: ClassVar[bool] = False
     """Whether a prompt is computed once for several of its answers."""
+    skip_equal: ClassVar[bool] = False
+    """Whether samples that nothing is learnt from are left out of an update's computation."""
     redraws: ClassVar[int] = 0
     """How often other questions are asked in a step, until `questions` of those asked are kept."""
 
