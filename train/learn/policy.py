@@ -33,7 +33,6 @@ from .batches import Batch
 from .curriculum import Curriculum, chosen_by_bandit, told_of_categories
 from .objectives import Tokens
 from .rollouts import Course, Group, Lesson, OnPolicy, to_batch
-from .shared import Pair, Sharing
 
 # --- advantages --------------------------------------------------------------------------------------------
 
@@ -290,7 +289,7 @@ class Policy(OnPolicy):
                 sampled.append(sample.logprobs if learnt else ())
         beside = {"sampled": sampled, "advantages": np.concatenate(advantages), "rows": np.ones(len(pairs))}
         if course.sharing is not None and course.sharing.skips:
-            batch, rows = without_equal(course.sharing, pairs, course.pad_id, beside)
+            batch, rows = course.sharing.without_equal(pairs, course.pad_id, **beside)
         elif course.sharing is not None and (layout := course.sharing.layout(pairs)) is not None:
             batch, rows = course.sharing.batch(pairs, layout, course.pad_id, **beside), layout.rows
         else:
@@ -316,31 +315,6 @@ class Policy(OnPolicy):
         if self.worked:
             batch["shown"] = np.full(batch["rows"].shape, shown, np.float32)
         return batch
-
-
-def without_equal(sharing: Sharing, pairs: Sequence[Pair], pad_id: int, beside: Batch) -> tuple[Batch, int]:
-    """Rows without the samples whose advantage is 0, and the rows of an update; what a loss is divided by stays.
-
-    An update that has no others is made all the same, for an optimizer's moments move without a gradient, too.
-    """
-    learnt = beside["advantages"] != 0
-    if not learnt.any():
-        learnt[0] = True  # rows have the length of something
-    given = [pair if is_learnt else None for pair, is_learnt in zip(pairs, learnt, strict=True)]
-    layout = sharing.layout(given) or sharing.rows_of(given, 1)
-    batch = sharing.batch(given, layout, pad_id, **beside)
-    batch["absent"] = np.zeros(len(batch["tokens"]), np.float32)
-    for update, first in enumerate(range(0, len(pairs), sharing.size)):
-        gone = [i for i in range(first, min(first + sharing.size, len(pairs))) if not learnt[i]]
-        rows = slice(update * layout.rows, (update + 1) * layout.rows)
-        batch["absent"][rows] = evenly(sum(len(pairs[i][1]) for i in gone), layout.rows)
-        batch["rows"][rows, 0] += evenly(len(gone), layout.rows)
-    return batch, layout.rows
-
-
-def evenly(count: int, parts: int) -> np.ndarray:
-    """Whole numbers, as equal as can be, that sum to `count`: every micro-batch has its share."""
-    return np.full(parts, count // parts) + (np.arange(parts) < count % parts)
 
 
 def differ(rewards: np.ndarray) -> bool:

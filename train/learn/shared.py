@@ -149,6 +149,30 @@ class Sharing:
                 place({name: values[row] for name, values in batch.items()}, pairs, members, beside)
         return batch
 
+    def without_equal(self, pairs: Sequence[Pair], pad_id: int, /, **beside: Any) -> tuple[Batch, int]:
+        """Rows without the samples whose advantage is 0, and the rows of an update; what a loss is divided by stays.
+
+        An update that has no others is made all the same, for an optimizer's moments move without a gradient, too.
+        """
+        learnt = beside["advantages"] != 0
+        if not learnt.any():
+            learnt[0] = True  # rows have the length of something
+        given = [pair if is_learnt else None for pair, is_learnt in zip(pairs, learnt, strict=True)]
+        layout = self.layout(given) or self.rows_of(given, 1)
+        batch = self.batch(given, layout, pad_id, **beside)
+        batch["absent"] = np.zeros(len(batch["tokens"]), np.float32)
+        for update, first in enumerate(range(0, len(pairs), self.size)):
+            gone = [i for i in range(first, min(first + self.size, len(pairs))) if not learnt[i]]
+            rows = slice(update * layout.rows, (update + 1) * layout.rows)
+            batch["absent"][rows] = evenly(sum(len(pairs[i][1]) for i in gone), layout.rows)
+            batch["rows"][rows, 0] += evenly(len(gone), layout.rows)
+        return batch, layout.rows
+
+
+def evenly(count: int, parts: int) -> np.ndarray:
+    """Whole numbers, as equal as can be, that sum to `count`: every micro-batch has its share."""
+    return np.full(parts, count // parts) + (np.arange(parts) < count % parts)
+
 
 def place(row: Batch, pairs: Given, members: Sequence[int], beside: dict[str, Any]) -> None:
     """Write a prompt and its answers into the arrays of one row."""
