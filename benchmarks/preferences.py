@@ -38,6 +38,7 @@ from train.learn.preferences import Dpo
 from train.learn.reference import with_reference
 from train.learn.settings import Sft, Step
 from train.learn.sft import fine_tune
+from train.learn.shared_pairs import with_shared_prompts
 from train.learn.step import compute_of
 from train.models.hf import save_hf
 from train.models.open import Model, load_model
@@ -86,8 +87,9 @@ class Ours:
 
     def reference(self) -> float:
         """Seconds of the pass that computes the reference's log-probabilities."""
+        rows = with_shared_prompts(self.model.config, self.rows, self.config, self.how)
         start = CLOCKS[self.clock]()
-        with_reference(self.model.config, self.model.params, self.rows, self.config, self.how, mesh=self.mesh)
+        with_reference(self.model.config, self.model.params, rows, self.config, self.how, mesh=self.mesh)
         return CLOCKS[self.clock]() - start
 
 

@@ -5,6 +5,7 @@ r"""An update whose rows share their prompts beside one whose do not: python ben
   prompt=77 longest=32         tokens of a prompt, and of the longest answer; lengths are uniform from 1 on
   updates=3                    in turns, medians of; one more on each side compiles and is left out
   micro=0                      sft.micro_batch in answers; 0 is the whole update
+  equal=0                      so many questions have answers of equal rewards; a third side then leaves them out
   layers=unrolled              or stacked, which compiles in a fraction of the time
   seed=0
 
@@ -29,8 +30,9 @@ import numpy as np
 
 OPTIONS = {
     "model": "smollm2", "questions": "4", "samples": "8", "prompt": "77", "longest": "32", "updates": "3", "micro": "0",
-    "layers": "unrolled", "seed": "0",
+    "equal": "0", "layers": "unrolled", "seed": "0",
 }  # fmt: skip
+SIDES = ("apart", "shared", "skipped")
 SMOLLM2 = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
     "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192,
@@ -43,29 +45,30 @@ def main() -> None:
     if unknown := given.keys() - OPTIONS.keys():
         raise SystemExit(f"known: {', '.join(OPTIONS)}; not {unknown}")
     options = OPTIONS | given
-    questions, samples, prompt, longest, updates, micro, seed = (
-        int(options[k]) for k in ("questions", "samples", "prompt", "longest", "updates", "micro", "seed")
+    questions, samples, prompt, longest, updates, micro, equal, seed = (
+        int(options[k]) for k in ("questions", "samples", "prompt", "longest", "updates", "micro", "equal", "seed")
     )
     model, params = model_of(options["model"], seed)
     draw = np.random.default_rng(seed)
     groups = [group(draw, model.vocab_size, samples, prompt, longest, number) for number in range(questions)]
+    groups = [g._replace(rewards=np.ones(samples)) if i < equal else g for i, g in enumerate(groups)]
     run = {
-        shared: update_of(model, params, questions * samples, longest, micro, options["layers"], shared)
-        for shared in (False, True)
+        side: update_of(model, params, questions * samples, longest, micro, options["layers"], side)
+        for side in SIDES[: 3 if equal else 2]
     }
-    found: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
+    found: dict[str, list[tuple[float, float, float]]] = {side: [] for side in run}
     for _ in range(updates + 1):
-        for shared, update in run.items():
+        for side, update in run.items():
             busy, clock = time.process_time(), time.perf_counter()
             loss = update(groups)
-            found[shared].append((time.process_time() - busy, time.perf_counter() - clock, loss))
-    for shared, told in found.items():
-        name = "shared" if shared else "apart"
+            found[side].append((time.process_time() - busy, time.perf_counter() - clock, loss))
+    for name, told in found.items():
         busy, seconds, _ = (", ".join(f"{x:.2f}" for x in values) for values in zip(*told[1:], strict=True))
         print(f"  {name:<7} processor seconds an update {busy}; seconds {seconds}; first loss {told[0][2]:.7f}")
     for column, clock in ((0, "processor seconds"), (1, "seconds")):
-        apart, shared = (statistics.median(t[column] for t in found[side][1:]) for side in (False, True))
-        print(f"  {clock}: {apart:.2f} apart, {shared:.2f} shared, {apart / shared:.2f} times as fast")
+        apart, *others = ((side, statistics.median(t[column] for t in told[1:])) for side, told in found.items())
+        for side, took in others:
+            print(f"  {clock}: {apart[1]:.2f} apart, {took:.2f} {side}, {apart[1] / took:.2f} times as fast")
 
 
 def model_of(name: str, seed: int) -> tuple[Any, Any]:
@@ -92,7 +95,7 @@ def group(draw: np.random.Generator, vocabulary: int, samples: int, prompt: int,
     return Group(number, question, [answer(i) for i in range(samples)], draw.random(samples))
 
 
-def update_of(model: Any, params: Any, size: int, longest: int, micro: int, layers: Any, shared: bool) -> Any:
+def update_of(model: Any, params: Any, size: int, longest: int, micro: int, layers: Any, side: str) -> Any:
     """An update as a function of groups: its loss, once all of it is done."""
     from train.generate.settings import Settings
     from train.learn.on_policy import learn, log_probabilities, sharing_of
@@ -105,7 +108,7 @@ def update_of(model: Any, params: Any, size: int, longest: int, micro: int, laye
     from train.runtime.settings import Mesh
 
     drawing = Settings(samples=2, temperature=1.0, max_new_tokens=longest, slots=2)
-    policy = Policy(questions=1, share_prompts=shared)
+    policy = Policy(questions=1, share_prompts=side != "apart", skip_equal=side == "skipped")
     objective: Any = policy.objective(drawing)
     config = Sft(
         learning_rate=1e-6, batch=size, micro_batch=micro or None, objective=objective, step=Step(layers=layers)

@@ -65,6 +65,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "tests/train/learn/test_sft_settings.py": EVERY,
     "tests/train/learn/test_shared.py": EVERY,
+    "tests/train/learn/test_shared_pairs.py": ("test_a_sequence_without_a_gradient_needs_no_backward_pass",),
     "tests/train/learn/test_signed.py": EVERY,
     "tests/train/learn/test_stay.py": EVERY,
     "tests/train/models/test_branches.py": EVERY,

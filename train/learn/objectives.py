@@ -28,6 +28,11 @@ class Tokens:
     counts: ClassVar[str] = "tokens"
     """What the sum of losses is divided by the number of."""
 
+    @property
+    def looks(self) -> bool:
+        """Whether `loss` lets no gradient flow through the second sequence of a row, so that none is computed."""
+        return False
+
     def check(self, vocab_size: int) -> None:
         """Raise what does not fit the model."""
         del vocab_size

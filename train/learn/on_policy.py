@@ -139,15 +139,33 @@ def sharing_of(
 ) -> Sharing | None:
     """How rows share prompts, where they may and can; the reason is told where they may and cannot."""
     config = shares.config
-    if not improver.shares(config):
+    if not improver.share_prompts:
         return None
-    if reason := obstacle(model, how.attention):
-        say(f"prompts are computed for each of their answers: {reason}")
+    reason = obstacle(model, how.attention)
+    if reason is None and not improver.shares(config):
+        reason = (
+            "with improver.normalise=bnpo the loss depends on which answers are a micro-batch; sft.micro_batch=null "
+            "shares prompts"
+        )
+    if reason:
+        also = ", and samples without an advantage are computed" if improver.skip_equal else ""
+        say(f"prompts are computed for each of their answers{also}: {reason}")
         return None
+    skips = improver.skip_equal and (reason := what_reads_all(config)) is None
+    if reason:
+        say(f"samples without an advantage are computed: {reason}")
     micro, ways = config.micro_batch or config.batch, row_ways(shares.mesh)
-    return Sharing(
-        model, config.batch, config.batch // micro, 1 if micro % ways else ways, longest=drawing.max_new_tokens
-    )
+    ways = 1 if micro % ways else ways
+    return Sharing(model, config.batch, config.batch // micro, ways, longest=drawing.max_new_tokens, skips=skips)
+
+
+def what_reads_all(config: Sft) -> str | None:
+    """Why samples without an advantage change an update, or None."""
+    if config.stay.kl:
+        return "sft.stay.kl is of all tokens"
+    if config.lora is not None and config.lora.dropout:
+        return "the masks of sft.lora.dropout are drawn for all rows"
+    return None
 
 
 def draw_groups(

@@ -53,9 +53,11 @@ class Groups(Rows):
 
     Attributes:
       beside: other arrays of n rows, which a batch holds too: `reference` [n, G, T], `label` [n].
+      starts: [n] where the answers of a row begin.
     """
 
     beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    starts: np.ndarray | None = None
 
     def take(self, chosen: np.ndarray, epoch: int) -> Batch:
         return super().take(chosen, epoch) | {name: values[chosen] for name, values in self.beside.items()}
@@ -169,7 +171,8 @@ def grouped(
             tokens[at, member], learnt[at, member], _ = fill([row], [weight], width, pad_id)
             lengths[at, member] = len(row)
     rows = {name: values[kept] for name, values in beside.items()}
-    return Groups(tokens, learnt, len(groups) - len(kept), truncated, lengths, rows)
+    starts = np.array([groups[number][0][1] for number in kept])
+    return Groups(tokens, learnt, len(groups) - len(kept), truncated, lengths, rows, starts)
 
 
 def good(examples: Sequence[Example]) -> list[Example]:

@@ -77,30 +77,31 @@ def overlong(length: int, most: int, cache: int) -> float:
 # --- the loss ----------------------------------------------------------------------------------------------
 
 
-def by_sequence(each, mask, rows, length):
+def by_sequence(each, mask, rows, length, count):
     """GRPO: the mean over sequences of the mean over a sequence's tokens."""
     import jax.numpy as jnp
 
-    del length
+    del length, count
     return ((each * mask).sum(-1) / jnp.maximum(mask.sum(-1), 1.0)).sum(), rows.sum()
 
 
-def by_token(each, mask, rows, length):
+def by_token(each, mask, rows, length, count):
     """DAPO: the mean over all tokens of an update."""
     del rows, length
-    return (each * mask).sum(), mask.sum()
+    return (each * mask).sum(), count
 
 
-def by_token_of_part(each, mask, rows, length):
+def by_token_of_part(each, mask, rows, length, count):
     """BNPO as TRL has it: the mean over the tokens of a micro-batch, then over micro-batches."""
     import jax.numpy as jnp
 
     del rows, length
-    return (each * mask).sum() / jnp.maximum(mask.sum(), 1.0), jnp.float32(1)
+    return (each * mask).sum() / jnp.maximum(count, 1.0), jnp.float32(1)
 
 
-def by_constant(each, mask, rows, length):
+def by_constant(each, mask, rows, length, count):
     """Dr. GRPO: the sum over tokens by a constant, the longest length, and the mean over sequences."""
+    del count
     return (each * mask).sum() / length, rows.sum()
 
 
@@ -110,8 +111,9 @@ NORMALISE: dict[str, Callable[..., tuple[Any, Any]]] = {
     "dr_grpo": by_constant,
     "bnpo": by_token_of_part,
 }
-"""By name: losses of tokens [B, K], the mask of those that count, 1 for each sequence [B], the longest length → the sum
-of losses and what it is divided by. With rows of several answers B is [B, G]."""
+"""By name: losses of tokens [B, K], the mask of those that count, 1 for each sequence [B], the longest length, the
+number of tokens → the sum of losses and what it is divided by. With rows of several answers B is [B, G]. Sequences that
+are left out of the computation are in the numbers of sequences and of tokens."""
 OF_PARTS = ("bnpo",)
 """Those of NORMALISE that depend on which sequences are a micro-batch."""
 
@@ -122,7 +124,7 @@ class PolicyLoss(Tokens):
 
     A batch has `advantages` and `rows` (1, or 0 where a row only fills up) of each row, `sampled` of each token, with
     several updates `old`, with β `reference`, and with worked solutions `shown`, 1 where a row is one: its loss is
-    −log p.
+    −log p. Where samples are left out, `absent` [B] is the number of their tokens, and `rows` counts them.
     """
 
     joint: ClassVar[bool] = True
@@ -167,8 +169,9 @@ class PolicyLoss(Tokens):
             shown = beside["shown"][..., None] > 0
             each = jnp.where(shown, -logps, each)
             learnt = jnp.where(shown, 0.0, mask)
-        loss, weight = NORMALISE[self.normalise](each, mask, beside["rows"], self.length)
-        # Means over tokens, whatever the loss is divided by: a run divides them by `weight`.
+        count = mask.sum() + (beside["absent"].sum() if "absent" in beside else 0.0)
+        loss, weight = NORMALISE[self.normalise](each, mask, beside["rows"], self.length, count)
+        # Means over the tokens computed, whatever the loss is divided by: a run divides them by `weight`.
         metrics = {name: weight * (x * learnt).sum() / jnp.maximum(learnt.sum(), 1.0) for name, x in found.items()}
         metrics["drift_max"] = weight * jnp.max(jnp.abs(drift) * learnt)
         return loss, weight, jax.lax.stop_gradient(metrics)
@@ -210,6 +213,9 @@ class Policy(OnPolicy):
     share_prompts: bool = True  # type: ignore[misc]  # a key here
     """The answers to a question share a row with their prompt, which is then computed once, if that takes fewer
     operations; false gives each answer a row of its own. The loss is the same."""
+    skip_equal: bool = False  # type: ignore[misc]  # a key here
+    """Samples whose advantage is exactly 0, as in a group that is all right or all wrong, are left out of an update's
+    computation; the loss and its gradient are the same. The metrics clipped, entropy and drift are of the others."""
     redraws: int = 0  # type: ignore[misc]  # a key here
     """A step asks new questions up to this many more times, until `questions` of them have samples whose rewards
     differ; the others are then left out (DAPO's dynamic sampling). 0 asks once and learns from all."""
@@ -229,6 +235,13 @@ class Policy(OnPolicy):
             raise UserError(
                 f"{where}.sampling: temperature is {drawing.temperature:g}, top_k {drawing.top_k}, top_p "
                 f"{drawing.top_p:g}; a policy learns from samples of its own distribution: set them to 1, 0 and 1"
+            )
+        if self.skip_equal and (self.beta or not self.share_prompts):
+            raise UserError(
+                f"{where}.improver: skip_equal is true, beta is {self.beta:g}, share_prompts is "
+                f"{str(self.share_prompts).lower()}; samples without an advantage are learnt from where beta is above "
+                "0, and left out of rows that share prompts alone: set beta to 0 and share_prompts to true, or "
+                "skip_equal to false"
             )
         if drawing.samples < 2:
             raise UserError(f"{where}.sampling.samples is {drawing.samples}; a group has 2 or more")
@@ -279,8 +292,9 @@ class Policy(OnPolicy):
                 pairs.append((group.prompt, sample.tokens if learnt else ()))
                 sampled.append(sample.logprobs if learnt else ())
         beside = {"sampled": sampled, "advantages": np.concatenate(advantages), "rows": np.ones(len(pairs))}
-        layout = course.sharing and course.sharing.layout(pairs)
-        if course.sharing is not None and layout is not None:
+        if course.sharing is not None and course.sharing.skips:
+            batch, rows = course.sharing.without_equal(pairs, course.pad_id, **beside)
+        elif course.sharing is not None and (layout := course.sharing.layout(pairs)) is not None:
             batch, rows = course.sharing.batch(pairs, layout, course.pad_id, **beside), layout.rows
         else:
             batch, rows = to_batch(pairs, course.pad_id, **beside), 0

@@ -261,6 +261,10 @@ class Aft(Pairs):
     def __post_init__(self):
         above("aft", beta=self.beta)
 
+    @property
+    def looks(self):
+        return self.constraint == "detached"
+
     def rewards(self, found):
         return found.means
 
@@ -306,6 +310,10 @@ class Kto(Tokens):
 
     def __post_init__(self):
         above("kto", beta=self.beta, desirable=self.desirable, undesirable=self.undesirable)
+
+    @property
+    def looks(self):
+        return True
 
     def reference_model(self):
         return self.reference

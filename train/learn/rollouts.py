@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 STEP = 32
 """Rows are padded to lengths that are multiples of it: few shapes, few compilations."""
 UNREAD = (
-    "epochs", "max_length", "overlong", "packing", "loss", "objective", "step.spike", "watch.held_out",
+    "epochs", "max_length", "overlong", "packing", "loss", "objective", "share_prompts", "step.spike", "watch.held_out",
     "watch.evaluate_every", "watch.trace_from", "watch.trace_steps",
 )  # fmt: skip
 """Keys of `sft` that speak of examples on disk, or are of their loop alone."""
@@ -108,6 +108,8 @@ class OnPolicy:
     """What becomes of a run whose teacher is not better than its student."""
     share_prompts: ClassVar[bool] = False
     """Whether a prompt is computed once for several of its answers."""
+    skip_equal: ClassVar[bool] = False
+    """Whether samples that nothing is learnt from are left out of an update's computation."""
     redraws: ClassVar[int] = 0
     """How often other questions are asked in a step, until `questions` of those asked are kept."""
 

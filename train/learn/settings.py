@@ -143,6 +143,9 @@ class Sft:
     """Longer examples are left out (drop), or cut at max_length (truncate); they are counted either way."""
     packing: bool = False
     """Several examples are put into a row, and `batch` counts rows. The loss stays that of the examples one by one."""
+    share_prompts: bool = True
+    """The two answers of a preference pair are put into one row behind their prompt, which is computed once, where that
+    takes fewer operations; false gives each a row of its own. The loss is the same."""
     loss: Literal["completion", "all"] = "completion"
     """The loss is taken over the completion's tokens, or over the prompt's too (all)."""
     start: Literal["merged", "original"] = "merged"

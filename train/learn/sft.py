@@ -40,6 +40,7 @@ from .objectives import ResponseOnly
 from .progress import Checkpoints, Log, Progress
 from .reference import with_reference
 from .settings import Sft, Step
+from .shared_pairs import with_shared_prompts
 from .shares import Shares
 from .sparse import Entries, renewing
 from .speed import batch_flops, peak_flops
@@ -117,6 +118,7 @@ def fine_tune(
     trainee = prepared(
         model, params, config, rows=rows, mesh=mesh, seed=seed, dtype=dtype, anchor=anchor, teacher=teacher
     )
+    rows = with_shared_prompts(model, rows, config, trainee.how)
     if config.objective.reference_model():
         base = anchor if anchor is not None and config.objective.reference_model() == "original" else params
         base = placed(stack_layers, base, mesh) if is_stacked(trainee.state.params) else base

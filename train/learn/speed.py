@@ -66,6 +66,8 @@ def step_flops(model: ModelConfig, rows: int, length: int, targets: int, *, froz
 def batch_flops(model: ModelConfig, batch: Mapping[str, Any], *, frozen: bool = False) -> float:
     """Operations of an update on this batch, padding included: what the device is asked to do."""
     *rows_of, length = batch["tokens"].shape
+    if "sources" in batch:  # rows that branch: every position is read
+        return step_flops(model, math.prod(rows_of), length, batch["sources"].size, frozen=frozen)
     rows, length = math.prod(rows_of), length - 1
     targets = batch["targets"].size if "targets" in batch else rows * length
     return step_flops(model, rows, length, targets, frozen=frozen)

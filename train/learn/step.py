@@ -24,6 +24,7 @@ from . import frozen as adapters
 from . import optim
 from .beside import begun
 from .frozen import Frozen
+from .looked_at import with_constants
 from .settings import Sft, Stay, Step
 from .sparse import Entries
 from .speed import tokens_of
@@ -208,10 +209,23 @@ def _sums(
         asked = config.step.router_aux_loss_coef
         beside["balanced"] = model.experts.balance if asked is None else asked
     if config.objective.joint and (teacher is None or teacher.share < 1):
-        loss, weight, metrics = objective_sums(model, params, part, how, config.objective.loss, **beside)
+        objective = config.objective.loss
+        if looks_only(model, part, config, near):
+            part, objective = with_constants(model, params, part, how, objective)
+        loss, weight, metrics = objective_sums(model, params, part, how, objective, **beside)
     else:
         loss, weight, metrics = loss_and_metrics(model, params, part, how, **beside)
     return loss, {"weight": weight, "metrics": metrics}
+
+
+def looks_only(model: ModelConfig, part: dict[str, jax.Array], config: Sft, near: Any) -> bool:
+    """Whether the second sequences of a batch are computed without a gradient.
+
+    Nothing but the objective may read them: a divergence and the balance of a mixture of experts have a gradient of
+    every row, and dropout masks are drawn for all rows together.
+    """
+    alone = near is None and model.experts is None and not (config.lora is not None and config.lora.dropout)
+    return config.objective.looks and alone and "cells" not in part
 
 
 def source_of(config: Sft, frozen: Any, params: Any, sizes: ModelConfig, how: Compute) -> Teacher | None:

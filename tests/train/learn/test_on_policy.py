@@ -65,6 +65,9 @@ CASES = {
         ),
         dataclasses.replace(SFT, batch=8),
     ),
+    "samples left out": (
+        dataclasses.replace(POLICY, skip_equal=True, advantage="mean"), dataclasses.replace(SFT, batch=8, micro_batch=4)
+    ),
     "an adapter": (POLICY, dataclasses.replace(SFT, lora=Lora(rank=2, dropout=0.1))),
 }  # fmt: skip
 

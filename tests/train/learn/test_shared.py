@@ -1,6 +1,7 @@
 """Answers that share their prompt's row: the log-probabilities, losses and gradients of rows of one answer each."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,20 @@ import numpy as np
 import pytest
 from helpers.policies import COURSE, group_of
 
+from train.generate.settings import Settings
+from train.learn.on_policy import sharing_of
 from train.learn.policy import Policy
-from train.learn.settings import Sft
+from train.learn.rollouts import parts
+from train.learn.settings import Sft, Stay
 from train.learn.shared import Layout, Sharing
+from train.learn.shares import Shares
+from train.log import UserError
+from train.models.config import Lora
 from train.models.decoder import init
 from train.models.loss import Compute, objective_sums, token_logps
 from train.models.open import random_config
+from train.runtime.mesh import make_mesh
+from train.runtime.settings import Mesh
 
 CONFIG = random_config({
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -149,3 +158,106 @@ def test_a_loss_of_micro_batches_keeps_its_rows():
     assert not Policy(normalise="bnpo").shares(Sft(batch=8, micro_batch=4))
     assert Policy(normalise="dapo").shares(Sft(batch=8, micro_batch=4))
     assert not Policy(share_prompts=False).shares(Sft())
+
+
+# --- samples without an advantage ---
+
+
+def equal_and_other_groups():
+    """Of four answers each: a group that is all right, two whose rewards differ, one that is all wrong."""
+    rewards = [1.0] * 4, [1.0, 0.0, 0.0, 0.5], [0.0, 1.0, np.nan, 1.0], [0.0] * 4
+    found = [group_of(r, question=q % 3, seed=q, lengths=(3 + q, 9, 5, 1)) for q, r in enumerate(rewards)]
+    return [g._replace(prompt=LONG[q:]) for q, g in enumerate(found)]
+
+
+def whole_and_skipped(options, size, course=COURSE):
+    sharing = dataclasses.replace(SHARING, size=size)
+    whole, skipped = (
+        Policy(**options, skip_equal=skips).lesson(
+            equal_and_other_groups(), course._replace(sharing=dataclasses.replace(sharing, skips=skips))
+        )
+        for skips in (False, True)
+    )
+    assert whole.metrics == skipped.metrics
+    return whole, skipped
+
+
+@pytest.mark.parametrize("normalise", ["dapo", "grpo", "dr_grpo", "bnpo"])
+def test_samples_without_an_advantage_leave_the_loss_as_it_is(logps, normalise):
+    course = COURSE._replace(logps=logps, student=0.2, several=True)
+    loss = Policy(normalise=normalise).objective(COURSE.drawing).loss
+    found = []
+    for lesson in whole_and_skipped({"normalise": normalise, "advantage": "mean"}, 16, course):
+        batch: Any = lesson.batch
+
+        def sums(logps, batch=batch):
+            value, weight, _ = loss(logps, batch["weights"], batch)
+            return value, weight
+
+        (value, weight), slope = jax.value_and_grad(sums, has_aux=True)(jnp.asarray(batch["old"] * 1.1))
+        found.append((value, weight, np.sort(slope[slope != 0])))
+    (value, weight, slope), skipped = found
+    assert float(skipped[1]) == float(weight)
+    np.testing.assert_allclose(skipped[0], value, rtol=1e-6)
+    np.testing.assert_allclose(skipped[2], slope, rtol=1e-6)
+
+
+def test_updates_without_those_samples_are_the_same_and_computed_in_fewer_rows(params):
+    """Each of two updates has a group to learn from and one that is all right, or all wrong."""
+    objective = Policy().objective(COURSE.drawing).loss
+
+    @jax.jit
+    def gradient(batch):
+        def total(params):
+            return objective_sums(CONFIG, params, batch, Compute(), objective)[:2]
+
+        return jax.value_and_grad(total, has_aux=True)(params)
+
+    whole, skipped = whole_and_skipped({}, 8)
+    assert (whole.rows, skipped.rows) == (2, 1)
+    assert whole.batch is not None
+    assert skipped.batch is not None
+    assert skipped.batch["absent"].tolist() == [18, 21]  # 3 + 9 + 5 + 1, 6 + 9 + 5 + 1
+    for update in range(2):
+        found = []
+        for made, rows in ((whole.batch, whole.rows), (skipped.batch, skipped.rows)):
+            batch = parts(made, rows)[update]
+            (loss, weight), slopes = gradient({k: jnp.asarray(v) for k, v in batch.items()})
+            found.append((loss / weight, jax.tree.map(lambda g, by=weight: g / by, slopes)))
+        np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-6)
+        for a, b in zip(*(jax.tree.leaves(side[1]) for side in found), strict=True):
+            assert float(jnp.linalg.norm(a - b)) < 2e-6 * float(jnp.linalg.norm(b))
+
+
+def test_a_step_without_any_other_sample_still_makes_its_updates():
+    """Moments of an optimizer move without a gradient, too."""
+    groups = [g._replace(rewards=np.ones(4)) for g in equal_and_other_groups()]
+    course = COURSE._replace(sharing=dataclasses.replace(SHARING, skips=True, parts=2))
+    lesson = Policy(skip_equal=True).lesson(groups, course)
+    assert lesson.batch is not None
+    assert len(parts(lesson.batch, lesson.rows)) == 2
+    assert not lesson.batch["advantages"].any()
+    assert lesson.batch["rows"].reshape(2, -1).sum(axis=1).tolist() == [8, 8]
+    tokens = sum(len(s.tokens) for g in groups for s in g.samples)
+    assert lesson.batch["absent"].sum() + lesson.batch["weights"].sum() == tokens
+
+
+def test_what_reads_every_sample_keeps_them(capsys):
+    mesh, drawing = make_mesh(Mesh()), Settings(samples=4, temperature=1.0)
+
+    def skips(config, **options):
+        found = sharing_of(CONFIG, Policy(skip_equal=True, **options), drawing, Compute(), Shares(mesh, config))
+        return found is not None and found.skips
+
+    assert skips(Sft(batch=8))
+    assert capsys.readouterr().out == ""
+    assert not skips(Sft(batch=8, stay=Stay(kl=0.1)))
+    assert "samples without an advantage are computed: sft.stay.kl" in capsys.readouterr().out
+    assert not skips(Sft(batch=8, lora=Lora(dropout=0.1)))
+    assert "sft.lora.dropout" in capsys.readouterr().out
+    assert not skips(Sft(batch=8, micro_batch=4), normalise="bnpo")
+    assert "and samples without an advantage are computed: with improver.normalise=bnpo" in capsys.readouterr().out
+    refused: list[dict[str, Any]] = [{"beta": 0.1}, {"share_prompts": False}]
+    for options in refused:
+        with pytest.raises(UserError, match=r"m\.improver: skip_equal is true, beta is 0"):
+            Policy(skip_equal=True, **options).check(drawing, {}, "m")
