@@ -16,27 +16,11 @@ from typing import Any
 
 import yaml
 
-from jaxmerge.files.checkpoints.handles import OpenFile
+from jaxmerge.files.checkpoints.handles import read_bytes
 
 MOST_BYTES = 1 << 28  # the largest tokenizer.json is a tenth of it
 MOST_VALUES = 5_000_000
 DEEPEST = 100
-
-
-def read_bytes(path: pathlib.Path, most: int | None = None) -> bytes:
-    """Read a plain file; a pipe would hold us up, and a device has no end.
-
-    Raises:
-      ValueError: it is no plain file, or has more than `most` bytes.
-    """
-    opened = OpenFile(path)
-    if most is not None and opened.size > most:
-        raise ValueError(f"{path} has {opened.size:,} bytes, wanted at most {most:,}; it is no such file")
-    parts, size = [], 0
-    while part := os.pread(opened.handle, max(opened.size - size, 0) + 1, size):
-        parts.append(part)
-        size += len(part)
-    return b"".join(parts)
 
 
 def read_text(path: pathlib.Path) -> str:

@@ -12,7 +12,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxmerge.files import disk, documents
+from jaxmerge.files import disk
+from jaxmerge.files.checkpoints import handles
 from jaxmerge.files.disk import sync
 
 from ..log import UserError
@@ -44,7 +45,7 @@ def read_bytes(path: PathLike) -> bytes:
     if not os.path.exists(path):
         raise UserError(f"{os.fspath(path)}: no such file")
     try:
-        return documents.read_bytes(Path(path))
+        return handles.read_bytes(Path(path))
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -39,6 +39,22 @@ class OpenFile:
             close(self.handle)
 
 
+def read_bytes(path: pathlib.Path, most: int | None = None) -> bytes:
+    """Read a plain file; a pipe would hold us up, and a device has no end.
+
+    Raises:
+      ValueError: it is no plain file, or has more than `most` bytes.
+    """
+    opened = OpenFile(path)
+    if most is not None and opened.size > most:
+        raise ValueError(f"{path} has {opened.size:,} bytes, wanted at most {most:,}; it is no such file")
+    parts, size = [], 0
+    while part := os.pread(opened.handle, max(opened.size - size, 0) + 1, size):
+        parts.append(part)
+        size += len(part)
+    return b"".join(parts)
+
+
 def _open(path: pathlib.Path) -> int:
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe without a writer must not hold us up
     try:
