@@ -107,6 +107,14 @@ class Space:
         return tuple(min(a + u * w, b) for u, a, w, b in zip(inside, self.low, self.widths, self.high, strict=True))
 
 
+def gradient_in(space: Space, trial: Trial, strategy: str) -> np.ndarray | None:
+    """The gradient of a trial in the shares of the ranges; None where it or the score is not finite."""
+    if "gradient" not in trial:
+        raise ValueError(f"strategy {strategy!r}: a trial without gradient; wanted descend(merge, loss, space)")
+    found = np.array(space.flatten(trial["gradient"])) * space.widths
+    return None if trial["score"] is None or not np.isfinite(found).all() else found
+
+
 def worth(trial: Trial) -> float:
     """The score, −∞ for a candidate that could not be judged."""
     return -math.inf if trial["score"] is None else trial["score"]
@@ -236,10 +244,7 @@ def gradient(space: Space, *, steps: int = 50, rate: float = 0.1) -> Steps:
     unit, m, v = np.array(space.to_unit(space.start)), 0.0, 0.0
     for k in range(steps):
         (trial,) = yield Ask("gradient", [space.from_unit(unit)])
-        if "gradient" not in trial:
-            raise ValueError("strategy 'gradient': a trial without gradient; wanted descend(merge, loss, space)")
-        g = np.array(space.flatten(trial["gradient"])) * space.widths
-        if trial["score"] is None or not np.isfinite(g).all():
+        if (g := gradient_in(space, trial, "gradient")) is None:
             return [f"gradient: step {k} at {trial['coefficients']} is not finite, and the search ends there"]
         m, v = 0.5 * m + 0.5 * g, 0.95 * v + 0.05 * g * g
         step = m / (1 - 0.5 ** (k + 1)) / (np.sqrt(v / (1 - 0.95 ** (k + 1))) + 1e-12)
@@ -267,10 +272,7 @@ def frank_wolfe(space: Space, *, steps: int = 20, rate: float = 1.0) -> Steps:
         unit[group] /= max(1.0, unit[group].sum())
     for k in range(steps):
         (trial,) = yield Ask("frank_wolfe", [space.from_unit(unit)])
-        if "gradient" not in trial:
-            raise ValueError("strategy 'frank_wolfe': a trial without gradient; wanted descend(merge, loss, space)")
-        g = np.array(space.flatten(trial["gradient"])) * space.widths
-        if trial["score"] is None or not np.isfinite(g).all():
+        if (g := gradient_in(space, trial, "frank_wolfe")) is None:
             return [f"frank_wolfe: step {k} at {trial['coefficients']} is not finite, and the search ends there"]
         corner = np.zeros_like(unit)
         for group in groups:

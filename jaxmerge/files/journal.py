@@ -140,17 +140,22 @@ class Journal:
             self._file.close()
 
 
+def stages_of(out: pathlib.Path) -> pathlib.Path:
+    """The folder of what the stages of a recipe make on the way to `out`."""
+    return out.absolute().parent / f".{out.name}.stages"
+
+
 def count_done(out: pathlib.Path) -> int:
     """How many tensors an unfinished merge into `out` has written, its stages' among them."""
     beside = out.absolute().parent
-    places = [beside / f".{out.name}.merging", *(beside / f".{out.name}.stages").glob("**/.*.merging")]
+    places = [beside / f".{out.name}.merging", *stages_of(out).glob("**/.*.merging")]
     paths = [path for place in places if (path := place / "journal.jsonl").is_file()]
     return sum(max(0, path.read_bytes().count(b"\n") - 1) for path in paths)
 
 
 def has_begun(out: pathlib.Path) -> bool:
     """Whether an unfinished merge into `out` left something to go on from: a tensor, or a stage that is done."""
-    between = out.absolute().parent / f".{out.name}.stages"
+    between = stages_of(out)
     done = [between / "result", *between.glob("stages/*")]
     return count_done(out) > 0 or any(folder.is_dir() and not folder.name.startswith(".") for folder in done)
 

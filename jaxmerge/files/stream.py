@@ -35,7 +35,7 @@ from jaxmerge.files.documents import parse_json, read_json
 from jaxmerge.files.engine import Engine, Progress
 from jaxmerge.files.experts.gates import States
 from jaxmerge.files.forms import FORMS, Form, form_of
-from jaxmerge.files.journal import Journal, Kept, stamp, unfinished
+from jaxmerge.files.journal import Journal, Kept, stages_of, stamp, unfinished
 from jaxmerge.files.kinds import AnyRecipe
 from jaxmerge.files.plan import Plan
 from jaxmerge.files.recipe import Recipe
@@ -107,7 +107,7 @@ def merge(
     documents = recipes.read(of, compat=compat)
     if dry_run and len(documents) > 1:
         raise ValueError("a dry run needs the models of every stage, which the stages before make; run it without")
-    between = out.absolute().parent / f".{out.name}.stages"
+    between = stages_of(out)
     work = _work(documents, between, settings, progress)
     if dry_run:
         report = work.plan(out)

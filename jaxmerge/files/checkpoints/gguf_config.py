@@ -116,10 +116,10 @@ def _experts(given: Given, count: str, *, normalized: bool) -> dict[str, Any]:
 
     normalized: whether llama.cpp lets the weights of a token's experts sum to 1 in this architecture.
     """
-    fixed = {"expert_gating_func": SOFTMAX, "expert_weights_norm": normalized, "expert_weights_scale": 1.0}
-    for key, value in fixed.items():
-        if given.get(key, value) not in (value, 0.0 if key == "expert_weights_scale" else value):
-            raise ValueError(f"{key} is {given[key]!r:.80}; implemented: {value}")
+    # llama.cpp takes a scale of 0 for one that is not there.
+    for key, same in zip(WEIGHTING, ((SOFTMAX,), (normalized,), (1.0, 0.0)), strict=True):
+        if key in given and given[key] not in same:
+            raise ValueError(f"{key} is {given[key]!r:.80}; implemented: {same[0]}")
     if missing := [key for key in EXPERTS if key not in given]:
         raise ValueError(f"{', '.join(missing)} missing from the metadata of a mixture of experts")
     return {count: given["expert_count"], "num_experts_per_tok": given["expert_used_count"]}
